@@ -1,0 +1,1 @@
+"""Volumes to slices, data sets of slices, and synthetic subjects."""

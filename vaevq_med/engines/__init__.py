@@ -1,0 +1,1 @@
+"""Trainer, evaluator and their handlers on MONAI's engines."""

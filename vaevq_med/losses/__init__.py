@@ -1,0 +1,1 @@
+"""Loss terms, one file each, and the objective that sums them."""

@@ -1,0 +1,1 @@
+"""Encoders, decoders, quantizers, discriminators and frozen feature networks."""
