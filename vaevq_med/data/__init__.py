@@ -1,1 +1,13 @@
 """Volumes to slices, data sets of slices, and synthetic subjects."""
+
+from vaevq_med.data.dataset import REGIONS, LoadSliced, ResumableBatchSampler, SliceDataset, read_image
+from vaevq_med.data.loading import training_loader
+
+__all__ = [
+    "REGIONS",
+    "LoadSliced",
+    "ResumableBatchSampler",
+    "SliceDataset",
+    "read_image",
+    "training_loader",
+]

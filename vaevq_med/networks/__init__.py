@@ -1,1 +1,18 @@
 """Encoders, decoders, quantizers, discriminators and frozen feature networks."""
+
+from vaevq_med.networks.decoder import Decoder
+from vaevq_med.networks.discriminator import PatchDiscriminator
+from vaevq_med.networks.encoder import Encoder, vqgan_preset
+from vaevq_med.networks.posterior import DiagonalGaussian
+from vaevq_med.networks.tokenizer import TrainingForward, VisualTokenizer, released_estimator
+
+__all__ = [
+    "Decoder",
+    "DiagonalGaussian",
+    "Encoder",
+    "PatchDiscriminator",
+    "TrainingForward",
+    "VisualTokenizer",
+    "released_estimator",
+    "vqgan_preset",
+]

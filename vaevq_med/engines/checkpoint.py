@@ -1,0 +1,259 @@
+"""Checkpoints of state dictionaries: written atomically, loadable with ``weights_only=True``, resumable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from torch import nn
+
+from vaevq_med import __version__
+from vaevq_med.engines import distributed
+from vaevq_med.engines.trainer import TokenizerTrainer, _plain
+from vaevq_med.errors import VaevqMedError
+
+FORMAT = 1
+
+
+class CheckpointError(VaevqMedError):
+    """A checkpoint is missing, unreadable, or of another configuration."""
+
+
+def atomic_save(state: Mapping[str, Any], path: Path) -> None:
+    """Write ``state`` with ``torch.save`` so that ``path`` holds either the old or the whole new file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Load a checkpoint's dictionary to the CPU without unpickling code.
+
+    Raises:
+        CheckpointError: the file is missing, or not a checkpoint of this package.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path}: found no checkpoint, expected one written by training "
+            "(python -m monai.bundle run training --config_file bundles/brats/train.json)"
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path}: found an unreadable file ({first}), expected a checkpoint") from error
+    if not isinstance(state, dict) or "network" not in state:
+        raise CheckpointError(f"{path}: found no 'network' entry, expected a checkpoint written by training")
+    return state
+
+
+def load_state(module: nn.Module, state: Mapping[str, Any], path: Path, name: str) -> None:
+    """Load ``state`` into ``module``, or say in one line what does not fit."""
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:]]
+        raise CheckpointError(
+            f"{path}: found another architecture in {name!r} ({lines[0] if lines else error}), expected the one "
+            "of this configuration; pass the overlays that it was trained with"
+        ) from error
+
+
+class TrainingCheckpoint:
+    """Save and resume a :class:`TokenizerTrainer`: nothing is lost to a kill but the last few iterations.
+
+    ``last.pt`` is written every ``interval`` iterations, at the end of each epoch after its validation, and on
+    SIGINT or SIGTERM (which end the run after the current iteration); ``best.pt`` when the validation metric
+    improves. A resumed run on the CPU ends with the same bits as an unbroken one.
+
+    Args:
+        directory: where checkpoints go.
+        sampler: the training ``ResumableBatchSampler``, which a resumed run starts at its iteration.
+        interval: iterations between checkpoints.
+        resume: ``auto`` takes up ``last.pt`` if there is one; False starts anew; a path takes up that file.
+        metric: validation metric that decides ``best.pt``.
+        mode: ``max`` or ``min``.
+        config: resolved configuration, stored as JSON; a run resumes only with the same network definition.
+        evaluator: validation engine whose ``state.metrics`` hold ``metric``.
+    """
+
+    def __init__(
+        self,
+        *,
+        directory: str | Path,
+        sampler: Any,
+        interval: int = 1000,
+        resume: bool | str = "auto",
+        metric: str = "psnr",
+        mode: str = "max",
+        config: Mapping[str, Any] | None = None,
+        evaluator: Engine | None = None,
+    ) -> None:
+        if mode not in ("max", "min"):
+            raise VaevqMedError(f"checkpoint mode: found {mode!r}, expected 'max' or 'min'")
+        self.directory = Path(directory)
+        self.sampler = sampler
+        self.interval = interval
+        self.resume = resume
+        self.metric = metric
+        self.mode = mode
+        self.config = dict(config or {})
+        self.evaluator = evaluator
+        self.best: dict[str, Any] | None = None
+        self.extra: dict[str, Any] = {}
+        self.interrupted_by: str | None = None
+        self._old_handlers: dict[int, Any] = {}
+
+    @property
+    def last(self) -> Path:
+        """The newest checkpoint."""
+        return self.directory / "last.pt"
+
+    def attach(self, engine: TokenizerTrainer) -> None:
+        """Resume if there is something to resume, and register the events."""
+        source = self.last if self.resume in ("auto", True) else Path(str(self.resume))
+        if self.resume and (self.resume != "auto" or source.is_file()):
+            self.load(engine, source)
+        engine.add_event_handler(Events.STARTED, self._started)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
+        engine.add_event_handler(
+            Events.COMPLETED | Events.TERMINATE | Events.EXCEPTION_RAISED, self._finished
+        )
+
+    def state_dict(self, engine: TokenizerTrainer) -> dict[str, Any]:
+        """Everything a resumed run needs, as tensors and plain values."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        state: dict[str, Any] = {
+            "format": FORMAT,
+            "version": __version__,
+            "network": engine.network.state_dict(),
+            "optimizer": engine.optimizer.state_dict(),
+            "objective": engine.objective.state_dict(),
+            "schedulers": [scheduler.state_dict() for scheduler in engine.schedulers],
+            "iteration": engine.state.iteration,
+            "epoch_length": engine.state.epoch_length,
+            "rng": {"torch": torch.get_rng_state(), "cuda": cuda},
+            "best": self.best,
+            "config": json.dumps(self.config, default=str),
+            "extra": dict(self.extra),
+        }
+        if engine.ema is not None:
+            state["ema"] = engine.ema.module.state_dict()
+            state["ema_updates"] = int(engine.ema.n_averaged)
+        if engine.discriminator is not None:
+            state["discriminator"] = _plain(engine.discriminator).state_dict()
+        if engine.d_optimizer is not None:
+            state["d_optimizer"] = engine.d_optimizer.state_dict()
+        for scheduler in state["schedulers"]:
+            scheduler.pop("lr_lambdas", None)
+        return state
+
+    def load(self, engine: TokenizerTrainer, path: Path) -> None:
+        """Put a checkpoint's state into the engine and everything it holds."""
+        state = read_checkpoint(path)
+        stored = json.loads(state.get("config") or "{}")
+        for key in ("network_def", "discriminator_def"):
+            if (
+                key in stored
+                and key in self.config
+                and stored[key] != json.loads(json.dumps(self.config[key]))
+            ):
+                raise CheckpointError(
+                    f"{path}: found a run of another {key}, expected this configuration's; choose another "
+                    "output_dir, or start anew with --resume False"
+                )
+        if state.get("epoch_length") != engine.state.epoch_length:
+            raise CheckpointError(
+                f"{path}: found a run of {state.get('epoch_length')} iterations an epoch, expected "
+                f"{engine.state.epoch_length}: the data set or the batch size has changed; choose another "
+                "output_dir, or start anew with --resume False"
+            )
+        load_state(engine.network, state["network"], path, "network")
+        if engine.ema is not None and "ema" in state:
+            load_state(engine.ema.module, state["ema"], path, "ema")
+            engine.ema.n_averaged.fill_(state["ema_updates"])
+        if engine.discriminator is not None and "discriminator" in state:
+            load_state(_plain(engine.discriminator), state["discriminator"], path, "discriminator")
+        engine.optimizer.load_state_dict(state["optimizer"])
+        if engine.d_optimizer is not None and "d_optimizer" in state:
+            engine.d_optimizer.load_state_dict(state["d_optimizer"])
+        engine.objective.load_state_dict(state["objective"])
+        for scheduler, scheduler_state in zip(engine.schedulers, state["schedulers"], strict=True):
+            scheduler.load_state_dict(scheduler_state)
+        torch.set_rng_state(state["rng"]["torch"])
+        if torch.cuda.is_available() and len(state["rng"]["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+        self.best = state["best"]
+        self.extra = dict(state.get("extra", {}))
+        engine.state.iteration = state["iteration"]
+        engine.state.epoch = state["iteration"] // state["epoch_length"]
+        self.sampler.start = state["iteration"]
+        engine.logger.info("Resuming from %s at iteration %d", path, state["iteration"])
+
+    def save(self, engine: TokenizerTrainer, name: str = "last.pt") -> None:
+        """Write a checkpoint, on the main process."""
+        if distributed.is_main():
+            atomic_save(self.state_dict(engine), self.directory / name)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.interrupted_by = signal.Signals(number).name
+
+    def _started(self, engine: TokenizerTrainer) -> None:
+        self.interrupted_by = None
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old_handlers[number] = signal.signal(number, self._on_signal)
+
+    def _iteration_completed(self, engine: TokenizerTrainer) -> None:
+        at_epoch_end = engine.state.iteration % engine.state.epoch_length == 0
+        if self.interrupted_by is not None and not at_epoch_end:
+            self.save(engine)
+            engine.terminate()
+        elif engine.state.iteration % self.interval == 0 and not at_epoch_end:
+            self.save(engine)
+
+    def _epoch_completed(self, engine: TokenizerTrainer) -> None:
+        metrics = self.evaluator.state.metrics if self.evaluator is not None else {}
+        fresh = self.evaluator is not None and self.evaluator.state.epoch > 0
+        value = metrics.get(self.metric) if fresh else None
+        improved = value is not None and (
+            self.best is None
+            or (value > self.best["value"] if self.mode == "max" else value < self.best["value"])
+        )
+        if improved:
+            self.best = {"metric": self.metric, "value": float(value), "epoch": engine.state.epoch}
+            self.save(engine, "best.pt")
+        self.save(engine)
+        if self.interrupted_by is not None:
+            engine.terminate()
+
+    def _finished(self, engine: TokenizerTrainer, *error: BaseException) -> None:
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        self._old_handlers.clear()

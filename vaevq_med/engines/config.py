@@ -1,0 +1,188 @@
+"""What a bundle does before it runs: find its own configuration, refuse misspelt ids, report errors in a line.
+
+MONAI merges overrides into a configuration without looking whether anything reads them, so ``--lsst 9`` would
+train for an hour with the default. :func:`initialize` is called by every bundle's ``initialize`` section.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from pydoc import locate
+from typing import Any
+
+import torch
+from monai.bundle import BundleWorkflow, ConfigParser
+from monai.bundle.properties import InferProperties, MetaProperties, TrainProperties
+from monai.data import set_track_meta
+from monai.utils import set_determinism
+
+from vaevq_med.data.manifest import load_manifest
+from vaevq_med.engines import distributed
+from vaevq_med.errors import VaevqMedError
+
+ENTRY_POINTS = frozenset(
+    {"imports", "initialize", "run", "training", "evaluating", "finalize", "_meta_", "_mode_", "_notes_"}
+)
+_REFERENCE = re.compile(r"@(\w+)")
+
+
+class ConfigError(VaevqMedError):
+    """A configuration has an id or an argument that nothing reads."""
+
+
+def running_parser() -> ConfigParser | None:
+    """The parser of the MONAI bundle workflow that is running, found on the call stack."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, BundleWorkflow) and hasattr(owner, "parser"):
+            return owner.parser
+        frame = frame.f_back
+    return None
+
+
+def _strings(config: Any) -> Iterator[str]:
+    if isinstance(config, Mapping):
+        for value in config.values():
+            yield from _strings(value)
+    elif isinstance(config, list):
+        for value in config:
+            yield from _strings(value)
+    elif isinstance(config, str):
+        yield config
+
+
+def _components(config: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if isinstance(config, Mapping):
+        if "_target_" in config:
+            yield path, config
+        for key, value in config.items():
+            yield from _components(value, f"{path}#{key}" if path else str(key))
+    elif isinstance(config, list):
+        for number, value in enumerate(config):
+            yield from _components(value, f"{path}#{number}")
+
+
+def _suggestion(name: str, valid: set[str]) -> str:
+    close = difflib.get_close_matches(name, sorted(valid), n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"valid names: {', '.join(sorted(valid))}"
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Refuse top-level ids that nothing refers to and arguments that a ``_target_`` does not take.
+
+    Args:
+        config: the merged, unresolved configuration.
+
+    Raises:
+        ConfigError: naming the nearest valid name.
+    """
+    properties = {**TrainProperties, **InferProperties, **MetaProperties}
+    used = {str(prop["id"]).split("::")[0] for prop in properties.values()} | ENTRY_POINTS
+    for text in _strings({key: value for key, value in config.items() if key != "_meta_"}):
+        used.update(_REFERENCE.findall(text))
+    known = {key for key in config if key in used}
+    for key in config:
+        if key not in used:
+            raise ConfigError(
+                f"found the unknown id {key!r}, expected one that the bundle uses: {_suggestion(key, known)}"
+            )
+    for path, component in _components(config):
+        target = component["_target_"]
+        found = locate(target) if isinstance(target, str) and "." in target else None
+        if found is None:
+            continue
+        try:
+            parameters = inspect.signature(found).parameters  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            continue
+        if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+            continue
+        for key in component:
+            if not key.startswith("_") and key not in parameters:
+                raise ConfigError(
+                    f"found the unknown argument {key!r} at {path!r}, expected one of {target}: "
+                    f"{_suggestion(key, set(parameters))}"
+                )
+
+
+def plain_config(parser: ConfigParser) -> dict[str, Any]:
+    """The merged configuration without MONAI's metadata, as JSON-ready values."""
+    config = {key: value for key, value in parser.get().items() if key != "_meta_"}
+    return json.loads(json.dumps(config, default=str))
+
+
+def current_config() -> dict[str, Any]:
+    """The configuration of the running bundle; empty outside one."""
+    parser = running_parser()
+    return {} if parser is None else plain_config(parser)
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The first error of a chain of causes, or the first of this package on the way to it."""
+    while True:
+        if isinstance(error, VaevqMedError):
+            return error
+        cause = error.__cause__ or error.__context__
+        if cause is None:
+            return error
+        error = cause
+
+
+def _stop(error: BaseException) -> None:
+    print(f"vaevq-med: {error}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def initialize(
+    *,
+    seed: int,
+    build: str,
+    dataset_dir: str | None = None,
+    deterministic: bool = False,
+    tf32: bool = True,
+    config: Mapping[str, Any] | None = None,
+) -> None:
+    """Check the configuration, set seeds and the process group, and build the engine.
+
+    What goes wrong ends the program with one line on standard error and exit code 2.
+
+    Args:
+        seed: seed of the initialization and the noise; further processes draw noise of their own.
+        build: id of the engine to build now, e.g. ``train#trainer``, so that its errors are one line too.
+        dataset_dir: slice data set that has to exist.
+        deterministic: ask PyTorch for deterministic algorithms.
+        tf32: allow TF32 in matrix products and convolutions on GPUs that have it.
+        config: configuration to check; by default the running bundle's.
+    """
+    parser = running_parser()
+    try:
+        check_config(parser.get() if parser is not None and config is None else config or {})
+        if dataset_dir is not None:
+            load_manifest(Path(dataset_dir))
+        distributed.start_process_group()
+        set_track_meta(False)
+        set_determinism(seed=None)
+        torch.manual_seed(seed)
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        torch.backends.cudnn.allow_tf32 = tf32
+        torch.backends.cudnn.benchmark = not deterministic
+        if parser is not None:
+            engine = parser.get_parsed_content(build)
+            if distributed.rank() > 0:
+                # The networks were made alike; the noise of each process is its own, also after a resume.
+                torch.manual_seed(seed + 1_000_003 * distributed.rank() + engine.state.iteration)
+    except VaevqMedError as error:
+        _stop(error)
+    except Exception as error:
+        cause = root_cause(error)
+        if isinstance(cause, VaevqMedError):
+            _stop(cause)
+        raise

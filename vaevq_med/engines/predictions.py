@@ -1,0 +1,57 @@
+"""Write each slice's tokens and reconstruction as files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from ignite.engine import Engine, Events
+from monai.utils.enums import CommonKeys as Keys
+from PIL import Image
+
+from vaevq_med.errors import VaevqMedError
+
+_KINDS = ("indices", "reconstructions")
+
+
+class PredictionWriter:
+    """Write what an evaluator makes of each slice, under the slice's own relative path.
+
+    ``indices/<path>.npy`` holds int32 ``[h, w, G]``, ``reconstructions/<path>.png`` 8 bit.
+
+    Args:
+        output_dir: root of the files.
+        dataset_dir: root of the slice data set, to which the paths are relative.
+        write: some of ``indices`` and ``reconstructions``.
+    """
+
+    def __init__(
+        self, *, output_dir: str | Path, dataset_dir: str | Path, write: Sequence[str] = _KINDS
+    ) -> None:
+        unknown = [kind for kind in write if kind not in _KINDS]
+        if unknown or not write:
+            raise VaevqMedError(f"write: found {list(write)}, expected some of {', '.join(_KINDS)}")
+        self.output_dir = Path(output_dir)
+        self.dataset_dir = Path(dataset_dir)
+        self.write = tuple(write)
+
+    def attach(self, engine: Engine) -> None:
+        """Register the event."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
+
+    def _target(self, kind: str, source: str, suffix: str) -> Path:
+        path = self.output_dir / kind / Path(source).relative_to(self.dataset_dir).with_suffix(suffix)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def _iteration_completed(self, engine: Engine) -> None:
+        output = engine.state.output
+        predictions = ((output[Keys.PRED].clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
+        indices = output["indices"].cpu().numpy().astype(np.int32)
+        for number, source in enumerate(engine.state.batch["path"]):
+            if "indices" in self.write:
+                np.save(self._target("indices", source, ".npy"), indices[number])
+            if "reconstructions" in self.write:
+                picture = predictions[number].transpose(1, 2, 0).squeeze()
+                Image.fromarray(picture).save(self._target("reconstructions", source, ".png"))

@@ -1,0 +1,102 @@
+"""A tokenizer as its checkpoint describes it, so that evaluation needs neither overlays nor overrides.
+
+A checkpoint holds the merged configuration. Only its plain values and components of
+``vaevq_med.networks`` are read back: an expression in a file must not run as code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from monai.bundle import ConfigParser
+
+from vaevq_med.engines.checkpoint import CheckpointError, file_sha256, load_state, read_checkpoint
+from vaevq_med.networks.tokenizer import VisualTokenizer
+
+_ALLOWED = "vaevq_med.networks."
+
+
+def _plain(value: Any, config: Mapping[str, Any], path: Path, depth: int = 0) -> Any:
+    """Replace references by the values they name; refuse expressions and foreign components."""
+    if depth > 20:
+        raise CheckpointError(f"{path}: found references that go in a circle, expected plain values")
+    if isinstance(value, Mapping):
+        target = value.get("_target_")
+        if target is not None and not str(target).startswith(_ALLOWED):
+            raise CheckpointError(
+                f"{path}: found the component {target!r}, expected one of {_ALLOWED}*; if you trust it, pass the "
+                "network's definition as an override or overlay (network_def)"
+            )
+        return {key: _plain(item, config, path, depth + 1) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item, config, path, depth + 1) for item in value]
+    if isinstance(value, str):
+        if value.startswith("@"):
+            found: Any = config
+            for key in value[1:].replace("::", "#").split("#"):
+                found = found[int(key)] if isinstance(found, list) else found[key]
+            return _plain(found, config, path, depth + 1)
+        if value.startswith(("$", "%")):
+            raise CheckpointError(
+                f"{path}: found the expression {value!r} in the network's definition, expected plain values"
+            )
+    return value
+
+
+class StoredTokenizer:
+    """A trained tokenizer and the settings it was trained with.
+
+    Args:
+        path: checkpoint written by training.
+        weights: ``ema`` for the averaged weights (the raw ones where none were kept), or ``network``.
+
+    Attributes:
+        path: the checkpoint.
+        config: the configuration it was trained with, unresolved.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable, of another version, or holds an expression where plain
+            values are due.
+    """
+
+    def __init__(self, path: str | Path, *, weights: str = "ema") -> None:
+        if weights not in ("ema", "network"):
+            raise CheckpointError(f"weights: found {weights!r}, expected 'ema' or 'network'")
+        self.path = Path(path)
+        self.weights = weights
+        self._state = read_checkpoint(self.path)
+        self.config: dict[str, Any] = json.loads(self._state.get("config") or "{}")
+
+    def value(self, key: str) -> Any:
+        """A top-level setting of the training run, such as ``image_size``."""
+        try:
+            return _plain(self.config[key], self.config, self.path)
+        except (KeyError, IndexError) as error:
+            raise CheckpointError(
+                f"{self.path}: found no setting {error}, expected the run's configuration"
+            ) from error
+
+    @property
+    def iteration(self) -> int:
+        """Iterations that the weights were trained for."""
+        return int(self._state.get("iteration", 0))
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow run that trained it."""
+        return self._state.get("extra", {}).get("mlflow_run_id")
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the checkpoint file."""
+        return file_sha256(self.path)
+
+    def network(self) -> VisualTokenizer:
+        """Build the tokenizer and load its weights."""
+        parser = ConfigParser({"network_def": self.value("network_def")})
+        network: VisualTokenizer = parser.get_parsed_content("network_def")
+        load_state(network, self._state.get(self.weights) or self._state["network"], self.path, "network")
+        return network.eval()

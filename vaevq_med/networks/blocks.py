@@ -1,0 +1,150 @@
+"""Building blocks of the VQGAN autoencoder (Esser et al., arXiv 2012.09841), in two or three dimensions."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vaevq_med.errors import VaevqMedError
+
+_CONVOLUTIONS = {2: nn.Conv2d, 3: nn.Conv3d}
+
+
+def convolution(
+    spatial_dims: int, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1
+) -> nn.Module:
+    """A convolution that keeps the spatial size at stride 1, and pads nothing at stride 2.
+
+    Raises:
+        VaevqMedError: if ``spatial_dims`` is neither 2 nor 3.
+    """
+    if spatial_dims not in _CONVOLUTIONS:
+        raise VaevqMedError(f"spatial_dims is {spatial_dims}; expected 2 or 3")
+    padding = kernel_size // 2 if stride == 1 else 0
+    return _CONVOLUTIONS[spatial_dims](in_channels, out_channels, kernel_size, stride=stride, padding=padding)
+
+
+def group_norm(num_channels: int) -> nn.GroupNorm:
+    """GroupNorm with 32 groups (eps 1e-6), or with the largest smaller number that divides the channels.
+
+    >>> group_norm(128).num_groups, group_norm(48).num_groups, group_norm(8).num_groups
+    (32, 24, 8)
+    """
+    groups = min(32, num_channels)
+    while num_channels % groups:
+        groups -= 1
+    return nn.GroupNorm(groups, num_channels, eps=1e-6)
+
+
+class ResidualBlock(nn.Module):
+    """Pre-activation residual block: [GroupNorm, swish, 3x3 convolution] twice, 1x1 shortcut when widths differ.
+
+    Args:
+        spatial_dims: 2 or 3.
+        in_channels: channels in.
+        out_channels: channels out.
+        dropout: probability of dropping an activation before the second convolution, in [0, 1).
+    """
+
+    def __init__(
+        self, *, spatial_dims: int, in_channels: int, out_channels: int, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = convolution(spatial_dims, in_channels, out_channels, 3)
+        self.norm2 = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = convolution(spatial_dims, out_channels, out_channels, 3)
+        self.shortcut = (
+            nn.Identity()
+            if in_channels == out_channels
+            else convolution(spatial_dims, in_channels, out_channels, 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, in_channels, ...] -> [B, out_channels, ...]``, same spatial size."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.shortcut(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention over every position, with a residual connection.
+
+    Args:
+        spatial_dims: 2 or 3.
+        num_channels: channels in and out.
+    """
+
+    def __init__(self, *, spatial_dims: int, num_channels: int) -> None:
+        super().__init__()
+        self.norm = group_norm(num_channels)
+        self.query = convolution(spatial_dims, num_channels, num_channels, 1)
+        self.key = convolution(spatial_dims, num_channels, num_channels, 1)
+        self.value = convolution(spatial_dims, num_channels, num_channels, 1)
+        self.projection = convolution(spatial_dims, num_channels, num_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, ...] -> [B, C, ...]``."""
+        h = self.norm(x)
+        # [B, C, ...] -> [B, 1 head, positions, C]
+        query, key, value = (
+            layer(h).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.query, self.key, self.value)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value)
+        attended = attended.squeeze(1).transpose(1, 2).reshape(x.shape)
+        return x + self.projection(attended)
+
+
+class Downsample(nn.Module):
+    """Halves each spatial size: zero padding of one at the far end of each axis, 3x3 convolution of stride 2."""
+
+    def __init__(self, *, spatial_dims: int, num_channels: int) -> None:
+        super().__init__()
+        self.padding = (0, 1) * spatial_dims
+        self.conv = convolution(spatial_dims, num_channels, num_channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, H, W] -> [B, C, H/2, W/2]`` for even sizes."""
+        return self.conv(F.pad(x, self.padding))
+
+
+class Upsample(nn.Module):
+    """Doubles each spatial size: nearest neighbor, then a 3x3 convolution."""
+
+    def __init__(self, *, spatial_dims: int, num_channels: int) -> None:
+        super().__init__()
+        self.conv = convolution(spatial_dims, num_channels, num_channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, H, W] -> [B, C, 2H, 2W]``."""
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class MiddleBlocks(nn.Sequential):
+    """Residual block, attention, residual block: the bottom of the encoder and of the decoder."""
+
+    def __init__(self, *, spatial_dims: int, num_channels: int, dropout: float) -> None:
+        width = {"in_channels": num_channels, "out_channels": num_channels}
+        super().__init__(
+            ResidualBlock(spatial_dims=spatial_dims, dropout=dropout, **width),
+            AttentionBlock(spatial_dims=spatial_dims, num_channels=num_channels),
+            ResidualBlock(spatial_dims=spatial_dims, dropout=dropout, **width),
+        )
+
+
+def output_head(*, spatial_dims: int, in_channels: int, out_channels: int) -> nn.Sequential:
+    """GroupNorm, swish, 3x3 convolution."""
+    return nn.Sequential(
+        group_norm(in_channels), nn.SiLU(), convolution(spatial_dims, in_channels, out_channels, 3)
+    )
+
+
+def check_channels(x: Tensor, expected: int, what: str) -> None:
+    """Stop with one line when a tensor does not have the channels that a network was built for.
+
+    Raises:
+        VaevqMedError: if ``x.shape[1] != expected``.
+    """
+    if x.shape[1] != expected:
+        raise VaevqMedError(f"{what} has {x.shape[1]} channels (shape {tuple(x.shape)}); expected {expected}")

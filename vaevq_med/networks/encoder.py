@@ -1,0 +1,174 @@
+"""The VQGAN encoder (Esser et al., arXiv 2012.09841), and the presets of its published sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from vaevq_med.errors import VaevqMedError
+from vaevq_med.networks.blocks import (
+    AttentionBlock,
+    Downsample,
+    MiddleBlocks,
+    ResidualBlock,
+    check_channels,
+    convolution,
+    output_head,
+)
+
+_PRESETS: dict[int, dict[str, Any]] = {
+    4: {"channel_mult": (1, 2, 4), "attention_resolutions": ()},
+    8: {"channel_mult": (1, 2, 2, 4), "attention_resolutions": (32,)},
+    16: {"channel_mult": (1, 1, 2, 2, 4), "attention_resolutions": (16,)},
+}
+
+
+def vqgan_preset(downsampling_factor: int) -> dict[str, Any]:
+    """Keyword arguments of `Encoder` and `Decoder` for a published VQGAN size at 256 x 256 pixels.
+
+    With ``in_channels=3`` and ``z_channels=256`` the parameters are, encoder + decoder:
+    factor 4: 23.5 M + 34.1 M; factor 8: 28.6 M + 41.4 M; factor 16: 29.3 M + 42.4 M.
+
+    Args:
+        downsampling_factor: pixels a latent position spans along each axis; 4, 8 or 16.
+
+    Returns:
+        A new dictionary with ``num_channels``, ``channel_mult``, ``num_res_blocks``,
+        ``attention_resolutions``, ``image_size`` and ``z_channels``.
+
+    Raises:
+        VaevqMedError: for another factor.
+
+    >>> vqgan_preset(8)["channel_mult"]
+    (1, 2, 2, 4)
+    """
+    if downsampling_factor not in _PRESETS:
+        raise VaevqMedError(
+            f"no VQGAN preset for downsampling factor {downsampling_factor}; expected one of "
+            f"{', '.join(map(str, _PRESETS))}"
+        )
+    return {
+        "num_channels": 128,
+        "num_res_blocks": 2,
+        "image_size": 256,
+        "z_channels": 256,
+        **_PRESETS[downsampling_factor],
+    }
+
+
+def level_plan(
+    *,
+    num_channels: int,
+    channel_mult: Sequence[int],
+    attention_resolutions: Sequence[int],
+    image_size: int,
+) -> list[tuple[int, bool]]:
+    """Width, and whether attention follows each residual block, of each level from full resolution down.
+
+    Raises:
+        VaevqMedError: if ``channel_mult`` is empty, or an attention resolution is that of no level.
+    """
+    if not channel_mult:
+        raise VaevqMedError("channel_mult is empty; expected one multiplier a level, such as [1, 2, 2, 4]")
+    sizes = [image_size // 2**level for level in range(len(channel_mult))]
+    unknown = sorted(set(attention_resolutions) - set(sizes))
+    if unknown:
+        raise VaevqMedError(
+            f"attention_resolutions has {unknown}; with image_size {image_size} the levels have {sizes}"
+        )
+    return [
+        (num_channels * mult, size in attention_resolutions)
+        for mult, size in zip(channel_mult, sizes, strict=True)
+    ]
+
+
+class Encoder(nn.Module):
+    """Images to latent features, by taming-transformers' VQGAN architecture.
+
+    A 3x3 convolution; per level ``num_res_blocks`` residual blocks, each followed by attention at the listed
+    resolutions, then downsampling by 2 (not after the last level); residual block, attention, residual block;
+    GroupNorm, swish, 3x3 convolution to ``z_channels``.
+
+    Args:
+        spatial_dims: 2 or 3.
+        in_channels: image channels C.
+        num_channels: width of the first level.
+        channel_mult: width of each level as a multiple of ``num_channels``; L levels give f = 2^(L-1).
+        num_res_blocks: residual blocks a level.
+        attention_resolutions: image sizes, in pixels, of the levels with attention.
+        image_size: the image size, in pixels, at which ``attention_resolutions`` is counted; images of any
+            other size that f divides run through the same layers.
+        z_channels: channels out.
+        dropout: dropout probability in the residual blocks.
+
+    Attributes:
+        downsampling_factor: f.
+        z_channels: channels out.
+    """
+
+    def __init__(
+        self,
+        *,
+        spatial_dims: int = 2,
+        in_channels: int = 3,
+        num_channels: int = 128,
+        channel_mult: Sequence[int] = (1, 2, 2, 4),
+        num_res_blocks: int = 2,
+        attention_resolutions: Sequence[int] = (32,),
+        image_size: int = 256,
+        z_channels: int = 256,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        plan = level_plan(
+            num_channels=num_channels,
+            channel_mult=channel_mult,
+            attention_resolutions=attention_resolutions,
+            image_size=image_size,
+        )
+        self.in_channels = in_channels
+        self.z_channels = z_channels
+        self.downsampling_factor = 2 ** (len(plan) - 1)
+
+        layers: list[nn.Module] = [convolution(spatial_dims, in_channels, num_channels, 3)]
+        width = num_channels
+        for level, (level_width, has_attention) in enumerate(plan):
+            for _ in range(num_res_blocks):
+                layers.append(
+                    ResidualBlock(
+                        spatial_dims=spatial_dims,
+                        in_channels=width,
+                        out_channels=level_width,
+                        dropout=dropout,
+                    )
+                )
+                width = level_width
+                if has_attention:
+                    layers.append(AttentionBlock(spatial_dims=spatial_dims, num_channels=width))
+            if level < len(plan) - 1:
+                layers.append(Downsample(spatial_dims=spatial_dims, num_channels=width))
+        layers.append(MiddleBlocks(spatial_dims=spatial_dims, num_channels=width, dropout=dropout))
+        layers.append(output_head(spatial_dims=spatial_dims, in_channels=width, out_channels=z_channels))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Encode images.
+
+        Args:
+            images: ``[B, C, H, W]`` in [-1, 1], H and W multiples of f.
+
+        Returns:
+            Features ``[B, z_channels, H/f, W/f]``.
+
+        Raises:
+            VaevqMedError: if the channels differ from ``in_channels``, or f does not divide the size.
+        """
+        check_channels(images, self.in_channels, "the image")
+        if any(size % self.downsampling_factor for size in images.shape[2:]):
+            raise VaevqMedError(
+                f"image size {tuple(images.shape[2:])} is no multiple of the downsampling factor "
+                f"{self.downsampling_factor}"
+            )
+        return self.layers(images)

@@ -1,0 +1,56 @@
+"""The encoder's diagonal Gaussian posterior (VLQ of VAEVQ, arXiv 2511.06863; Kingma & Welling, 1312.6114)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0
+
+
+@dataclass(frozen=True)
+class DiagonalGaussian:
+    """q(z|x) = N(mean, diag(exp(logvar))), held in fp32 also under autocast.
+
+    Args:
+        mean: ``[B, D, h, w]``.
+        logvar: log variance, ``[B, D, h, w]``; clamped to [-30, 20], the range outside which no gradient flows.
+
+    Attributes:
+        std: standard deviation ``exp(logvar / 2)``, ``[B, D, h, w]``.
+
+    >>> posterior = DiagonalGaussian(torch.zeros(1, 2, 1, 1), torch.zeros(1, 2, 1, 1))
+    >>> posterior.kl().item(), posterior.std.flatten().tolist()
+    (0.0, [1.0, 1.0])
+    """
+
+    mean: Tensor
+    logvar: Tensor
+    std: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        logvar = self.logvar.float().clamp(MIN_LOGVAR, MAX_LOGVAR)
+        object.__setattr__(self, "mean", self.mean.float())
+        object.__setattr__(self, "logvar", logvar)
+        object.__setattr__(self, "std", torch.exp(0.5 * logvar))
+
+    def mode(self) -> Tensor:
+        """The most probable latent, which is the mean: ``[B, D, h, w]``."""
+        return self.mean
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """A reparameterized sample, mean + std * noise: ``[B, D, h, w]``.
+
+        Args:
+            generator: source of the noise, on the posterior's device; the global one when absent.
+        """
+        noise = torch.randn(
+            self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype
+        )
+        return self.mean + self.std * noise
+
+    def kl(self) -> Tensor:
+        """KL(q || N(0, I)) of each latent position, summed over D: ``[B, h, w]``, in nats."""
+        return 0.5 * (self.mean**2 + self.logvar.exp() - 1.0 - self.logvar).sum(dim=1)

@@ -1,0 +1,151 @@
+"""The interface of every quantizer, and what those with an explicit codebook share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vaevq_med.errors import VaevqMedError
+from vaevq_med.networks.quantizers.nearest import nearest_codeword
+from vaevq_med.outputs import Posterior, QuantizerOutput
+
+ASSIGNMENTS = ("euclidean", "posterior")
+
+
+class Quantizer(nn.Module, ABC):
+    """Turns a latent grid ``[B, D, h, w]`` into codebook indices ``[B, h, w, G]`` and back.
+
+    Attributes:
+        num_embeddings: K, codewords a codebook.
+        embedding_dim: D, channels of the latent.
+        num_codebooks: G, indices a position.
+        is_discrete: whether ``indices_to_codes(indices)`` gives what the decoder was fed.
+    """
+
+    num_embeddings: int
+    embedding_dim: int
+    num_codebooks: int = 1
+    is_discrete: bool = True
+
+    @abstractmethod
+    def forward(self, z: Tensor, posterior: Posterior | None = None) -> QuantizerOutput:
+        """Quantize ``[B, D, h, w]``; ``posterior`` is what ``z`` came from, where there is one."""
+
+    @abstractmethod
+    def indices_to_codes(self, indices: Tensor) -> Tensor:
+        """Codes ``[B, D, h, w]`` of int64 indices ``[B, h, w, G]``."""
+
+    @abstractmethod
+    def codebook(self) -> Tensor | None:
+        """The ``[K, D]`` table, differentiable and the only source of every look-up, or None without one."""
+
+
+class CodebookQuantizer(Quantizer):
+    """Nearest-codeword quantization with one explicit codebook; a subclass says what the codebook is.
+
+    The losses are those of VQ-VAE (arXiv 1711.00937), unweighted, means over every element:
+    ``codebook = mean((e - sg z)^2)`` and ``commitment = mean((sg e - z)^2)``.
+
+    Args:
+        num_embeddings: K.
+        embedding_dim: D.
+        assignment: ``"euclidean"``, ``argmin_k ||z - e_k||^2``; or ``"posterior"``, the codeword of highest
+            posterior density, ``argmin_k sum_i ((e_ki - z_i) / std_i)^2``, with a variational tokenizer.
+
+    Raises:
+        VaevqMedError: for another assignment, or fewer than one codeword or dimension.
+    """
+
+    def __init__(self, *, num_embeddings: int, embedding_dim: int, assignment: str = "euclidean") -> None:
+        super().__init__()
+        if assignment not in ASSIGNMENTS:
+            raise VaevqMedError(f"assignment is {assignment!r}; expected one of {', '.join(ASSIGNMENTS)}")
+        if num_embeddings < 1 or embedding_dim < 1:
+            raise VaevqMedError(
+                f"num_embeddings is {num_embeddings} and embedding_dim {embedding_dim}; expected at least 1 each"
+            )
+        self.num_embeddings = num_embeddings
+        self.embedding_dim = embedding_dim
+        self.assignment = assignment
+
+    @abstractmethod
+    def codebook(self) -> Tensor:
+        """The ``[K, D]`` table of this step, differentiable."""
+
+    def indices_to_codes(self, indices: Tensor) -> Tensor:
+        """Codes ``[B, D, h, w]`` of indices ``[B, h, w, 1]``.
+
+        Raises:
+            VaevqMedError: the indices have another shape, or one of them is not in [0, K).
+        """
+        if indices.ndim != 4 or indices.shape[-1] != 1:
+            raise VaevqMedError(f"indices have shape {tuple(indices.shape)}; expected [B, h, w, 1]")
+        if indices.numel() and not torch.compiler.is_exporting() and not torch.jit.is_tracing():
+            low, high = int(indices.min()), int(indices.max())
+            if low < 0 or high >= self.num_embeddings:
+                raise VaevqMedError(
+                    f"indices range from {low} to {high}; expected within 0 to {self.num_embeddings - 1}"
+                )
+        return _look_up(indices, self.codebook())
+
+    def assign(self, z: Tensor, codebook: Tensor, posterior: Posterior | None = None) -> Tensor:
+        """Indices ``[B, h, w, 1]`` of ``z`` ``[B, D, h, w]``.
+
+        Raises:
+            VaevqMedError: the assignment needs a posterior and there is none.
+        """
+        precision = None
+        if self.assignment == "posterior":
+            if posterior is None:
+                raise VaevqMedError(
+                    "assignment 'posterior' needs the encoder's posterior; found none: set network_def#variational "
+                    "to true, or the assignment to 'euclidean'"
+                )
+            precision = _rows(posterior.std.detach().float()).square().reciprocal()
+        with torch.autocast(z.device.type, enabled=False):
+            rows = _rows(z.detach().float())
+            indices = nearest_codeword(rows, codebook.detach().float(), precision=precision)
+        batch, _, height, width = z.shape
+        return indices.view(batch, height, width, 1)
+
+    def forward(self, z: Tensor, posterior: Posterior | None = None) -> QuantizerOutput:
+        """Quantize ``z`` ``[B, D, h, w]`` by the nearest codeword, with a straight-through gradient."""
+        if z.ndim != 4 or z.shape[1] != self.embedding_dim:
+            raise VaevqMedError(
+                f"the latent has shape {tuple(z.shape)}; expected [B, {self.embedding_dim}, h, w]"
+            )
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.float()
+            codebook = self.codebook()
+            indices = self.assign(z, codebook, posterior)
+            codes = _look_up(indices, codebook)
+            # The difference is exactly zero, so that the value is the code to the bit.
+            quantized = codes.detach() + (z - z.detach())
+            return QuantizerOutput(
+                quantized=quantized,
+                codes=codes,
+                indices=indices,
+                losses=vq_losses(z, codes),
+                codebook=codebook,
+            )
+
+
+def vq_losses(z: Tensor, codes: Tensor) -> Mapping[str, Tensor]:
+    """The two halves of the VQ loss (arXiv 1711.00937, Eq. 3), unweighted means over every element."""
+    return {
+        "codebook": F.mse_loss(codes, z.detach()),
+        "commitment": F.mse_loss(z, codes.detach()),
+    }
+
+
+def _rows(z: Tensor) -> Tensor:
+    """``[B, D, h, w]`` as ``[B h w, D]``."""
+    return z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
+
+
+def _look_up(indices: Tensor, codebook: Tensor) -> Tensor:
+    return F.embedding(indices.squeeze(-1), codebook).permute(0, 3, 1, 2)

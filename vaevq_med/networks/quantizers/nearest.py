@@ -1,0 +1,266 @@
+"""Nearest-codeword search in bounded memory whose result is the exact argmin.
+
+The squared distance is expanded, so that the work is one matrix product, taken a tile at a time: of each tile
+only the minimum over small blocks of codewords is kept. Rounding in fp32 can hide the nearest codeword among
+its neighbors, so every block whose minimum lies within the rounding bound of the best is evaluated again in
+float64, directly from the differences; ties go to the lowest index.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vaevq_med.errors import VaevqMedError
+
+# Scores held at once when the caller does not say: a tile that stays in a CPU's cache, and one that fills a GPU.
+_DEFAULT_CHUNK = {"cpu": 2**20, "other": 2**24}
+_MAX_ROWS = 4096
+# Rows with more candidate blocks than this go through one search in float64 instead.
+_MAX_CANDIDATE_BLOCKS = 4
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def nearest_codeword(
+    latents: Tensor,
+    codebook: Tensor,
+    *,
+    precision: Tensor | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """Index of the codeword nearest to each latent, without the N x K distance matrix.
+
+    ``argmin_k sum_i w_i (e_ki - z_i)^2`` with ``w = 1``, or ``w = precision``: with ``precision = 1 / std**2``
+    it is the codeword of highest posterior density. The result is the exact argmin (as direct differences in
+    float64 give it), equal distances going to the lowest index. Computed outside autocast and TF32; no gradient.
+
+    Args:
+        latents: ``[N, D]``, any floating type; half precision is widened to fp32 first.
+        codebook: ``[K, D]``.
+        precision: weights ``[N, D]``, positive, or None for the Euclidean distance.
+        chunk_size: scores held at once, 4 bytes each; by default 2^20 on a CPU and 2^24 (64 MiB) elsewhere.
+
+    Returns:
+        int64 ``[N]``, each in [0, K), also where a latent is not finite.
+
+    Raises:
+        VaevqMedError: if the shapes do not match, the codebook is empty, or ``chunk_size`` is below 1.
+
+    >>> nearest_codeword(torch.tensor([[0.9], [0.5], [-3.0]]), torch.tensor([[0.0], [1.0], [0.0]])).tolist()
+    [1, 0, 0]
+    """
+    _check(latents, codebook, precision, chunk_size)
+    dtype = torch.promote_types(torch.promote_types(latents.dtype, codebook.dtype), torch.float32)
+    latents, codebook = latents.to(dtype), codebook.to(dtype)
+    precision = None if precision is None else precision.to(dtype)
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return _scores(latents, codebook, precision).argmin(dim=1)
+    if chunk_size is None:
+        chunk_size = _DEFAULT_CHUNK.get(latents.device.type, _DEFAULT_CHUNK["other"])
+    with _full_precision(latents.device.type):
+        return _search(latents, codebook, precision, chunk_size)
+
+
+def _check(latents: Tensor, codebook: Tensor, precision: Tensor | None, chunk_size: int | None) -> None:
+    if latents.ndim != 2 or codebook.ndim != 2 or latents.shape[1] != codebook.shape[1]:
+        raise VaevqMedError(
+            f"latents have shape {tuple(latents.shape)} and the codebook {tuple(codebook.shape)}; "
+            "expected [N, D] and [K, D]"
+        )
+    if codebook.shape[0] == 0:
+        raise VaevqMedError("the codebook has no codeword; expected at least one")
+    if precision is not None and precision.shape != latents.shape:
+        raise VaevqMedError(
+            f"precision has shape {tuple(precision.shape)}; expected that of the latents, {tuple(latents.shape)}"
+        )
+    if chunk_size is not None and chunk_size < 1:
+        raise VaevqMedError(f"chunk_size is {chunk_size}; expected at least 1")
+
+
+@contextmanager
+def _full_precision(device_type: str) -> Iterator[None]:
+    """No autocast, no TF32, no bf16 products inside fp32 ones."""
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.fp32_precision = value
+
+
+def _scores(latents: Tensor, codebook: Tensor, precision: Tensor | None) -> Tensor:
+    """Half the (weighted) squared distance, less what does not depend on the codeword: ``[N, K]``."""
+    if precision is None:
+        return F.linear(-latents, codebook, 0.5 * codebook.square().sum(dim=1))
+    return F.linear(
+        torch.cat([-latents * precision, precision], dim=1),
+        torch.cat([codebook, 0.5 * codebook.square()], dim=1),
+    )
+
+
+def _search(latents: Tensor, codebook: Tensor, precision: Tensor | None, chunk_size: int) -> Tensor:
+    num_rows, num_codes = latents.shape[0], codebook.shape[0]
+    # A block is the unit of which only the minimum is kept: wide enough that the minima are few, narrow enough
+    # that evaluating one block a row again costs little.
+    block = 2 ** max(0, round(math.log2(math.sqrt(num_codes) / 8))) if num_codes >= 64 else 1
+    rows = max(1, min(_MAX_ROWS, math.isqrt(chunk_size), chunk_size * block // num_codes, num_rows))
+    columns = max(1, min(chunk_size // rows // block, math.ceil(num_codes / block)))  # blocks a tile
+    squared_norms = torch.cat(
+        [part.square().sum(dim=1) for part in codebook.split(max(1, chunk_size // codebook.shape[1]))]
+    )
+    result = torch.empty(num_rows, dtype=torch.int64, device=latents.device)
+    for start in range(0, num_rows, rows):
+        stop = min(start + rows, num_rows)
+        weights = None if precision is None else precision[start:stop]
+        result[start:stop] = _search_rows(
+            latents[start:stop], codebook, weights, squared_norms, block, columns, chunk_size
+        )
+    return result
+
+
+def _search_rows(
+    latents: Tensor,
+    codebook: Tensor,
+    precision: Tensor | None,
+    squared_norms: Tensor,
+    block: int,
+    columns: int,
+    chunk_size: int,
+) -> Tensor:
+    """The search over every codeword for a few rows; block b of a tile is its codewords b, b+columns, ..."""
+    num_codes, width = codebook.shape[0], block * columns
+    if precision is None:
+        left = -latents
+        row_scale = torch.linalg.vector_norm(latents, dim=1, keepdim=True)
+    else:
+        left = torch.cat([-latents * precision, precision], dim=1)
+        row_scale = torch.linalg.vector_norm(left, dim=1, keepdim=True)
+    unit_roundoff = torch.finfo(latents.dtype).eps / 2
+    relative_error = 1.01 * unit_roundoff * (left.shape[1] + 8)
+
+    lower, upper = [], []
+    for start in range(0, num_codes, width):
+        codes, norms = codebook[start : start + width], squared_norms[start : start + width]
+        missing = width - codes.shape[0]
+        if precision is None:
+            right, bias = codes, 0.5 * norms
+            column_scale = norms.sqrt()
+        else:
+            squares = 0.5 * codes.square()
+            right, bias = torch.cat([codes, squares], dim=1), None
+            column_scale = torch.sqrt(norms + squares.square().sum(dim=1))
+        tile = F.linear(left, right, bias)
+        if missing:
+            tile = F.pad(tile, (0, missing), value=math.inf)
+            column_scale, norms = F.pad(column_scale, (0, missing)), F.pad(norms, (0, missing))
+        minima = tile.view(-1, block, columns).amin(dim=1)
+        scale = row_scale * column_scale.view(block, columns).amax(dim=0)
+        if precision is None:
+            scale = scale + 0.5 * norms.view(block, columns).amax(dim=0)
+        tolerance = relative_error * scale
+        lower.append(minima - tolerance)
+        upper.append((minima + tolerance).amin(dim=1))
+    bound = torch.stack(upper).amin(dim=0)
+    candidates = torch.cat(lower, dim=1) <= bound.unsqueeze(1)
+    return _settle(latents, codebook, precision, candidates, block, columns, chunk_size)
+
+
+def _settle(
+    latents: Tensor,
+    codebook: Tensor,
+    precision: Tensor | None,
+    candidates: Tensor,
+    block: int,
+    columns: int,
+    chunk_size: int,
+) -> Tensor:
+    """The exact argmin over the candidate blocks ``[rows, blocks]`` of each row."""
+
+    def evaluate(rows: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Distance and index of the nearest codeword of one block a row, in float64."""
+        tile, column = blocks // columns, blocks % columns
+        offsets = columns * torch.arange(block, device=latents.device)
+        indices = (tile * (block * columns) + column).unsqueeze(1) + offsets
+        distances = _distances(latents, codebook, precision, rows, indices, chunk_size)
+        distance, position = distances.min(dim=1)
+        index = indices.gather(1, position.unsqueeze(1)).squeeze(1)
+        return distance, index.clamp(max=codebook.shape[0] - 1)
+
+    first = candidates.to(torch.uint8).argmax(dim=1)
+    distance, index = evaluate(torch.arange(latents.shape[0], device=latents.device), first)
+    candidates.scatter_(1, first.unsqueeze(1), False)
+    count = candidates.sum(dim=1)
+    rows = (count > 0).nonzero().squeeze(1)
+    if rows.numel() == 0:
+        return index
+    many = rows[count[rows] >= _MAX_CANDIDATE_BLOCKS]
+    if many.numel() > 0:
+        weights = None if precision is None else precision[many].double()
+        index[many] = _search_double(latents[many].double(), codebook, weights, chunk_size)
+    rows = rows[count[rows] < _MAX_CANDIDATE_BLOCKS]
+    while rows.numel() > 0:
+        blocks = candidates[rows].to(torch.uint8).argmax(dim=1)
+        candidates[rows, blocks] = False
+        other_distance, other_index = evaluate(rows, blocks)
+        nearer = other_distance < distance[rows]
+        tie = (other_distance == distance[rows]) & (other_index < index[rows])
+        better = nearer | tie
+        distance[rows] = torch.where(better, other_distance, distance[rows])
+        index[rows] = torch.where(better, other_index, index[rows])
+        rows = rows[candidates[rows].any(dim=1)]
+    return index
+
+
+def _distances(
+    latents: Tensor,
+    codebook: Tensor,
+    precision: Tensor | None,
+    rows: Tensor,
+    indices: Tensor,
+    chunk_size: int,
+) -> Tensor:
+    """Squared distances in float64 from latent ``rows[i]`` to codewords ``indices[i]``; past the end, infinity."""
+    num_codes, dim = codebook.shape
+    parts = []
+    step = max(1, chunk_size // (4 * indices.shape[1] * dim))
+    for part, part_indices in zip(rows.split(step), indices.split(step), strict=True):
+        codes = codebook[part_indices.clamp(max=num_codes - 1)].double()
+        squares = codes.sub_(latents[part].double().unsqueeze(1)).square_()
+        if precision is not None:
+            squares *= precision[part].double().unsqueeze(1)
+        parts.append(squares.sum(dim=2).masked_fill_(part_indices >= num_codes, math.inf))
+    return torch.cat(parts)
+
+
+def _search_double(latents: Tensor, codebook: Tensor, precision: Tensor | None, chunk_size: int) -> Tensor:
+    """Lowest index within float64 rounding of the least distance: for rows with many near-equal codewords."""
+    results = []
+    num_codes = codebook.shape[0]
+    step = max(1, chunk_size // (2 * min(num_codes, 4096)))
+    for start in range(0, latents.shape[0], step):
+        part = latents[start : start + step]
+        weights = None if precision is None else precision[start : start + step]
+        best = torch.full((part.shape[0],), math.inf, dtype=torch.float64, device=part.device)
+        for codes in codebook.split(4096):
+            best = torch.minimum(best, _scores(part, codes.double(), weights).amin(dim=1))
+        largest = torch.linalg.vector_norm(codebook, dim=1).max().double()
+        reach = torch.linalg.vector_norm(part, dim=1) + largest
+        weight = 1.0 if weights is None else weights.amax(dim=1)
+        bound = best + 8 * (latents.shape[1] + 8) * torch.finfo(torch.float64).eps * weight * reach**2
+        index = torch.full_like(best, num_codes - 1, dtype=torch.int64)
+        for number, codes in enumerate(codebook.split(4096)):
+            near = _scores(part, codes.double(), weights) <= bound.unsqueeze(1)
+            found = near.to(torch.uint8).argmax(dim=1) + number * 4096
+            index = torch.where(near.any(dim=1), torch.minimum(index, found), index)
+        results.append(index)
+    return torch.cat(results)

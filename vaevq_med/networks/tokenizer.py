@@ -1,0 +1,209 @@
+"""The visual tokenizer: encoder, latent, quantizer, decoder.
+
+VAEVQ (arXiv 2511.06863) is a tokenizer with ``variational=True`` and the loss terms ``kl``, ``rcs`` and ``dcr``; its
+latent is variational (VLQ) whatever the quantizer.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from vaevq_med.errors import VaevqMedError
+from vaevq_med.networks.decoder import Decoder
+from vaevq_med.networks.encoder import Encoder
+from vaevq_med.networks.posterior import DiagonalGaussian
+from vaevq_med.networks.quantizers.base import Quantizer
+from vaevq_med.outputs import QuantizerOutput, TokenizerOutput
+
+ESTIMATORS = ("straight_through", "released")
+
+
+def released_estimator(codes: Tensor, posterior: DiagonalGaussian) -> Tensor:
+    """The quantized path's value as the authors' released code forms it (not in the paper).
+
+    Its value is the code ``e``; its gradients are ``g`` for the mean, ``g * eps`` for the standard deviation with
+    ``eps = (e - mean) / std``, and ``g`` for the code: the decoder's loss trains codebook, mean and deviation.
+
+    Args:
+        codes: ``e``, ``[B, D, h, w]``.
+        posterior: of the same shape.
+
+    Returns:
+        ``[B, D, h, w]``.
+    """
+    eps = ((codes - posterior.mean) / posterior.std).detach()
+    carried = posterior.mean + posterior.std * eps
+    return codes + (carried - carried.detach())
+
+
+class VisualTokenizer(nn.Module):
+    """Images to a grid of codebook indices and back.
+
+    Calling it gives one tensor, the reconstruction through the codebook, whatever the options; training reads
+    everything through :class:`TrainingForward`. It carries what MONAI's latent-diffusion and transformer inferers
+    ask of a first stage.
+
+    Args:
+        encoder: images ``[B, C, H, W]`` to features ``[B, z_channels, h, w]``.
+        decoder: features to images.
+        quantizer: of latents with ``embedding_dim`` channels.
+        embedding_dim: D, channels of the latent.
+        variational: whether the encoder gives a Gaussian posterior (VLQ) or a point.
+        quantize_from: in training, quantize a ``"sample"`` of the posterior (the paper, Eq. 2) or its ``"mean"``
+            (the released code); evaluation always uses the mean.
+        estimator: gradient through the quantizer: ``"straight_through"``, or ``"released"``, see
+            :func:`released_estimator`.
+
+    Raises:
+        VaevqMedError: for options that do not fit together.
+    """
+
+    def __init__(
+        self,
+        *,
+        encoder: Encoder,
+        decoder: Decoder,
+        quantizer: Quantizer,
+        embedding_dim: int,
+        variational: bool = True,
+        quantize_from: str = "sample",
+        estimator: str = "straight_through",
+    ) -> None:
+        super().__init__()
+        if quantize_from not in ("sample", "mean"):
+            raise VaevqMedError(f"quantize_from is {quantize_from!r}; expected 'sample' or 'mean'")
+        if estimator not in ESTIMATORS:
+            raise VaevqMedError(f"estimator is {estimator!r}; expected one of {', '.join(ESTIMATORS)}")
+        if estimator == "released" and not variational:
+            raise VaevqMedError(
+                "estimator 'released' needs a posterior; found variational false, expected true"
+            )
+        if quantizer.embedding_dim != embedding_dim:
+            raise VaevqMedError(
+                f"embedding_dim is {embedding_dim}; expected the quantizer's, {quantizer.embedding_dim}"
+            )
+        self.encoder = encoder
+        self.decoder = decoder
+        self.quantizer = quantizer
+        self.embedding_dim = embedding_dim
+        self.variational = variational
+        self.quantize_from = quantize_from
+        self.estimator = estimator
+        self.quant_conv = nn.Conv2d(encoder.z_channels, embedding_dim * (2 if variational else 1), 1)
+        self.post_quant_conv = nn.Conv2d(embedding_dim, decoder.z_channels, 1)
+
+    @property
+    def num_embeddings(self) -> int:
+        """K, codewords of the codebook."""
+        return self.quantizer.num_embeddings
+
+    @property
+    def last_layer(self) -> Tensor:
+        """Weight of the decoder's last convolution, for VQGAN's adaptive weight."""
+        return self.decoder.last_layer
+
+    def encode(self, images: Tensor) -> DiagonalGaussian | Tensor:
+        """The posterior of ``[B, C, H, W]``, or, without one, the latent ``[B, D, h, w]``."""
+        features = self.quant_conv(self.encoder(images))
+        if not self.variational:
+            return features
+        mean, logvar = features.chunk(2, dim=1)
+        return DiagonalGaussian(mean, logvar)
+
+    def quantize(self, latent: Tensor, posterior: DiagonalGaussian | None = None) -> QuantizerOutput:
+        """Quantize ``[B, D, h, w]``."""
+        return self.quantizer(latent, posterior)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Images ``[B, C, H, W]`` of codes, or of a continuous latent, ``[B, D, h, w]``."""
+        return self.decoder(self.post_quant_conv(codes))
+
+    def _mode(self, images: Tensor) -> tuple[Tensor, DiagonalGaussian | None]:
+        encoded = self.encode(images)
+        if isinstance(encoded, DiagonalGaussian):
+            return encoded.mode(), encoded
+        return encoded, None
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Reconstruct ``[B, C, H, W]`` through the codebook, from the posterior's mean."""
+        return self.decode(self.quantize(*self._mode(images)).quantized)
+
+    def encode_indices(self, images: Tensor) -> Tensor:
+        """Indices ``[B, h, w, G]`` of images ``[B, C, H, W]``, from the posterior's mean."""
+        return self.quantize(*self._mode(images)).indices
+
+    def decode_indices(self, indices: Tensor) -> Tensor:
+        """Images ``[B, C, H, W]`` of indices ``[B, h, w, G]``."""
+        return self.decode(self.quantizer.indices_to_codes(indices))
+
+    def reconstruct_full(self, images: Tensor, generator: torch.Generator | None = None) -> TokenizerOutput:
+        """Everything that a training step reads; both paths go through the decoder in one call.
+
+        Args:
+            images: ``[B, C, H, W]`` in [-1, 1].
+            generator: source of the posterior's noise; the global one when absent.
+        """
+        encoded = self.encode(images)
+        if not isinstance(encoded, DiagonalGaussian):
+            quantized = self.quantize(encoded)
+            return TokenizerOutput(self.decode(quantized.quantized), None, encoded, None, quantized)
+        sample = encoded.sample(generator)
+        latent = sample if self.quantize_from == "sample" else encoded.mean
+        quantized = self.quantize(latent, encoded)
+        fed = quantized.quantized
+        if self.estimator == "released":
+            fed = released_estimator(quantized.codes, encoded)
+        reconstruction, continuous = self.decode(torch.cat([fed, sample])).chunk(2)
+        return TokenizerOutput(reconstruction, continuous, latent, encoded, quantized)
+
+    # --- MONAI's first-stage interface ---
+
+    def encode_stage_2_inputs(self, x: Tensor) -> Tensor:
+        """The latent before quantization, ``[B, D, h, w]``: what a diffusion model learns."""
+        return self._mode(x)[0]
+
+    def decode_stage_2_outputs(self, z: Tensor) -> Tensor:
+        """Quantize a generated latent ``[B, D, h, w]`` by its nearest codewords and decode it."""
+        if getattr(self.quantizer, "assignment", "euclidean") == "posterior":
+            # A generated latent has no posterior: unit deviations make the rule Euclidean.
+            unit = DiagonalGaussian(z, torch.zeros_like(z))
+            return self.decode(self.quantize(z, unit).quantized)
+        return self.decode(self.quantize(z).quantized)
+
+    def index_quantize(self, images: Tensor) -> Tensor:
+        """Indices ``[B, h, w]`` of a tokenizer with one codebook.
+
+        Raises:
+            VaevqMedError: there are several codebooks.
+        """
+        return self._only_codebook(self.encode_indices(images))
+
+    def decode_samples(self, embedding_indices: Tensor) -> Tensor:
+        """Images of indices ``[B, h, w]`` of a tokenizer with one codebook."""
+        return self.decode_indices(embedding_indices.unsqueeze(-1))
+
+    def _only_codebook(self, indices: Tensor) -> Tensor:
+        if indices.shape[-1] != 1:
+            raise VaevqMedError(
+                f"the tokenizer has {indices.shape[-1]} codebooks; expected 1 for MONAI's transformer inferer"
+            )
+        return indices.squeeze(-1)
+
+
+class TrainingForward(nn.Module):
+    """The training form of a tokenizer's forward pass; what ``DistributedDataParallel`` wraps.
+
+    Args:
+        tokenizer: shares its parameters.
+    """
+
+    def __init__(self, tokenizer: VisualTokenizer) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    def forward(self, images: Tensor) -> TokenizerOutput:
+        """:meth:`VisualTokenizer.reconstruct_full` of ``[B, C, H, W]`` in [-1, 1]."""
+        return cast(VisualTokenizer, self.tokenizer).reconstruct_full(images)
