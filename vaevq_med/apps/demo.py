@@ -17,6 +17,7 @@ from vaevq_med.errors import VaevqMedError
 from vaevq_med.resources import bundle_path
 
 _MARK = ".vaevq_med_demo"
+_SMALL = ("--batch_size", "16", "--num_workers", "0")
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,7 @@ class Demo:
         shared = ["--dataset_dir", str(slices), "--output_dir", str(trained), "--tracking_uri", tracking_uri]
         self._call(
             "Synthetic subjects",
-            [*tool, "phantom", str(volumes), "--subjects", str(self.subjects), "--seed", str(self.seed)]
-            + ["--shape", "91,109,91"],
+            [*tool, "phantom", str(volumes), *["--subjects", str(self.subjects)], *["--seed", str(self.seed)]],
         )
         splits = self.output / "splits.json"
         splits.write_text(json.dumps(self._splits(volumes), indent=2) + "\n")
@@ -84,8 +84,7 @@ class Demo:
         )
         self._call(
             "Evaluation",
-            [*bundle, "evaluating", "--config_file", str(root / "evaluate.json"), *shared]
-            + ["--batch_size", "16", "--num_workers", "0"],
+            [*bundle, "evaluating", "--config_file", str(root / "evaluate.json"), *shared, *_SMALL],
         )
         return self._report(trained / "evaluation" / "test", tracking_uri)
 

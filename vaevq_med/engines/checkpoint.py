@@ -154,7 +154,7 @@ class TrainingCheckpoint:
             "version": __version__,
             "network": engine.network.state_dict(),
             "optimizer": engine.optimizer.state_dict(),
-            "objective": engine.objective.state_dict(),
+            "objective": engine.objective.control_state(),
             "schedulers": [scheduler.state_dict() for scheduler in engine.schedulers],
             "iteration": engine.state.iteration,
             "epoch_length": engine.state.epoch_length,
@@ -203,7 +203,7 @@ class TrainingCheckpoint:
         engine.optimizer.load_state_dict(state["optimizer"])
         if engine.d_optimizer is not None and "d_optimizer" in state:
             engine.d_optimizer.load_state_dict(state["d_optimizer"])
-        engine.objective.load_state_dict(state["objective"])
+        engine.objective.load_control_state(state["objective"])
         for scheduler, scheduler_state in zip(engine.schedulers, state["schedulers"], strict=True):
             scheduler.load_state_dict(scheduler_state)
         torch.set_rng_state(state["rng"]["torch"])

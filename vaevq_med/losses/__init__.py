@@ -1,1 +1,29 @@
 """Loss terms, one file each, and the objective that sums them."""
+
+from vaevq_med.losses.adversarial import AdversarialTerm, adaptive_weight, discriminator_loss, generator_loss
+from vaevq_med.losses.base import LossTerm
+from vaevq_med.losses.dcr import DCRLoss, gaussian_wasserstein2_to_standard
+from vaevq_med.losses.kl import KLLoss, kl_per_token, kl_to_standard_normal
+from vaevq_med.losses.objective import TokenizerObjective
+from vaevq_med.losses.quantizer import QuantizerLoss
+from vaevq_med.losses.rcs import RCSLoss, representation_coherence
+from vaevq_med.losses.reconstruction import ReconstructionLoss, calibrated_likelihood
+
+__all__ = [
+    "AdversarialTerm",
+    "DCRLoss",
+    "KLLoss",
+    "LossTerm",
+    "QuantizerLoss",
+    "RCSLoss",
+    "ReconstructionLoss",
+    "TokenizerObjective",
+    "adaptive_weight",
+    "calibrated_likelihood",
+    "discriminator_loss",
+    "gaussian_wasserstein2_to_standard",
+    "generator_loss",
+    "kl_per_token",
+    "kl_to_standard_normal",
+    "representation_coherence",
+]

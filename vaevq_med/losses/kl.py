@@ -1,0 +1,128 @@
+"""KL divergence of the posterior from the prior, with a fixed weight or held at a budget."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from vaevq_med.errors import VaevqMedError
+from vaevq_med.losses.base import LossTerm, check_choice
+from vaevq_med.outputs import TokenizerOutput
+
+
+def kl_per_token(mean: Tensor, logvar: Tensor) -> Tensor:
+    """KL(N(mean, exp(logvar)) || N(0, I)) of each position, summed over D: ``[B, h, w]``, in nats.
+
+    Args:
+        mean: ``[B, D, h, w]``.
+        logvar: log variance, of the same shape.
+    """
+    mean, logvar = mean.float(), logvar.float()
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(dim=1)
+
+
+def kl_to_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
+    """KL(N(mean, exp(logvar)) || N(0, I)), summed over D, mean over positions, in nats.
+
+    Args:
+        mean: ``[B, D, h, w]``.
+        logvar: log variance, of the same shape.
+
+    Returns:
+        A scalar, at least 0.
+
+    Example:
+        >>> kl_to_standard_normal(torch.ones(1, 2, 1, 1), torch.zeros(1, 2, 1, 1)).item()
+        1.0
+    """
+    return kl_per_token(mean, logvar).mean()
+
+
+class KLLoss(LossTerm):
+    """KL to the standard normal, in nats: summed over D, mean over tokens; times ``scale``.
+
+    With a ``budget`` the term is multiplied by a factor that is steered, slowly and multiplicatively, so that the
+    KL of the counted tokens tracks ``budget * log(num_embeddings)``: K codewords carry log K nats a token, and a
+    posterior of many more is narrower than the codebook's spacing (METHODS of Gaussian Quant, arXiv 2512.06609). The
+    factor is a buffer, so that checkpoints carry it; it moves in training only.
+
+    Args:
+        scale: constant factor, e.g. tokens over pixels for a term a pixel.
+        budget: target as a share of log K; None leaves the factor at 1.
+        num_embeddings: K; needed with a budget.
+        tokens: which tokens the budget counts: ``"all"``, or ``"content"``, those whose image patch is not constant.
+            In MRI most tokens are black, and a mean over all hides that the brain's carry far more.
+        rate: speed of the factor; each step multiplies it by ``(KL / target) ** rate``, within [0.9, 1.1].
+        initial: the factor's start.
+
+    Raises:
+        VaevqMedError: a budget without ``num_embeddings``, or not above 0.
+    """
+
+    def __init__(
+        self,
+        *,
+        scale: float = 1.0,
+        budget: float | None = None,
+        num_embeddings: int | None = None,
+        tokens: str = "content",
+        rate: float = 0.02,
+        initial: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if budget is not None and (num_embeddings is None or num_embeddings < 2 or budget <= 0):
+            raise VaevqMedError(
+                f"budget is {budget} with num_embeddings {num_embeddings}; expected a budget above 0 and K of 2 or more"
+            )
+        self.scale = scale
+        self.tokens = check_choice("tokens", tokens, ("all", "content"))
+        self.rate = rate
+        self.target = None if budget is None else budget * math.log(num_embeddings or 2)
+        self.register_buffer("factor", torch.tensor(float(initial)))
+
+    factor: Tensor
+
+    def forward(self, target: Tensor, output: TokenizerOutput) -> Tensor:
+        """The weighted divergence, a scalar; in training, with a budget, the factor moves first.
+
+        Raises:
+            VaevqMedError: the tokenizer has no posterior.
+        """
+        if output.posterior is None:
+            raise VaevqMedError(
+                "KLLoss needs a posterior; found a tokenizer with variational false. Set objective#weights#kl to 0"
+            )
+        per_token = kl_per_token(output.posterior.mean, output.posterior.logvar)
+        if self.target is not None and self.training:
+            self._steer(per_token.detach(), target)
+        return self.scale * self.factor.clone() * per_token.mean()
+
+    @torch.no_grad()
+    def _steer(self, per_token: Tensor, target: Tensor) -> None:
+        counted = torch.ones_like(per_token)
+        if self.tokens == "content":
+            counted = content_mask(target, per_token.shape[-2:]).to(per_token)
+        sums = torch.stack([(per_token * counted).sum(), counted.sum()])
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(sums)
+        if sums[1] == 0:
+            return
+        ratio = sums[0] / sums[1] / self.target
+        self.factor.mul_(ratio.clamp_min(1e-6).pow(self.rate).clamp(0.9, 1.1)).clamp_(1e-6, 1e6)
+
+
+def content_mask(images: Tensor, grid: torch.Size | tuple[int, int]) -> Tensor:
+    """Which tokens see something: the image patch of the position is not constant. ``[B, h, w]``, bool.
+
+    Args:
+        images: ``[B, C, H, W]``.
+        grid: ``(h, w)``.
+    """
+    window = (images.shape[-2] // grid[0], images.shape[-1] // grid[1])
+    highest = F.max_pool2d(images.float(), window)
+    lowest = -F.max_pool2d(-images.float(), window)
+    return (highest - lowest).amax(dim=1) > 1e-6

@@ -1,0 +1,142 @@
+"""The weighted sum of loss terms that training minimizes."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from vaevq_med.errors import VaevqMedError
+from vaevq_med.losses.adversarial import AdversarialTerm, adaptive_weight
+from vaevq_med.losses.base import LossTerm
+from vaevq_med.losses.kl import KLLoss
+from vaevq_med.outputs import LossOutput, TokenizerOutput
+
+# What VQGAN's adaptive weight measures the GAN's gradient against.
+_LIKELIHOOD_TERMS = ("reconstruction", "perceptual")
+
+
+class TokenizerObjective(nn.Module):
+    """``sum_i weight_i term_i``, plus the adversarial term from its start step on.
+
+    It owns no discriminator, optimizer or logging.
+
+    Args:
+        terms: loss terms by name.
+        weights: a weight for each term; 0 or None leaves the term out of the computation.
+        adversarial: the GAN's settings, or None without one.
+
+    Raises:
+        VaevqMedError: a weight without a term or a term without a weight, with the nearest valid name.
+    """
+
+    def __init__(
+        self,
+        *,
+        terms: Mapping[str, LossTerm],
+        weights: Mapping[str, float | None],
+        adversarial: AdversarialTerm | None = None,
+    ) -> None:
+        super().__init__()
+        for name in weights:
+            if name not in terms:
+                close = difflib.get_close_matches(name, list(terms), n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"expected some of {', '.join(terms)}"
+                raise VaevqMedError(f"objective.weights has {name!r}, which is no term: {hint}")
+        missing = [name for name in terms if name not in weights]
+        if missing:
+            raise VaevqMedError(
+                f"objective.weights has no {', '.join(missing)}; expected a weight for each term (0 leaves one out)"
+            )
+        self.weights = {name: float(weight) for name, weight in weights.items() if weight}
+        self.terms = nn.ModuleDict({name: term for name, term in terms.items() if name in self.weights})
+        self.adversarial = adversarial
+
+    def control_state(self) -> dict[str, Tensor]:
+        """What steers the terms (the KL budget's factor), for checkpoints; no network weights."""
+        return {name: term.factor.clone() for name, term in self.terms.items() if isinstance(term, KLLoss)}
+
+    def load_control_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what :meth:`control_state` gave."""
+        for name, term in self.terms.items():
+            if isinstance(term, KLLoss) and name in state:
+                term.factor.copy_(state[name])
+
+    def is_adversarial(self, step: int) -> bool:
+        """Whether the GAN takes part at iteration ``step``, counted from 0."""
+        return self.adversarial is not None and step >= self.adversarial.start_step
+
+    def generator(
+        self,
+        target: Tensor,
+        output: TokenizerOutput,
+        *,
+        discriminator: nn.Module | None = None,
+        step: int = 0,
+        last_layer: Tensor | None = None,
+    ) -> LossOutput:
+        """The tokenizer's loss.
+
+        Args:
+            target: images ``[B, C, H, W]`` in [-1, 1].
+            output: of the training forward pass on them.
+            discriminator: needed once the GAN has started.
+            step: iteration, counted from 0.
+            last_layer: weight of the decoder's last convolution; needed for the adaptive weight.
+
+        Returns:
+            The total, and each term unweighted and detached; with the GAN also ``adversarial`` and, if adaptive,
+            ``adaptive_weight``.
+
+        Raises:
+            VaevqMedError: the GAN has started and the discriminator, or the last layer, is missing.
+        """
+        values = {name: term(target, output) for name, term in self.terms.items()}
+        total = torch.zeros((), device=target.device)
+        for name, value in values.items():
+            total = total + self.weights[name] * value
+        if self.adversarial is not None and self.is_adversarial(step):
+            if discriminator is None:
+                raise VaevqMedError(f"the GAN started at step {self.adversarial.start_step}; found no discriminator")
+            gan = self.adversarial.generator(output, discriminator)
+            weight = torch.as_tensor(self.adversarial.weight, device=target.device)
+            values["adversarial"] = gan
+            if self.adversarial.adaptive:
+                if last_layer is None:
+                    raise VaevqMedError("the adaptive weight needs the decoder's last layer; found none")
+                likelihood = sum(
+                    (self.weights[name] * values[name] for name in _LIKELIHOOD_TERMS if name in self.terms),
+                    torch.zeros((), device=target.device),
+                )
+                values["adaptive_weight"] = adaptive_weight(likelihood, gan, last_layer)
+                weight = weight * values["adaptive_weight"]
+            total = total + weight * gan
+        terms = {name: value.detach() for name, value in values.items()}
+        for name, term in self.terms.items():
+            if isinstance(term, KLLoss) and term.target is not None:
+                terms[f"{name}_factor"] = term.factor.detach().clone()
+        return LossOutput(total=total, terms=terms)
+
+    def discriminator(
+        self, target: Tensor, output: TokenizerOutput, *, discriminator: nn.Module, step: int = 0
+    ) -> LossOutput:
+        """The discriminator's loss; the output's images are detached.
+
+        Args:
+            target: images ``[B, C, H, W]`` in [-1, 1].
+            output: of the training forward pass on them.
+            discriminator: gives logits ``[B, 1, h, w]``.
+            step: iteration, counted from 0.
+
+        Raises:
+            VaevqMedError: the objective has no GAN, or it has not started.
+        """
+        if self.adversarial is None or not self.is_adversarial(step):
+            raise VaevqMedError(f"step {step}: found no adversarial term in use, expected one")
+        values = self.adversarial.discriminator(target, output, discriminator)
+        return LossOutput(
+            total=values["loss"],
+            terms={name: value.detach() for name, value in values.items() if name != "loss"},
+        )

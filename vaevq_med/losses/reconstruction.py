@@ -1,0 +1,65 @@
+"""Reconstruction terms: squared, absolute, and squared under a calibrated Gaussian likelihood."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vaevq_med.losses.base import PATH_REDUCTIONS, LossTerm, check_choice, combine, paths
+from vaevq_med.outputs import TokenizerOutput
+
+KINDS = ("l2", "l1", "calibrated")
+
+
+def calibrated_likelihood(error: Tensor) -> Tensor:
+    """Negative log-likelihood a pixel under the optimal variance, ``0.5 log MSE`` (sigma-VAE, arXiv 2006.13202).
+
+    Across processes the variance is that of the global batch: the gradient is ``d MSE / (2 MSE_global)``, whose mean
+    over the processes is that of one process with the whole batch.
+
+    Args:
+        error: this process's mean squared error, a scalar.
+    """
+    overall = error.detach().clone()
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(overall)
+        overall /= dist.get_world_size()
+    overall = overall.clamp_min(1e-12)
+    slope = 0.5 * error / overall
+    return slope - slope.detach() + 0.5 * overall.log()
+
+
+class ReconstructionLoss(LossTerm):
+    """Error of the reconstruction, a mean over every pixel and channel (or a sum over those of an image).
+
+    Args:
+        kind: ``"l2"`` squared error (VAEVQ's paper), ``"l1"`` absolute error (VQGAN, the released code), or
+            ``"calibrated"``, see :func:`calibrated_likelihood`: with it, KL and RCS divided by the pixel count enter
+            with weight 1.
+        reduction: ``"mean"`` over every element; ``"sum"`` over an image's elements, mean over the batch.
+        path_reduction: ``"sum"`` (the paper) or ``"mean"`` (the released code) of the quantized and the continuous
+            path.
+
+    Raises:
+        VaevqMedError: for another kind or reduction.
+    """
+
+    def __init__(self, *, kind: str = "l2", reduction: str = "mean", path_reduction: str = "sum") -> None:
+        super().__init__()
+        self.kind = check_choice("kind", kind, KINDS)
+        self.reduction = check_choice("reduction", reduction, ("mean", "sum"))
+        self.path_reduction = check_choice("path_reduction", path_reduction, PATH_REDUCTIONS)
+
+    def forward(self, target: Tensor, output: TokenizerOutput) -> Tensor:
+        """The error of ``[B, C, H, W]``, a scalar."""
+        target = target.float()
+        factor = target[0].numel() if self.reduction == "sum" else 1
+        return factor * combine([self._error(path.float(), target) for path in paths(output)], self.path_reduction)
+
+    def _error(self, path: Tensor, target: Tensor) -> Tensor:
+        difference = path - target
+        if self.kind == "l1":
+            return difference.abs().mean()
+        error = torch.mean(difference.square())
+        return calibrated_likelihood(error) if self.kind == "calibrated" else error
