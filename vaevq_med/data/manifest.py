@@ -1,0 +1,129 @@
+"""The datalist of a slice data set, ``dataset.json``: schema, atomic writing, validated reading."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from vaevq_med.errors import DataError
+
+FILE_NAME = "dataset.json"
+SPLITS = ("training", "validation", "test")
+_REQUIRED = ("image", "patient", "case", "modality", "slice")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A validated datalist.
+
+    Attributes:
+        path: its file.
+        content: the whole JSON object.
+    """
+
+    path: Path
+    content: Mapping[str, Any]
+
+    def entries(self, split: str) -> Sequence[Mapping[str, Any]]:
+        """Entries of ``training``, ``validation`` or ``test``.
+
+        Raises:
+            DataError: for another split.
+        """
+        if split not in SPLITS:
+            raise DataError(f"split: found {split!r}, expected one of {', '.join(SPLITS)}")
+        return self.content[split]
+
+    @property
+    def label_map(self) -> Mapping[str, Sequence[int]]:
+        """Label values of each tumor region."""
+        return self.content.get("label_map", {})
+
+    @property
+    def split_hash(self) -> str:
+        """Hash of which image stands in which split."""
+        return str(self.content.get("split_hash", ""))
+
+    @property
+    def content_hash(self) -> str:
+        """Hash of the recipe, the entries and the images."""
+        return str(self.content.get("content_hash", ""))
+
+    def tags(self) -> dict[str, str]:
+        """What an experiment tracker notes of the data set."""
+        counts = {f"data.{split}": str(len(self.entries(split))) for split in SPLITS}
+        return {
+            "data.name": str(self.content.get("name", "")),
+            "data.content_hash": self.content_hash,
+            "data.split_hash": self.split_hash,
+            **counts,
+        }
+
+
+def split_hash(entries: Mapping[str, Iterable[Mapping[str, Any]]]) -> str:
+    """SHA-256 over the sorted ``split<TAB>image`` lines of a datalist, with the prefix ``sha256:``."""
+    lines = sorted(f"{split}\t{entry['image']}" for split in SPLITS for entry in entries.get(split, ()))
+    return "sha256:" + hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write a file so that it holds either the old or the whole new text."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_manifest(root: Path, content: Mapping[str, Any]) -> Path:
+    """Write ``dataset.json`` below ``root``, atomically."""
+    path = root / FILE_NAME
+    atomic_write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    return path
+
+
+def load_manifest(dataset_dir: str | Path) -> Manifest:
+    """Read and check the datalist of a slice data set.
+
+    Args:
+        dataset_dir: folder of ``dataset.json``.
+
+    Raises:
+        DataError: there is none, it is no such datalist, or an entry's path leaves the folder.
+    """
+    path = Path(dataset_dir) / FILE_NAME
+    if not path.is_file():
+        raise DataError(f"{path}: found no data set, expected one made by: vaevq-med slice-extract INPUT {dataset_dir}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: found an unreadable file ({error}), expected a JSON datalist") from error
+    if not isinstance(content, dict) or any(not isinstance(content.get(split), list) for split in SPLITS):
+        raise DataError(f"{path}: found no lists {', '.join(SPLITS)}, expected a datalist of slice-extract")
+    for split in SPLITS:
+        for number, entry in enumerate(content[split]):
+            _check_entry(entry, f"{path}: {split}[{number}]")
+    return Manifest(path, content)
+
+
+def _check_entry(entry: Any, where: str) -> None:
+    missing = [key for key in _REQUIRED if not isinstance(entry, dict) or key not in entry]
+    if missing:
+        raise DataError(f"{where}: found no {', '.join(missing)}, expected {', '.join(_REQUIRED)}")
+    for key in ("image", "segmentation"):
+        if key in entry:
+            relative = PurePosixPath(str(entry[key]))
+            if relative.is_absolute() or ".." in relative.parts:
+                raise DataError(f"{where}: found the {key} path {entry[key]!r}, expected one inside the data set")
