@@ -394,7 +394,7 @@ def test_command_writes_and_reports(
     output = tmp_path / "out"
     arguments = ("--subjects", "1", "--shape", "32x36x32", "--seed", "7", "--workers", "1")
     assert _command(monkeypatch, str(output), *arguments) == 0
-    assert capsys.readouterr().out == f"1 cases of 1 subjects in {output}\n"
+    assert capsys.readouterr().out == f"{output}: cases 1, subjects 1\n"
     written = nib.load(output / "BraTS-GLI-90001-100" / "BraTS-GLI-90001-100-t2f.nii.gz")
     expected = phantom.synthesize_subject(1, 100, PhantomConfig(shape=(32, 36, 32), seed=7))
     np.testing.assert_array_equal(np.asanyarray(written.dataobj), expected.volumes["t2f"])

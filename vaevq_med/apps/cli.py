@@ -65,7 +65,7 @@ def phantom(
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("synthetic cases", total=command.num_cases)
         report = command.run(on_case=lambda name: progress.update(task, advance=1))
-    typer.echo(f"{len(report.cases)} cases of {report.subjects} subjects in {report.output}")
+    typer.echo(f"{report.output}: cases {len(report.cases)}, subjects {report.subjects}")
 
 
 # --- feature-network weights ------------------------------------------------------------------------
