@@ -1,0 +1,191 @@
+"""The layers of the package: who may import whom, and who may touch the outside world."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = "vaevq_med"
+RANKS = {"data": 1, "networks": 2, "losses": 3, "metrics": 3, "inferers": 3, "engines": 4, "apps": 5}
+TOP_LEVEL = {"outputs", "errors", "resources"}
+"""Modules of rank 0; they may import one another."""
+OUTSIDE_PACKAGES = {"mlflow", "typer", "rich", "argparse"}
+OUTSIDE_NAMES = {"sys.argv", "sys.stdout", "os.environ", "os.getenv", "os.putenv"}
+MAY_TOUCH_OUTSIDE = {"apps", "engines"}
+
+
+def package_folder() -> Path:
+    spec = importlib.util.find_spec(ROOT)
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
+
+
+def module_name(path: Path, folder: Path) -> str:
+    parts = path.relative_to(folder).with_suffix("").parts
+    return ".".join((ROOT, *(parts[:-1] if parts[-1] == "__init__" else parts)))
+
+
+def layer(module: str) -> str:
+    """The package that a module belongs to; "" for the root and the top-level modules of rank 0."""
+    parts = module.split(".")
+    return "" if len(parts) == 1 or parts[1] in TOP_LEVEL else parts[1]
+
+
+def rank(module: str) -> int | None:
+    """The rank of a module's layer; None where it has none."""
+    return 0 if layer(module) == "" else RANKS.get(layer(module))
+
+
+def imported(tree: ast.AST, module: str, is_package: bool, modules: set[str]) -> Iterator[tuple[int, str]]:
+    """Line and full name of every import, wherever it stands, relative and by ``import_module`` too.
+
+    ``from package import module`` gives the module, ``from module import name`` the module.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = module.split(".")
+                parts = parts[: len(parts) - node.level + is_package]
+                base = ".".join([*parts, base] if base else parts)
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                yield node.lineno, full if full in modules else base
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if name in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                yield node.lineno, node.args[0].value
+
+
+def outside_uses(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and name of every use of the command line, the environment or stdout, under any alias."""
+    names: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names.update((alias.asname or alias.name, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                if full in OUTSIDE_NAMES:
+                    yield node.lineno, full
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            full = f"{names.get(node.value.id, node.value.id)}.{node.attr}"
+            if full in OUTSIDE_NAMES:
+                yield node.lineno, full
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
+            yield node.lineno, "print"
+
+
+def violations(source: str, module: str, *, is_package: bool, modules: set[str]) -> list[str]:
+    """What a module does against the layers, one line each."""
+    tree = ast.parse(source)
+    own = rank(module)
+    if own is None:
+        return [f"{module}: belongs to no layer; the layers are {', '.join(RANKS)}"]
+    found = []
+    for line, target in imported(tree, module, is_package, modules):
+        top = target.split(".")[0]
+        if top == ROOT:
+            other = rank(target)
+            if other is None:
+                found.append(f"{module}:{line}: imports {target}, which belongs to no layer")
+            elif layer(target) != layer(module) and other >= own:
+                found.append(f"{module}:{line}: rank {own} imports {target} of rank {other}")
+        elif top in OUTSIDE_PACKAGES and layer(module) not in MAY_TOUCH_OUTSIDE:
+            found.append(f"{module}:{line}: imports {top}, which only apps and engines may")
+    if layer(module) not in MAY_TOUCH_OUTSIDE:
+        found += [f"{module}:{line}: uses {name}, which only apps and engines may" for line, name in outside_uses(tree)]
+    return found
+
+
+def test_every_module_keeps_to_the_layers() -> None:
+    folder = package_folder()
+    paths = sorted(
+        path for path in folder.rglob("*.py") if path.relative_to(folder).parts[0] not in ("bundles", "preprocessing")
+    )
+    modules = {module_name(path, folder) for path in paths}
+    assert {"vaevq_med.outputs", "vaevq_med.data.phantom", "vaevq_med.apps.cli"} <= modules
+    found = [
+        line
+        for path in paths
+        for line in violations(
+            path.read_text(encoding="utf-8"),
+            module_name(path, folder),
+            is_package=path.name == "__init__.py",
+            modules=modules,
+        )
+    ]
+    assert not found, "\n".join(found)
+
+
+MODULES = {
+    f"{ROOT}.{name}"
+    for name in ("outputs", "errors", "data", "data.slices", "networks", "networks.encoder", "losses", "losses.kl")
+} | {f"{ROOT}.metrics", f"{ROOT}.engines", f"{ROOT}.engines.trainer", f"{ROOT}.apps", f"{ROOT}.apps.cli"}
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "complaint"),
+    [
+        ("data.slices", "from vaevq_med.networks.encoder import Encoder", "rank 1 imports vaevq_med.networks.encoder"),
+        ("data.slices", "import vaevq_med.apps.cli as c", "rank 1 imports vaevq_med.apps.cli"),
+        ("data.slices", "def f():\n    from vaevq_med.losses import kl", ":2: rank 1 imports vaevq_med.losses.kl"),
+        ("data.slices", "from vaevq_med import engines", "rank 1 imports vaevq_med.engines"),
+        ("data.slices", "from ..networks import encoder", "rank 1 imports vaevq_med.networks.encoder"),
+        ("data.slices", "import importlib\nimportlib.import_module('vaevq_med.engines.trainer')", "rank 1 imports"),
+        ("losses.kl", "import vaevq_med.metrics", "rank 3 imports vaevq_med.metrics of rank 3"),
+        ("errors", "from vaevq_med.data.slices import read", "rank 0 imports vaevq_med.data.slices"),
+        ("extras.tool", "x = 1", "belongs to no layer"),
+        ("losses.kl", "from vaevq_med.extras import tool", "belongs to no layer"),
+        ("networks.encoder", "import mlflow.pytorch", "imports mlflow"),
+        ("networks.encoder", "def f():\n    from rich.console import Console", ":2: imports rich"),
+        ("data.slices", "import typer", "imports typer"),
+        ("data.slices", "import os\nhome = os.environ['HOME']", ":2: uses os.environ"),
+        ("data.slices", "import os as o\nhome = o.getenv('HOME')", ":2: uses os.getenv"),
+        ("data.slices", "from os import environ", "uses os.environ"),
+        ("data.slices", "import sys\nname = sys.argv[1]", ":2: uses sys.argv"),
+        ("losses.kl", "def f(x):\n    print(x)", ":2: uses print"),
+    ],
+)
+def test_the_check_finds_what_is_planted(module: str, source: str, complaint: str) -> None:
+    found = violations(source, f"{ROOT}.{module}", is_package=False, modules=MODULES)
+    assert len(found) == 1
+    assert complaint in found[0]
+
+
+@pytest.mark.parametrize(
+    ("module", "is_package", "source"),
+    [
+        ("data.slices", False, "import numpy\nfrom vaevq_med.errors import DataError\nfrom vaevq_med import outputs"),
+        ("data", True, "from . import slices\nfrom .slices import read"),
+        ("losses.kl", False, "from . import base\nfrom ..networks.encoder import Encoder"),
+        ("errors", False, "from vaevq_med.outputs import LossOutput\nfrom vaevq_med import __version__"),
+        ("engines.trainer", False, "import mlflow, os, sys\nfrom vaevq_med.losses import kl\nprint(os.environ)"),
+        ("apps.cli", False, "import typer\nfrom vaevq_med.engines.trainer import T\nprint(T)"),
+        ("data.slices", False, '"""Say print(x) and os.environ."""\nimport os\nos.replace("a", "b")'),
+    ],
+)
+def test_the_check_leaves_the_rest_alone(module: str, is_package: bool, source: str) -> None:
+    assert violations(source, f"{ROOT}.{module}", is_package=is_package, modules=MODULES) == []
+
+
+def test_the_command_line_loads_nothing_heavy() -> None:
+    heavy = ("torch", "monai", "mlflow", "nilearn", "SimpleITK", "matplotlib", "scipy", "skimage")
+    program = (
+        "import sys, vaevq_med.apps.cli as cli\n"
+        f"print(*[name for name in {heavy!r} if name in sys.modules])\n"
+        "assert cli.app.registered_commands\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
