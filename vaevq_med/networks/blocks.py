@@ -10,9 +10,7 @@ from vaevq_med.errors import VaevqMedError
 _CONVOLUTIONS = {2: nn.Conv2d, 3: nn.Conv3d}
 
 
-def convolution(
-    spatial_dims: int, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1
-) -> nn.Module:
+def convolution(spatial_dims: int, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Module:
     """A convolution that keeps the spatial size at stride 1, and pads nothing at stride 2.
 
     Raises:
@@ -46,9 +44,7 @@ class ResidualBlock(nn.Module):
         dropout: probability of dropping an activation before the second convolution, in [0, 1).
     """
 
-    def __init__(
-        self, *, spatial_dims: int, in_channels: int, out_channels: int, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, *, spatial_dims: int, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.norm1 = group_norm(in_channels)
         self.conv1 = convolution(spatial_dims, in_channels, out_channels, 3)
@@ -56,9 +52,7 @@ class ResidualBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv2 = convolution(spatial_dims, out_channels, out_channels, 3)
         self.shortcut = (
-            nn.Identity()
-            if in_channels == out_channels
-            else convolution(spatial_dims, in_channels, out_channels, 1)
+            nn.Identity() if in_channels == out_channels else convolution(spatial_dims, in_channels, out_channels, 1)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,9 +129,7 @@ class MiddleBlocks(nn.Sequential):
 
 def output_head(*, spatial_dims: int, in_channels: int, out_channels: int) -> nn.Sequential:
     """GroupNorm, swish, 3x3 convolution."""
-    return nn.Sequential(
-        group_norm(in_channels), nn.SiLU(), convolution(spatial_dims, in_channels, out_channels, 3)
-    )
+    return nn.Sequential(group_norm(in_channels), nn.SiLU(), convolution(spatial_dims, in_channels, out_channels, 3))
 
 
 def check_channels(x: Tensor, expected: int, what: str) -> None:

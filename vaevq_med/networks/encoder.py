@@ -79,8 +79,7 @@ def level_plan(
             f"attention_resolutions has {unknown}; with image_size {image_size} the levels have {sizes}"
         )
     return [
-        (num_channels * mult, size in attention_resolutions)
-        for mult, size in zip(channel_mult, sizes, strict=True)
+        (num_channels * mult, size in attention_resolutions) for mult, size in zip(channel_mult, sizes, strict=True)
     ]
 
 

@@ -46,9 +46,7 @@ class DiagonalGaussian:
         Args:
             generator: source of the noise, on the posterior's device; the global one when absent.
         """
-        noise = torch.randn(
-            self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype
-        )
+        noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
         return self.mean + self.std * noise
 
     def kl(self) -> Tensor:

@@ -78,9 +78,7 @@ class VisualTokenizer(nn.Module):
         if estimator not in ESTIMATORS:
             raise VaevqMedError(f"estimator is {estimator!r}; expected one of {', '.join(ESTIMATORS)}")
         if estimator == "released" and not variational:
-            raise VaevqMedError(
-                "estimator 'released' needs a posterior; found variational false, expected true"
-            )
+            raise VaevqMedError("estimator 'released' needs a posterior; found variational false, expected true")
         if quantizer.embedding_dim != embedding_dim:
             raise VaevqMedError(
                 f"embedding_dim is {embedding_dim}; expected the quantizer's, {quantizer.embedding_dim}"

@@ -115,9 +115,7 @@ class CodebookQuantizer(Quantizer):
     def forward(self, z: Tensor, posterior: Posterior | None = None) -> QuantizerOutput:
         """Quantize ``z`` ``[B, D, h, w]`` by the nearest codeword, with a straight-through gradient."""
         if z.ndim != 4 or z.shape[1] != self.embedding_dim:
-            raise VaevqMedError(
-                f"the latent has shape {tuple(z.shape)}; expected [B, {self.embedding_dim}, h, w]"
-            )
+            raise VaevqMedError(f"the latent has shape {tuple(z.shape)}; expected [B, {self.embedding_dim}, h, w]")
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
             codebook = self.codebook()

@@ -1,0 +1,48 @@
+"""Perceptual loss over a frozen feature network: LPIPS (arXiv 1801.03924), or LPIPS-style offline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vaevq_med.losses.base import PATH_REDUCTIONS, LossTerm, check_choice, combine, paths
+from vaevq_med.networks.features import feature_network
+from vaevq_med.outputs import TokenizerOutput
+
+
+class PerceptualLoss(LossTerm):
+    """Perceptual distance of the reconstruction, mean over the batch.
+
+    The target's features are computed once a step, both paths' in one batch.
+
+    Args:
+        network: name of the feature network, see :mod:`vaevq_med.networks.features`.
+        weights: file of its weights, where it is not in a usual place.
+        path_reduction: ``"sum"`` or ``"mean"`` of the quantized and the continuous path.
+
+    Raises:
+        MissingWeightsError: the network's weights are not on this machine.
+    """
+
+    def __init__(
+        self, *, network: str = "efficientnet-lite0", weights: str | Path | None = None, path_reduction: str = "sum"
+    ) -> None:
+        super().__init__()
+        self.path_reduction = check_choice("path_reduction", path_reduction, PATH_REDUCTIONS)
+        self.features = feature_network(network, weights)
+
+    def distance(self, first: Tensor, second: Tensor) -> Tensor:
+        """Distance of two batches ``[B, C, H, W]`` in [-1, 1], ``[B]``."""
+        return self.features.distance(first, second)
+
+    def forward(self, target: Tensor, output: TokenizerOutput) -> Tensor:
+        """The distance, a scalar."""
+        reconstructions = paths(output)
+        with torch.no_grad():
+            expected = self.features.layers(target)
+        found = self.features.layers(torch.cat(reconstructions))
+        expected = [stage.repeat(len(reconstructions), 1, 1, 1) for stage in expected]
+        distances = self.features.compare(found, expected).chunk(len(reconstructions))
+        return combine([distance.mean() for distance in distances], self.path_reduction)
