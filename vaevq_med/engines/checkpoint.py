@@ -142,9 +142,7 @@ class TrainingCheckpoint:
         engine.add_event_handler(Events.STARTED, self._started)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
-        engine.add_event_handler(
-            Events.COMPLETED | Events.TERMINATE | Events.EXCEPTION_RAISED, self._finished
-        )
+        engine.add_event_handler(Events.COMPLETED | Events.TERMINATE | Events.EXCEPTION_RAISED, self._finished)
 
     def state_dict(self, engine: TokenizerTrainer) -> dict[str, Any]:
         """Everything a resumed run needs, as tensors and plain values."""
@@ -179,11 +177,7 @@ class TrainingCheckpoint:
         state = read_checkpoint(path)
         stored = json.loads(state.get("config") or "{}")
         for key in ("network_def", "discriminator_def"):
-            if (
-                key in stored
-                and key in self.config
-                and stored[key] != json.loads(json.dumps(self.config[key]))
-            ):
+            if key in stored and key in self.config and stored[key] != json.loads(json.dumps(self.config[key])):
                 raise CheckpointError(
                     f"{path}: found a run of another {key}, expected this configuration's; choose another "
                     "output_dir, or start anew with --resume False"
@@ -243,8 +237,7 @@ class TrainingCheckpoint:
         fresh = self.evaluator is not None and self.evaluator.state.epoch > 0
         value = metrics.get(self.metric) if fresh else None
         improved = value is not None and (
-            self.best is None
-            or (value > self.best["value"] if self.mode == "max" else value < self.best["value"])
+            self.best is None or (value > self.best["value"] if self.mode == "max" else value < self.best["value"])
         )
         if improved:
             self.best = {"metric": self.metric, "value": float(value), "epoch": engine.state.epoch}

@@ -23,7 +23,7 @@ from vaevq_med.metrics import EvaluationReport, ReconstructionEvaluation
 from vaevq_med.metrics.pictures import reconstruction_grid, usage_histogram
 from vaevq_med.networks.features import feature_network
 
-_METADATA = ("path", "patient", "case", "modality")
+_METADATA = ("index", "path", "patient", "case", "modality", "slice")
 
 
 def label_map(dataset_dir: str | Path) -> Mapping[str, Sequence[int]]:
@@ -73,9 +73,7 @@ class EvaluationHandler:
         self.num_codebooks = num_codebooks
         self.lpips = None if lpips_network is None else feature_network(lpips_network, lpips_weights)
         same = fid_network == lpips_network and fid_weights == lpips_weights
-        self.fid = (
-            self.lpips if same else None if fid_network is None else feature_network(fid_network, fid_weights)
-        )
+        self.fid = self.lpips if same else None if fid_network is None else feature_network(fid_network, fid_weights)
         self.uint8 = uint8
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.pictures_dir = None if pictures_dir is None else Path(pictures_dir)
@@ -127,9 +125,7 @@ class EvaluationHandler:
         output, batch = engine.state.output, engine.state.batch
         regions = None
         if "brain" in batch:
-            regions = {
-                name: torch.as_tensor(batch[name]).to(engine.state.device) for name in ("brain", *REGIONS)
-            }
+            regions = {name: torch.as_tensor(batch[name]).to(engine.state.device) for name in ("brain", *REGIONS)}
         self._evaluation.update(
             output[Keys.IMAGE],
             output[Keys.PRED],
@@ -153,9 +149,7 @@ class EvaluationHandler:
             folder.mkdir(parents=True, exist_ok=True)
             if self.pictures_dir is not None:
                 fixed = np.linspace(0, len(self.dataset) - 1, self.num_pictures).round().astype(int)  # type: ignore[arg-type]
-                self._draw(
-                    engine, {f"{i}": int(i) for i in dict.fromkeys(fixed)}, folder / "reconstructions.png"
-                )
+                self._draw(engine, {f"{i}": int(i) for i in dict.fromkeys(fixed)}, folder / "reconstructions.png")
             usage_histogram(report.usage_counts, folder / "codebook_usage.png")
 
     def _extremes(self, report: EvaluationReport) -> dict[str, int]:
@@ -177,8 +171,7 @@ class EvaluationHandler:
             output[Keys.PRED].cpu(),
             None if continuous is None else continuous.cpu(),
             labels=[
-                f"{title} {row['modality']}\n{row['case']}".strip()
-                for title, row in zip(titles, rows, strict=True)
+                f"{title} {row['modality']}\n{row['case']}".strip() for title, row in zip(titles, rows, strict=True)
             ],
             path=path,
         )

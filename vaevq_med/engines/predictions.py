@@ -26,9 +26,7 @@ class PredictionWriter:
         write: some of ``indices`` and ``reconstructions``.
     """
 
-    def __init__(
-        self, *, output_dir: str | Path, dataset_dir: str | Path, write: Sequence[str] = _KINDS
-    ) -> None:
+    def __init__(self, *, output_dir: str | Path, dataset_dir: str | Path, write: Sequence[str] = _KINDS) -> None:
         unknown = [kind for kind in write if kind not in _KINDS]
         if unknown or not write:
             raise VaevqMedError(f"write: found {list(write)}, expected some of {', '.join(_KINDS)}")

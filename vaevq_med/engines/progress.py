@@ -95,9 +95,7 @@ class ProgressReporter:
         metrics = getattr(engine.state, "validation", None)
         if metrics:
             shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-            self.console.print(
-                f"epoch {engine.state.epoch}/{engine.state.max_epochs}  {shown}", highlight=False
-            )
+            self.console.print(f"epoch {engine.state.epoch}/{engine.state.max_epochs}  {shown}", highlight=False)
 
     def _stop(self, engine: Engine, *error: BaseException) -> None:
         if self._progress is not None:

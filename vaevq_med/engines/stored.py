@@ -75,9 +75,7 @@ class StoredTokenizer:
         try:
             return _plain(self.config[key], self.config, self.path)
         except (KeyError, IndexError) as error:
-            raise CheckpointError(
-                f"{self.path}: found no setting {error}, expected the run's configuration"
-            ) from error
+            raise CheckpointError(f"{self.path}: found no setting {error}, expected the run's configuration") from error
 
     @property
     def iteration(self) -> int:

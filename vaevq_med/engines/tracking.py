@@ -219,9 +219,7 @@ class MLflowTracker:
     def _epoch_completed(self, engine: Engine) -> None:
         with self.guard():
             metrics = getattr(engine.state, "validation", None) or {}
-            self.log_metrics(
-                {f"val/{name}": value for name, value in metrics.items()}, engine.state.iteration
-            )
+            self.log_metrics({f"val/{name}": value for name, value in metrics.items()}, engine.state.iteration)
             self.log_metrics({"epoch": engine.state.epoch}, engine.state.iteration)
             self.flush()
             for picture in sorted(self.pictures.glob("*.png")) if self.pictures else []:

@@ -99,9 +99,7 @@ class TokenizerTrainer(SupervisedTrainer):
         if precision not in PRECISIONS:
             raise VaevqMedError(f"precision: found {precision!r}, expected one of {', '.join(PRECISIONS)}")
         if objective.adversarial is not None and (discriminator is None or d_optimizer is None):
-            raise VaevqMedError(
-                "objective.adversarial is set: found no discriminator or no d_optimizer, expected both"
-            )
+            raise VaevqMedError("objective.adversarial is set: found no discriminator or no d_optimizer, expected both")
         super().__init__(
             device=device,
             max_epochs=max_epochs,
@@ -233,7 +231,8 @@ class TokenizerTrainer(SupervisedTrainer):
     def _discriminator_step(
         self, chunks: Sequence[Tensor], outputs: Sequence[TokenizerOutput], batch_size: int
     ) -> dict[str, float]:
-        assert self.discriminator is not None and self.d_optimizer is not None
+        assert self.discriminator is not None
+        assert self.d_optimizer is not None
         self.discriminator.requires_grad_(True)
         self.d_optimizer.zero_grad(set_to_none=True)
         terms: dict[str, Tensor] = {}
@@ -250,9 +249,7 @@ class TokenizerTrainer(SupervisedTrainer):
 
     def _iteration(self, engine: SupervisedTrainer, batchdata: dict[str, Any]) -> dict[str, Any]:
         started = time.perf_counter()
-        images = batchdata[Keys.IMAGE].to(
-            engine.state.device, non_blocking=True, memory_format=self.memory_format
-        )
+        images = batchdata[Keys.IMAGE].to(engine.state.device, non_blocking=True, memory_format=self.memory_format)
         images = images.as_tensor() if hasattr(images, "as_tensor") else images
         batch_size = images.shape[0]
         chunks = images.chunk(min(self.num_chunks, batch_size))

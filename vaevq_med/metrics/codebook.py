@@ -1,0 +1,67 @@
+"""How much of a codebook is in use."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vaevq_med.errors import VaevqMedError
+
+
+class CodebookUsage:
+    """Counts of each codebook entry over a split.
+
+    Args:
+        num_embeddings: K.
+        num_codebooks: G; the figures are means over the codebooks.
+        device: where the counts are kept.
+
+    Example:
+        >>> usage = CodebookUsage(num_embeddings=4)
+        >>> usage.update(torch.tensor([0, 0, 1, 1]).view(1, 2, 2, 1))
+        >>> usage.utilization(), round(usage.perplexity(), 4), usage.dead_codes()
+        (0.5, 2.0, 2.0)
+    """
+
+    def __init__(
+        self, *, num_embeddings: int, num_codebooks: int = 1, device: torch.device | str | None = None
+    ) -> None:
+        self.num_embeddings = num_embeddings
+        self.num_codebooks = num_codebooks
+        self.counts = torch.zeros(num_codebooks, num_embeddings, dtype=torch.int64, device=device)
+
+    def update(self, indices: Tensor) -> None:
+        """Count indices ``[B, h, w, G]``.
+
+        Raises:
+            VaevqMedError: for another number of codebooks, or an index not in [0, K).
+        """
+        if indices.shape[-1] != self.num_codebooks:
+            raise VaevqMedError(f"found {indices.shape[-1]} indices a position, expected {self.num_codebooks}")
+        flat = indices.reshape(-1, self.num_codebooks)
+        if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= self.num_embeddings):
+            raise VaevqMedError(
+                f"found indices from {int(flat.min())} to {int(flat.max())}, expected 0 to {self.num_embeddings - 1}"
+            )
+        for codebook in range(self.num_codebooks):
+            self.counts[codebook] += torch.bincount(flat[:, codebook], minlength=self.num_embeddings)
+
+    def reduce(self) -> None:
+        """Add up the counts of all processes."""
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(self.counts)
+
+    def utilization(self) -> float:
+        """Share of the K entries used at least once."""
+        return float((self.counts > 0).double().mean())
+
+    def dead_codes(self) -> float:
+        """Entries never used, a codebook."""
+        return float((self.counts == 0).double().sum(dim=1).mean())
+
+    def perplexity(self) -> float:
+        """``exp`` of the entropy of the entries' frequencies: the number of entries if all were used alike."""
+        frequencies = self.counts.double() / self.counts.sum(dim=1, keepdim=True).clamp_min(1)
+        entropy = -torch.special.xlogy(frequencies, frequencies).sum(dim=1)
+        return float(entropy.exp().mean())

@@ -1,0 +1,97 @@
+"""The record of an evaluation: summary, rows an image, provenance; as JSON and CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from torch import Tensor
+
+Summary = dict[str, dict[str, float]]
+
+
+def _atomic(path: Path, write: Callable[[TextIO], None]) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", newline="", encoding="utf-8") as file:
+            write(file)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """What an evaluation found.
+
+    Attributes:
+        summary: ``overall`` (name to ``value``, ``std``, ``n``), ``modality`` and ``region`` (name to such a table).
+        per_image: one row an image, in the data set's order.
+        usage_counts: int64 ``[G, K]``, how often each codebook entry was used.
+        provenance: checkpoint, split, feature networks and their weights.
+        conventions: how each figure is defined, in words.
+    """
+
+    summary: Mapping[str, Any]
+    per_image: Sequence[Mapping[str, Any]]
+    usage_counts: Tensor
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    conventions: Mapping[str, str] = field(default_factory=dict)
+
+    def overall(self) -> dict[str, float]:
+        """Flat figures for logging: ``psnr``, ``utilization``, ``psnr_t1n``, ``ssim_whole_tumor``, ..."""
+        flat = {name: entry["value"] for name, entry in self.summary["overall"].items()}
+        for scope in ("modality", "region"):
+            for group, table in self.summary.get(scope, {}).items():
+                flat |= {f"{name}_{group}": entry["value"] for name, entry in table.items()}
+        return {name: value for name, value in flat.items() if value == value}
+
+    def save(self, directory: Path) -> None:
+        """Write ``metrics.json``, ``metrics.csv`` (a line a figure) and ``per_image.csv``, each atomically."""
+        directory.mkdir(parents=True, exist_ok=True)
+        record = {
+            "summary": self.summary,
+            "provenance": dict(self.provenance),
+            "conventions": dict(self.conventions),
+        }
+        _atomic(directory / "metrics.json", lambda file: file.write(json.dumps(_clean(record), indent=2) + "\n"))
+        _atomic(directory / "metrics.csv", self._write_metrics)
+        _atomic(directory / "per_image.csv", self._write_rows)
+
+    def _write_metrics(self, file: TextIO) -> None:
+        writer = csv.writer(file)
+        writer.writerow(
+            ["scope", "group", "metric", "value", "std", "n", "feature_network", "split_hash", "checkpoint"]
+        )
+        networks = {"lpips": "lpips_network", "rfid": "fid_network"}
+        tables = [("overall", "all", self.summary["overall"])]
+        for scope in ("modality", "region"):
+            tables += [(scope, group, table) for group, table in self.summary.get(scope, {}).items()]
+        for scope, group, table in tables:
+            for name, entry in table.items():
+                network = self.provenance.get(networks.get(name, ""), "")
+                shared = [network, self.provenance.get("split_hash", ""), self.provenance.get("checkpoint_sha256", "")]
+                writer.writerow([scope, group, name, entry["value"], entry.get("std", ""), entry["n"], *shared])
+
+    def _write_rows(self, file: TextIO) -> None:
+        names = list(dict.fromkeys(name for row in self.per_image for name in row))
+        writer = csv.DictWriter(file, fieldnames=names)
+        writer.writeheader()
+        writer.writerows(self.per_image)
+
+
+def _clean(value: Any) -> Any:
+    """NaN has no place in JSON: None instead."""
+    if isinstance(value, Mapping):
+        return {key: _clean(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_clean(item) for item in value]
+    return None if isinstance(value, float) and value != value else value
