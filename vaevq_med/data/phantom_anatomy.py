@@ -63,9 +63,7 @@ class Template:
             The map at the points, shape ``[...]``; zero outside the grid.
         """
         index = points - self.origin.astype(np.float32).reshape(3, *[1] * (points.ndim - 1))
-        return ndimage.map_coordinates(
-            getattr(self, name), index, order=1, mode="constant", output=np.float32
-        )
+        return ndimage.map_coordinates(getattr(self, name), index, order=1, mode="constant", output=np.float32)
 
 
 def _read_map(name: str) -> tuple[Array, NDArray[np.float64]]:
@@ -176,9 +174,7 @@ def make_grid(shape: Sequence[int]) -> Grid:
         inside = np.flatnonzero((position > low) & (position < high))
         window.append(slice(int(inside[0]), int(inside[-1]) + 1))
         axes.append(position[window[-1]].astype(np.float32))
-    return Grid(
-        (shape[0], shape[1], shape[2]), affine, (window[0], window[1], window[2]), (axes[0], axes[1], axes[2])
-    )
+    return Grid((shape[0], shape[1], shape[2]), affine, (window[0], window[1], window[2]), (axes[0], axes[1], axes[2]))
 
 
 def smooth_noise(
@@ -342,8 +338,7 @@ def build_anatomy(
     for fraction, shift in ((csf, atrophy), (gm, 0.0), (wm, 0.0)):
         noise = smooth_noise(rng, 4.0, grid.axes)[mask]
         weights.append(
-            (fraction + np.float32(0.01)) ** np.float32(1.7)
-            * np.exp(np.float32(0.35) * noise + np.float32(shift))
+            (fraction + np.float32(0.01)) ** np.float32(1.7) * np.exp(np.float32(0.35) * noise + np.float32(shift))
         )
     total = weights[0] + weights[1] + weights[2]
     csf, gm, wm = (weight / total for weight in weights)

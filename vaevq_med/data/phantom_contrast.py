@@ -69,23 +69,17 @@ def find_vessels(rng: np.random.Generator, grid: Grid, anatomy: Anatomy) -> Arra
     Returns:
         Fraction of vessel in each voxel of the brain, ``[N]``.
     """
-    first, second, third = (
-        smooth_noise(rng, spacing, grid.axes)[anatomy.mask] for spacing in (8.0, 8.0, 3.0)
-    )
+    first, second, third = (smooth_noise(rng, spacing, grid.axes)[anatomy.mask] for spacing in (8.0, 8.0, 3.0))
     tubes = np.exp((first**2 + second**2) * np.float32(-1 / (2 * 0.17**2)))
     x, y, z = anatomy.points
     shallow = np.clip((np.float32(0.97) - anatomy.cover) * 4, 0, 1)
-    sinus = (
-        np.exp(-((x / 2.2) ** 2)) * np.clip((np.float32(0.8) - anatomy.cover) * 5, 0, 1) * (y < 45) * (z > 0)
-    )
+    sinus = np.exp(-((x / 2.2) ** 2)) * np.clip((np.float32(0.8) - anatomy.cover) * 5, 0, 1) * (y < 45) * (z > 0)
     plexus = np.zeros_like(x)
     for side in (-1, 1):
         plexus += np.exp(-(((x - side * 20) / 7) ** 2 + ((y + 36) / 8) ** 2 + ((z - 6) / 9) ** 2))
     plexus *= anatomy.csf**2 * np.clip(third + np.float32(0.3), 0, 1)
     return np.clip(
-        tubes * np.maximum(shallow, np.minimum(anatomy.csf * 2, 1) * cortex_weight(anatomy.points))
-        + sinus
-        + plexus,
+        tubes * np.maximum(shallow, np.minimum(anatomy.csf * 2, 1) * cortex_weight(anatomy.points)) + sinus + plexus,
         0,
         1,
     )
@@ -131,9 +125,7 @@ def render(
         )
     )
     csf, gm, wm, edema, rim, necrosis, cavity = (means * spread).astype(np.float32)
-    image = (
-        csf * anatomy.csf + gm * anatomy.gm + wm * anatomy.wm + np.float32(contrast.texture) * anatomy.texture
-    )
+    image = csf * anatomy.csf + gm * anatomy.gm + wm * anatomy.wm + np.float32(contrast.texture) * anatomy.texture
     image += vessels * (np.float32(contrast.vessel) - image)
     mottle = np.float32(contrast.mottle) * lesion.mottle
     image += lesion.edema * (edema + mottle / 2 - image)

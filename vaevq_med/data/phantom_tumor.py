@@ -143,9 +143,9 @@ def _edema_distance(plan: TumorPlan, template: Template, points: Array) -> Array
     The cheapest path over the template's tissue (with the mass effect), from the core's outline.
     """
     ticks = np.arange(-_REACH, _REACH + _STEP, _STEP)
-    cube = (
-        plan.center.reshape(3, 1, 1, 1) + np.stack(np.meshgrid(ticks, ticks, ticks, indexing="ij"))
-    ).astype(np.float32)
+    cube = (plan.center.reshape(3, 1, 1, 1) + np.stack(np.meshgrid(ticks, ticks, ticks, indexing="ij"))).astype(
+        np.float32
+    )
     pushed = magnify(cube, *plan.mass_effect)
     speed = sum(np.float32(value) * template.sample(name, pushed) for name, value in _SPEED.items())
     core = _core_distance(plan, cube) < 0
@@ -154,9 +154,7 @@ def _edema_distance(plan: TumorPlan, template: Template, points: Array) -> Array
     reached, _ = MCP_Geometric(cost, sampling=(_STEP,) * 3).find_costs(np.argwhere(core))
     reached = np.minimum(reached, 4 * _REACH).astype(np.float32)
     index = (points - cube[:, 0, 0, 0].reshape(3, 1)) / np.float32(_STEP)
-    return ndimage.map_coordinates(
-        reached, index, order=1, mode="constant", cval=4 * _REACH, output=np.float32
-    )
+    return ndimage.map_coordinates(reached, index, order=1, mode="constant", cval=4 * _REACH, output=np.float32)
 
 
 def _inside(distance: Array) -> Array:
@@ -164,9 +162,7 @@ def _inside(distance: Array) -> Array:
     return 1 / (1 + np.exp(np.clip(distance / np.float32(0.5 * _EDGE), -30, 30)))
 
 
-def grow_tumor(
-    rng: np.random.Generator, plan: TumorPlan, grid: Grid, anatomy: Anatomy, *, resected: bool
-) -> Lesion:
+def grow_tumor(rng: np.random.Generator, plan: TumorPlan, grid: Grid, anatomy: Anatomy, *, resected: bool) -> Lesion:
     """Grow a planned tumor in a person's brain.
 
     The same generator state gives the same tumor before and after the resection.
