@@ -6,10 +6,11 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 from vaevq_med.errors import DataError
 
@@ -72,12 +73,13 @@ def split_hash(entries: Mapping[str, Iterable[Mapping[str, Any]]]) -> str:
     return "sha256:" + hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def atomic_write_text(path: Path, text: str) -> None:
-    """Write a file so that it holds either the old or the whole new text."""
+@contextmanager
+def _atomic_writer(path: Path) -> Iterator[TextIO]:
+    """A text file that takes the place of ``path`` when the block ends well, and vanishes when it does not."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
@@ -87,10 +89,34 @@ def atomic_write_text(path: Path, text: str) -> None:
         raise
 
 
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write a file so that it holds either the old or the whole new text."""
+    with _atomic_writer(path) as file:
+        file.write(text)
+
+
 def write_manifest(root: Path, content: Mapping[str, Any]) -> Path:
-    """Write ``dataset.json`` below ``root``, atomically."""
+    """Write ``dataset.json`` below ``root``, atomically, one entry a line.
+
+    Args:
+        root: folder of the data set.
+        content: the JSON object; its splits may be iterators, which are never held in memory as a whole.
+
+    Returns:
+        The file.
+    """
     path = root / FILE_NAME
-    atomic_write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    with _atomic_writer(path) as file:
+        head = {key: value for key, value in content.items() if key not in SPLITS}
+        file.write(json.dumps(head, indent=1, ensure_ascii=False).removesuffix("\n}"))
+        for number, split in enumerate(SPLITS):
+            file.write((",\n" if head or number else "\n") + f" {json.dumps(split)}: [")
+            separator = "\n"
+            for entry in content[split]:
+                file.write(f"{separator}  {json.dumps(entry, ensure_ascii=False)}")
+                separator = ",\n"
+            file.write("\n ]")
+        file.write("\n}\n")
     return path
 
 
@@ -124,6 +150,6 @@ def _check_entry(entry: Any, where: str) -> None:
         raise DataError(f"{where}: found no {', '.join(missing)}, expected {', '.join(_REQUIRED)}")
     for key in ("image", "segmentation"):
         if key in entry:
-            relative = PurePosixPath(str(entry[key]))
-            if relative.is_absolute() or ".." in relative.parts:
+            relative = entry[key]
+            if not isinstance(relative, str) or relative.startswith("/") or ".." in relative.split("/"):
                 raise DataError(f"{where}: found the {key} path {entry[key]!r}, expected one inside the data set")

@@ -1,0 +1,132 @@
+"""Dealing patients to training, validation and test."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from vaevq_med.data.manifest import SPLITS
+from vaevq_med.data.recipes import SplitRule
+from vaevq_med.errors import DataError
+
+
+def patient_position(patient: str, seed: int = 0) -> float:
+    """Where a patient falls in [0, 1); it depends on the seed and the name alone.
+
+    The first 53 bits of SHA-256 over ``"{seed}:{patient}"``, as a fraction.
+
+    Args:
+        patient: the patient's name.
+        seed: another seed gives another order.
+    """
+    digest = hashlib.sha256(f"{seed}:{patient}".encode()).digest()
+    return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
+
+
+def split_by_hash(patients: Iterable[str], rule: SplitRule) -> dict[str, str]:
+    """Deal patients by the hash of their names, so that new patients move nobody.
+
+    Args:
+        patients: names.
+        rule: seed and shares.
+
+    Returns:
+        Patient to split.
+
+    Examples:
+        >>> split_by_hash(["a", "b"], SplitRule(training=1.0, validation=0.0))
+        {'a': 'training', 'b': 'training'}
+    """
+    splits = {}
+    for patient in patients:
+        position = patient_position(patient, rule.seed)
+        if position < rule.training:
+            splits[patient] = "training"
+        elif position < rule.training + rule.validation:
+            splits[patient] = "validation"
+        else:
+            splits[patient] = "test"
+    return splits
+
+
+def read_split_file(path: str | Path) -> dict[str, str]:
+    """Read who stands in which split.
+
+    Args:
+        path: JSON with an object from patient to split, or CSV with the columns ``patient`` and ``split``.
+
+    Returns:
+        Patient to split.
+
+    Raises:
+        DataError: the file cannot be read, names an unknown split, or a patient twice.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"split file {path}: found no readable file ({error}), expected JSON or CSV") from error
+    pairs = _csv_pairs(path, text) if path.suffix.lower() == ".csv" else _json_pairs(path, text)
+    splits: dict[str, str] = {}
+    for patient, split in pairs:
+        if split not in SPLITS:
+            raise DataError(
+                f"split file {path}: found split {split!r} for patient {patient!r}, expected one of {', '.join(SPLITS)}"
+            )
+        if splits.setdefault(patient, split) != split:
+            raise DataError(
+                f"split file {path}: found patient {patient!r} in {splits[patient]} and {split}, expected one split"
+            )
+    return splits
+
+
+def split_by_file(patients: Iterable[str], path: str | Path) -> dict[str, str]:
+    """Deal patients as a file says.
+
+    Args:
+        patients: names; the file may hold others too.
+        path: as for :func:`read_split_file`.
+
+    Returns:
+        Patient to split.
+
+    Raises:
+        DataError: the file is invalid or does not name a patient.
+    """
+    given = read_split_file(path)
+    wanted = list(patients)
+    absent = sorted(set(wanted) - set(given))
+    if absent:
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        raise DataError(f"split file {path}: found no patient {absent[0]}{more}, expected every patient of the input")
+    return {patient: given[patient] for patient in wanted}
+
+
+def _json_pairs(path: Path, text: str) -> list[tuple[str, str]]:
+    try:
+        pairs = json.loads(text, object_pairs_hook=list)
+    except ValueError as error:
+        raise DataError(f"split file {path}: found invalid JSON ({error}), expected an object") from error
+    if not text.lstrip().startswith("{") or not all(isinstance(split, str) for _, split in pairs):
+        raise DataError(f'split file {path}: found other JSON, expected an object such as {{"patient": "training"}}')
+    return [(patient, split) for patient, split in pairs]
+
+
+def _csv_pairs(path: Path, text: str) -> list[tuple[str, str]]:
+    reader = csv.DictReader(io.StringIO(text), skipinitialspace=True)
+    columns = reader.fieldnames or []
+    if not {"patient", "split"} <= set(columns):
+        raise DataError(
+            f"split file {path}: found columns {', '.join(columns) or 'none'}, expected patient and split"
+        )
+    return [((row["patient"] or "").strip(), (row["split"] or "").strip()) for row in reader]
+
+
+def count_patients(splits: Mapping[str, str]) -> dict[str, int]:
+    """How many patients stand in each split, for every one of :data:`SPLITS`."""
+    assigned = list(splits.values())
+    return {split: assigned.count(split) for split in SPLITS}
