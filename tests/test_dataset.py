@@ -42,9 +42,7 @@ def test_read_image_names_a_broken_file(tmp_path: Path) -> None:
 
 
 def test_item_range_masks_and_metadata(slice_dataset: Path) -> None:
-    data = SliceDataset(
-        dataset_dir=slice_dataset, split="test", transform=LoadSliced(image_size=32, label_map=LABELS)
-    )
+    data = SliceDataset(dataset_dir=slice_dataset, split="test", transform=LoadSliced(image_size=32, label_map=LABELS))
     item = data[1]
     assert item["image"].shape == (1, 32, 32)
     assert item["image"].min() == -1

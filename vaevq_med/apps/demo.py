@@ -114,9 +114,7 @@ class Demo:
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
         status = subprocess.run(command, env=environment, check=False).returncode
         if status != 0:
-            raise VaevqMedError(
-                f"the step {title!r} ended with exit code {status}, expected 0; see its output above"
-            )
+            raise VaevqMedError(f"the step {title!r} ended with exit code {status}, expected 0; see its output above")
 
     @staticmethod
     def _report(folder: Path, tracking_uri: str) -> DemoReport:

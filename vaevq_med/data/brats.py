@@ -35,7 +35,9 @@ DECATHLON_CHANNELS: Mapping[str, int] = {"t2f": 0, "t1n": 1, "t1c": 2, "t2w": 3}
 """Order of the contrasts in Task01_BrainTumour's 4D volumes: FLAIR, T1w, T1gd, T2w."""
 
 _BRATS_2023 = re.compile(r"(?P<case>(?P<patient>BraTS-(?P<kind>[A-Za-z]+)-[0-9]+)-[0-9]+)[-_](?P<contrast>[a-z0-9]+)")
-_BRATS_2021 = re.compile(r"(?P<case>brats[0-9]{2,4}_[a-z0-9_]+?)_(?P<contrast>t1|t1ce|t1gd|t2|flair|seg)", re.IGNORECASE)
+_BRATS_2021 = re.compile(
+    r"(?P<case>brats[0-9]{2,4}_[a-z0-9_]+?)_(?P<contrast>t1|t1ce|t1gd|t2|flair|seg)", re.IGNORECASE
+)
 _BRATS_2019 = re.compile(r"(brats1[789]_.+)_[0-9]+", re.IGNORECASE)
 _DECATHLON = re.compile(r"BRATS_[0-9]+")
 _CASE_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,126}[A-Za-z0-9_-])?")
@@ -188,9 +190,7 @@ def find_cases(
     return search
 
 
-def read_cases(
-    table: Path, root: Path, modalities: Sequence[str], *, label_map: str | None = None
-) -> CaseSearch:
+def read_cases(table: Path, root: Path, modalities: Sequence[str], *, label_map: str | None = None) -> CaseSearch:
     """Read cases from a CSV of paths.
 
     The columns are ``case``, one for each contrast (under any of :data:`CONTRAST_ALIASES`), and, where there
@@ -260,7 +260,9 @@ def _walk(root: Path, search: CaseSearch, exclude: Path | None) -> Iterator[Path
     """Files below a folder, in order; links are followed, once each, and hidden names left out."""
 
     def unreadable(error: OSError) -> None:
-        search.problems.append((str(error.filename), f"found an unreadable folder ({error.strerror}), expected to read it"))
+        search.problems.append(
+            (str(error.filename), f"found an unreadable folder ({error.strerror}), expected to read it")
+        )
 
     excluded = exclude.resolve() if exclude is not None else None
     seen: set[Path] = set()

@@ -106,9 +106,7 @@ class LoadSliced(Transform):
         if tuple(image.shape[-2:]) != size:
             image = F.interpolate(image[None], size=size, mode="bicubic", antialias=True)[0].clamp(0, 1)
         if image.shape[0] != self.in_channels:
-            image = (
-                image.expand(self.in_channels, -1, -1) if image.shape[0] == 1 else image.mean(0, keepdim=True)
-            )
+            image = image.expand(self.in_channels, -1, -1) if image.shape[0] == 1 else image.mean(0, keepdim=True)
         item["image"] = (image * 2 - 1).contiguous()
         return item
 
@@ -232,9 +230,7 @@ class ResumableBatchSampler(Sampler[list[int]]):
         world_size: int = 1,
     ) -> None:
         if num_items < 1 or batch_size < 1:
-            raise DataError(
-                f"found {num_items} items in batches of {batch_size}, expected at least 1 of each"
-            )
+            raise DataError(f"found {num_items} items in batches of {batch_size}, expected at least 1 of each")
         self.num_items = num_items
         self.batch_size = batch_size
         self.seed = seed

@@ -35,7 +35,9 @@ class BiasFieldCorrection:
     iterations: tuple[int, ...] = (50, 50, 50, 50)
 
     def __post_init__(self) -> None:
-        _expect(_is_int(self.shrink_factor, 1, 16), "bias_field_correction.shrink_factor", self.shrink_factor, "1 to 16")
+        _expect(
+            _is_int(self.shrink_factor, 1, 16), "bias_field_correction.shrink_factor", self.shrink_factor, "1 to 16"
+        )
         _expect(
             0 < len(self.iterations) <= 8 and all(_is_int(n, 1, 1000) for n in self.iterations),
             "bias_field_correction.iterations",
@@ -238,7 +240,9 @@ def _known(values: Mapping[str, Any], kind: type, where: str) -> None:
     known = {f.name for f in fields(kind)}
     unknown = sorted(set(values) - known)
     if unknown:
-        raise DataError(f"{where}: found unknown field {', '.join(unknown)}, expected some of {', '.join(sorted(known))}")
+        raise DataError(
+            f"{where}: found unknown field {', '.join(unknown)}, expected some of {', '.join(sorted(known))}"
+        )
 
 
 def _expect(valid: object, name: str, found: object, expected: str) -> None:

@@ -120,9 +120,7 @@ def _csv_pairs(path: Path, text: str) -> list[tuple[str, str]]:
     reader = csv.DictReader(io.StringIO(text), skipinitialspace=True)
     columns = reader.fieldnames or []
     if not {"patient", "split"} <= set(columns):
-        raise DataError(
-            f"split file {path}: found columns {', '.join(columns) or 'none'}, expected patient and split"
-        )
+        raise DataError(f"split file {path}: found columns {', '.join(columns) or 'none'}, expected patient and split")
     return [((row["patient"] or "").strip(), (row["split"] or "").strip()) for row in reader]
 
 

@@ -249,7 +249,7 @@ class RadImageNetFeatures(FeatureNetwork):
 
 
 def _backbone_state(backbone: nn.Module, state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """torchvision's ``features.N.*`` under the names ``sliceM.N.*`` that LPIPS gives the same layers."""
+    """Torchvision's ``features.N.*`` under the names ``sliceM.N.*`` that LPIPS gives the same layers."""
     renamed = {}
     for key in backbone.state_dict():
         source = f"features.{key.split('.', 1)[1]}"
