@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -261,8 +262,11 @@ class TokenizerTrainer(SupervisedTrainer):
         rates = {"learning_rate": self.optimizer.param_groups[0]["lr"]}
         if self.d_optimizer is not None:
             rates["discriminator_learning_rate"] = self.d_optimizer.param_groups[0]["lr"]
-        for scheduler in self.schedulers:
-            scheduler.step()
+        with warnings.catch_warnings():
+            # The discriminator's rate follows the schedule before its first step, too.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            for scheduler in self.schedulers:
+                scheduler.step()
         engine.state.images_seen = engine.state.iteration * batch_size
         engine.state.terms = {
             **terms,
