@@ -5,13 +5,18 @@ Each command imports what it runs when it runs, so that ``--help`` is instant.
 
 from __future__ import annotations
 
+import signal
 import sys
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vaevq_med.errors import VaevqMedError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 app = typer.Typer(
     name="vaevq-med",
@@ -40,6 +45,144 @@ def _root(
 # --- data preparation -------------------------------------------------------------------------------
 
 
+class SliceFormat(StrEnum):
+    """How slices are stored."""
+
+    png = "png"
+    png16 = "png16"
+    npy = "npy"
+
+
+def _show_counts(title: str, patients: dict[str, int], slices: dict[str, int] | None = None) -> None:
+    for split, count in patients.items():
+        tail = "" if slices is None else f", {slices[split]} slices"
+        typer.echo(f"  {title}{split}: {count} patient{'s' if count != 1 else ''}{tail}")
+
+
+@app.command("slice-extract")
+def slice_extract(
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help="Folder of cases, under any nesting.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder of the data set.")],
+    recipe: Annotated[
+        str, typer.Option(help="A recipe of preprocessing/, or a .json file of your own.")
+    ] = "brats24/axial_256",
+    size: Annotated[int | None, typer.Option(help="Side of the slices in pixels, in place of the recipe's.")] = None,
+    image_format: Annotated[
+        SliceFormat | None,
+        typer.Option("--format", help="8- or 16-bit PNG, or float32 .npy, in place of the recipe's."),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; by default one a core.")] = None,
+    split_file: Annotated[
+        Path | None, typer.Option(help="JSON {patient: split} or CSV patient,split, in place of the recipe's rule.")
+    ] = None,
+    cases: Annotated[
+        Path | None, typer.Option(help="CSV case,[patient,]t1n,t1c,t2w,t2f[,seg] of paths, for other layouts.")
+    ] = None,
+    label_map: Annotated[
+        str | None,
+        typer.Option(help="What the segmentations' values mean: brats2021, brats2024, brats2024-ped or decathlon."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and the space it takes.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace slices that another recipe made.")] = False,
+) -> None:
+    """Turn volumes (BraTS 2017-2024, Decathlon, or a CSV of paths) into a data set of 2D slices, split by patient.
+
+    Exit code 0: all is done; 1: done, but cases were skipped; 2: nothing could be done; 130: interrupted, the same
+    command goes on.
+    """
+    from vaevq_med.apps.slice_extract import SliceExtract
+    from vaevq_med.data.recipes import load_recipe
+
+    chosen = load_recipe(recipe).with_options(size=size, image_format=image_format.value if image_format else None)
+    command = SliceExtract(
+        input=source,
+        output=output,
+        recipe=chosen,
+        workers=workers,
+        split_file=split_file,
+        cases=cases,
+        label_map=label_map,
+        overwrite=overwrite,
+    )
+    if dry_run:
+        plan = command.plan()
+        for name, reason in plan.skipped:
+            typer.echo(f"vaevq-med: case {name}: {reason}; skipped", err=True)
+        typer.echo(f"{output}: would slice {plan.cases} cases; {plan.reused} are done already")
+        _show_counts("", plan.patients)
+        if plan.measured_on is not None:
+            typer.echo(
+                f"  about {plan.images:,} images, {_size(plan.bytes)} (as {plan.measured_on} takes); "
+                f"{_size(plan.free_bytes)} free"
+            )
+        for note in plan.notes:
+            typer.echo(f"  note: {note}")
+        raise typer.Exit(1 if plan.skipped else 0)
+    progress = _progress()
+
+    def start(total: int) -> None:
+        progress.add_task("cases", total=total)
+        progress.start()
+
+    def skip(name: str, reason: str) -> None:
+        progress.console.print(f"vaevq-med: case {name}: {reason}; skipped", soft_wrap=True, markup=False)
+        if progress.tasks:
+            progress.advance(progress.task_ids[0])
+
+    try:
+        report = command.run(on_start=start, on_case=lambda name: progress.advance(progress.task_ids[0]), on_skip=skip)
+    except KeyboardInterrupt:
+        progress.stop()
+        typer.echo("vaevq-med: interrupted; finished cases are kept, and the same command goes on", err=True)
+        raise typer.Exit(130) from None
+    finally:
+        progress.stop()
+    typer.echo(
+        f"{report.output}: {report.written} cases sliced, {report.reused} were done, {len(report.skipped)} skipped"
+    )
+    _show_counts("", report.patients, report.slices)
+    for note in report.notes:
+        typer.echo(f"  note: {note}")
+    raise typer.Exit(1 if report.skipped else 0)
+
+
+@app.command("audit-split")
+def audit_split(
+    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Folder of dataset.json.")],
+) -> None:
+    """Fail, with exit code 1, when a patient stands in two splits of a data set."""
+    from vaevq_med.apps.audit_split import AuditSplit
+
+    report = AuditSplit(dataset).run()
+    for leak in report.leaks:
+        typer.echo(f"vaevq-med: {leak}", err=True)
+    _show_counts("", report.patients, report.slices)
+    for note in report.notes:
+        typer.echo(f"  note: {note}")
+    typer.echo(
+        f"{dataset}: {len(report.leaks)} leaks" if report.leaks else f"{dataset}: no patient stands in two splits"
+    )
+    raise typer.Exit(1 if report.leaks else 0)
+
+
+def _size(count: int) -> str:
+    """Bytes for a reader."""
+    value, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def _progress() -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True, highlight=False))
+
+
 # --- synthetic subjects -----------------------------------------------------------------------------
 
 
@@ -52,15 +195,11 @@ def phantom(
     workers: Annotated[int | None, typer.Option(help="Processes; by default one a core.")] = None,
 ) -> None:
     """Write synthetic brains with a tumor, in BraTS 2024 layout and naming."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from vaevq_med.apps.phantom import Phantom, parse_shape
     from vaevq_med.data.phantom import PhantomConfig
 
     command = Phantom(output, subjects, PhantomConfig(shape=parse_shape(shape), seed=seed), workers)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with _progress() as progress:
         task = progress.add_task("synthetic cases", total=command.num_cases)
         report = command.run(on_case=lambda name: progress.update(task, advance=1))
     typer.echo(f"{report.output}: cases {len(report.cases)}, subjects {report.subjects}")
@@ -101,6 +240,11 @@ def demo(
 
 def main() -> None:
     """Run the command line; an expected error ends with one line on stderr and exit code 2."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         app()
     except VaevqMedError as error:

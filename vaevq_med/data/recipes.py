@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ class Recipe:
     interpolation: str = "bilinear"
     antialias: bool = True
     format: str = "png"
-    split: SplitRule = SplitRule()
+    split: SplitRule = field(default_factory=SplitRule)
 
     def __post_init__(self) -> None:
         _expect(isinstance(self.name, str) and self.name, "name", self.name, "a text")
