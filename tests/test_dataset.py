@@ -76,7 +76,7 @@ def test_selection_by_modality_count_and_shard(slice_dataset: Path) -> None:
 
 
 def test_unknown_modality_and_missing_data_say_what_to_do(slice_dataset: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no modality t9x.*expected some of t1c, t1n, t2f, t2w"):
+    with pytest.raises(DataError, match=r"no modality t9x.*expected some of t1c, t1n, t2f, t2w"):
         SliceDataset(dataset_dir=slice_dataset, split="training", modalities=["t9x"])
     with pytest.raises(DataError, match="vaevq-med slice-extract"):
         SliceDataset(dataset_dir=tmp_path / "nothing", split="training")

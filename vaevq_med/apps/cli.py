@@ -213,10 +213,10 @@ def phantom(
 
 @app.command()
 def demo(
-    output: Path = typer.Option(Path("demo"), help="Folder of everything that the demo writes."),
-    subjects: int = typer.Option(6, min=3, help="Synthetic subjects to make."),
-    epochs: int | None = typer.Option(None, min=1, help="Epochs to train; by default the overlay's."),
-    seed: int = typer.Option(0, help="Seed of the subjects and of the training."),
+    output: Annotated[Path, typer.Option(help="Folder of everything that the demo writes.")] = Path("demo"),
+    subjects: Annotated[int, typer.Option(min=3, help="Synthetic subjects to make.")] = 6,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs to train; by default the overlay's.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the subjects and of the training.")] = 0,
 ) -> None:
     """Make synthetic brains, extract slices, train and evaluate a small VAEVQ: some minutes, no GPU."""
     from rich.console import Console

@@ -125,7 +125,8 @@ def check_case_name(name: str) -> None:
     """
     if not _CASE_NAME.fullmatch(name):
         raise DataError(
-            f"found case name {name!r}, expected 1 to 128 letters, digits, '.', '_' or '-', starting with a letter or digit"
+            f"found case name {name!r}, expected 1 to 128 letters, digits, '.', '_' or '-', "
+            "starting with a letter or digit"
         )
 
 

@@ -57,7 +57,7 @@ class BiasFieldCorrectionN4(Transform):
         Raises:
             DataError: SimpleITK could not fit a field.
         """
-        import SimpleITK as sitk
+        import SimpleITK as sitk  # noqa: N813
 
         sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
         volume = sitk.GetImageFromArray(np.ascontiguousarray(np.asarray(data[0], dtype=np.float32)))

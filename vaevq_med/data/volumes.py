@@ -69,7 +69,7 @@ def _read_nifti(path: Path) -> tuple[NDArray, NDArray[np.float64]]:
 
 
 def _read_itk(path: Path) -> tuple[NDArray, NDArray[np.float64]]:
-    import SimpleITK as sitk
+    import SimpleITK as sitk  # noqa: N813
 
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     image = sitk.ReadImage(str(path))

@@ -263,7 +263,7 @@ def _load(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
-        detail = (str(error).splitlines() + [""])[1].strip()
+        detail = [*str(error).splitlines(), "", ""][1].strip()
         raise MissingWeightsError(f"{path}: found weights that do not fit ({detail[:160]})") from error
 
 
