@@ -17,6 +17,7 @@ from vaevq_med.errors import VaevqMedError
 from vaevq_med.resources import bundle_path
 
 _MARK = ".vaevq_med_demo"
+_SHAPE = "91,109,91"
 _SMALL = ("--batch_size", "16", "--num_workers", "0")
 
 
@@ -68,7 +69,10 @@ class Demo:
         shared = ["--dataset_dir", str(slices), "--output_dir", str(trained), "--tracking_uri", tracking_uri]
         self._call(
             "Synthetic subjects",
-            [*tool, "phantom", str(volumes), *["--subjects", str(self.subjects)], *["--seed", str(self.seed)]],
+            [
+                *[*tool, "phantom", str(volumes), "--subjects", str(self.subjects)],
+                *["--seed", str(self.seed), "--shape", _SHAPE],
+            ],
         )
         splits = self.output / "splits.json"
         splits.write_text(json.dumps(self._splits(volumes), indent=2) + "\n")
