@@ -78,8 +78,7 @@ def slice_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_slice_dataset(tmp_path_factory.mktemp("slices"))
 
 
-@pytest.fixture
-def toy_overrides(slice_dataset: Path, tmp_path: Path) -> dict[str, Any]:
+def toy_config(dataset_dir: Path, output_dir: Path) -> dict[str, Any]:
     """Overrides that make the BraTS bundle train on the toy data in seconds."""
     small = {
         "num_channels": 8,
@@ -89,8 +88,8 @@ def toy_overrides(slice_dataset: Path, tmp_path: Path) -> dict[str, Any]:
         "z_channels": 8,
     }
     overrides: dict[str, Any] = {
-        "dataset_dir": str(slice_dataset),
-        "output_dir": str(tmp_path / "run"),
+        "dataset_dir": str(dataset_dir),
+        "output_dir": str(output_dir),
         "tracking_uri": "none",
         "device": "$torch.device('cpu')",
         "image_size": 32,
@@ -108,6 +107,12 @@ def toy_overrides(slice_dataset: Path, tmp_path: Path) -> dict[str, Any]:
     for part in ("encoder", "decoder"):
         overrides |= {f"network_def#{part}#{key}": value for key, value in small.items()}
     return overrides
+
+
+@pytest.fixture
+def toy_overrides(slice_dataset: Path, tmp_path: Path) -> dict[str, Any]:
+    """:func:`toy_config` on the toy data, into a fresh folder."""
+    return toy_config(slice_dataset, tmp_path / "run")
 
 
 @pytest.fixture(scope="session")

@@ -58,8 +58,8 @@ COLUMNS = (
     ("seconds", "s", "{:.0f}"),
 )
 SMALL: dict[str, Any] = {
-    **{f"network_def#{part}#num_channels": 32 for part in ("encoder", "decoder")},
-    **{f"network_def#{part}#channel_mult": [1, 1, 2] for part in ("encoder", "decoder")},
+    **{f"network_def#{part}#num_channels": 16 for part in ("encoder", "decoder")},
+    **{f"network_def#{part}#channel_mult": [1, 2, 4] for part in ("encoder", "decoder")},
     **{f"network_def#{part}#num_res_blocks": 1 for part in ("encoder", "decoder")},
     **{f"network_def#{part}#attention_resolutions": [] for part in ("encoder", "decoder")},
     **{f"network_def#{part}#z_channels": 64 for part in ("encoder", "decoder")},
@@ -196,7 +196,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.size = arguments.size or (64 if arguments.small else 256)
     arguments.steps = arguments.steps or (600 if arguments.small else 500)
-    arguments.batch_size = arguments.batch_size or (8 if arguments.small else 16)
+    arguments.batch_size = arguments.batch_size or (4 if arguments.small else 16)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.pack:

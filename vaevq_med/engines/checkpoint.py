@@ -168,8 +168,6 @@ class TrainingCheckpoint:
             state["discriminator"] = _plain(engine.discriminator).state_dict()
         if engine.d_optimizer is not None:
             state["d_optimizer"] = engine.d_optimizer.state_dict()
-        for scheduler in state["schedulers"]:
-            scheduler.pop("lr_lambdas", None)
         return state
 
     def load(self, engine: TokenizerTrainer, path: Path) -> None:

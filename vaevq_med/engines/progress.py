@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from ignite.engine import Engine, Events
 from rich.console import Console
@@ -27,6 +28,8 @@ class ProgressReporter:
         terms: names in ``engine.state.terms`` to show.
         seconds: seconds between two lines where the output is not a terminal.
         total: iterations of the whole run; by default ``max_epochs * epoch_length``.
+        metrics: names in the validation's figures to show; an evaluation shows all of them at its end.
+        written: folder to name at the end of an evaluation.
     """
 
     def __init__(
@@ -36,11 +39,15 @@ class ProgressReporter:
         terms: Sequence[str] = ("loss", "reconstruction", "perceptual"),
         seconds: float = 15.0,
         total: int | None = None,
+        metrics: Sequence[str] = ("psnr", "ssim", "utilization", "perplexity", "utilization_sample"),
+        written: str | Path | None = None,
     ) -> None:
         self.description = description
         self.terms = tuple(terms)
         self.seconds = seconds
         self.total = total
+        self.metrics = tuple(metrics)
+        self.written = written
         self.console = Console()
         self._progress: Progress | None = None
         self._shown = 0.0
@@ -53,6 +60,7 @@ class ProgressReporter:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
         engine.add_event_handler(Events.COMPLETED | Events.TERMINATE | Events.EXCEPTION_RAISED, self._stop)
+        engine.add_event_handler(Events.COMPLETED, self._completed)
 
     def _length(self, engine: Engine) -> int:
         if self.total is not None:
@@ -94,8 +102,16 @@ class ProgressReporter:
     def _epoch_completed(self, engine: Engine) -> None:
         metrics = getattr(engine.state, "validation", None)
         if metrics:
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            shown = "  ".join(f"{name} {metrics[name]:.4g}" for name in self.metrics if name in metrics)
             self.console.print(f"epoch {engine.state.epoch}/{engine.state.max_epochs}  {shown}", highlight=False)
+
+    def _completed(self, engine: Engine) -> None:
+        if hasattr(engine.state, "terms"):
+            return
+        for name, value in engine.state.metrics.items():
+            self.console.print(f"  {name:<28}{float(value):10.4f}", highlight=False)
+        if self.written is not None:
+            self.console.print(f"written to {self.written}", highlight=False, soft_wrap=True)
 
     def _stop(self, engine: Engine, *error: BaseException) -> None:
         if self._progress is not None:

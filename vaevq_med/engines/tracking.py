@@ -58,6 +58,13 @@ def versions() -> dict[str, str]:
     }
 
 
+def artifact_location(tracking_uri: str) -> str | None:
+    """Where a new experiment's artifacts go: ``mlruns`` beside a SQLite file, otherwise the server's choice."""
+    if not tracking_uri.startswith("sqlite:///"):
+        return None
+    return (Path(tracking_uri.removeprefix("sqlite:///")).resolve().parent / "mlruns").as_uri()
+
+
 class MLflowTracker:
     """Log a training run to MLflow; a resumed run goes on in the same MLflow run.
 
@@ -155,7 +162,11 @@ class MLflowTracker:
             except MlflowException:
                 logger.warning("MLflow has no run %s any more; a new one is made", resumed_id)
         found = client.get_experiment_by_name(self.experiment)
-        experiment_id = found.experiment_id if found else client.create_experiment(self.experiment)
+        experiment_id = (
+            found.experiment_id
+            if found
+            else client.create_experiment(self.experiment, artifact_location=artifact_location(self.tracking_uri))
+        )
         tags = {**self.tags, **{f"version.{name}": value for name, value in versions().items()}}
         if self.parent_run_id is not None:
             tags["mlflow.parentRunId"] = self.parent_run_id

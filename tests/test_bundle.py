@@ -1,0 +1,278 @@
+"""The BraTS bundle as MONAI runs it, at toy size."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import BUNDLE, toy_config
+from monai.bundle import ConfigParser, ConfigWorkflow
+
+from vaevq_med.engines import ConfigError, check_config, read_checkpoint
+
+OVERLAYS = sorted(path.stem for path in (BUNDLE / "overlays").glob("*.json"))
+TERMS = ("reconstruction", "perceptual", "kl", "rcs", "dcr")
+
+
+def run_bundle(file: str, overrides: dict[str, Any], *overlays: str, run_id: str = "run") -> ConfigParser:
+    """What ``python -m monai.bundle run`` does, in this process."""
+    files = [str(BUNDLE / file), *(str(BUNDLE / "overlays" / f"{name}.json") for name in overlays)]
+    workflow = ConfigWorkflow(
+        config_file=files,
+        meta_file=str(BUNDLE / "metadata.json"),
+        logging_file=str(BUNDLE / "logging.conf"),
+        run_id=run_id,
+        workflow_type="train" if file == "train.json" else "infer",
+        **overrides,
+    )
+    workflow.initialize()
+    workflow.run()
+    workflow.finalize()
+    return workflow.parser
+
+
+def evaluation_overrides(toy: dict[str, Any]) -> dict[str, Any]:
+    names = ("dataset_dir", "output_dir", "tracking_uri", "device", "num_workers", "batch_size")
+    return {name: toy[name] for name in names}
+
+
+def states_equal(first: Any, second: Any) -> bool:
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(states_equal(first[k], second[k]) for k in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(states_equal(a, b) for a, b in zip(first, second, strict=True))
+    return first == second
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, slice_dataset: Path) -> tuple[dict[str, Any], ConfigParser]:
+    """A toy run with tracking, finished."""
+    folder = tmp_path_factory.mktemp("trained")
+    overrides = toy_config(slice_dataset, folder / "run")
+    overrides["tracking_uri"] = f"sqlite:///{folder / 'mlflow.db'}"
+    return overrides, run_bundle("train.json", overrides, run_id="training")
+
+
+@pytest.mark.parametrize("file", ["train.json", "evaluate.json", "inference.json"])
+def test_monai_finds_every_property(file: str, trained: tuple[dict[str, Any], ConfigParser]) -> None:
+    overrides = dict(trained[0]) if file == "train.json" else evaluation_overrides(trained[0])
+    if file == "inference.json":
+        del overrides["tracking_uri"]
+    workflow = ConfigWorkflow(
+        config_file=str(BUNDLE / file),
+        meta_file=str(BUNDLE / "metadata.json"),
+        workflow_type="train" if file == "train.json" else "infer",
+        **overrides,
+    )
+    workflow.initialize()
+    assert not workflow.check_properties()
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_every_overlay_is_read_by_the_training_bundle(name: str) -> None:
+    parser = ConfigParser()
+    parser.read_config([str(BUNDLE / "train.json"), str(BUNDLE / "overlays" / f"{name}.json")])
+    check_config(parser.get())
+    overlay = json.loads((BUNDLE / "overlays" / f"{name}.json").read_text())
+    for key in overlay:
+        if key != "_notes_":
+            parser[key]
+
+
+def test_the_paper_overlay_is_the_default() -> None:
+    plain, overlaid = ConfigParser(), ConfigParser()
+    plain.read_config(str(BUNDLE / "train.json"))
+    overlaid.read_config([str(BUNDLE / "train.json"), str(BUNDLE / "overlays" / "paper.json")])
+    for key in ("network_def", "objective"):
+        assert overlaid.get(key) == plain.get(key)
+
+
+def test_readme_of_the_bundle_lists_its_overlays() -> None:
+    text = (BUNDLE / "README.md").read_text()
+    rows = [name for name in OVERLAYS if f"`{name}`" not in text and not name.startswith("ablation_m")]
+    assert rows == []
+
+
+def test_training_logs_every_term_and_keeps_checkpoints(trained: tuple[dict[str, Any], ConfigParser]) -> None:
+    overrides, parser = trained
+    trainer = parser.get_parsed_content("train#trainer")
+    assert trainer.state.epoch == 2
+    assert set(TERMS) < set(trainer.state.terms)
+    assert all(math.isfinite(value) for value in trainer.state.terms.values())
+    # The GAN starts at step 2 of 8.
+    assert {"adversarial", "adaptive_weight", "discriminator_loss"} < set(trainer.state.terms)
+    checkpoint = torch.load(Path(overrides["output_dir"]) / "checkpoints" / "last.pt", weights_only=True)
+    assert checkpoint["iteration"] == trainer.state.iteration
+
+
+def test_mlflow_run_holds_what_a_reader_needs(trained: tuple[dict[str, Any], ConfigParser]) -> None:
+    from mlflow import MlflowClient
+
+    overrides, parser = trained
+    client = MlflowClient(overrides["tracking_uri"])
+    (experiment,) = (e for e in client.search_experiments() if e.name == "vaevq_med brats")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["num_embeddings"] == "32"
+    assert run.data.params["objective.weights.rcs"] == "0.00024"
+    assert run.data.tags["data.content_hash"] == "sha256:toy"
+    assert "version.torch" in run.data.tags
+    steps = parser.get_parsed_content("train#trainer").state.iteration
+    for term in (*TERMS, "loss", "learning_rate"):
+        history = client.get_metric_history(run.info.run_id, f"train/{term}")
+        assert [point.step for point in history] == list(range(1, steps + 1)), term
+    assert len(client.get_metric_history(run.info.run_id, "val/psnr")) == 2
+    assert {item.path for item in client.list_artifacts(run.info.run_id, "checkpoints")} == {
+        "checkpoints/best.pt",
+        "checkpoints/last.pt",
+    }
+    names = {item.path for item in client.list_artifacts(run.info.run_id, "pictures/epoch_0002")}
+    assert names == {"pictures/epoch_0002/codebook_usage.png", "pictures/epoch_0002/reconstructions.png"}
+    assert "config.json" in {item.path for item in client.list_artifacts(run.info.run_id)}
+
+
+def test_evaluation_writes_a_complete_record(trained: tuple[dict[str, Any], ConfigParser]) -> None:
+    overrides, _ = trained
+    run_bundle("evaluate.json", evaluation_overrides(overrides), run_id="evaluating")
+    folder = Path(overrides["output_dir"]) / "evaluation" / "test"
+    record = json.loads((folder / "metrics.json").read_text())
+    overall = record["summary"]["overall"]
+    assert overall["psnr"]["n"] == 16
+    assert {"ssim", "lpips", "rfid", "utilization", "utilization_sample", "perplexity", "dead_codes"} < set(overall)
+    assert set(record["summary"]["modality"]) == {"t1n", "t1c", "t2w", "t2f"}
+    assert set(record["summary"]["region"]) == {"brain", "whole_tumor", "tumor_core", "enhancing_tumor"}
+    provenance = record["provenance"]
+    assert provenance["n"] == 16
+    assert provenance["split_hash"] == "sha256:toy"
+    assert len(provenance["checkpoint_sha256"]) == len(provenance["lpips_weights_sha256"]) == 64
+    assert (folder / "best_median_worst.png").stat().st_size > 1000
+    assert len((folder / "per_image.csv").read_text().splitlines()) == 17
+    # What the evaluation says of the images is what one gets by hand from the written predictions.
+    run_bundle("inference.json", {k: v for k, v in evaluation_overrides(overrides).items() if k != "tracking_uri"})
+    predictions = Path(overrides["output_dir"]) / "predictions" / "test"
+    indices = np.concatenate([np.load(path).ravel() for path in sorted(predictions.glob("indices/**/*.npy"))])
+    assert len(np.unique(indices)) / 32 == pytest.approx(overall["utilization"]["value"])
+    from PIL import Image
+
+    errors = []
+    for path in sorted((predictions / "reconstructions").glob("**/*.png")):
+        original = next(Path(overrides["dataset_dir"]).glob(f"images/**/{path.name}"))
+        difference = np.asarray(Image.open(path), float) - np.asarray(Image.open(original), float)
+        errors.append(10 * np.log10(255**2 / np.mean(difference**2)))
+    assert np.mean(errors) == pytest.approx(overall["psnr"]["value"], abs=1e-3)
+
+
+def test_a_resumed_run_ends_bit_identical(toy_overrides: dict[str, Any], tmp_path: Path) -> None:
+    whole = {**toy_overrides, "output_dir": str(tmp_path / "whole"), "checkpoint_interval": 1}
+    run_bundle("train.json", whole, run_id="training")
+    # Stop after iteration 3 of 8, in the middle of the first epoch and after the GAN's start.
+    broken = {**whole, "output_dir": str(tmp_path / "broken")}
+    files = str(BUNDLE / "train.json")
+    workflow = ConfigWorkflow(config_file=files, workflow_type="train", **broken)
+    workflow.initialize()
+    trainer = workflow.parser.get_parsed_content("train#trainer")
+
+    class Killed(BaseException):
+        pass
+
+    def kill(engine: Any) -> None:
+        if engine.state.iteration == 3:
+            raise Killed
+
+    from ignite.engine import Events
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, kill)
+    with pytest.raises(Killed):
+        workflow.run()
+    assert read_checkpoint(tmp_path / "broken" / "checkpoints" / "last.pt")["iteration"] == 3
+    parser = run_bundle("train.json", broken, run_id="training")
+    assert parser.get_parsed_content("train#trainer").state.iteration == 8
+    first, second = (read_checkpoint(tmp_path / name / "checkpoints" / "last.pt") for name in ("whole", "broken"))
+    for key in ("network", "ema", "optimizers", "schedulers", "discriminator", "iteration"):
+        if key in first:
+            assert states_equal(first[key], second[key]), key
+    assert {"network", "ema"} < set(first)
+
+
+@pytest.mark.slow
+def test_a_killed_process_leaves_a_checkpoint_that_loads(toy_overrides: dict[str, Any]) -> None:
+    overrides = {**toy_overrides, "max_epochs": 100000, "checkpoint_interval": 1, "val_interval": 1000000}
+    command = [sys.executable, "-m", "monai.bundle", "run", "training", "--config_file", str(BUNDLE / "train.json")]
+    for key, value in overrides.items():
+        command += [f"--{key}", str(value)]
+    last = Path(overrides["output_dir"]) / "checkpoints" / "last.pt"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not last.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+        time.sleep(1.5)
+        os.kill(process.pid, signal.SIGKILL)
+    checkpoint = read_checkpoint(last)
+    assert checkpoint["iteration"] >= 1
+    resumed = run_bundle("train.json", {**overrides, "max_epochs": checkpoint["iteration"] // 4 + 1}, run_id="training")
+    trainer = resumed.get_parsed_content("train#trainer")
+    assert trainer.state.iteration == (checkpoint["iteration"] // 4 + 1) * 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"max_epoch": 3}, "'max_epochs'"),
+        ({"objective#weights#rsc": 1.0}, "'rcs'"),
+        ({"network_def#quantizer#asignment": "posterior"}, "'assignment'"),
+        ({"dataset_dir": "nowhere"}, "vaevq-med slice-extract"),
+        ({"feature_network": "vgg", "feature_weights": "nowhere.pth"}, "nowhere.pth"),
+        ({"precision": "fp8"}, "fp32, bf16"),
+    ],
+)
+def test_a_mistake_ends_with_one_line(
+    overrides: dict[str, Any], said: str, toy_overrides: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run_bundle("train.json", {**toy_overrides, **overrides}, run_id="training")
+    assert stopped.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vaevq-med:")]
+    assert len(lines) == 1
+    assert said in lines[0]
+
+
+def test_check_config_names_the_nearest_id() -> None:
+    with pytest.raises(ConfigError, match=r"'lr'.*did you mean 'rl'"):
+        check_config({"rl": 1, "run": "$@rl", "lr": 2})
+
+
+def test_a_term_that_goes_bad_stops_the_run_and_keeps_the_checkpoint(toy_overrides: dict[str, Any]) -> None:
+    from vaevq_med.engines import TrainingError
+
+    workflow = ConfigWorkflow(
+        config_file=str(BUNDLE / "train.json"), workflow_type="train", **{**toy_overrides, "checkpoint_interval": 1}
+    )
+    workflow.initialize()
+    trainer = workflow.parser.get_parsed_content("train#trainer")
+    term = workflow.parser.get_parsed_content("objective").terms["rcs"]
+    calls = []
+    original = term.forward
+
+    def spoiled(target: torch.Tensor, output: Any) -> torch.Tensor:
+        calls.append(1)
+        return original(target, output) * (math.nan if len(calls) == 4 else 1)
+
+    term.forward = spoiled
+    with pytest.raises(Exception, match="rcs = nan") as stopped:
+        trainer.run()
+    assert isinstance(stopped.value, TrainingError)
+    checkpoint = read_checkpoint(Path(toy_overrides["output_dir"]) / "checkpoints" / "last.pt")
+    assert checkpoint["iteration"] == 3
+    assert all(torch.isfinite(value).all() for value in checkpoint["network"].values())
