@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -33,6 +33,10 @@ from vaevq_med.data.splits import count_patients, split_by_file, split_by_hash
 from vaevq_med.errors import DataError
 
 _FATAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+_RECIPE = "recipe.json"
+_REPORT = "report.json"
+_RECIPE_HASH = "recipe.sha256"
+_MAX_WORKERS = 512
 _VERSIONS = ("vaevq_med", "monai", "torch", "numpy", "nibabel", "SimpleITK", "pillow")
 
 
@@ -121,7 +125,7 @@ class SliceExtract:
         search = self._search()
         splits = self._splits(search.cases)
         target = self._target_map(search.cases)
-        self._check_output(write=False)
+        self._check_output()
         todo = [case for case in search.cases if not self._finished(case, target)]
         skipped = list(search.problems)
         measured, images, size = None, 0, 0
@@ -130,20 +134,22 @@ class SliceExtract:
                 (Path(folder) / STATE).mkdir()
                 outcome = _extract(case, self.recipe, Path(folder), target)
             if isinstance(outcome, CaseRecord):
-                remaining = len(todo) - (len(skipped) - len(search.problems))
-                measured, images, size = case.name, len(outcome.entries) * remaining, outcome.bytes * remaining
+                measured, images, size = case.name, len(outcome.entries), outcome.bytes
                 break
-            skipped.append((case.name, outcome[0]))
+            skipped.append((case.name, self._problem(outcome, case.name) or ""))
+        remaining = len(todo) - (len(skipped) - len(search.problems))
+        if len(search.cases) - len(todo) + remaining == 0:
+            raise self._nothing(skipped)
         existing = next(path for path in (self.output.resolve(), *self.output.resolve().parents) if path.exists())
         return SlicePlan(
-            cases=len(todo),
+            cases=remaining,
             reused=len(search.cases) - len(todo),
             skipped=tuple(skipped),
             notes=tuple(search.notes),
             patients=count_patients(splits),
             measured_on=measured,
-            images=images,
-            bytes=size,
+            images=images * remaining,
+            bytes=size * remaining,
             free_bytes=shutil.disk_usage(existing).free,
         )
 
@@ -174,21 +180,21 @@ class SliceExtract:
             on_skip(name, reason)
         splits = self._splits(search.cases)
         target = self._target_map(search.cases)
-        self._check_output(write=True)
+        self._check_output()
         with self._lock():
-            for partial in (self.output / STATE).glob("*.partial"):
-                shutil.rmtree(partial, ignore_errors=True)
+            self._prepare_output()
             todo = [case for case in search.cases if not self._finished(case, target)]
             problems = dict(search.problems)
-            for name, problem in self._extract_all(todo, target, on_start):
-                if problem is None:
-                    on_case(name)
-                else:
-                    problems[name] = problem
-                    on_skip(name, problem)
+            with contextlib.closing(self._extract_all(todo, target, on_start)) as outcomes:
+                for name, problem in outcomes:
+                    if problem is None:
+                        on_case(name)
+                    else:
+                        problems[name] = problem
+                        on_skip(name, problem)
             done = [case for case in search.cases if case.name not in problems]
             if not done:
-                raise DataError(f"input {self.input}: found no case that could be sliced, expected at least one")
+                raise self._nothing(list(problems.items()))
             return self._finish(
                 search, done, problems, splits, target, written=len({c.name for c in todo} - set(problems))
             )
@@ -196,8 +202,8 @@ class SliceExtract:
     def _search(self) -> CaseSearch:
         if self.label_map is not None:
             label_map(self.label_map)
-        if self.workers is not None and self.workers < 1:
-            raise DataError(f"workers: found {self.workers}, expected at least 1")
+        if self.workers is not None and not 1 <= self.workers <= _MAX_WORKERS:
+            raise DataError(f"workers: found {self.workers}, expected 1 to {_MAX_WORKERS}")
         if self.cases is not None:
             return read_cases(self.cases, self.input, self.recipe.modalities, label_map=self.label_map)
         return find_cases(self.input, self.recipe.modalities, label_map=self.label_map, exclude=self.output)
@@ -222,10 +228,9 @@ class SliceExtract:
         record = read_record(self.output, case.name)
         return record is not None and record.fingerprint == mark
 
-    def _check_output(self, *, write: bool) -> None:
+    def _check_output(self) -> None:
         output, state = self.output, self.output / STATE
-        recipe_file = state / "recipe.sha256"
-        try:
+        with self._writing():
             if output.exists() and not output.is_dir():
                 raise DataError(f"output {output}: found a file, expected a folder or nothing")
             if output.is_dir() and not state.is_dir() and any(output.iterdir()):
@@ -233,46 +238,70 @@ class SliceExtract:
                     f"output {output}: found a folder with other things in it, expected none, an empty one, or one of "
                     "an earlier slice-extract"
                 )
-            other = recipe_file.is_file() and recipe_file.read_text().strip() != self.recipe.image_hash
-            if other and not self.overwrite:
+            if self._other_recipe() and not self.overwrite:
                 raise DataError(
                     f"output {output}: found slices made by another recipe, expected those of {self.recipe.name} at "
                     f"{self.recipe.size} pixels as {self.recipe.format}; choose another folder, or replace them with "
                     "--overwrite"
                 )
-            if write:
-                state.mkdir(parents=True, exist_ok=True)
-                (output / FILE_NAME).unlink(missing_ok=True) if other else None
-                atomic_write_text(recipe_file, self.recipe.image_hash + "\n")
+
+    def _other_recipe(self) -> bool:
+        """Whether the slices in the output folder were made by another recipe."""
+        file = self.output / STATE / _RECIPE_HASH
+        return file.is_file() and file.read_bytes().strip() != self.recipe.image_hash.encode()
+
+    def _prepare_output(self) -> None:
+        """Remove what a killed run left, and note the recipe before the first slice of it."""
+        state = self.output / STATE
+        with self._writing():
+            for partial in state.glob("*.partial"):
+                shutil.rmtree(partial, ignore_errors=True)
+            temporary = [f".{name}.*" for name in (FILE_NAME, _RECIPE, _REPORT)]
+            for file in [
+                *state.glob(".*.json.*"),
+                *state.glob(f".{_RECIPE_HASH}.*"),
+                *(file for pattern in temporary for file in self.output.glob(pattern)),
+            ]:
+                file.unlink()
+            if self._other_recipe():
+                (self.output / FILE_NAME).unlink(missing_ok=True)
+            atomic_write_text(state / _RECIPE_HASH, self.recipe.image_hash + "\n")
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Say in one line that the output folder cannot be written."""
+        try:
+            yield
         except OSError as error:
             raise DataError(
-                f"output {output}: found it not writable ({error.strerror}), expected a folder to write to"
+                f"output {self.output}: found it not writable ({error.strerror}), expected a folder with room to write"
             ) from None
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
         """One run at a time in an output folder, where the platform has file locks."""
-        try:
-            import fcntl
-        except ImportError:
-            yield
-            return
-        with (self.output / STATE / "lock").open("w") as file:
+        state = self.output / STATE
+        with self._writing():
+            state.mkdir(parents=True, exist_ok=True)
+            file = (state / "lock").open("w")
+        with file:
             try:
+                import fcntl
+
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise DataError(
                     f"output {self.output}: found another slice-extract at work in it, expected none"
                 ) from None
-            except OSError:
+            except (ImportError, OSError):
                 pass
             yield
 
     def _extract_all(
         self, todo: Sequence[Case], target: str, on_start: Callable[[int], None]
-    ) -> Iterator[tuple[str, str | None]]:
+    ) -> Generator[tuple[str, str | None], None, None]:
         """Case names as they get done, each with what is wrong with it, or None."""
-        workers = min(self.workers or os.cpu_count() or 1, len(todo))
+        workers = min(self.workers or _cores(), len(todo))
         if workers <= 1:
             on_start(len(todo))
             threads = torch.get_num_threads()
@@ -300,6 +329,11 @@ class SliceExtract:
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+    def _nothing(self, problems: Sequence[tuple[str, str]]) -> DataError:
+        return DataError(
+            f"input {self.input}: found no case that could be sliced ({len(problems)} skipped), expected at least one"
+        )
 
     @staticmethod
     def _problem(outcome: CaseRecord | tuple[str, bool], case: str) -> str | None:
@@ -358,7 +392,7 @@ class SliceExtract:
             notes.append(f"no patient fell into {' or '.join(empty)}; --split-file names the patients of each split")
         others = sorted(self._folders() - {case.name for case in done})
         if others:
-            notes.append(f"{len(others)} folders of cases that are not part of this data set were left ({others[0]})")
+            notes.append(f"folders of cases that are not part of this data set were left: {len(others)} ({others[0]})")
         report = SliceReport(
             output=self.output,
             written=written,
@@ -369,14 +403,10 @@ class SliceExtract:
             patients=patients,
             modalities=modalities,
         )
-        try:
-            atomic_write_text(self.output / "recipe.json", json.dumps(self.recipe.to_dict(), indent=2) + "\n")
-            atomic_write_text(self.output / "report.json", _report_text(report, len(done)))
+        with self._writing():
+            atomic_write_text(self.output / _RECIPE, json.dumps(self.recipe.to_dict(), indent=2) + "\n")
+            atomic_write_text(self.output / _REPORT, _report_text(report, len(done)))
             write_manifest(self.output, content)
-        except OSError as error:
-            raise DataError(
-                f"output {self.output}: found it not writable ({error.strerror}), expected room to write"
-            ) from None
         return report
 
     def _record(self, case: Case) -> CaseRecord:
@@ -415,6 +445,14 @@ def _extract(case: Case, recipe: Recipe, output: Path, target: str) -> CaseRecor
         if error.errno in _FATAL:
             return f"found no room or no permission to write ({error.strerror}), expected a disk with free space", True
         return f"found a file that cannot be read or written ({error.strerror or error}), expected access to it", False
+    except (MemoryError, RuntimeError) as error:  # torch raises the latter where memory lacks
+        lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        return f"found a case that cannot be computed ({lines[0][:160]}), expected one that fits into memory", False
+
+
+def _cores() -> int:
+    """Cores that this process may use, which a cluster's scheduler sets."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _start_worker(parent: int) -> None:

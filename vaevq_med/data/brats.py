@@ -12,6 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 from vaevq_med.data.labels import BRATS2021, BRATS2024, BRATS2024_PED, DECATHLON
@@ -147,8 +148,9 @@ def find_cases(
     Raises:
         DataError: ``root`` is no readable folder.
     """
-    if not root.is_dir():
-        raise DataError(f"input {root}: found {'a file' if root.exists() else 'nothing'}, expected a folder of cases")
+    if not os.path.isdir(root):
+        found = "a file" if os.path.exists(root) else "nothing"
+        raise DataError(f"input {root}: found {found}, expected a folder of cases")
     search = CaseSearch()
     files: dict[str, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
     maps: dict[str, str] = {}
@@ -184,7 +186,7 @@ def find_cases(
     if not search.cases and not search.problems:
         raise DataError(
             f"input {root}: found no case"
-            + (f" but {len(strangers)} volumes of other names ({strangers[0].name})" if strangers else "")
+            + (f" but {len(strangers)} volumes of other names ({_relative(strangers[0], root)})" if strangers else "")
             + ", expected BraTS or Decathlon names such as BraTS-GLI-00005-100-t1n.nii.gz; "
             "describe another layout with --cases"
         )
@@ -210,22 +212,26 @@ def read_cases(table: Path, root: Path, modalities: Sequence[str], *, label_map:
         DataError: the table cannot be read, lacks a column or has no row.
     """
     try:
-        reader = csv.DictReader(io.StringIO(table.read_text(encoding="utf-8-sig")), skipinitialspace=True)
-        rows = [{k.strip(): (v or "").strip() for k, v in row.items() if k} for row in reader]
+        reader = csv.reader(io.StringIO(table.read_text(encoding="utf-8-sig")), skipinitialspace=True)
+        header = [column.strip() for column in next(reader, [])]
+        columns = [CONTRAST_ALIASES.get(column.lower(), column.lower()) for column in header]
+        rows = [dict(zip_longest(columns, (v.strip() for v in row[: len(columns)]), fillvalue="")) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"cases {table}: found no readable CSV ({error}), expected one with a header") from error
-    columns = [column.strip() for column in reader.fieldnames or []]
-    contrasts = {column: CONTRAST_ALIASES.get(column.lower(), column.lower()) for column in columns}
-    missing = [name for name in ("case", *modalities) if name not in contrasts.values()]
+    used = ("case", "patient", *modalities, "seg")
+    missing = [name for name in ("case", *modalities) if name not in columns]
     if missing:
         raise DataError(
-            f"cases {table}: found columns {', '.join(columns) or 'none'}, expected also {', '.join(missing)}"
+            f"cases {table}: found columns {', '.join(header) or 'none'}, expected also {', '.join(missing)}"
         )
+    repeated = [name for name in used if columns.count(name) > 1]
+    if repeated:
+        raise DataError(f"cases {table}: found {columns.count(repeated[0])} columns for {repeated[0]}, expected one")
+    rows = [row for row in rows if any(row.values())]
     if not rows:
         raise DataError(f"cases {table}: found no rows, expected one for each case")
     search = CaseSearch()
-    used = {"case", "patient", "seg", *modalities}
-    ignored = [column for column, name in contrasts.items() if name not in used]
+    ignored = [column for column, name in zip(header, columns, strict=True) if name not in used]
     if ignored:
         search.notes.append(f"cases {table.name}: columns {', '.join(ignored)} are not used")
     counts: dict[str, int] = defaultdict(int)
@@ -233,19 +239,19 @@ def read_cases(table: Path, root: Path, modalities: Sequence[str], *, label_map:
         counts[row["case"]] += 1
     for row in rows:
         name = row["case"]
+        volumes = {name: [root / row[name]] for name in (*modalities, "seg") if row.get(name)}
+        absent = [path for (path,) in volumes.values() if not os.path.isfile(path)]
+        try:
+            check_case_name(name)
+        except DataError as error:
+            search.problems.append((_printable(name) or "(no name)", str(error)))
+            continue
         if counts[name] > 1:
             if all(problem[0] != name for problem in search.problems):
                 search.problems.append((name, f"found {counts[name]} rows of this name in {table.name}, expected one"))
             continue
-        volumes = {contrasts[c]: [root / v] for c, v in row.items() if v and contrasts[c] in (*modalities, "seg")}
-        absent = [path for (path,) in volumes.values() if not path.is_file()]
-        try:
-            check_case_name(name)
-        except DataError as error:
-            search.problems.append((name or "(no name)", str(error)))
-            continue
         if absent:
-            search.problems.append((name, f"found no file {absent[0]}, expected one as {table.name} says"))
+            search.problems.append((name, f"found no file {_printable(absent[0])}, expected one as {table.name} says"))
             continue
         patient = row.get("patient") or patient_of(name)
         made = _assemble(name, patient, volumes, modalities, label_map or BRATS2024.name, root)
@@ -262,7 +268,7 @@ def _walk(root: Path, search: CaseSearch, exclude: Path | None) -> Iterator[Path
 
     def unreadable(error: OSError) -> None:
         search.problems.append(
-            (str(error.filename), f"found an unreadable folder ({error.strerror}), expected to read it")
+            (_printable(error.filename), f"found an unreadable folder ({error.strerror}), expected to read it")
         )
 
     excluded = exclude.resolve() if exclude is not None else None
@@ -316,7 +322,12 @@ def _assemble(
 
 
 def _relative(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+    return _printable(path.relative_to(root).as_posix() if path.is_relative_to(root) else path)
+
+
+def _printable(text: object) -> str:
+    """One line that any stream can encode, whatever bytes a file's name is made of."""
+    return "".join(c if c.isprintable() else "?" for c in str(text))
 
 
 def _add_notes(

@@ -185,7 +185,7 @@ class SliceDataset(Dataset):
         self.manifest = manifest
         self.num_items = len(entries)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> Any:  # type: ignore[override]
         """Item ``index % len(self)`` as epoch ``index // len(self)`` draws it."""
         if index < 0:
             raise IndexError(index)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -18,6 +17,7 @@ AXES = ("axial", "coronal", "sagittal")
 FORMATS = ("png", "png16", "npy")
 INTERPOLATIONS = ("bilinear", "bicubic")
 MAX_SIZE = 4096
+_RESERVED = ("seg", "case", "patient", "image")
 _EXTRACTOR = 1
 """Part of every recipe's hash; a change of what the same recipe writes raises it."""
 
@@ -39,9 +39,11 @@ class BiasFieldCorrection:
             _is_int(self.shrink_factor, 1, 16), "bias_field_correction.shrink_factor", self.shrink_factor, "1 to 16"
         )
         _expect(
-            0 < len(self.iterations) <= 8 and all(_is_int(n, 1, 1000) for n in self.iterations),
+            isinstance(self.iterations, tuple)
+            and 0 < len(self.iterations) <= 8
+            and all(_is_int(n, 1, 1000) for n in self.iterations),
             "bias_field_correction.iterations",
-            list(self.iterations),
+            self.iterations,
             "1 to 8 whole numbers from 1 to 1000",
         )
 
@@ -111,9 +113,14 @@ class Recipe:
         _expect(isinstance(self.name, str) and self.name, "name", self.name, "a text")
         _expect(isinstance(self.description, str), "description", self.description, "a text")
         valid = bool(self.modalities) and all(
-            isinstance(m, str) and re.fullmatch(r"[a-z0-9]{1,16}", m) and m != "seg" for m in self.modalities
+            isinstance(m, str) and re.fullmatch(r"[a-z0-9]{1,16}", m) and m not in _RESERVED for m in self.modalities
         )
-        _expect(valid, "modalities", list(self.modalities), "names of lower-case letters and digits other than seg")
+        _expect(
+            valid,
+            "modalities",
+            list(self.modalities),
+            f"names of lower-case letters and digits other than {', '.join(_RESERVED)}",
+        )
         _expect(len(set(self.modalities)) == len(self.modalities), "modalities", list(self.modalities), "each one once")
         for name, choices in (("axis", AXES), ("interpolation", INTERPOLATIONS), ("format", FORMATS)):
             _expect(getattr(self, name) in choices, name, getattr(self, name), "one of " + ", ".join(choices))
@@ -192,11 +199,13 @@ class Recipe:
                 _expect(isinstance(kwargs[name], tuple), name, kwargs[name], "a list")
         spacing = kwargs.get("spacing")
         _expect(spacing is None or isinstance(spacing, tuple), "spacing", spacing, "a list, or null")
-        for name, kind in (("bias_field_correction", BiasFieldCorrection), ("split", SplitRule)):
+        inner_kinds: dict[str, type] = {"bias_field_correction": BiasFieldCorrection, "split": SplitRule}
+        for name, kind in inner_kinds.items():
             inner = kwargs.get(name)
             if inner is None and (name == "bias_field_correction" or name not in kwargs):
                 continue
             _expect(isinstance(inner, Mapping), name, inner, "an object")
+            assert inner is not None
             _known(inner, kind, name)
             kwargs[name] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in inner.items()})
         return cls(**kwargs)
@@ -222,7 +231,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"recipe {path}: found no readable file ({error.strerror}), expected JSON") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"recipe {path}: found invalid JSON ({error}), expected an object") from error
     if not isinstance(values, dict):
         raise DataError(f"recipe {path}: found {type(values).__name__}, expected a JSON object")
@@ -255,9 +264,4 @@ def _is_int(value: object, low: int, high: int) -> bool:
 
 
 def _is_number(value: object, low: float, high: float) -> bool:
-    return (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and low <= value <= high
-    )
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high

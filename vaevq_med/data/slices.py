@@ -13,9 +13,11 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -30,11 +32,12 @@ from vaevq_med.data.labels import label_map
 from vaevq_med.data.manifest import atomic_write_text
 from vaevq_med.data.recipes import Recipe
 from vaevq_med.data.transforms import BiasFieldCorrectionN4, nonzero_percentiles
-from vaevq_med.data.volumes import check_volume, displacement, read_volume, shape
+from vaevq_med.data.volumes import MAX_VOXELS, check_volume, displacement, read_volume, shape
 from vaevq_med.errors import DataError
 
 STATE = ".slices"
 _PNG_LEVEL = 3
+_BLOCK_PIXELS = 2**24
 # From [x, y, z] of RAS+: axes to flip, then the order slice, row, column. Anterior (or superior) is up; left and right
 # are as radiologists view them, the patient's right on the left; a sagittal slice looks to the left.
 _VIEWS = {
@@ -145,7 +148,7 @@ def _volume_transforms(recipe: Recipe, *, labels: bool) -> Compose:
         steps.append(BiasFieldCorrectionN4(correction.shrink_factor, correction.iterations))
     if recipe.spacing is not None:
         mode = "nearest" if labels else "bilinear"
-        steps.append(Spacing(recipe.spacing, diagonal=True, mode=mode, padding_mode="zeros", dtype=torch.float32))
+        steps.append(Spacing(recipe.spacing, diagonal=True, mode=mode, padding_mode="zeros", dtype=np.float32))
     steps.append(Orientation(axcodes="RAS", labels=None))
     if recipe.clip_negatives and not labels:
         steps.append(ThresholdIntensity(threshold=0, above=True, cval=0))
@@ -196,8 +199,13 @@ def resize_labels(stack: Tensor, size: int) -> NDArray[np.uint8]:
     return stack.numpy()
 
 
+def _block(size: int) -> int:
+    """How many slices of a size to hold at once."""
+    return max(1, _BLOCK_PIXELS // size**2)
+
+
 class _Reader:
-    """Reads the volumes of a case on one grid; a 4D file is read once."""
+    """Reads the volumes of a case on one grid, that of the first; a 4D file is read once."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -206,7 +214,7 @@ class _Reader:
 
     def read(self, source: Source) -> tuple[NDArray, NDArray[np.float64]]:
         name = source.path.name
-        voxels, affine = self.files.pop(source.path, None) or read_volume(source.path)
+        voxels, affine = self.files.pop(source.path) if source.path in self.files else read_volume(source.path)
         if source.channel is not None:
             self.files[source.path] = voxels, affine
             if voxels.ndim != 4 or voxels.shape[3] <= source.channel:
@@ -218,27 +226,33 @@ class _Reader:
         voxels = check_volume(name, voxels, affine, max_obliquity_degrees=limit)
         if self.grid is None:
             self.grid = name, voxels.shape, affine
+            self._check_pixels(name, voxels.shape, affine)
         first, size, reference = self.grid
         if voxels.shape != size:
             raise DataError(f"{name}: found shape {shape(voxels)}, expected {'x'.join(map(str, size))} as {first}")
         apart = displacement(affine, reference, size)
         if apart > 0.5 * np.linalg.norm(reference[:3, :3], axis=0).min():
             raise DataError(f"{name}: found a grid {apart:.1f} mm away from that of {first}, expected the same grid")
-        return voxels, affine
+        return voxels, reference
 
-    def check_pixels(self) -> None:
-        """Refuse pixels that are not square, which a square slice would distort."""
-        assert self.grid is not None
+    def _check_pixels(self, name: str, size: tuple[int, ...], affine: NDArray[np.float64]) -> None:
+        """Refuse pixels that are not square, which a square slice would distort, and grids without end."""
         if self.recipe.spacing is not None:
             spacing = np.asarray(self.recipe.spacing)
+            extent = np.abs(affine[:3, :3]) @ np.asarray(size)
+            if np.prod(np.ceil(extent / spacing)) > MAX_VOXELS:
+                raise DataError(
+                    f"{name}: found an extent of {' x '.join(f'{mm:.3g}' for mm in extent)} mm, expected at most "
+                    f"{MAX_VOXELS:,} voxels of {' x '.join(f'{mm:g}' for mm in spacing)} mm in it"
+                )
         else:
-            affine = self.grid[2]
-            spacing = np.abs(affine[:3, :3]).max(axis=1)
+            spacing = np.empty(3)
+            spacing[nib.io_orientation(affine)[:, 0].astype(int)] = nib.affines.voxel_sizes(affine)
         axis = "xyz".index(_VIEWS[self.recipe.axis][2])
         first, second = np.delete(spacing, axis)
         if abs(first / second - 1) > 0.01:
             raise DataError(
-                f"{self.grid[0]}: found {self.recipe.axis} pixels of {first:.3g} x {second:.3g} mm, expected square "
+                f"{name}: found {self.recipe.axis} pixels of {first:.3g} x {second:.3g} mm, expected square "
                 "ones; a recipe with 'spacing' resamples such volumes"
             )
 
@@ -287,11 +301,13 @@ def write_case(case: Case, recipe: Recipe, folder: Path, target_map: str) -> Cas
             volume = transforms(_as_tensor(voxels, affine, np.float32))
             stack = _stack(volume.as_tensor(), recipe.axis)
             windows[modality] = nonzero_percentiles(stack, recipe.percentiles)
-        except DataError as error:
-            raise DataError(f"{source.path.name}: {error}") from None
+        except (DataError, RuntimeError) as error:
+            reason = error if isinstance(error, DataError) else error.__cause__  # MONAI wraps what a transform raises
+            if isinstance(reason, DataError):
+                raise DataError(f"{source.path.name}: {reason}") from None
+            raise
         foregrounds[modality] = (stack != 0).sum(dim=(1, 2)).double().numpy() / stack[0].numel()
         stacks[modality] = stack
-    reader.check_pixels()
     labels = None
     if case.segmentation is not None:
         volume = _volume_transforms(recipe, labels=True)(_read_labels(reader, case.segmentation, case, target_map))
@@ -310,7 +326,8 @@ def write_case(case: Case, recipe: Recipe, folder: Path, target_map: str) -> Cas
     for number, modality in enumerate(recipe.modalities):
         low, high = windows[modality]
         stack = stacks.pop(modality)[torch.from_numpy(kept)].sub_(low).div_(high - low).clamp_(0, 1)
-        for position, pixels in enumerate(resize_images(stack, recipe)):
+        blocks = (resize_images(block, recipe) for block in stack.split(_block(recipe.size)))
+        for position, pixels in enumerate(chain.from_iterable(blocks)):
             index = int(kept[position])
             name = f"{case.name}-{modality}-{letter}{index:03d}.{writer.suffix}"
             writer.image(f"images/{name}", pixels)
@@ -337,7 +354,8 @@ def _write_labels(
     (writer.folder / "labels").mkdir()
     letter = _VIEWS[recipe.axis][2]
     shared: list[Mapping[str, Any]] = []
-    for index, pixels in zip(kept, resize_labels(labels[torch.from_numpy(kept)], recipe.size), strict=True):
+    blocks = (resize_labels(block, recipe.size) for block in labels[torch.from_numpy(kept)].split(_block(recipe.size)))
+    for index, pixels in zip(kept, chain.from_iterable(blocks), strict=True):
         name = f"{case.name}-seg-{letter}{index:03d}.png"
         writer.labels(f"labels/{name}", pixels)
         areas = {region: int(np.isin(pixels, values).sum()) for region, values in label_map(target_map).regions.items()}

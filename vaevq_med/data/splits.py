@@ -109,7 +109,7 @@ def split_by_file(patients: Iterable[str], path: str | Path) -> dict[str, str]:
 def _json_pairs(path: Path, text: str) -> list[tuple[str, str]]:
     try:
         pairs = json.loads(text, object_pairs_hook=list)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"split file {path}: found invalid JSON ({error}), expected an object") from error
     if not text.lstrip().startswith("{") or not all(isinstance(split, str) for _, split in pairs):
         raise DataError(f'split file {path}: found other JSON, expected an object such as {{"patient": "training"}}')
@@ -118,10 +118,13 @@ def _json_pairs(path: Path, text: str) -> list[tuple[str, str]]:
 
 def _csv_pairs(path: Path, text: str) -> list[tuple[str, str]]:
     reader = csv.DictReader(io.StringIO(text), skipinitialspace=True)
-    columns = reader.fieldnames or []
+    try:
+        columns, rows = reader.fieldnames or [], list(reader)
+    except csv.Error as error:
+        raise DataError(f"split file {path}: found no readable CSV ({error}), expected one with a header") from error
     if not {"patient", "split"} <= set(columns):
         raise DataError(f"split file {path}: found columns {', '.join(columns) or 'none'}, expected patient and split")
-    return [((row["patient"] or "").strip(), (row["split"] or "").strip()) for row in reader]
+    return [((row["patient"] or "").strip(), (row["split"] or "").strip()) for row in rows]
 
 
 def count_patients(splits: Mapping[str, str]) -> dict[str, int]:

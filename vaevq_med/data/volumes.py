@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import gzip
+import contextlib
+import math
 import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import nibabel as nib
@@ -11,6 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaevq_med.errors import DataError
+
+MAX_VOXELS = 2**30
+"""More than this in one file is taken for a broken header."""
+_NIFTI1, _NIFTI2 = 348, 540
+_HEADER_BYTES = 544
+_MAX_OFFSET = 2**26
 
 
 def read_volume(path: Path) -> tuple[NDArray, NDArray[np.float64]]:
@@ -34,13 +42,7 @@ def read_volume(path: Path) -> tuple[NDArray, NDArray[np.float64]]:
             voxels, affine = _read_itk(path)
     except DataError:
         raise
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{name}: found a corrupt gzip stream ({_line(error)}), expected a whole one") from None
-    except EOFError:
-        raise DataError(f"{name}: found a truncated gzip stream, expected a whole one") from None
-    except nib.filebasedimages.ImageFileError:
-        raise DataError(f"{name}: found a file that is no NIfTI, expected one") from None
-    except (OSError, ValueError, RuntimeError, MemoryError, nib.spatialimages.HeaderDataError) as error:
+    except Exception as error:  # whatever the readers raise on a file that is not what it says
         raise DataError(
             f"{name}: found an unreadable volume ({_line(error)}), expected NIfTI, MetaImage or NRRD"
         ) from None
@@ -52,27 +54,83 @@ def read_volume(path: Path) -> tuple[NDArray, NDArray[np.float64]]:
 
 
 def _read_nifti(path: Path) -> tuple[NDArray, NDArray[np.float64]]:
-    if path.name.lower().endswith(".gz"):
-        # Whole and in memory, so that the checksum at the end is compared.
-        content = gzip.decompress(path.read_bytes())
-    else:
-        content = path.read_bytes()
-    if len(content) < 348:
-        raise DataError(f"{path.name}: found {len(content)} bytes, expected a NIfTI header of 348 or more")
-    sizes = {int.from_bytes(content[:4], order) for order in ("little", "big")}
-    kind = nib.Nifti2Image if 540 in sizes else nib.Nifti1Image
-    magic = content[4:8] if kind is nib.Nifti2Image else content[344:348]
-    if sizes.isdisjoint({348, 540}) or magic[:2] not in (b"n+", b"ni"):
-        raise DataError(f"{path.name}: found a file that is no NIfTI, expected one")
-    image = kind.from_bytes(content)
-    return np.asanyarray(image.dataobj), np.asarray(image.affine, dtype=np.float64)
+    name = path.name
+    content = path.read_bytes()
+    compressed = name.lower().endswith(".gz")
+    start = _gunzip(name, content, _HEADER_BYTES) if compressed else content[:_HEADER_BYTES]
+    if len(start) < _NIFTI1:
+        raise DataError(f"{name}: found {len(start)} bytes, expected a NIfTI header of {_NIFTI1} or more")
+    sizes = {int.from_bytes(start[:4], order) for order in ("little", "big")}
+    kind = nib.Nifti2Image if _NIFTI2 in sizes else nib.Nifti1Image
+    magic = start[4:8] if kind is nib.Nifti2Image else start[344:348]
+    if sizes.isdisjoint({_NIFTI1, _NIFTI2}) or magic[:3] != b"n+" + (b"2" if kind is nib.Nifti2Image else b"1"):
+        raise DataError(f"{name}: found a file that is no NIfTI, expected one")
+    with _quiet_nibabel():
+        header = kind.header_class(start[: kind.header_class.sizeof_hdr])
+        _check_size(name, header.get_data_shape())
+        if header["vox_offset"] > _MAX_OFFSET:
+            raise DataError(f"{name}: found voxels from byte {header['vox_offset']:g} on, expected a short header")
+        end = int(header["vox_offset"]) + math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize
+        if compressed:
+            content = _gunzip(name, content, end)
+        if len(content) < end:
+            raise DataError(f"{name}: found {len(content)} bytes, expected {end} as the header says")
+        image = kind.from_bytes(content)
+        return np.asanyarray(image.dataobj), np.asarray(image.affine, dtype=np.float64)
+
+
+@contextlib.contextmanager
+def _quiet_nibabel() -> Iterator[None]:
+    """Keep nibabel from logging what it mends in a header."""
+    logger = nib.imageglobals.logger
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _gunzip(name: str, content: bytes, wanted: int) -> bytes:
+    """Decompress the first bytes of a stream; where it ends there, or earlier, its checksum is compared."""
+    parts, size = [], 0
+    while content and size < wanted:
+        stream = zlib.decompressobj(wbits=31)
+        try:
+            part = stream.decompress(content, wanted - size)
+            more = b"" if stream.eof else stream.decompress(stream.unconsumed_tail, 1)
+        except zlib.error as error:
+            raise DataError(f"{name}: found a corrupt gzip stream ({_line(error)}), expected a whole one") from None
+        if not stream.eof and not more:
+            raise DataError(f"{name}: found a truncated gzip stream, expected a whole one")
+        size += len(part)
+        parts.append(part)
+        content = stream.unused_data.lstrip(b"\0")
+    return b"".join(parts)
+
+
+def _check_size(name: str, size: Sequence[int]) -> None:
+    if any(count < 1 for count in size) or math.prod(size) > MAX_VOXELS:
+        found = "x".join(map(str, size)) or "none"
+        raise DataError(f"{name}: found dimensions {found} in the header, expected 1 to {MAX_VOXELS:,} voxels")
 
 
 def _read_itk(path: Path) -> tuple[NDArray, NDArray[np.float64]]:
     import SimpleITK as sitk  # noqa: N813
 
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    image = sitk.ReadImage(str(path))
+    try:
+        reader = sitk.ImageFileReader()
+        reader.SetFileName(str(path))
+        reader.ReadImageInformation()
+        _check_size(path.name, reader.GetSize())
+        image = reader.Execute()
+    except RuntimeError as error:
+        reason = _line(error)
+        if "Unable to determine ImageIO" in reason:
+            raise DataError(f"{path.name}: found a file of no known format, expected MetaImage or NRRD") from None
+        if "No such file" in reason and path.is_file():  # what MetaIO says of a stream that ends early
+            raise DataError(f"{path.name}: found a truncated or corrupt volume, expected a whole one") from None
+        raise
     dimension = image.GetDimension()
     if image.GetNumberOfComponentsPerPixel() != 1 or dimension < 3:
         components = image.GetNumberOfComponentsPerPixel()
@@ -110,6 +168,9 @@ def check_volume(
         bad = voxels.size - int(np.isfinite(voxels).sum())
         if bad:
             raise DataError(f"{name}: found {bad} NaN or infinite voxels, expected finite ones")
+        largest = float(np.abs(voxels).max())
+        if largest > np.finfo(np.float32).max:
+            raise DataError(f"{name}: found an intensity of {largest:g}, expected at most that of a 32-bit float")
     if max_obliquity_degrees is not None:
         lean = float(np.degrees(nib.affines.obliquity(affine)).max())
         if lean > max_obliquity_degrees:

@@ -112,6 +112,18 @@ def check_config(config: Mapping[str, Any]) -> None:
                 )
 
 
+def shared(component: Any) -> Any:
+    """A component defined elsewhere in the configuration, as an entry of a list.
+
+    MONAI's ``check_properties`` reads every entry of ``train#handlers`` as a mapping with a ``_target_``, so a plain
+    reference cannot stand there.
+
+    Args:
+        component: a reference such as ``@tracker``.
+    """
+    return component
+
+
 def plain_config(parser: ConfigParser) -> dict[str, Any]:
     """The merged configuration without MONAI's metadata, as JSON-ready values."""
     config = {key: value for key, value in parser.get().items() if key != "_meta_"}
