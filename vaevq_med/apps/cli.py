@@ -208,6 +208,58 @@ def phantom(
 # --- feature-network weights ------------------------------------------------------------------------
 
 
+@app.command()
+def weights() -> None:
+    """Say which weights of feature networks are here, and where the others go; nothing is downloaded."""
+    from vaevq_med.apps.weights import Weights
+
+    command = Weights()
+    for row in command.run():
+        typer.echo(f"{row.network}: {row.purpose}")
+        if row.found is not None and row.matches:
+            typer.echo(f"  found {row.found}")
+        elif row.found is not None:
+            typer.echo(f"  found {row.found}, whose SHA-256 does not start with {row.sha256}")
+        else:
+            checksum = f"SHA-256 starts with {row.sha256}" if row.sha256 else "no SHA-256 published"
+            typer.echo(f"  missing {row.file or row.source} ({row.source}; {checksum})")
+    typer.echo(f"\nPut missing files into {command.folder}, or name a file in the configuration (feature_weights).")
+
+
+# --- bundles ----------------------------------------------------------------------------------------
+
+bundle = typer.Typer(help="Work with the MONAI bundles.", no_args_is_help=True)
+app.add_typer(bundle, name="bundle")
+
+
+@bundle.command("pack")
+def bundle_pack(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the bundle: brats.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to make.")],
+    checkpoint: Annotated[Path, typer.Option(help="Checkpoint of a training run.")] = Path(
+        "outputs/brats/checkpoints/best.pt"
+    ),
+    weights: Annotated[str, typer.Option(help="'ema', the averaged weights, or 'network'.")] = "ema",
+    metrics: Annotated[Path | None, typer.Option(help="An evaluation's metrics.json, for the metadata.")] = None,
+) -> None:
+    """Write a trained tokenizer in the layout of MONAI's model zoo: configs/, models/model.pt, docs/, LICENSE."""
+    from vaevq_med.apps.bundle_pack import BundlePack
+
+    report = BundlePack(name, output, checkpoint, weights, metrics).run()
+    typer.echo(f"{report.output}: {len(report.files)} files")
+    typer.echo(f"Use it with: cd {report.output} && python -m monai.bundle run --config_file configs/inference.json")
+
+
+@bundle.command("path")
+def bundle_where(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the bundle: brats.")],
+) -> None:
+    """Print where an installed bundle is."""
+    from vaevq_med.resources import bundle_path
+
+    typer.echo(bundle_path(name))
+
+
 # --- demo and bundles -------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from monai.bundle import ConfigParser
 
 from vaevq_med.engines.checkpoint import CheckpointError, file_sha256, load_state, read_checkpoint
 from vaevq_med.networks.tokenizer import VisualTokenizer
+from vaevq_med.networks.weights import read_weights
 
 _ALLOWED = "vaevq_med.networks."
 
@@ -52,6 +53,7 @@ class StoredTokenizer:
     Args:
         path: checkpoint written by training.
         weights: ``ema`` for the averaged weights (the raw ones where none were kept), or ``network``.
+        config: settings of the training run, where ``path`` is a plain state dictionary as in a packed bundle.
 
     Attributes:
         path: the checkpoint.
@@ -62,13 +64,17 @@ class StoredTokenizer:
             values are due.
     """
 
-    def __init__(self, path: str | Path, *, weights: str = "ema") -> None:
+    def __init__(self, path: str | Path, *, weights: str = "ema", config: Mapping[str, Any] | None = None) -> None:
         if weights not in ("ema", "network"):
             raise CheckpointError(f"weights: found {weights!r}, expected 'ema' or 'network'")
         self.path = Path(path)
         self.weights = weights
-        self._state = read_checkpoint(self.path)
-        self.config: dict[str, Any] = json.loads(self._state.get("config") or "{}")
+        if config is not None:
+            self._state: dict[str, Any] = {"network": read_weights(self.path)}
+            self.config = dict(config)
+        else:
+            self._state = read_checkpoint(self.path)
+            self.config = json.loads(self._state.get("config") or "{}")
 
     def value(self, key: str) -> Any:
         """A top-level setting of the training run, such as ``image_size``."""
