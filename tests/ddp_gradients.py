@@ -1,0 +1,45 @@
+"""Run by torchrun in test_distributed.py: one training iteration, then save the gradients."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from monai.bundle import ConfigWorkflow
+
+from vaevq_med.engines import is_main
+from vaevq_med.networks.posterior import DiagonalGaussian
+
+
+def deterministic_sample(self: DiagonalGaussian, generator: torch.Generator | None = None) -> torch.Tensor:
+    """In place of noise, which every process draws for itself."""
+    return self.mean + 0.5 * self.std
+
+
+def main(files: list[str], overrides: dict[str, Any], output: str) -> None:
+    """Train one iteration and write what a comparison needs."""
+    torch.set_num_threads(1)
+    DiagonalGaussian.sample = deterministic_sample  # type: ignore[method-assign]
+    workflow = ConfigWorkflow(config_file=files, workflow_type="train", **overrides)
+    workflow.initialize()
+    workflow.run()
+    trainer = workflow.parser.get_parsed_content("train#trainer")
+    if is_main():
+        discriminator = getattr(trainer.discriminator, "module", trainer.discriminator)
+        torch.save(
+            {
+                "network": {n: p.grad for n, p in trainer.network.named_parameters() if p.grad is not None},
+                "discriminator": {n: p.grad for n, p in discriminator.named_parameters()},
+                "terms": trainer.state.terms,
+                "iteration": trainer.state.iteration,
+            },
+            output,
+        )
+    workflow.finalize()
+
+
+if __name__ == "__main__":
+    import json
+
+    main(*json.loads(sys.argv[1]))

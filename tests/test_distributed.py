@@ -1,0 +1,75 @@
+"""Two processes make the gradients of one process on the whole batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import BUNDLE
+
+SCRIPT = Path(__file__).with_name("ddp_gradients.py")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def gradients(processes: int, overrides: dict[str, Any], overlays: list[str], output: Path) -> dict[str, Any]:
+    files = [str(BUNDLE / "train.json"), *(str(BUNDLE / "overlays" / f"{name}.json") for name in overlays)]
+    command = [sys.executable, str(SCRIPT), json.dumps([files, overrides, str(output)])]
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
+        command[1:1] = launcher
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=280, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(output, weights_only=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["train", "information_matched"])
+def test_two_processes_have_the_gradients_of_one(variant: str, toy_overrides: dict[str, Any], tmp_path: Path) -> None:
+    shared = {
+        **toy_overrides,
+        "max_epochs": 1,
+        "epoch_length": 1,
+        "checkpoint_interval": 1000,
+        "max_grad_norm": None,
+        "objective#adversarial#start_step": 0,
+        # Batch statistics are synchronized on GPUs only.
+        "discriminator_def#norm": "group",
+        "train#preprocessing#transforms": [toy_load(toy_overrides)],
+        "val_interval": 1000,
+    }
+    overlays = [] if variant == "train" else [variant]
+    one = gradients(1, {**shared, "batch_size": 4, "output_dir": str(tmp_path / "one")}, overlays, tmp_path / "one.pt")
+    two = gradients(
+        2,
+        {**shared, "batch_size": 2, "output_dir": str(tmp_path / "two")},
+        [*overlays, "multi_gpu"],
+        tmp_path / "two.pt",
+    )
+    assert one["iteration"] == two["iteration"] == 1
+    for part in ("network", "discriminator"):
+        assert one[part].keys() == two[part].keys()
+        largest = max(float(gradient.abs().max()) for gradient in one[part].values())
+        assert largest > 0
+        for name, gradient in one[part].items():
+            # A bias before a normalization has no gradient but rounding.
+            difference = float((two[part][name] - gradient).abs().max())
+            assert difference < 1e-5 * largest + 1e-3 * float(gradient.abs().max()), f"{part} {name}"
+    assert two["terms"]["adaptive_weight"] == pytest.approx(one["terms"]["adaptive_weight"], rel=1e-3)
+
+
+def toy_load(overrides: dict[str, Any]) -> dict[str, Any]:
+    return {"_target_": "vaevq_med.data.LoadSliced", "image_size": overrides["image_size"], "in_channels": 1}
