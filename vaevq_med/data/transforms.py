@@ -5,9 +5,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 from monai.transforms import Transform
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vaevq_med.errors import DataError
+
+_MAX_COUNTED = 2**20
+"""Integer volumes of a wider range are sorted instead of counted."""
 
 
 def nonzero_percentiles(volume: Tensor, percentiles: tuple[float, float]) -> tuple[float, float]:
@@ -24,16 +28,61 @@ def nonzero_percentiles(volume: Tensor, percentiles: tuple[float, float]) -> tup
         >>> nonzero_percentiles(torch.tensor([0.0, 0.0, 1.0, 2.0, 3.0]), (0, 100))
         (1.0, 3.0)
     """
-    values = volume[volume != 0].numpy()
-    if values.size == 0:
+    if volume.is_floating_point():
+        values = volume[volume != 0].numpy()
+        total = values.size
+        window = np.percentile(values, percentiles, overwrite_input=True) if total else (0, 0)
+    else:
+        total, window = _counted_percentiles(volume, percentiles)
+    if total == 0:
         raise DataError("found an all-zero volume, expected some nonzero voxels")
-    low, high = (float(value) for value in np.percentile(values, percentiles, overwrite_input=True))
+    low, high = (float(value) for value in window)
     if not high > low:
         raise DataError(
             f"found the same intensity {low:g} at percentiles {percentiles[0]:g} and {percentiles[1]:g}, "
             "expected a volume with contrast"
         )
     return low, high
+
+
+def _counts(volume: Tensor) -> tuple[int, Tensor]:
+    """The smallest value of an integer volume, and how often each one from there on occurs."""
+    lowest = int(volume.min())
+    return lowest, torch.bincount((volume.flatten() - lowest).int() if lowest else volume.flatten())
+
+
+def _counted_percentiles(volume: Tensor, percentiles: tuple[float, float]) -> tuple[int, NDArray[np.float64]]:
+    """How many nonzero voxels an integer volume has, and their percentiles, without sorting them."""
+    if int(volume.max()) - int(volume.min()) > _MAX_COUNTED:
+        values = volume[volume != 0].numpy()
+        return values.size, np.percentile(values, percentiles) if values.size else np.zeros(2)
+    lowest, counts = _counts(volume)
+    if lowest <= 0 < lowest + len(counts):
+        counts[-lowest] = 0
+    below = np.cumsum(counts.numpy())
+    total = int(below[-1])
+    if total == 0:
+        return 0, np.zeros(2)
+    ranks = np.asarray(percentiles) / 100 * (total - 1)
+    first = np.floor(ranks)
+    values = [lowest + np.searchsorted(below, rank, side="right") for rank in (first, np.ceil(ranks))]
+    return total, values[0] + (values[1] - values[0]) * (ranks - first)
+
+
+def distinct(voxels: NDArray) -> NDArray:
+    """The values that occur, rising.
+
+    Args:
+        voxels: any shape.
+
+    Examples:
+        >>> distinct(np.array([[2, 0], [0, 4]], np.uint8)).tolist()
+        [0, 2, 4]
+    """
+    if voxels.dtype.kind in "iu" and voxels.size and int(voxels.max()) - int(voxels.min()) <= _MAX_COUNTED:
+        lowest, counts = _counts(torch.from_numpy(voxels.astype(np.int64, copy=False)))
+        return lowest + np.flatnonzero(counts.numpy())
+    return np.unique(voxels)
 
 
 class BiasFieldCorrectionN4(Transform):

@@ -169,7 +169,7 @@ def check_volume(
         if bad:
             raise DataError(f"{name}: found {bad} NaN or infinite voxels, expected finite ones")
         largest = float(np.abs(voxels).max())
-        if largest > np.finfo(np.float32).max:
+        if largest > float(np.finfo(np.float32).max):
             raise DataError(f"{name}: found an intensity of {largest:g}, expected at most that of a 32-bit float")
     if max_obliquity_degrees is not None:
         lean = float(np.degrees(nib.affines.obliquity(affine)).max())
