@@ -48,7 +48,7 @@ def nonzero_percentiles(volume: Tensor, percentiles: tuple[float, float]) -> tup
 def _counts(volume: Tensor) -> tuple[int, Tensor]:
     """The smallest value of an integer volume, and how often each one from there on occurs."""
     lowest = int(volume.min())
-    return lowest, torch.bincount((volume.flatten() - lowest).int() if lowest else volume.flatten())
+    return lowest, torch.bincount(volume.flatten().long() - lowest if lowest else volume.flatten())
 
 
 def _counted_percentiles(volume: Tensor, percentiles: tuple[float, float]) -> tuple[int, NDArray[np.float64]]:
