@@ -121,13 +121,9 @@ class _Writer:
         if self.format == "npy":
             np.save(buffer, pixels.numpy())
         elif self.format == "png16":
-            Image.fromarray((pixels * 65535).round().numpy().astype(np.uint16)).save(
-                buffer, "PNG", **_PNG
-            )
+            Image.fromarray((pixels * 65535).round().numpy().astype(np.uint16)).save(buffer, "PNG", **_PNG)
         else:
-            Image.fromarray((pixels * 255).round().to(torch.uint8).numpy()).save(
-                buffer, "PNG", **_PNG
-            )
+            Image.fromarray((pixels * 255).round().to(torch.uint8).numpy()).save(buffer, "PNG", **_PNG)
         self._write(relative, buffer.getvalue())
 
     def labels(self, relative: str, labels: NDArray[np.uint8]) -> None:

@@ -65,8 +65,8 @@ def _counted_percentiles(volume: Tensor, percentiles: tuple[float, float]) -> tu
         return 0, np.zeros(2)
     ranks = np.asarray(percentiles) / 100 * (total - 1)
     first = np.floor(ranks)
-    values = [lowest + np.searchsorted(below, rank, side="right") for rank in (first, np.ceil(ranks))]
-    return total, values[0] + (values[1] - values[0]) * (ranks - first)
+    lower, upper = (lowest + np.searchsorted(below, rank, side="right") for rank in (first, np.ceil(ranks)))
+    return total, lower + (upper - lower) * (ranks - first)
 
 
 def distinct(voxels: NDArray) -> NDArray:
