@@ -1,0 +1,135 @@
+"""The nearest-codeword search beside the N x K form, ``torch.cdist`` and ``vector-quantize-pytorch``.
+
+All run in this process on the same latents; the middle of ``--repeats`` rounds counts. Peak memory is what a call adds
+to the resident set (CPU) or the allocator's peak (GPU)::
+
+    python benchmarks/nearest_codeword.py                       # 8 images of 32x32 tokens, D = 64, K = 16,384
+    python benchmarks/nearest_codeword.py --num-embeddings 131072 --images 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from vaevq_med.networks.quantizers import nearest_codeword
+
+
+def n_by_k(latents: Tensor, codebook: Tensor) -> Tensor:
+    """The form of VQGAN's published code: every squared distance at once."""
+    distances = (
+        latents.square().sum(1, keepdim=True)
+        + codebook.square().sum(1)
+        - 2 * torch.einsum("nd,kd->nk", latents, codebook)
+    )
+    return distances.argmin(1)
+
+
+def cdist(latents: Tensor, codebook: Tensor) -> Tensor:
+    """``torch.cdist``."""
+    return torch.cdist(latents, codebook).argmin(1)
+
+
+class PeakMemory:
+    """What is added to this process's memory inside the block, in MiB."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.mib = 0.0
+
+    def __enter__(self) -> PeakMemory:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self.base = torch.cuda.memory_allocated()
+            return self
+        self.process = psutil.Process()
+        self.base = self.process.memory_info().rss
+        self.peak, self.running = self.base, True
+
+        def watch() -> None:
+            while self.running:
+                self.peak = max(self.peak, self.process.memory_info().rss)
+                time.sleep(0.001)
+
+        self.thread = threading.Thread(target=watch)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.device.type == "cuda":
+            self.mib = (torch.cuda.max_memory_allocated() - self.base) / 2**20
+            return
+        self.running = False
+        self.thread.join()
+        self.mib = (self.peak - self.base) / 2**20
+
+
+def main() -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens an image")
+    parser.add_argument("--embedding-dim", type=int, default=64)
+    parser.add_argument("--num-embeddings", type=int, default=16384)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, help="JSON file")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    generator = torch.Generator().manual_seed(0)
+    count = arguments.images * arguments.tokens
+    latents = torch.randn(count, arguments.embedding_dim, generator=generator).to(device)
+    codebook = torch.randn(arguments.num_embeddings, arguments.embedding_dim, generator=generator).to(device)
+    precision = (torch.rand(count, arguments.embedding_dim, generator=generator) + 0.5).to(device)
+    searches: dict[str, Callable[[], Tensor]] = {
+        "nearest_codeword": lambda: nearest_codeword(latents, codebook),
+        "nearest_codeword, posterior": lambda: nearest_codeword(latents, codebook, precision=precision),
+        "N x K": lambda: n_by_k(latents, codebook),
+        "torch.cdist": lambda: cdist(latents, codebook),
+    }
+    try:
+        from vector_quantize_pytorch import VectorQuantize
+    except ImportError:
+        pass
+    else:
+        peer = VectorQuantize(dim=arguments.embedding_dim, codebook_size=arguments.num_embeddings).to(device).eval()
+        peer.codebook = codebook
+        searches["vector-quantize-pytorch"] = lambda: peer(latents[None])[1][0]
+    seconds: dict[str, list[float]] = {name: [] for name in searches}
+    memory: dict[str, float] = {}
+    results: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for _ in range(arguments.repeats):
+            for name, search in searches.items():
+                with PeakMemory(device) as peak:
+                    started = time.perf_counter()
+                    results[name] = search()
+                    if device.type == "cuda":
+                        torch.cuda.synchronize()
+                    seconds[name].append(time.perf_counter() - started)
+                memory[name] = max(memory.get(name, 0.0), peak.mib)
+    wide_z, wide_e = latents[:256].double(), codebook.double()
+    exact = torch.cdist(wide_z, wide_e, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
+    table = f"{count * arguments.num_embeddings * 4 / 2**20:,.0f} MiB"
+    print(f"N = {count:,}, K = {arguments.num_embeddings:,}, D = {arguments.embedding_dim}, {device}; N x K: {table}\n")
+    print("| search | ms | over N x K | peak MiB | exact of 256 |\n| --- | ---: | ---: | ---: | ---: |")
+    base = statistics.median(seconds["N x K"])
+    for name, values in seconds.items():
+        middle = statistics.median(values)
+        agree = "" if "posterior" in name else int((results[name][:256] == exact).sum())
+        print(f"| {name} | {middle * 1e3:.0f} | {middle / base:.2f} | {memory[name]:.0f} | {agree} |")
+    if arguments.output:
+        arguments.output.write_text(json.dumps({"seconds": seconds, "peak_mib": memory}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
