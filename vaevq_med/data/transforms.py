@@ -54,7 +54,7 @@ def _counts(volume: Tensor) -> tuple[int, Tensor]:
 def _counted_percentiles(volume: Tensor, percentiles: tuple[float, float]) -> tuple[int, NDArray[np.float64]]:
     """How many nonzero voxels an integer volume has, and their percentiles, without sorting them."""
     if int(volume.max()) - int(volume.min()) > _MAX_COUNTED:
-        values = volume[volume != 0].numpy()
+        values = volume[volume != 0].double().numpy()  # numpy interpolates integers with overflow
         return values.size, np.percentile(values, percentiles) if values.size else np.zeros(2)
     lowest, counts = _counts(volume)
     if lowest <= 0 < lowest + len(counts):
