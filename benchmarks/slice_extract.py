@@ -5,7 +5,7 @@ rounds counts. The *floor* decompresses the volumes, resizes the slices that the
 encodes them as PNG: what any implementation has to do. The *straightforward* pipeline is a ``Compose`` of MONAI's
 dictionary transforms over whole volumes, a resize for each slice, and MONAI's PIL writer::
 
-    python benchmarks/slice_extract.py ../shared/data/brats-sample --size 256
+    python benchmarks/slice_extract.py FOLDER --size 256
     python benchmarks/slice_extract.py                      # synthetic subjects, made first
 """
 

@@ -1,0 +1,289 @@
+"""Every quantizer keeps the same contract; each method has a case worked out by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vaevq_med.errors import VaevqMedError
+from vaevq_med.networks.posterior import DiagonalGaussian
+from vaevq_med.networks.quantizers import SimVQ, VectorQuantizer, nearest_codeword
+from vaevq_med.networks.quantizers.base import CodebookQuantizer
+
+K, D = 32, 4
+MAKERS: dict[str, Callable[[str], CodebookQuantizer]] = {
+    "vq-uniform": lambda a: VectorQuantizer(num_embeddings=K, embedding_dim=D, init="uniform", assignment=a),
+    "vq-normal": lambda a: VectorQuantizer(num_embeddings=K, embedding_dim=D, init="normal", assignment=a),
+    "simvq": lambda a: SimVQ(num_embeddings=K, embedding_dim=D, assignment=a),
+    "simvq-orthogonal": lambda a: SimVQ(
+        num_embeddings=K, embedding_dim=D, init="orthogonal", scale=2.0, bias=False, assignment=a
+    ),
+    "simvq-trainable": lambda a: SimVQ(num_embeddings=K, embedding_dim=D, trainable_basis=True, assignment=a),
+}
+
+
+@pytest.fixture(params=[f"{name}:{assignment}" for name in MAKERS for assignment in ("euclidean", "posterior")])
+def quantizer(request: pytest.FixtureRequest) -> CodebookQuantizer:
+    torch.manual_seed(0)
+    name, assignment = request.param.split(":")
+    return MAKERS[name](assignment)
+
+
+@pytest.fixture
+def latent() -> tuple[torch.Tensor, DiagonalGaussian]:
+    generator = torch.Generator().manual_seed(1)
+    mean = torch.randn(2, D, 3, 5, generator=generator)
+    logvar = torch.randn(2, D, 3, 5, generator=generator)
+    return mean, DiagonalGaussian(mean, logvar)
+
+
+def brute_force(z: torch.Tensor, codebook: torch.Tensor, precision: torch.Tensor | None = None) -> torch.Tensor:
+    difference = (z.double()[:, None] - codebook.double()[None]).square()
+    if precision is not None:
+        difference = difference * precision.double()[:, None]
+    return difference.sum(-1).argmin(1)
+
+
+def test_shapes_types_and_round_trip(
+    quantizer: CodebookQuantizer, latent: tuple[torch.Tensor, DiagonalGaussian]
+) -> None:
+    z, posterior = latent
+    output = quantizer(z, posterior)
+    assert output.indices.shape == (2, 3, 5, 1)
+    assert output.indices.dtype == torch.int64
+    assert 0 <= int(output.indices.min()) <= int(output.indices.max()) < K
+    assert output.quantized.shape == output.codes.shape == z.shape
+    assert torch.equal(quantizer.indices_to_codes(output.indices), output.codes)
+    assert torch.equal(output.quantized, output.codes)
+    codebook = quantizer.codebook()
+    assert codebook.shape == (K, D)
+    assert torch.equal(codebook, output.codebook)
+
+
+def test_indices_are_the_nearest_codewords(
+    quantizer: CodebookQuantizer, latent: tuple[torch.Tensor, DiagonalGaussian]
+) -> None:
+    z, posterior = latent
+    rows = z.permute(0, 2, 3, 1).reshape(-1, D)
+    weights = posterior.std.permute(0, 2, 3, 1).reshape(-1, D).double() ** -2
+    expected = brute_force(rows, quantizer.codebook(), weights if quantizer.assignment == "posterior" else None)
+    assert quantizer(z, posterior).indices.flatten().tolist() == expected.tolist()
+
+
+def test_gradients(quantizer: CodebookQuantizer, latent: tuple[torch.Tensor, DiagonalGaussian]) -> None:
+    z, posterior = latent
+    z = z.clone().requires_grad_()
+    output = quantizer(z, posterior)
+    gradient = torch.randn(z.shape, generator=torch.Generator().manual_seed(2))
+    parameters = [p for p in quantizer.parameters() if p.requires_grad]
+    to_z = torch.autograd.grad(output.quantized, z, gradient, retain_graph=True)[0]
+    assert torch.equal(to_z, gradient)
+    through = torch.autograd.grad(output.quantized, parameters, gradient, retain_graph=True, allow_unused=True)
+    assert all(g is None for g in through)
+    of_codes = torch.autograd.grad(output.codes, parameters, gradient, allow_unused=False)
+    assert all(g.abs().sum() > 0 for g in of_codes)
+
+
+def test_losses_by_hand(quantizer: CodebookQuantizer, latent: tuple[torch.Tensor, DiagonalGaussian]) -> None:
+    z, posterior = latent
+    z = z.clone().requires_grad_()
+    output = quantizer(z, posterior)
+    assert set(output.losses) == {"codebook", "commitment"}
+    expected = float((z - output.codes).square().mean())
+    assert [float(loss) for loss in output.losses.values()] == pytest.approx([expected, expected])
+    assert torch.autograd.grad(output.losses["codebook"], z, retain_graph=True, allow_unused=True)[0] is None
+    commitment = torch.autograd.grad(output.losses["commitment"], z)[0]
+    torch.testing.assert_close(commitment, 2 * (z - output.codes).detach() / z.numel())
+
+
+def test_evaluation_changes_nothing(
+    quantizer: CodebookQuantizer, latent: tuple[torch.Tensor, DiagonalGaussian]
+) -> None:
+    before = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    quantizer.eval()
+    first, second = quantizer(*latent).indices, quantizer(*latent).indices
+    assert torch.equal(first, second)
+    assert all(torch.equal(value, before[name]) for name, value in quantizer.state_dict().items())
+
+
+def test_autocast_leaves_the_assignment_alone(
+    quantizer: CodebookQuantizer, latent: tuple[torch.Tensor, DiagonalGaussian]
+) -> None:
+    plain = quantizer(*latent)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = quantizer(*latent)
+    assert torch.equal(plain.indices, cast.indices)
+    assert cast.codes.dtype == torch.float32
+    assert torch.equal(plain.codes, cast.codes)
+
+
+def test_state_dict_round_trip(
+    quantizer: CodebookQuantizer, latent: tuple[torch.Tensor, DiagonalGaussian], tmp_path: object
+) -> None:
+    expected = quantizer(*latent)
+    path = f"{tmp_path}/q.pt"
+    torch.save(quantizer.state_dict(), path)
+    with torch.no_grad():
+        for parameter in quantizer.parameters():
+            parameter.add_(1)
+    quantizer.load_state_dict(torch.load(path, weights_only=True))
+    assert torch.equal(quantizer(*latent).codes, expected.codes)
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        (torch.zeros(1, 2, 2, dtype=torch.int64), r"shape \(1, 2, 2\)"),
+        (torch.full((1, 2, 2, 1), K), "range from 32 to 32"),
+        (torch.full((1, 2, 2, 1), -1), "range from -1 to -1"),
+    ],
+)
+def test_bad_indices_are_refused(quantizer: CodebookQuantizer, bad: torch.Tensor, said: str) -> None:
+    with pytest.raises(VaevqMedError, match=said):
+        quantizer.indices_to_codes(bad)
+
+
+def test_a_latent_of_another_width_is_refused(quantizer: CodebookQuantizer) -> None:
+    with pytest.raises(VaevqMedError, match=r"expected \[B, 4, h, w\]"):
+        quantizer(torch.zeros(1, D + 1, 2, 2), None)
+
+
+def test_posterior_assignment_without_a_posterior_says_what_to_set() -> None:
+    with pytest.raises(VaevqMedError, match="network_def#variational"):
+        MAKERS["simvq"]("posterior")(torch.zeros(1, D, 2, 2))
+
+
+def test_vector_quantizer_by_hand() -> None:
+    quantizer = VectorQuantizer(num_embeddings=3, embedding_dim=2)
+    with torch.no_grad():
+        quantizer.embedding.copy_(torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]]))
+    output = quantizer(torch.tensor([[0.9, 0.2], [0.1, 1.5]]).T.reshape(1, 2, 1, 2))
+    assert output.indices.flatten().tolist() == [1, 2]
+    # ((0.1^2 + 0.2^2) + (0.1^2 + 0.5^2)) / 4
+    assert float(output.losses["codebook"]) == pytest.approx(0.0775)
+
+
+def test_vector_quantizer_initializations() -> None:
+    torch.manual_seed(0)
+    uniform = VectorQuantizer(num_embeddings=1000, embedding_dim=8, init="uniform").codebook()
+    assert float(uniform.abs().max()) <= 1e-3
+    assert float(uniform.std()) == pytest.approx(1e-3 / 3**0.5, rel=0.05)
+    normal = VectorQuantizer(num_embeddings=1000, embedding_dim=8, init="normal").codebook()
+    assert float(normal.std()) == pytest.approx(1, rel=0.05)
+
+
+def test_simvq_codebook_by_hand_and_moves_as_a_whole() -> None:
+    quantizer = SimVQ(num_embeddings=2, embedding_dim=2)
+    with torch.no_grad():
+        quantizer.basis.copy_(torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
+        quantizer.projection.weight.copy_(torch.tensor([[2.0, 3.0], [0.0, 1.0]]))
+        quantizer.projection.bias.copy_(torch.tensor([0.5, -0.5]))
+    assert quantizer.codebook().tolist() == [[2.5, -0.5], [5.5, 0.5]]
+    # A step on one used codeword moves the unused one, too, and leaves the basis.
+    optimizer = torch.optim.SGD(quantizer.parameters(), lr=0.1)
+    quantizer.codebook()[0].sum().backward()
+    before = quantizer.codebook()[1].clone()
+    optimizer.step()
+    assert not torch.equal(quantizer.codebook()[1], before)
+    assert quantizer.basis.tolist() == [[1.0, 0.0], [1.0, 1.0]]
+
+
+def test_simvq_orthogonal_start_is_the_prior() -> None:
+    torch.manual_seed(0)
+    quantizer = SimVQ(num_embeddings=4096, embedding_dim=16, init="orthogonal", scale=4.0)
+    covariance = torch.cov(quantizer.codebook().T)
+    torch.testing.assert_close(covariance, torch.eye(16), atol=0.12, rtol=0)
+
+
+def test_posterior_assignment_by_hand() -> None:
+    quantizer = VectorQuantizer(num_embeddings=2, embedding_dim=2, assignment="posterior")
+    with torch.no_grad():
+        quantizer.embedding.copy_(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
+    mean = torch.zeros(1, 2, 1, 1)
+    # Nearer is the first; but the encoder is sure of the first channel and hardly of the second.
+    posterior = DiagonalGaussian(mean, torch.tensor([0.1, 10.0]).square().log().view(1, 2, 1, 1))
+    assert quantizer(mean, posterior).indices.item() == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 70),
+    k=st.integers(1, 90),
+    d=st.integers(1, 9),
+    chunk=st.integers(1, 3000),
+    seed=st.integers(0, 10**6),
+    weighted=st.booleans(),
+    ties=st.booleans(),
+)
+def test_search_is_the_exact_argmin(n: int, k: int, d: int, chunk: int, seed: int, weighted: bool, ties: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    z, codebook = torch.randn(n, d, generator=generator), torch.randn(k, d, generator=generator)
+    if ties:
+        codebook = codebook[torch.randint(0, k, (k,), generator=generator)]
+        z = codebook[torch.randint(0, k, (n,), generator=generator)] + 0.0
+    precision = torch.rand(n, d, generator=generator) + 0.1 if weighted else None
+    found = nearest_codeword(z, codebook, precision=precision, chunk_size=chunk)
+    assert found.tolist() == brute_force(z, codebook, precision).tolist()
+
+
+def test_search_resolves_what_rounding_hides() -> None:
+    """Far from the origin, fp32 cannot tell these codewords apart by the expanded square."""
+    codebook = torch.tensor([[4096.0], [4096.0 + 2**-11], [4096.0 + 2**-10]])
+    z = torch.tensor([[4096.0 + 2**-10], [4096.0 + 2**-11], [4096.0]])
+    assert nearest_codeword(z, codebook).tolist() == [2, 1, 0]
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest tensor that any operation made, in elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for item in result if isinstance(result, list | tuple) else [result]:
+            if isinstance(item, torch.Tensor):
+                self.elements = max(self.elements, item.numel())
+        return result
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_search_never_holds_the_distance_matrix(weighted: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    n, k, d = 4096, 2048, 8
+    z, codebook = torch.randn(n, d, generator=generator), torch.randn(k, d, generator=generator)
+    precision = torch.rand(n, d, generator=generator) + 0.5 if weighted else None
+    chunk = 2**16
+    with LargestTensor() as largest:
+        nearest_codeword(z, codebook, precision=precision, chunk_size=chunk)
+    assert largest.elements <= max(chunk, 2 * n * d)
+    assert largest.elements < n * k / 50
+
+
+def test_search_refuses_shapes_that_do_not_match() -> None:
+    with pytest.raises(VaevqMedError, match=r"\[N, D\]"):
+        nearest_codeword(torch.zeros(2, 3), torch.zeros(4, 2))
+    with pytest.raises(VaevqMedError, match="no codeword"):
+        nearest_codeword(torch.zeros(2, 3), torch.zeros(0, 3))
+
+
+@pytest.mark.peer
+def test_simvq_agrees_with_vector_quantize_pytorch() -> None:
+    peer = pytest.importorskip("vector_quantize_pytorch")
+    torch.manual_seed(0)
+    theirs = peer.SimVQ(dim=D, codebook_size=K, channel_first=True, rotation_trick=False)
+    ours = SimVQ(num_embeddings=K, embedding_dim=D, bias=False)
+    with torch.no_grad():
+        ours.basis.copy_(theirs.frozen_codebook)
+        ours.projection.weight.copy_(theirs.code_transform.weight)
+    z = torch.randn(2, D, 3, 5)
+    quantized, indices, _ = theirs(z)
+    output = ours(z)
+    assert torch.equal(output.indices[..., 0], indices)
+    torch.testing.assert_close(output.quantized, quantized)
