@@ -124,15 +124,20 @@ def slice_extract(
         progress.add_task("cases", total=total)
         progress.start()
 
+    def stop() -> None:
+        if progress.live.is_started:
+            progress.stop()
+
     def skip(name: str, reason: str) -> None:
-        progress.console.print(f"vaevq-med: case {name}: {reason}; skipped", soft_wrap=True, markup=False)
+        line = f"vaevq-med: case {name}: {reason}; skipped"
+        progress.console.print(line, soft_wrap=True, markup=False, emoji=False)
         if progress.tasks:
             progress.advance(progress.task_ids[0])
 
     try:
         report = command.run(on_start=start, on_case=lambda name: progress.advance(progress.task_ids[0]), on_skip=skip)
     except KeyboardInterrupt:
-        progress.stop()
+        stop()
         typer.echo("vaevq-med: interrupted; finished cases are kept, and the same command goes on", err=True)
         raise typer.Exit(130) from None
     finally:

@@ -1,0 +1,294 @@
+"""Loss terms against scipy, torch.distributions and values worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import sqrtm
+from torch import Tensor, nn
+from torch.distributions import Normal, kl_divergence
+
+from vaevq_med.errors import VaevqMedError
+from vaevq_med.losses import (
+    AdversarialTerm,
+    DCRLoss,
+    KLLoss,
+    QuantizerLoss,
+    RCSLoss,
+    ReconstructionLoss,
+    TokenizerObjective,
+    gaussian_wasserstein2_to_standard,
+    kl_to_standard_normal,
+    representation_coherence,
+)
+from vaevq_med.losses.adversarial import adaptive_weight, discriminator_loss, generator_loss
+from vaevq_med.losses.kl import content_mask
+from vaevq_med.networks.posterior import DiagonalGaussian
+from vaevq_med.outputs import QuantizerOutput, TokenizerOutput
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def make_output(
+    *, variational: bool = True, codebook: bool = True, mean: Tensor | None = None, logvar: Tensor | None = None
+) -> TokenizerOutput:
+    """An output with two paths whose errors against a zero target are 0.04 and 0.09."""
+    mean = random(2, 3, 2, 2) if mean is None else mean
+    logvar = torch.zeros_like(mean) if logvar is None else logvar
+    codes = mean + 0.5
+    quantizer = QuantizerOutput(
+        quantized=codes,
+        codes=codes,
+        indices=torch.zeros(2, 2, 2, 1, dtype=torch.int64),
+        losses={"codebook": torch.tensor(3.0), "commitment": torch.tensor(5.0)},
+        codebook=random(20, 3, seed=1) if codebook else None,
+    )
+    image = torch.full((2, 1, 4, 4), 0.2, requires_grad=True)
+    continuous = torch.full((2, 1, 4, 4), -0.3) if variational else None
+    posterior = DiagonalGaussian(mean, logvar) if variational else None
+    return TokenizerOutput(image, continuous, mean, posterior, quantizer)
+
+
+ZERO = torch.zeros(2, 1, 4, 4)
+
+
+def test_kl_equals_torch_distributions() -> None:
+    mean, logvar = random(2, 5, 3, 4), random(2, 5, 3, 4, seed=1)
+    reference = kl_divergence(Normal(mean, (0.5 * logvar).exp()), Normal(0.0, 1.0)).sum(1).mean()
+    assert kl_to_standard_normal(mean, logvar).item() == pytest.approx(reference.item(), rel=1e-5)
+
+
+def test_kl_has_the_derivative_of_its_formula() -> None:
+    mean, logvar = random(1, 2, 2, 2, dtype=torch.float64), random(1, 2, 2, 2, seed=1, dtype=torch.float64)
+    mean.requires_grad_(), logvar.requires_grad_()
+    gradients = torch.autograd.grad(kl_to_standard_normal(mean, logvar), (mean, logvar))
+    torch.testing.assert_close(gradients[0], mean / 4, check_dtype=False, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(gradients[1], 0.5 * (logvar.exp() - 1) / 4, check_dtype=False, rtol=1e-5, atol=1e-6)
+
+
+def test_rcs_by_hand() -> None:
+    codes = torch.tensor([1.0, 2.0]).view(1, 2, 1, 1)
+    mean = torch.tensor([0.0, 4.0]).view(1, 2, 1, 1)
+    std = torch.tensor([0.5, 2.0]).view(1, 2, 1, 1)
+    # 0.5 ((1 / 0.5)^2 + (-2 / 2)^2)
+    assert representation_coherence(codes, mean, std).item() == pytest.approx(2.5)
+    assert representation_coherence(codes, mean, std, reduction="mean_d").item() == pytest.approx(1.25)
+    assert representation_coherence(codes, mean, std, min_std=1.0).item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("detached", [True, False])
+def test_rcs_gradients(detached: bool) -> None:
+    codes, mean = random(1, 3, 2, 2).requires_grad_(), random(1, 3, 2, 2, seed=1).requires_grad_()
+    std = (random(1, 3, 2, 2, seed=2).abs() + 0.5).requires_grad_()
+    value = representation_coherence(codes, mean, std, detach_std=detached)
+    to_codes, to_mean, to_std = torch.autograd.grad(value, (codes, mean, std), allow_unused=True)
+    expected = (codes - mean) / std.square() / 4
+    torch.testing.assert_close(to_codes, expected.detach())
+    torch.testing.assert_close(to_mean, -expected.detach())
+    assert (to_std is None) == detached
+    if not detached:
+        assert bool((to_std <= 0).all())
+
+
+@pytest.mark.parametrize("shape", [(50, 3), (1000, 16), (4, 8)])
+def test_dcr_equals_the_formula_with_scipy(shape: tuple[int, int]) -> None:
+    codebook = 0.7 * random(*shape, dtype=torch.float64) + 0.3
+    array = codebook.numpy()
+    covariance = np.atleast_2d(np.cov(array.T))
+    reference = np.sum(array.mean(0) ** 2) + np.trace(covariance) - 2 * np.trace(sqrtm(covariance).real) + shape[1]
+    assert gaussian_wasserstein2_to_standard(codebook).item() == pytest.approx(float(reference), abs=1e-5)
+
+
+def test_dcr_is_least_at_the_prior_and_differentiable_there() -> None:
+    # Corners of a cube, scaled so that the unbiased covariance is exactly the identity: eigenvalues coincide.
+    corners = torch.tensor([[x, y, z] for x in (-1.0, 1.0) for y in (-1.0, 1.0) for z in (-1.0, 1.0)])
+    codebook = (corners * math.sqrt(7 / 8)).requires_grad_()
+    value = gaussian_wasserstein2_to_standard(codebook)
+    (gradient,) = torch.autograd.grad(value, codebook)
+    assert value.item() == pytest.approx(0, abs=1e-6)
+    assert bool(gradient.isfinite().all())
+    assert float(gradient.abs().max()) < 1e-3
+
+
+def test_dcr_gradcheck() -> None:
+    codebook = random(12, 3, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(gaussian_wasserstein2_to_standard, (codebook,))
+
+
+def test_dcr_is_finite_with_fewer_codewords_than_dimensions() -> None:
+    codebook = random(4, 8).requires_grad_()
+    (gradient,) = torch.autograd.grad(gaussian_wasserstein2_to_standard(codebook), codebook)
+    assert bool(gradient.isfinite().all())
+
+
+def test_dcr_under_autocast_is_that_without() -> None:
+    codebook = random(64, 16)
+    plain = gaussian_wasserstein2_to_standard(codebook)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(gaussian_wasserstein2_to_standard(codebook), plain)
+
+
+def test_terms_say_what_is_missing() -> None:
+    with pytest.raises(VaevqMedError, match="Remove 'dcr'"):
+        DCRLoss()(ZERO, make_output(codebook=False))
+    for term in (KLLoss(), RCSLoss()):
+        with pytest.raises(VaevqMedError, match="needs a posterior"):
+            term(ZERO, make_output(variational=False))
+    with pytest.raises(VaevqMedError, match="l3"):
+        ReconstructionLoss(kind="l3")
+
+
+@pytest.mark.parametrize(
+    ("kind", "paths", "expected"),
+    [
+        ("l2", "sum", 0.13),
+        ("l2", "mean", 0.065),
+        ("l1", "sum", 0.5),
+        ("calibrated", "sum", 0.5 * (math.log(0.04) + math.log(0.09))),
+    ],
+)
+def test_reconstruction_by_hand(kind: str, paths: str, expected: float) -> None:
+    value = ReconstructionLoss(kind=kind, path_reduction=paths)(ZERO, make_output())
+    assert value.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_reconstruction_summed_over_an_image() -> None:
+    assert ReconstructionLoss(reduction="sum")(ZERO, make_output()).item() == pytest.approx(0.13 * 16, rel=1e-5)
+
+
+def test_calibrated_gradient_is_that_of_half_log_mse() -> None:
+    image = random(2, 1, 4, 4).requires_grad_()
+    output = make_output(variational=False)
+    output = TokenizerOutput(image, None, output.latent, None, output.quantizer)
+    (gradient,) = torch.autograd.grad(ReconstructionLoss(kind="calibrated")(ZERO, output), image)
+    (reference,) = torch.autograd.grad(0.5 * image.square().mean().log(), image)
+    torch.testing.assert_close(gradient, reference)
+
+
+def test_kl_budget_raises_the_factor_above_the_target_and_lowers_it_below() -> None:
+    images = random(2, 1, 4, 4)
+    target = 1.0 * math.log(8)
+    for mean, up in ((torch.full((2, 3, 2, 2), 10.0), True), (torch.zeros(2, 3, 2, 2), False)):
+        term = KLLoss(budget=1.0, num_embeddings=8, rate=0.1).train()
+        output = make_output(mean=mean)
+        before = float(term.factor)
+        value = term(images, output)
+        assert (float(term.factor) > before) is up
+        kl = float(kl_to_standard_normal(mean, torch.zeros_like(mean)))
+        assert float(term.factor) == pytest.approx(
+            min(1.1, max(0.9, (max(kl, 1e-6 * target) / target) ** 0.1)), rel=1e-4
+        )
+        assert value.item() == pytest.approx(float(term.factor) * kl, rel=1e-5, abs=1e-9)
+        held = float(term.factor)
+        term.eval()(images, output)
+        assert float(term.factor) == held
+
+
+def test_kl_budget_counts_content_only() -> None:
+    images = torch.full((1, 1, 4, 4), -1.0)
+    images[:, :, :2, :2] = random(1, 1, 2, 2)
+    assert content_mask(images, (2, 2)).tolist() == [[[True, False], [False, False]]]
+    mean = torch.zeros(1, 3, 2, 2)
+    mean[..., 0, 0] = 10.0
+    factors = {}
+    for tokens in ("content", "all"):
+        term = KLLoss(budget=1.0, num_embeddings=2**20, tokens=tokens, rate=0.01)
+        term(images, make_output(mean=mean))
+        factors[tokens] = float(term.factor)
+    # 150 nats at the one content token, 37.5 on average; the target is 13.9.
+    assert factors["content"] == pytest.approx((150 / (20 * math.log(2))) ** 0.01)
+    assert factors["all"] == pytest.approx((37.5 / (20 * math.log(2))) ** 0.01)
+
+
+def test_gan_losses_by_hand() -> None:
+    real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.0])
+    assert discriminator_loss(real, fake).item() == pytest.approx(0.5 * (0.25 + 0.5))
+    softplus = [math.log1p(math.exp(v)) for v in (-2.0, -0.5, -3.0, 0.0)]
+    expected = 0.5 * (np.mean(softplus[:2]) + np.mean(softplus[2:]))
+    assert discriminator_loss(real, fake, "non_saturating").item() == pytest.approx(float(expected), rel=1e-6)
+    logits = torch.tensor([[4.0, 2.0], [-1.0, 1.0]]).view(2, 1, 1, 2)
+    assert generator_loss(logits).item() == -1.5
+    per_image = np.mean([math.log1p(math.exp(-3.0)), math.log(2)])
+    assert generator_loss(logits, "non_saturating", per_image=True).item() == pytest.approx(float(per_image), rel=1e-6)
+
+
+def test_adaptive_weight_by_hand() -> None:
+    layer = torch.tensor([1.0, 2.0], requires_grad=True)
+    reconstruction, adversarial = (3 * layer).sum(), (layer * torch.tensor([0.0, 0.5])).sum()
+    expected = math.sqrt(18) / (0.5 + 1e-4)
+    weight = adaptive_weight(reconstruction, adversarial, layer)
+    assert weight.item() == pytest.approx(expected)
+    assert not weight.requires_grad
+
+
+class Linear(nn.Module):
+    """A discriminator whose logits are the image times a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x
+
+
+@pytest.mark.parametrize(("paths", "expected"), [("quantized", -0.4), ("both", 0.1), ("mean_logits", 0.1)])
+def test_adversarial_paths(paths: str, expected: float) -> None:
+    term = AdversarialTerm(paths=paths)
+    assert term.generator(make_output(), Linear()).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_objective_sums_weighted_terms_and_leaves_out_zeros() -> None:
+    terms = {"reconstruction": ReconstructionLoss(), "codebook": QuantizerLoss(name="codebook"), "kl": KLLoss()}
+    objective = TokenizerObjective(terms=terms, weights={"reconstruction": 2.0, "codebook": 0.5, "kl": 0.0})
+    # With kl left out, a tokenizer without a posterior is fine.
+    loss = objective.generator(ZERO, make_output(variational=False))
+    assert loss.total.item() == pytest.approx(2 * 0.04 + 0.5 * 3)
+    assert set(loss.terms) == {"reconstruction", "codebook"}
+    assert loss.terms["codebook"].item() == 3.0
+
+
+def test_objective_names_the_nearest_weight() -> None:
+    with pytest.raises(VaevqMedError, match="did you mean 'rcs'"):
+        TokenizerObjective(terms={"rcs": RCSLoss(), "kl": KLLoss()}, weights={"rsc": 1, "kl": 1})
+    with pytest.raises(VaevqMedError, match="no kl"):
+        TokenizerObjective(terms={"rcs": RCSLoss(), "kl": KLLoss()}, weights={"rcs": 1})
+
+
+def test_gan_takes_part_from_its_start_step_only() -> None:
+    objective = TokenizerObjective(
+        terms={"reconstruction": ReconstructionLoss()},
+        weights={"reconstruction": 1.0},
+        adversarial=AdversarialTerm(start_step=3, weight=0.5, adaptive=False),
+    )
+    output = make_output()
+    assert objective.generator(ZERO, output, step=2).total.item() == pytest.approx(0.13)
+    later = objective.generator(ZERO, output, discriminator=Linear(), step=3)
+    assert later.total.item() == pytest.approx(0.13 - 0.5 * 0.4)
+    with pytest.raises(VaevqMedError, match="no discriminator"):
+        objective.generator(ZERO, output, step=3)
+
+
+def test_discriminator_step_sends_nothing_to_the_tokenizer() -> None:
+    objective = TokenizerObjective(
+        terms={"reconstruction": ReconstructionLoss()}, weights={"reconstruction": 1.0}, adversarial=AdversarialTerm()
+    )
+    output, discriminator = make_output(), Linear()
+    objective.discriminator(ZERO, output, discriminator=discriminator).total.backward()
+    assert output.reconstruction.grad is None
+    assert discriminator.scale.grad is not None
+
+
+def test_control_state_carries_the_budget() -> None:
+    def build() -> TokenizerObjective:
+        return TokenizerObjective(terms={"kl": KLLoss(budget=1.0, num_embeddings=8)}, weights={"kl": 1.0})
+
+    first, second = build(), build()
+    first.generator(random(2, 1, 4, 4), make_output(mean=torch.full((2, 3, 2, 2), 9.0)))
+    second.load_control_state(first.control_state())
+    assert float(second.terms["kl"].factor) == float(first.terms["kl"].factor) != 1.0
