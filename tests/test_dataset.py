@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import islice
 from pathlib import Path
 
@@ -141,3 +142,15 @@ def test_loader_leaves_the_global_generator_alone_and_workers_change_nothing(sli
     assert torch.equal(before, torch.get_rng_state())
     for a, b in zip(alone, first_batches(2), strict=True):
         assert torch.equal(a, b)
+
+
+def test_without_validation_patients_training_slices_are_validated_on(
+    slice_dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from vaevq_med.engines import validation_split
+
+    assert validation_split(slice_dataset) == "validation"
+    content = json.loads((slice_dataset / "dataset.json").read_text())
+    (tmp_path / "dataset.json").write_text(json.dumps({**content, "validation": []}))
+    assert validation_split(tmp_path) == "training"
+    assert "--split-file" in caplog.text

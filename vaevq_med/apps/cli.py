@@ -141,7 +141,7 @@ def slice_extract(
         typer.echo("vaevq-med: interrupted; finished cases are kept, and the same command goes on", err=True)
         raise typer.Exit(130) from None
     finally:
-        progress.stop()
+        stop()
     typer.echo(
         f"{report.output}: {report.written} cases sliced, {report.reused} were done, {len(report.skipped)} skipped"
     )

@@ -11,7 +11,13 @@ from vaevq_med.engines.distributed import (
     world_size,
 )
 from vaevq_med.engines.ema import exponential_moving_average
-from vaevq_med.engines.evaluation import EvaluationHandler, EvaluationTracker, ValidationSummary, label_map
+from vaevq_med.engines.evaluation import (
+    EvaluationHandler,
+    EvaluationTracker,
+    ValidationSummary,
+    label_map,
+    validation_split,
+)
 from vaevq_med.engines.evaluator import TokenizerEvaluator
 from vaevq_med.engines.predictions import PredictionWriter
 from vaevq_med.engines.progress import ProgressReporter
@@ -47,5 +53,6 @@ __all__ = [
     "shared",
     "stop_process_group",
     "synchronized",
+    "validation_split",
     "world_size",
 ]

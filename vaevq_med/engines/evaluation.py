@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,30 @@ from vaevq_med.metrics import EvaluationReport, ReconstructionEvaluation
 from vaevq_med.metrics.pictures import reconstruction_grid, usage_histogram
 from vaevq_med.networks.features import feature_network
 
+logger = logging.getLogger(__name__)
 _METADATA = ("index", "path", "patient", "case", "modality", "slice")
 
 
 def label_map(dataset_dir: str | Path) -> Mapping[str, Sequence[int]]:
     """Label values of each tumor region of a slice data set."""
     return load_manifest(dataset_dir).label_map
+
+
+def validation_split(dataset_dir: str | Path) -> str:
+    """``validation``, or, where no patient stands in it, ``training``, with a warning.
+
+    Args:
+        dataset_dir: slice data set.
+    """
+    if load_manifest(dataset_dir).entries("validation"):
+        return "validation"
+    if distributed.is_main():
+        logger.warning(
+            "%s: no patient stands in the validation split, so training slices are validated on; name the patients of "
+            "each split with: vaevq-med slice-extract --split-file FILE, or pass --val_split test",
+            dataset_dir,
+        )
+    return "training"
 
 
 class EvaluationHandler:

@@ -88,7 +88,7 @@ class ReconstructionEvaluation:
         for name, mask in (regions or {}).items():
             columns[f"psnr_{name}"] = region_psnr(unit, unit_target, mask)
             columns[f"ssim_{name}"] = region_mean(ssim_map, mask)
-        self._regions = tuple(regions or {})
+        self._regions = tuple(dict.fromkeys([*self._regions, *(regions or {})]))
         values = {name: column.double().cpu().tolist() for name, column in columns.items()}
         for i in range(target.shape[0]):
             row = {name: _plain(items[i]) for name, items in metadata.items()}
@@ -188,7 +188,7 @@ class ReconstructionEvaluation:
         words = {
             "images": f"[0, 1], both sides {levels}",
             "psnr": "dB, range 1, mean over images of each image's own value, at most 100",
-            "ssim": "Gaussian window 11, sigma 1.5, range 1, mean over images",
+            "ssim": "Gaussian window 11, sigma 1.5, range 1, mirrored at the border, mean over pixels and images",
             "region": "PSNR, and mean of the SSIM map, over the region's pixels; images without it left out",
             "utilization": "share of the K entries used at least once over the split",
             "perplexity": "exp of the entropy of the entries' frequencies over the split",

@@ -2,7 +2,8 @@
 
 Conventions: images in [0, 1]; both sides rounded to 256 levels first, as published work does; PSNR with range 1,
 a mean over images of the images' own values, capped at 100 dB for identical ones; SSIM (Wang et al., 2004) with a
-Gaussian window of 11 pixels and sigma 1.5, range 1.
+Gaussian window of 11 pixels and sigma 1.5, range 1, over all pixels with the image mirrored at its border, as
+torchmetrics has it (scikit-image leaves out the five outermost pixels, which on a dark border gives another figure).
 """
 
 from __future__ import annotations
