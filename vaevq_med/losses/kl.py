@@ -103,6 +103,7 @@ class KLLoss(LossTerm):
 
     @torch.no_grad()
     def _steer(self, per_token: Tensor, target: Tensor) -> None:
+        assert self.target is not None
         counted = torch.ones_like(per_token)
         if self.tokens == "content":
             counted = content_mask(target, per_token.shape[-2:]).to(per_token)

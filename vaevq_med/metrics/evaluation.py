@@ -94,8 +94,8 @@ class ReconstructionEvaluation:
             row = {name: _plain(items[i]) for name, items in metadata.items()}
             self._rows.append({**row, **{name: column[i] for name, column in values.items()}})
         if self.fid is not None:
-            features = self.fid.pooled(torch.cat([rounded_target, rounded]))
-            self._add_features(*features.chunk(2), modalities=[str(m) for m in metadata["modality"]])
+            real, fake = self.fid.pooled(torch.cat([rounded_target, rounded])).chunk(2)
+            self._add_features(real, fake, modalities=[str(m) for m in metadata["modality"]])
         if indices is not None:
             self.usage.update(indices)
         if indices_sample is not None:

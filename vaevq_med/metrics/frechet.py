@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,10 @@ class FrechetDistance:
     @property
     def count(self) -> int:
         """Reconstructed images seen by this process, or, after :meth:`compute` in a group, still this process."""
-        return int(self._metric.fake_features_num_samples)
+        return int(self._samples())
+
+    def _samples(self) -> Tensor:
+        return cast(Tensor, self._metric.fake_features_num_samples)
 
     def update(self, real: Tensor, fake: Tensor) -> None:
         """Take in feature vectors ``[B, num_features]`` of original and reconstructed images."""
@@ -49,7 +53,7 @@ class FrechetDistance:
 
     def compute(self) -> float:
         """The distance; NaN with fewer than two images. In a process group, of all processes' images."""
-        counts = self._metric.fake_features_num_samples.clone()
+        counts = self._samples().clone()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(counts)
         if int(counts) < 2:

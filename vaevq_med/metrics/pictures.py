@@ -36,7 +36,7 @@ def reconstruction_grid(
         path: PNG file to write, atomically.
     """
     original, through = to_unit(images), to_unit(quantized)
-    columns = [("original", original, None)]
+    columns: list[tuple[str, Tensor, Tensor | None]] = [("original", original, None)]
     if continuous is not None:
         around = to_unit(continuous)
         columns.append(("continuous path", around, psnr_per_image(around, original)))

@@ -16,7 +16,7 @@ from torch import Tensor
 Summary = dict[str, dict[str, float]]
 
 
-def _atomic(path: Path, write: Callable[[TextIO], None]) -> None:
+def _atomic(path: Path, write: Callable[[TextIO], object]) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", newline="", encoding="utf-8") as file:

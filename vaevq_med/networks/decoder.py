@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -87,7 +88,7 @@ class Decoder(nn.Module):
     @property
     def last_layer(self) -> Tensor:
         """Weight of the output convolution, which the adaptive adversarial weight differentiates."""
-        return self.head[-1].weight
+        return cast(Tensor, self.head[-1].weight)
 
     def forward(self, features: Tensor) -> Tensor:
         """Decode latent features.

@@ -223,7 +223,7 @@ class RadImageNetFeatures(FeatureNetwork):
 
         path = find_weights("radimagenet", weights)
         self.network = resnet50(weights=None)
-        self.network.fc = nn.Identity()  # type: ignore[assignment]
+        self.network.fc = nn.Identity()
         state = {}
         for key, value in read_weights(path).items():
             parts = key.removeprefix("module.").removeprefix("backbone.").split(".")

@@ -16,7 +16,7 @@ from vaevq_med.networks.decoder import Decoder
 from vaevq_med.networks.encoder import Encoder
 from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.quantizers.base import Quantizer
-from vaevq_med.outputs import QuantizerOutput, TokenizerOutput
+from vaevq_med.outputs import Posterior, QuantizerOutput, TokenizerOutput
 
 ESTIMATORS = ("straight_through", "released")
 
@@ -155,7 +155,7 @@ class VisualTokenizer(nn.Module):
         if self.estimator == "released":
             fed = released_estimator(quantized.codes, encoded)
         reconstruction, continuous = self.decode(torch.cat([fed, sample])).chunk(2)
-        return TokenizerOutput(reconstruction, continuous, latent, encoded, quantized)
+        return TokenizerOutput(reconstruction, continuous, latent, cast(Posterior, encoded), quantized)
 
     # --- MONAI's first-stage interface ---
 

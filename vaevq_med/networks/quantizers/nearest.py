@@ -86,7 +86,7 @@ def _check(latents: Tensor, codebook: Tensor, precision: Tensor | None, chunk_si
 @contextmanager
 def _full_precision(device_type: str) -> Iterator[None]:
     """No autocast, no TF32, no bf16 products inside fp32 ones."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
