@@ -233,7 +233,7 @@ class TrainingCheckpoint:
     def _epoch_completed(self, engine: TokenizerTrainer) -> None:
         metrics = self.evaluator.state.metrics if self.evaluator is not None else {}
         fresh = self.evaluator is not None and self.evaluator.state.epoch > 0
-        value = metrics.get(self.metric) if fresh else None
+        value: Any = metrics.get(self.metric) if fresh else None
         improved = value is not None and (
             self.best is None or (value > self.best["value"] if self.mode == "max" else value < self.best["value"])
         )

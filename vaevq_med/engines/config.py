@@ -83,7 +83,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: naming the nearest valid name.
     """
-    properties = {**TrainProperties, **InferProperties, **MetaProperties}
+    properties: dict[str, Any] = {**TrainProperties, **InferProperties, **MetaProperties}
     used = {str(prop["id"]).split("::")[0] for prop in properties.values()} | ENTRY_POINTS
     for text in _strings({key: value for key, value in config.items() if key != "_meta_"}):
         used.update(_REFERENCE.findall(text))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+_Tensors = tuple[Tensor, ...] | list[Tensor]
+
 
 def exponential_moving_average(model: nn.Module, decay: float = 0.999) -> AveragedModel:
     """An averaged copy of ``model``, parameters and buffers, updated by ``update_parameters``.
@@ -22,7 +24,7 @@ def exponential_moving_average(model: nn.Module, decay: float = 0.999) -> Averag
     if not 0.0 <= decay < 1.0:
         raise ValueError(f"EMA decay: found {decay}, expected a number in [0, 1)")
 
-    def average(averaged: list[Tensor], current: list[Tensor], updates: Tensor | int) -> None:
+    def average(averaged: _Tensors, current: _Tensors, updates: Tensor | int) -> None:
         count = int(updates)
         get_ema_multi_avg_fn(min(decay, (1 + count) / (10 + count)))(averaged, current, updates)
 

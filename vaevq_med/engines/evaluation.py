@@ -214,7 +214,8 @@ class ValidationSummary:
 
     def _epoch_completed(self, engine: Engine) -> None:
         took_place = engine.state.epoch % self.interval == 0
-        engine.state.validation = dict(self.evaluator.state.metrics) if took_place else {}
+        state: Any = engine.state
+        state.validation = dict(self.evaluator.state.metrics) if took_place else {}
 
 
 class EvaluationTracker:

@@ -52,7 +52,7 @@ class TokenizerEvaluator(SupervisedEvaluator):
         if quantize not in ("mode", "sample"):
             raise VaevqMedError(f"quantize: found {quantize!r}, expected 'mode' or 'sample'")
         super().__init__(
-            device=device,
+            device=device,  # type: ignore[arg-type]
             val_data_loader=val_data_loader,
             network=network,
             val_handlers=val_handlers,
@@ -64,7 +64,7 @@ class TokenizerEvaluator(SupervisedEvaluator):
         self.seed = seed
         self.generator: torch.Generator | None = None
 
-    def run(self, global_epoch: int = 1) -> None:
+    def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
         """Evaluate once; the samples are the same at every call."""
         self.generator = torch.Generator(self.state.device).manual_seed(self.seed)
         super().run(global_epoch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from ignite.engine import Engine, Events
@@ -44,10 +45,11 @@ class PredictionWriter:
         return path
 
     def _iteration_completed(self, engine: Engine) -> None:
-        output = engine.state.output
+        output: Any = engine.state.output
+        batch: Any = engine.state.batch
         predictions = ((output[Keys.PRED].clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
         indices = output["indices"].cpu().numpy().astype(np.int32)
-        for number, source in enumerate(engine.state.batch["path"]):
+        for number, source in enumerate(batch["path"]):
             if "indices" in self.write:
                 np.save(self._target("indices", source, ".npy"), indices[number])
             if "reconstructions" in self.write:

@@ -222,7 +222,8 @@ class MLflowTracker:
         step = engine.state.iteration
         if step <= self._logged_until or self._failed:
             return
-        self.log_metrics({f"train/{name}": value for name, value in engine.state.terms.items()}, step)
+        terms: Mapping[str, Any] = engine.state.terms  # type: ignore[attr-defined]
+        self.log_metrics({f"train/{name}": value for name, value in terms.items()}, step)
         if step % self.interval == 0:
             with self.guard():
                 self.flush()

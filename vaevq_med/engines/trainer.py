@@ -127,7 +127,7 @@ class TokenizerTrainer(SupervisedTrainer):
         if channels_last:
             for module in (network, discriminator):
                 if module is not None:
-                    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                    module.to(memory_format=torch.channels_last)
         if compile:
             network.encoder.compile()
             network.decoder.compile()
