@@ -243,24 +243,33 @@ def _distances(
 
 
 def _search_double(latents: Tensor, codebook: Tensor, precision: Tensor | None, chunk_size: int) -> Tensor:
-    """Lowest index within float64 rounding of the least distance: for rows with many near-equal codewords."""
+    """The exact argmin for rows with many near-equal codewords: float64 scores choose whom to evaluate directly."""
     results = []
     num_codes = codebook.shape[0]
     step = max(1, chunk_size // (2 * min(num_codes, 4096)))
+    largest = torch.linalg.vector_norm(codebook, dim=1).max().double()
     for start in range(0, latents.shape[0], step):
         part = latents[start : start + step]
         weights = None if precision is None else precision[start : start + step]
         best = torch.full((part.shape[0],), math.inf, dtype=torch.float64, device=part.device)
         for codes in codebook.split(4096):
             best = torch.minimum(best, _scores(part, codes.double(), weights).amin(dim=1))
-        largest = torch.linalg.vector_norm(codebook, dim=1).max().double()
         reach = torch.linalg.vector_norm(part, dim=1) + largest
         weight = 1.0 if weights is None else weights.amax(dim=1)
         bound = best + 8 * (latents.shape[1] + 8) * torch.finfo(torch.float64).eps * weight * reach**2
-        index = torch.full_like(best, num_codes - 1, dtype=torch.int64)
+        least = torch.full_like(best, math.inf)
+        index = torch.zeros_like(best, dtype=torch.int64)
         for number, codes in enumerate(codebook.split(4096)):
             near = _scores(part, codes.double(), weights) <= bound.unsqueeze(1)
-            found = near.to(torch.uint8).argmax(dim=1) + number * 4096
-            index = torch.where(near.any(dim=1), torch.minimum(index, found), index)
+            rows, columns = near.nonzero(as_tuple=True)
+            if rows.numel() == 0:
+                continue
+            distances = _distances(part, codes, weights, rows, columns.unsqueeze(1), chunk_size).squeeze(1)
+            nearest = torch.full_like(best, math.inf).scatter_reduce(0, rows, distances, "amin")
+            hit = distances == nearest[rows]
+            lowest = torch.full_like(index, num_codes).scatter_reduce(0, rows[hit], columns[hit], "amin")
+            nearer = nearest < least
+            least = torch.where(nearer, nearest, least)
+            index = torch.where(nearer, lowest + number * 4096, index)
         results.append(index)
     return torch.cat(results)
