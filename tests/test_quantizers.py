@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,16 +124,20 @@ def test_autocast_leaves_the_assignment_alone(
 
 
 def test_state_dict_round_trip(
-    quantizer: CodebookQuantizer, latent: tuple[torch.Tensor, DiagonalGaussian], tmp_path: object
+    request: pytest.FixtureRequest,
+    quantizer: CodebookQuantizer,
+    latent: tuple[torch.Tensor, DiagonalGaussian],
+    tmp_path: Path,
 ) -> None:
     expected = quantizer(*latent)
-    path = f"{tmp_path}/q.pt"
-    torch.save(quantizer.state_dict(), path)
-    with torch.no_grad():
-        for parameter in quantizer.parameters():
-            parameter.add_(1)
-    quantizer.load_state_dict(torch.load(path, weights_only=True))
-    assert torch.equal(quantizer(*latent).codes, expected.codes)
+    torch.save(quantizer.state_dict(), tmp_path / "q.pt")
+    name, assignment = request.node.callspec.params["quantizer"].split(":")
+    fresh = MAKERS[name](assignment)
+    assert not torch.equal(fresh.codebook(), expected.codebook)
+    fresh.load_state_dict(torch.load(tmp_path / "q.pt", weights_only=True))
+    output = fresh(*latent)
+    assert torch.equal(output.codes, expected.codes)
+    assert torch.equal(output.indices, expected.indices)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +161,30 @@ def test_a_latent_of_another_width_is_refused(quantizer: CodebookQuantizer) -> N
 def test_posterior_assignment_without_a_posterior_says_what_to_set() -> None:
     with pytest.raises(VaevqMedError, match="network_def#variational"):
         MAKERS["simvq"]("posterior")(torch.zeros(1, D, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        (VectorQuantizer, {"init": "zeros"}, "'uniform' or 'normal'"),
+        (SimVQ, {"init": "uniform"}, "'default' or 'orthogonal'"),
+        (SimVQ, {"assignment": "cosine"}, "expected one of euclidean, posterior"),
+        (VectorQuantizer, {"num_embeddings": 0}, "expected at least 1"),
+        (VectorQuantizer, {"embedding_dim": 0}, "expected at least 1"),
+    ],
+)
+def test_bad_options_are_refused(kind: type[CodebookQuantizer], options: dict[str, object], said: str) -> None:
+    with pytest.raises(VaevqMedError, match=said):
+        kind(**{"num_embeddings": K, "embedding_dim": D, **options})  # type: ignore[arg-type]
+
+
+def test_gradient_of_codes_adds_up_in_the_rows_that_were_used() -> None:
+    quantizer = VectorQuantizer(num_embeddings=3, embedding_dim=1)
+    with torch.no_grad():
+        quantizer.embedding.copy_(torch.tensor([[0.0], [1.0], [2.0]]))
+    codes = quantizer(torch.tensor([0.1, 1.9, 2.2]).view(1, 1, 1, 3)).codes
+    (gradient,) = torch.autograd.grad(codes, quantizer.embedding, torch.tensor([1.0, 10.0, 100.0]).view_as(codes))
+    assert gradient.flatten().tolist() == [1.0, 0.0, 110.0]
 
 
 def test_vector_quantizer_by_hand() -> None:
@@ -231,6 +260,48 @@ def test_search_is_the_exact_argmin(n: int, k: int, d: int, chunk: int, seed: in
     assert found.tolist() == brute_force(z, codebook, precision).tolist()
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("chunk", [None, 100, 5000])
+def test_search_is_exact_for_many_codewords(weighted: bool, ties: bool, chunk: int | None) -> None:
+    """From 128 codewords on, the search keeps the minima of blocks wider than one codeword."""
+    generator = torch.Generator().manual_seed(0)
+    z, codebook = torch.randn(100, 6, generator=generator), torch.randn(700, 6, generator=generator)
+    if ties:
+        codebook = codebook[torch.randint(0, 100, (700,), generator=generator)]
+        z = codebook[:100].clone()
+    precision = torch.rand(100, 6, generator=generator) + 0.1 if weighted else None
+    found = nearest_codeword(z, codebook, precision=precision, chunk_size=chunk)
+    assert found.tolist() == brute_force(z, codebook, precision).tolist()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("distance", [1e2, 1e4])
+def test_search_is_exact_in_a_tight_cluster_far_from_the_origin(weighted: bool, distance: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    center = distance * torch.randn(1, 4, generator=generator)
+    codebook = center + 1e-6 * distance * torch.randn(300, 4, generator=generator)
+    z = center + 1e-6 * distance * torch.randn(200, 4, generator=generator)
+    precision = 10 * torch.rand(200, 4, generator=generator) + 0.1 if weighted else None
+    found = nearest_codeword(z, codebook, precision=precision)
+    assert found.tolist() == brute_force(z, codebook, precision).tolist()
+
+
+def test_ties_go_to_the_lowest_index() -> None:
+    codebook = torch.tensor([[5.0, 5.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [-1.0, 0.0]])
+    z = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, 0.5]])
+    assert nearest_codeword(z, codebook).tolist() == [1, 1, 1]
+    assert nearest_codeword(z, codebook.flip(0)).tolist() == [0, 1, 1]
+    assert nearest_codeword(z, torch.zeros(500, 2)).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_indices_stay_in_range_where_a_latent_is_not_finite(weighted: bool) -> None:
+    z = torch.tensor([[float("nan")] * 2, [float("inf")] * 2, [-float("inf"), 0.0]])
+    found = nearest_codeword(z, torch.randn(300, 2), precision=torch.ones(3, 2) if weighted else None)
+    assert bool(((found >= 0) & (found < 300)).all())
+
+
 def test_search_resolves_what_rounding_hides() -> None:
     """Far from the origin, fp32 cannot tell these codewords apart by the expanded square."""
     codebook = torch.tensor([[4096.0], [4096.0 + 2**-11], [4096.0 + 2**-10]])
@@ -271,6 +342,10 @@ def test_search_refuses_shapes_that_do_not_match() -> None:
         nearest_codeword(torch.zeros(2, 3), torch.zeros(4, 2))
     with pytest.raises(VaevqMedError, match="no codeword"):
         nearest_codeword(torch.zeros(2, 3), torch.zeros(0, 3))
+    with pytest.raises(VaevqMedError, match="precision has shape"):
+        nearest_codeword(torch.zeros(2, 3), torch.zeros(4, 3), precision=torch.ones(2, 1))
+    with pytest.raises(VaevqMedError, match="chunk_size is 0"):
+        nearest_codeword(torch.zeros(2, 3), torch.zeros(4, 3), chunk_size=0)
 
 
 @pytest.mark.peer
@@ -285,5 +360,21 @@ def test_simvq_agrees_with_vector_quantize_pytorch() -> None:
     z = torch.randn(2, D, 3, 5)
     quantized, indices, _ = theirs(z)
     output = ours(z)
+    assert torch.equal(output.indices[..., 0], indices)
+    torch.testing.assert_close(output.quantized, quantized)
+
+
+@pytest.mark.peer
+def test_vector_quantizer_agrees_with_vector_quantize_pytorch() -> None:
+    peer = pytest.importorskip("vector_quantize_pytorch")
+    torch.manual_seed(0)
+    theirs = peer.VectorQuantize(dim=D, codebook_size=K, accept_image_fmap=True, rotation_trick=False).eval()
+    ours = VectorQuantizer(num_embeddings=K, embedding_dim=D)
+    with torch.no_grad():
+        ours.embedding.copy_(theirs.codebook)
+    z = torch.randn(2, D, 3, 5)
+    quantized, indices, _ = theirs(z)
+    output = ours(z)
+    assert len(indices.unique()) > 3
     assert torch.equal(output.indices[..., 0], indices)
     torch.testing.assert_close(output.quantized, quantized)
