@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,7 +93,17 @@ def test_rcs_gradients(detached: bool) -> None:
     torch.testing.assert_close(to_mean, -expected.detach())
     assert (to_std is None) == detached
     if not detached:
-        assert bool((to_std <= 0).all())
+        torch.testing.assert_close(to_std, (-(codes - mean).square() / std**3 / 4).detach())
+
+
+def test_rcs_term_passes_its_options_on() -> None:
+    # Codes stand 0.5 from the mean in each of 3 channels.
+    output = make_output(logvar=torch.full((2, 3, 2, 2), 2 * math.log(0.25)))
+    assert RCSLoss()(ZERO, output).item() == pytest.approx(0.5 * 3 * 4, rel=1e-5)
+    assert RCSLoss(reduction="mean_d", scale=0.1)(ZERO, output).item() == pytest.approx(0.5 * 4 * 0.1, rel=1e-5)
+    assert RCSLoss(min_std=0.5)(ZERO, output).item() == pytest.approx(0.5 * 3, rel=1e-5)
+    with pytest.raises(VaevqMedError, match="expected one of sum_d, mean_d"):
+        RCSLoss(reduction="sum")
 
 
 @pytest.mark.parametrize("shape", [(50, 3), (1000, 16), (4, 8)])
@@ -113,6 +124,24 @@ def test_dcr_is_least_at_the_prior_and_differentiable_there() -> None:
     assert value.item() == pytest.approx(0, abs=1e-6)
     assert bool(gradient.isfinite().all())
     assert float(gradient.abs().max()) < 1e-3
+
+
+def test_dcr_refuses_what_has_no_covariance() -> None:
+    for shape in ((1, 3), (5,)):
+        with pytest.raises(VaevqMedError, match="K of 2 or more"):
+            gaussian_wasserstein2_to_standard(torch.zeros(shape))
+
+
+def test_dcr_falls_to_the_prior_under_gradient_descent() -> None:
+    codebook = (0.1 * random(64, 4) + 2).requires_grad_()
+    optimizer = torch.optim.SGD([codebook], lr=6.0)
+    for _ in range(100):
+        optimizer.zero_grad()
+        gaussian_wasserstein2_to_standard(codebook).backward()
+        optimizer.step()
+    final = codebook.detach().numpy()
+    np.testing.assert_allclose(final.mean(0), 0, atol=0.02)
+    np.testing.assert_allclose(np.cov(final.T), np.eye(4), atol=0.05)
 
 
 def test_dcr_gradcheck() -> None:
@@ -189,6 +218,32 @@ def test_kl_budget_raises_the_factor_above_the_target_and_lowers_it_below() -> N
         assert float(term.factor) == held
 
 
+def test_kl_scale_without_a_budget() -> None:
+    term = KLLoss(scale=0.25)
+    # 3 channels of mean 2: 0.5 * 3 * 4 = 6 nats a token.
+    assert term(ZERO, make_output(mean=torch.full((2, 3, 2, 2), 2.0))).item() == pytest.approx(1.5)
+    assert float(term.factor) == 1.0
+
+
+def test_kl_budget_stays_where_no_token_has_content() -> None:
+    term = KLLoss(budget=1.0, num_embeddings=8)
+    term(ZERO, make_output(mean=torch.full((2, 3, 2, 2), 9.0)))
+    assert float(term.factor) == 1.0
+
+
+@pytest.mark.parametrize("options", [{"budget": 1.0}, {"budget": 0.0, "num_embeddings": 8}, {"tokens": "some"}])
+def test_kl_refuses_options(options: dict[str, Any]) -> None:
+    with pytest.raises(VaevqMedError, match="expected"):
+        KLLoss(**options)
+
+
+def test_content_mask_sees_any_channel() -> None:
+    images = torch.zeros(2, 3, 4, 6)
+    images[0, 2, 3, 5] = 1.0
+    images[1] = 0.7
+    assert content_mask(images, (2, 3)).nonzero().tolist() == [[0, 1, 2]]
+
+
 def test_kl_budget_counts_content_only() -> None:
     images = torch.full((1, 1, 4, 4), -1.0)
     images[:, :, :2, :2] = random(1, 1, 2, 2)
@@ -224,6 +279,21 @@ def test_adaptive_weight_by_hand() -> None:
     weight = adaptive_weight(reconstruction, adversarial, layer)
     assert weight.item() == pytest.approx(expected)
     assert not weight.requires_grad
+
+
+def test_adaptive_weight_is_bounded() -> None:
+    layer = torch.tensor([1.0], requires_grad=True)
+    assert adaptive_weight((1e3 * layer).sum(), (0 * layer).sum(), layer).item() == 1e4
+    assert adaptive_weight((1e3 * layer).sum(), (0 * layer).sum(), layer, maximum=7.0).item() == 7.0
+
+
+def test_adversarial_refuses_options() -> None:
+    with pytest.raises(VaevqMedError, match="expected one of hinge, non_saturating"):
+        AdversarialTerm(generator_loss="wasserstein")
+    with pytest.raises(VaevqMedError, match="paths is 'all'"):
+        AdversarialTerm(paths="all")
+    with pytest.raises(VaevqMedError, match="start_step is -1"):
+        AdversarialTerm(start_step=-1)
 
 
 class Linear(nn.Module):
@@ -272,6 +342,54 @@ def test_gan_takes_part_from_its_start_step_only() -> None:
     assert later.total.item() == pytest.approx(0.13 - 0.5 * 0.4)
     with pytest.raises(VaevqMedError, match="no discriminator"):
         objective.generator(ZERO, output, step=3)
+
+
+def test_adaptive_weight_enters_the_total() -> None:
+    objective = TokenizerObjective(
+        terms={"reconstruction": ReconstructionLoss(), "codebook": QuantizerLoss(name="codebook")},
+        weights={"reconstruction": 3.0, "codebook": 1.0},
+        adversarial=AdversarialTerm(weight=0.5),
+    )
+    layer = torch.tensor(0.2, requires_grad=True)
+    base = make_output(variational=False)
+    output = TokenizerOutput(layer.expand(2, 1, 4, 4), None, base.latent, None, base.quantizer)
+    loss = objective.generator(ZERO, output, discriminator=Linear(), last_layer=layer)
+    # The image is the layer: 3 d(x^2)/dx = 1.2 against d(-2x)/dx = -2.
+    adaptive = 1.2 / (2 + 1e-4)
+    assert loss.terms["adaptive_weight"].item() == pytest.approx(adaptive, rel=1e-5)
+    assert loss.total.item() == pytest.approx(3 * 0.04 + 3 - 0.5 * adaptive * 0.4, rel=1e-5)
+    (gradient,) = torch.autograd.grad(loss.total, layer)
+    assert gradient.item() == pytest.approx(1.2 - 0.5 * adaptive * 2, rel=1e-5)
+    with pytest.raises(VaevqMedError, match="last layer"):
+        objective.generator(ZERO, output, discriminator=Linear())
+
+
+@pytest.mark.parametrize(
+    ("paths", "expected"),
+    # Logits of the real image 0, of the paths 0.4 and -0.6: 0.5 (1 + E relu(1 + fake)).
+    [("quantized", 0.5 * (1 + 1.4)), ("both", 0.5 * (1 + 0.9)), ("mean_logits", 0.5 * (1 + 0.9))],
+)
+def test_discriminator_loss_of_an_output(paths: str, expected: float) -> None:
+    objective = TokenizerObjective(terms={}, weights={}, adversarial=AdversarialTerm(paths=paths, start_step=1))
+    loss = objective.discriminator(ZERO, make_output(), discriminator=Linear(), step=1)
+    assert loss.total.item() == pytest.approx(expected, rel=1e-5)
+    assert set(loss.terms) == {"real_logit", "fake_logit"}
+    with pytest.raises(VaevqMedError, match="step 0"):
+        objective.discriminator(ZERO, make_output(), discriminator=Linear(), step=0)
+
+
+def test_generator_step_reaches_the_image_past_a_frozen_discriminator() -> None:
+    objective = TokenizerObjective(terms={}, weights={}, adversarial=AdversarialTerm(weight=0.5, adaptive=False))
+    output, discriminator = make_output(), Linear().requires_grad_(False)
+    objective.generator(ZERO, output, discriminator=discriminator).total.backward()
+    assert discriminator.scale.grad is None
+    # -0.5 * 2 over the 32 pixels.
+    torch.testing.assert_close(output.reconstruction.grad, torch.full((2, 1, 4, 4), -1 / 32))
+
+
+def test_quantizer_loss_names_what_there_is() -> None:
+    with pytest.raises(VaevqMedError, match="found codebook, commitment"):
+        QuantizerLoss(name="entropy")(ZERO, make_output())
 
 
 def test_discriminator_step_sends_nothing_to_the_tokenizer() -> None:
