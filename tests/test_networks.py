@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributions import Normal, kl_divergence
 
 from vaevq_med.errors import VaevqMedError
 from vaevq_med.networks import Decoder, Encoder, PatchDiscriminator, TrainingForward, VisualTokenizer, vqgan_preset
+from vaevq_med.networks.blocks import AttentionBlock, Downsample, ResidualBlock, Upsample
 from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.quantizers import SimVQ, VectorQuantizer
 from vaevq_med.networks.tokenizer import released_estimator
@@ -131,6 +135,97 @@ def test_released_estimator_gradients_by_hand() -> None:
     torch.testing.assert_close(to_std, upstream * (codes - mean).detach() / posterior.std.detach())
 
 
+def test_released_estimator_trains_the_codebook_through_the_decoder() -> None:
+    images = torch.rand(1, 1, 32, 32) * 2 - 1
+    for estimator in ("straight_through", "released"):
+        network = tokenizer(estimator=estimator)
+        output = network.reconstruct_full(images)
+        (gradient,) = torch.autograd.grad(
+            output.reconstruction.sum(), network.quantizer.projection.weight, allow_unused=True
+        )
+        assert (gradient is not None) == (estimator == "released")
+
+
+def test_posterior_kl_equals_torch_distributions() -> None:
+    mean, logvar = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
+    reference = kl_divergence(Normal(mean, (0.5 * logvar).exp()), Normal(0.0, 1.0)).sum(1)
+    torch.testing.assert_close(DiagonalGaussian(mean, logvar).kl(), reference)
+
+
+def test_posterior_sample_is_reparameterized() -> None:
+    mean, logvar = torch.zeros(1, 1, 2, 2, requires_grad=True), torch.full((1, 1, 2, 2), 2.0, requires_grad=True)
+    noise = torch.randn(1, 1, 2, 2, generator=torch.Generator().manual_seed(5))
+    sample = DiagonalGaussian(mean, logvar).sample(torch.Generator().manual_seed(5))
+    torch.testing.assert_close(sample, math.e * noise)
+    to_mean, to_logvar = torch.autograd.grad(sample.sum(), (mean, logvar))
+    torch.testing.assert_close(to_mean, torch.ones_like(noise))
+    torch.testing.assert_close(to_logvar, 0.5 * math.e * noise)
+
+
+def test_posterior_is_fp32_whatever_it_is_given() -> None:
+    half = torch.ones(1, 1, 1, 1, dtype=torch.bfloat16)
+    posterior = DiagonalGaussian(half, half)
+    assert {posterior.mean.dtype, posterior.logvar.dtype, posterior.std.dtype} == {torch.float32}
+
+
+def test_residual_block_by_torch_functions() -> None:
+    block = ResidualBlock(spatial_dims=2, in_channels=32, out_channels=64)
+    x = torch.randn(2, 32, 5, 6)
+
+    def half(x: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d) -> Tensor:
+        x = F.group_norm(x, 32, norm.weight, norm.bias, 1e-6)
+        return F.conv2d(x * torch.sigmoid(x), conv.weight, conv.bias, padding=1)
+
+    expected = half(half(x, block.norm1, block.conv1), block.norm2, block.conv2)
+    expected = expected + F.conv2d(x, block.shortcut.weight, block.shortcut.bias)
+    torch.testing.assert_close(block(x), expected)
+
+
+def test_attention_by_explicit_softmax() -> None:
+    block = AttentionBlock(spatial_dims=2, num_channels=8)
+    x = torch.randn(2, 8, 3, 4)
+    query, key, value = (layer(block.norm(x)).flatten(2) for layer in (block.query, block.key, block.value))
+    weights = torch.softmax(torch.einsum("bci,bcj->bij", query, key) / 8**0.5, dim=2)
+    attended = torch.einsum("bij,bcj->bci", weights, value).view_as(x)
+    torch.testing.assert_close(block(x), x + block.projection(attended))
+
+
+def test_downsampling_pads_right_and_bottom_and_upsampling_repeats() -> None:
+    """As taming does; padding on the left would shift the grid."""
+    down, up = Downsample(spatial_dims=2, num_channels=1), Upsample(spatial_dims=2, num_channels=1)
+    with torch.no_grad():
+        down.conv.weight.fill_(1)
+        down.conv.bias.zero_()
+        up.conv.weight.zero_()
+        up.conv.weight[..., 1, 1] = 1
+        up.conv.bias.zero_()
+    x = torch.arange(1.0, 17).view(1, 1, 4, 4)
+    assert down(x).flatten().tolist() == [54.0, 45.0, 72.0, 54.0]
+    assert up(x[..., :2, :2])[0, 0].tolist() == [[1, 1, 2, 2], [1, 1, 2, 2], [5, 5, 6, 6], [5, 5, 6, 6]]
+
+
+def test_three_dimensions() -> None:
+    shared: dict[str, Any] = {
+        "spatial_dims": 3, "num_channels": 4, "channel_mult": [1, 2], "num_res_blocks": 1,
+        "attention_resolutions": [], "z_channels": 4,
+    }  # fmt: skip
+    volume = torch.randn(1, 1, 4, 6, 8)
+    features = Encoder(in_channels=1, **shared)(volume)
+    assert features.shape == (1, 4, 2, 3, 4)
+    assert Decoder(out_channels=1, **shared)(features).shape == volume.shape
+
+
+def test_backbone_refuses_what_does_not_fit() -> None:
+    with pytest.raises(VaevqMedError, match="has 3 channels"):
+        tokenizer()(torch.zeros(1, 3, 32, 32))
+    with pytest.raises(VaevqMedError, match=r"has \[7\]"):
+        Encoder(attention_resolutions=[7])
+    with pytest.raises(VaevqMedError, match="channel_mult is empty"):
+        Decoder(channel_mult=[], attention_resolutions=[])
+    with pytest.raises(VaevqMedError, match="spatial_dims is 4"):
+        Encoder(spatial_dims=4)
+
+
 def test_posterior_samples_have_its_moments() -> None:
     mean = torch.full((1, 1, 200, 200), 3.0)
     posterior = DiagonalGaussian(mean, torch.full_like(mean, 2.0).log())
@@ -156,11 +251,56 @@ def test_patch_discriminator_is_the_published_one() -> None:
     assert float(torch.cat([c.weight.flatten() for c in convolutions]).std()) == pytest.approx(0.02, rel=0.02)
 
 
+@pytest.mark.parametrize(("norm", "kind"), [("batch", nn.BatchNorm2d), ("group", nn.GroupNorm), ("none", None)])
+def test_patch_discriminator_norms(norm: str, kind: type[nn.Module] | None) -> None:
+    discriminator = PatchDiscriminator(in_channels=1, num_channels=8, norm=norm)
+    norms = [m for m in discriminator.modules() if isinstance(m, nn.BatchNorm2d | nn.GroupNorm)]
+    assert [type(m) for m in norms] == ([] if kind is None else [kind] * 3)
+    # Only batch normalization lets an image's logits depend on the others.
+    images = torch.randn(2, 1, 32, 32)
+    alone = discriminator(images[:1])
+    assert torch.allclose(discriminator(images)[:1], alone, atol=1e-6) == (norm != "batch")
+
+
+def test_patch_discriminator_refuses_options() -> None:
+    with pytest.raises(VaevqMedError, match="norm is 'layer'"):
+        PatchDiscriminator(norm="layer")
+    with pytest.raises(VaevqMedError, match="num_layers is 0"):
+        PatchDiscriminator(num_layers=0)
+    with pytest.raises(VaevqMedError, match="has 1 channels"):
+        PatchDiscriminator(in_channels=3)(torch.zeros(1, 1, 32, 32))
+
+
 def test_options_that_do_not_fit_are_refused() -> None:
     with pytest.raises(VaevqMedError, match="embedding_dim is 4"):
         tokenizer(quantizer=VectorQuantizer(num_embeddings=4, embedding_dim=5))
     with pytest.raises(VaevqMedError, match="variational false"):
         tokenizer(variational=False, estimator="released")
+
+
+@pytest.mark.parametrize("assignment", ["euclidean", "posterior"])
+def test_first_stage_interface(assignment: str) -> None:
+    network = tokenizer(quantizer=SimVQ(num_embeddings=16, embedding_dim=4, assignment=assignment))
+    images = torch.rand(2, 1, 32, 32) * 2 - 1
+    assert torch.equal(network.encode_stage_2_inputs(images), network.encode(images).mean)
+    indices = network.index_quantize(images)
+    assert indices.shape == (2, 8, 8)
+    assert torch.equal(network.decode_samples(indices), network(images))
+    # A generated latent has no posterior: whatever the assignment, its nearest codewords are decoded.
+    latent = torch.randn(1, 4, 8, 8)
+    codebook = network.quantizer.codebook()
+    nearest = (latent.permute(0, 2, 3, 1)[..., None, :] - codebook).square().sum(-1).argmin(-1)
+    assert torch.equal(network.decode_stage_2_outputs(latent), network.decode_samples(nearest))
+    assert network.num_embeddings == 16
+
+
+def test_last_layer_makes_the_image() -> None:
+    network = tokenizer(channels=3)
+    assert network.last_layer.shape == (3, 8, 3, 3)
+    with torch.no_grad():
+        network.last_layer.zero_()
+    image = network(torch.rand(1, 3, 32, 32))
+    assert torch.equal(image, image[..., :1, :1].expand_as(image))
 
 
 def test_monai_latent_diffusion_inferer_runs_unmodified() -> None:
