@@ -313,6 +313,17 @@ def test_adversarial_paths(paths: str, expected: float) -> None:
     assert term.generator(make_output(), Linear()).item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_mean_logits_averages_before_the_loss() -> None:
+    # Logits 0.4 and -0.6, whose mean is -0.1.
+    expected = {
+        "both": 0.5 * (math.log1p(math.exp(-0.4)) + math.log1p(math.exp(0.6))),
+        "mean_logits": math.log1p(math.exp(0.1)),
+    }
+    for paths, value in expected.items():
+        term = AdversarialTerm(paths=paths, generator_loss="non_saturating")
+        assert term.generator(make_output(), Linear()).item() == pytest.approx(value, rel=1e-5)
+
+
 def test_objective_sums_weighted_terms_and_leaves_out_zeros() -> None:
     terms = {"reconstruction": ReconstructionLoss(), "codebook": QuantizerLoss(name="codebook"), "kl": KLLoss()}
     objective = TokenizerObjective(terms=terms, weights={"reconstruction": 2.0, "codebook": 0.5, "kl": 0.0})

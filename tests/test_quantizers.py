@@ -118,6 +118,8 @@ def test_autocast_leaves_the_assignment_alone(
     plain = quantizer(*latent)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = quantizer(*latent)
+        looked_up = quantizer.indices_to_codes(plain.indices)
+    assert torch.equal(plain.codes, looked_up)
     assert torch.equal(plain.indices, cast.indices)
     assert cast.codes.dtype == torch.float32
     assert torch.equal(plain.codes, cast.codes)
@@ -285,6 +287,14 @@ def test_search_is_exact_in_a_tight_cluster_far_from_the_origin(weighted: bool, 
     precision = 10 * torch.rand(200, 4, generator=generator) + 0.1 if weighted else None
     found = nearest_codeword(z, codebook, precision=precision)
     assert found.tolist() == brute_force(z, codebook, precision).tolist()
+
+
+def test_search_of_a_tight_cluster_spans_its_parts_and_keeps_the_lowest_of_ties() -> None:
+    """Near-equal codewords are settled 4096 at a time: the nearest may stand past the first part, or in both."""
+    codebook = (4096 + torch.arange(5000) * 2.0**-11).unsqueeze(1)
+    codebook[4900:] = codebook[:100]
+    z = codebook[[4899, 4500, 4096, 4095, 99, 0]]
+    assert nearest_codeword(z, codebook).tolist() == [4899, 4500, 4096, 4095, 99, 0]
 
 
 def test_ties_go_to_the_lowest_index() -> None:

@@ -6,12 +6,13 @@ it is done. Whatever interrupts a run leaves either a finished case or nothing.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -21,7 +22,7 @@ import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from monai.data import MetaTensor
+from monai.data import MetaTensor, get_track_meta, set_track_meta
 from monai.transforms import Compose, Orientation, Spacing, ThresholdIntensity, Transform
 from numpy.typing import NDArray
 from PIL import Image
@@ -366,6 +367,17 @@ def _write_labels(
     return shared
 
 
+@contextlib.contextmanager
+def _tracked_meta() -> Iterator[None]:
+    """MONAI's transforms carry affines along, whatever the process has set (training turns it off)."""
+    before = get_track_meta()
+    set_track_meta(True)
+    try:
+        yield
+    finally:
+        set_track_meta(before)
+
+
 def extract_case(case: Case, recipe: Recipe, output: Path, target_map: str) -> CaseRecord:
     """Slice one case into a data set, all of it or nothing.
 
@@ -388,7 +400,8 @@ def extract_case(case: Case, recipe: Recipe, output: Path, target_map: str) -> C
     mark = fingerprint(case, recipe, target_map)
     try:
         partial.mkdir()
-        record = write_case(case, recipe, partial, target_map)
+        with _tracked_meta():
+            record = write_case(case, recipe, partial, target_map)
         record = CaseRecord(mark, record.digest, record.files, record.bytes, record.entries)
         (state / f"{case.name}.json").unlink(missing_ok=True)
         for folder in ("images", "labels"):
