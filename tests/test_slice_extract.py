@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -956,6 +957,7 @@ def test_a_full_disk_ends_the_run_and_the_next_goes_on(
         write(self, relative, content)
 
     with monkeypatch.context() as patch:
+        patch.setattr(threading, "active_count", lambda: 1)  # fork, whatever threads other tests left
         patch.setattr(slices._Writer, "_write", fail)
         result = extract(tmp_path / "in", tmp_path / "out", "--workers", workers)
     assert result.code == 2
@@ -1063,6 +1065,7 @@ def test_a_terminated_run_finishes_the_cases_at_hand(
         return original(*args)
 
     with monkeypatch.context() as patch:
+        patch.setattr(threading, "active_count", lambda: 1)  # fork, whatever threads other tests left
         patch.setattr(slices, "resize_labels", terminate)
         result = extract(many[0], output, "--size", 192, "--workers", 2)
     assert result.code == 130
