@@ -276,3 +276,16 @@ def test_a_term_that_goes_bad_stops_the_run_and_keeps_the_checkpoint(toy_overrid
     checkpoint = read_checkpoint(Path(toy_overrides["output_dir"]) / "checkpoints" / "last.pt")
     assert checkpoint["iteration"] == 3
     assert all(torch.isfinite(value).all() for value in checkpoint["network"].values())
+
+
+@pytest.mark.parametrize(("overlay", "factor"), [(None, 8), ("f4", 4), ("f16", 16)])
+def test_the_backbone_is_the_preset_of_its_factor(overlay: str | None, factor: int) -> None:
+    from vaevq_med.networks import vqgan_preset
+
+    parser = ConfigParser()
+    overlays = [] if overlay is None else [str(BUNDLE / "overlays" / f"{overlay}.json")]
+    parser.read_config([str(BUNDLE / "train.json"), *overlays])
+    for part in ("encoder", "decoder"):
+        for key, value in vqgan_preset(factor).items():
+            found = parser.get_parsed_content(f"network_def#{part}#{key}", instantiate=False)
+            assert (list(value) if isinstance(value, tuple) else value) == found, key
