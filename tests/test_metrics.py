@@ -12,9 +12,11 @@ import pytest
 import torch
 from PIL import Image
 from scipy.linalg import sqrtm
+from scipy.ndimage import gaussian_filter
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 
+from vaevq_med.errors import VaevqMedError
 from vaevq_med.metrics import CodebookUsage, FrechetDistance, ReconstructionEvaluation
 from vaevq_med.metrics.pictures import reconstruction_grid, usage_histogram
 from vaevq_med.metrics.reconstruction import psnr_per_image, region_mean, region_psnr, ssim_per_image, to_unit
@@ -191,3 +193,85 @@ def test_pictures_show_what_they_are_given(tmp_path: Path) -> None:
     usage_histogram(torch.tensor([[0, 5, 1, 100]]), tmp_path / "usage.png")
     with Image.open(tmp_path / "usage.png") as histogram:
         assert np.asarray(histogram).std() > 10
+
+
+def test_ssim_counts_the_mirrored_border() -> None:
+    target, prediction = (x.double() for x in pair())
+    value, full = ssim_per_image(prediction, target)
+
+    def smooth(array: np.ndarray) -> np.ndarray:
+        return gaussian_filter(array, 1.5, truncate=3.5, mode="mirror")
+
+    for i in range(len(target)):
+        x, y = prediction[i, 0].numpy(), target[i, 0].numpy()
+        mean_x, mean_y = smooth(x), smooth(y)
+        variances = smooth(x * x) - mean_x**2 + smooth(y * y) - mean_y**2
+        luminance = (2 * mean_x * mean_y + 0.01**2) / (mean_x**2 + mean_y**2 + 0.01**2)
+        expected = luminance * (2 * (smooth(x * y) - mean_x * mean_y) + 0.03**2) / (variances + 0.03**2)
+        np.testing.assert_allclose(full[i].numpy(), expected, atol=1e-6)
+        assert value[i].item() == pytest.approx(expected.mean(), abs=1e-6)
+
+
+def test_rounding_hides_an_error_below_half_a_level() -> None:
+    target = torch.full((1, 1, 12, 12), 100 / 255 * 2 - 1)
+    other = target + 0.4 / 255 * 2
+    assert psnr_per_image(to_unit(other), to_unit(target)).item() == 100
+    exact = psnr_per_image(to_unit(other, uint8=False), to_unit(target, uint8=False)).item()
+    assert exact == pytest.approx(-20 * math.log10(0.4 / 255), abs=1e-2)
+
+
+def test_several_codebooks_are_counted_apart_and_averaged() -> None:
+    usage = CodebookUsage(num_embeddings=4, num_codebooks=2)
+    usage.update(torch.tensor([[0, 0], [0, 1], [0, 2], [0, 3]]).view(1, 2, 2, 2))
+    assert usage.counts.tolist() == [[4, 0, 0, 0], [1, 1, 1, 1]]
+    assert usage.utilization() == pytest.approx((1 / 4 + 1) / 2)
+    assert usage.dead_codes() == pytest.approx((3 + 0) / 2)
+    assert usage.perplexity() == pytest.approx((1 + 4) / 2)
+    with pytest.raises(VaevqMedError, match="found 1 indices a position, expected 2"):
+        usage.update(torch.zeros(1, 2, 2, 1, dtype=torch.int64))
+
+
+def test_perceptual_and_frechet_distances_by_modality() -> None:
+    target, prediction = pair(6)
+    network = Pixels()
+    measured = ReconstructionEvaluation(num_embeddings=8, lpips=network, fid=network)
+    modalities = ["t1n", "t2f"] * 3
+    measured.update(2 * target - 1, 2 * prediction - 1, None, metadata={"modality": modalities})
+    report = measured.compute()
+    a, b = 2 * to_unit(2 * target - 1) - 1, 2 * to_unit(2 * prediction - 1) - 1
+    real, fake = network.pooled(a).double().numpy(), network.pooled(b).double().numpy()
+    lpips = network.distance(b, a).double().numpy()
+    groups = {"t1n": slice(0, None, 2), "t2f": slice(1, None, 2)}
+    tables = [(report.summary["modality"][name], part) for name, part in groups.items()]
+    for table, part in [(report.summary["overall"], slice(None)), *tables]:
+        assert table["lpips"]["value"] == pytest.approx(lpips[part].mean(), rel=1e-5)
+        assert table["rfid"]["value"] == pytest.approx(frechet(real[part], fake[part]), abs=1e-4)
+        assert table["rfid"]["n"] == table["lpips"]["n"] == len(lpips[part])
+    assert "LPIPS-style" in report.conventions["lpips"]
+
+
+def test_one_image_gives_null_where_nothing_can_be_said(tmp_path: Path) -> None:
+    target, prediction = pair(1)
+    measured = ReconstructionEvaluation(num_embeddings=8, fid=Pixels())
+    empty = {"lesion": torch.zeros(1, 24, 24, dtype=torch.bool)}
+    measured.update(2 * target - 1, 2 * prediction - 1, None, metadata={"modality": ["t1n"]}, regions=empty)
+    report = measured.compute()
+    report.save(tmp_path)
+    text = (tmp_path / "metrics.json").read_text()
+    assert "NaN" not in text
+    summary = json.loads(text)["summary"]
+    assert summary["overall"]["rfid"] == {"value": None, "n": 1}
+    assert summary["overall"]["psnr"]["std"] is None
+    assert summary["region"] == {}
+    assert set(report.overall()) == {"psnr", "ssim", "psnr_t1n", "ssim_t1n"}
+    assert "biased upward: 1 images for 4 features" in report.conventions["rfid"]
+
+
+def test_a_region_that_the_last_batch_lacks_is_kept() -> None:
+    target, prediction = (2 * x - 1 for x in pair(4))
+    measured = ReconstructionEvaluation(num_embeddings=8)
+    metadata = {"modality": ["t1n"] * 2}
+    lesion = torch.ones(2, 24, 24, dtype=torch.bool)
+    measured.update(target[:2], prediction[:2], None, metadata=metadata, regions={"lesion": lesion})
+    measured.update(target[2:], prediction[2:], None, metadata=metadata)
+    assert measured.compute().summary["region"]["lesion"]["psnr"]["n"] == 2
