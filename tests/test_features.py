@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from bisect import bisect_left
 from pathlib import Path
 
 import pytest
@@ -196,3 +197,57 @@ def test_perceptual_loss_gradient_and_cost() -> None:
     assert value.item() == pytest.approx(float(single[0].detach() + single[1].detach()), rel=1e-5)
     averaged = PerceptualLoss(path_reduction="mean")(target, output_of(reconstruction, continuous))
     assert averaged.item() == pytest.approx(value.item() / 2, rel=1e-5)
+
+
+@pytest.mark.sampledata
+def test_lite_classifies_photographs_in_the_order_of_their_classes(sample_data: Path, lite: FeatureNetwork) -> None:
+    """Class numbers follow the sorted WordNet ids, so right answers rise along them; chance rises about 14 times."""
+    from PIL import Image
+    from torchvision.transforms.functional import center_crop, pil_to_tensor
+
+    files = sorted((sample_data / "imagenet-sample").glob("*/*/*.JPEG"), key=lambda p: p.parent.name)[::10]
+    if not files:
+        pytest.skip(f"no photographs in {sample_data / 'imagenet-sample'}")
+    batch = torch.stack(
+        [center_crop(pil_to_tensor(Image.open(p).convert("RGB")), [224, 224]) / 127.5 - 1 for p in files]
+    )
+    with torch.no_grad():
+        answers = lite.network._fc(lite.pooled(batch)).argmax(1).tolist()
+    rising: list[int] = []
+    for answer in answers:
+        place = bisect_left(rising, answer)
+        rising[place : place + 1] = [answer]
+    assert len(rising) >= 0.75 * len(files)
+
+
+def test_pickled_code_is_refused_with_one_line(tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+
+    class Toucher:
+        def __reduce__(self) -> tuple[object, tuple[Path]]:
+            return (Path.touch, (marker,))
+
+    path = tmp_path / "bad.pth"
+    torch.save({"features.0.weight": Toucher()}, path)
+    for name in sorted(WEIGHT_FILES):
+        with pytest.raises(MissingWeightsError) as error:
+            feature_network(name, path)
+        assert str(error.value).startswith(f"{path}: found an unreadable file")
+        assert "\n" not in str(error.value)
+    assert not marker.exists()
+
+
+def test_other_weights_are_refused_with_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "other.pth"
+    torch.save({"features.0.weight": torch.zeros(1), "features.0.bias": torch.zeros(1)}, path)
+    for name in ("alex", "squeeze", "radimagenet"):
+        with pytest.raises(MissingWeightsError, match=r"other\.pth: found") as error:
+            feature_network(name, path)
+        assert "\n" not in str(error.value)
+    torch.save([torch.zeros(1)], path)
+    with pytest.raises(MissingWeightsError, match="found no tensors by name"):
+        read_weights(path)
+    with pytest.raises(MissingWeightsError, match="found no file"):
+        feature_network("alex", tmp_path / "absent.pth")
+    with pytest.raises(VaevqMedError, match="expected none"):
+        feature_network("efficientnet-lite0", path)
