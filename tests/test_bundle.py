@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -200,10 +201,10 @@ def test_a_resumed_run_ends_bit_identical(toy_overrides: dict[str, Any], tmp_pat
     parser = run_bundle("train.json", broken, run_id="training")
     assert parser.get_parsed_content("train#trainer").state.iteration == 8
     first, second = (read_checkpoint(tmp_path / name / "checkpoints" / "last.pt") for name in ("whole", "broken"))
-    for key in ("network", "ema", "optimizers", "schedulers", "discriminator", "iteration"):
-        if key in first:
-            assert states_equal(first[key], second[key]), key
-    assert {"network", "ema"} < set(first)
+    assert first.keys() == second.keys()
+    different = [key for key in first if not states_equal(first[key], second[key])]
+    assert set(different) <= {"config", "extra"}
+    assert {"network", "ema", "optimizer", "d_optimizer", "schedulers", "discriminator", "rng", "best"} < set(first)
 
 
 @pytest.mark.slow
@@ -235,6 +236,14 @@ def test_a_killed_process_leaves_a_checkpoint_that_loads(toy_overrides: dict[str
         ({"dataset_dir": "nowhere"}, "vaevq-med slice-extract"),
         ({"feature_network": "vgg", "feature_weights": "nowhere.pth"}, "nowhere.pth"),
         ({"precision": "fp8"}, "fp32, bf16"),
+        ({"max_epochs": 0}, "total_steps 0"),
+        ({"ema_decay": 1.0}, "ema_decay"),
+        ({"checkpoint_interval": 0}, "checkpoint_interval"),
+        ({"accumulation_steps": 0}, "accumulation_steps"),
+        ({"val_max_items": 0}, "max_items"),
+        ({"network_def#variational": False}, "needs a posterior"),
+        ({"image_size": 31}, "31"),
+        ({"output_dir": "/proc/nowhere"}, "--output_dir"),
     ],
 )
 def test_a_mistake_ends_with_one_line(
@@ -289,3 +298,76 @@ def test_the_backbone_is_the_preset_of_its_factor(overlay: str | None, factor: i
         for key, value in vqgan_preset(factor).items():
             found = parser.get_parsed_content(f"network_def#{part}#{key}", instantiate=False)
             assert (list(value) if isinstance(value, tuple) else value) == found, key
+
+
+def test_a_device_may_be_a_plain_name(toy_overrides: dict[str, Any]) -> None:
+    parser = run_bundle("train.json", {**toy_overrides, "device": "cpu", "max_epochs": 1}, run_id="training")
+    assert parser.get_parsed_content("train#trainer").state.epoch == 1
+
+
+def test_a_resumed_run_takes_the_new_learning_rate_and_refuses_another_split(
+    toy_overrides: dict[str, Any], slice_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_bundle("train.json", {**toy_overrides, "max_epochs": 1}, run_id="training")
+    longer = {**toy_overrides, "learning_rate": 1e-6, "final_learning_rate_ratio": 1.0, "warmup_steps": 0}
+    parser = run_bundle("train.json", longer, run_id="training")
+    assert parser.get_parsed_content("train#trainer").state.terms["learning_rate"] == pytest.approx(1e-6)
+    content = json.loads((slice_dataset / "dataset.json").read_text())
+    content |= {"training": content["test"], "test": content["training"], "split_hash": "sha256:other"}
+    moved = tmp_path / "moved"
+    shutil.copytree(slice_dataset, moved)
+    (moved / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit):
+        run_bundle("train.json", {**longer, "max_epochs": 3, "dataset_dir": str(moved)}, run_id="training")
+    assert "another split" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run_bundle("evaluate.json", evaluation_overrides({**toy_overrides, "dataset_dir": str(moved)}))
+    assert "was trained on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        {"_target_": "vaevq_med.networks.weights.torch.os.system", "command": "exit 3"},
+        {"_target_": "vaevq_med.networks.VisualTokenizer", "_mode_": "callable"},
+        {"_target_": "vaevq_med.networks.VisualTokenizer", "encoder": "$__import__('os').getpid()"},
+    ],
+)
+def test_nothing_in_a_checkpoint_runs(
+    payload: dict[str, Any], trained: tuple[dict[str, Any], ConfigParser], tmp_path: Path
+) -> None:
+    from vaevq_med.engines import CheckpointError, StoredTokenizer
+
+    state = read_checkpoint(Path(trained[0]["output_dir"]) / "checkpoints" / "last.pt")
+    state["config"] = json.dumps({**json.loads(state["config"]), "network_def": payload})
+    torch.save(state, tmp_path / "evil.pt")
+    with pytest.raises(CheckpointError, match="found"):
+        StoredTokenizer(tmp_path / "evil.pt").network()
+
+
+def test_a_checkpoint_of_another_format_is_refused(
+    trained: tuple[dict[str, Any], ConfigParser], tmp_path: Path
+) -> None:
+    from vaevq_med.engines import CheckpointError
+
+    state = read_checkpoint(Path(trained[0]["output_dir"]) / "checkpoints" / "last.pt")
+    torch.save({**state, "format": 99}, tmp_path / "new.pt")
+    with pytest.raises(CheckpointError, match="format 99, expected 1"):
+        read_checkpoint(tmp_path / "new.pt")
+
+
+def test_mlflow_points_survive_a_failing_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    from vaevq_med.engines import MLflowTracker
+
+    tracker = MLflowTracker(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    tracker.start_run()
+    with monkeypatch.context() as patch, tracker.guard():
+        patch.setattr(MlflowClient, "log_batch", lambda *_, **__: 1 / 0)
+        tracker.log_metrics({"a": 1.0}, 1)
+        tracker.flush()
+    tracker.log_metrics({"a": 2.0}, 2)
+    tracker.end_run("FINISHED")
+    history = MlflowClient(tracker.tracking_uri).get_metric_history(tracker.run_id, "a")
+    assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 2.0)]

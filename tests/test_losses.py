@@ -421,3 +421,25 @@ def test_control_state_carries_the_budget() -> None:
     first.generator(random(2, 1, 4, 4), make_output(mean=torch.full((2, 3, 2, 2), 9.0)))
     second.load_control_state(first.control_state())
     assert float(second.terms["kl"].factor) == float(first.terms["kl"].factor) != 1.0
+
+
+def test_dcr_spreads_a_codebook_that_starts_tiny() -> None:
+    """VQGAN's start at K = 16,384: variances of 1e-9, which fp32 eigenvalues do not resolve."""
+    codebook = ((torch.rand(16384, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1) / 16384).requires_grad_()
+    (gradient,) = torch.autograd.grad(gaussian_wasserstein2_to_standard(codebook), codebook)
+    wide = codebook.detach().double().requires_grad_()
+    (reference,) = torch.autograd.grad(gaussian_wasserstein2_to_standard(wide), wide)
+    assert float(gradient.norm()) > 0.01
+    torch.testing.assert_close(gradient.double(), reference, rtol=1e-4, atol=1e-9)
+
+
+def test_kl_budget_has_the_same_speed_however_a_batch_is_chunked() -> None:
+    factors = []
+    for chunks in (1, 4):
+        term = KLLoss(budget=1.0, num_embeddings=8, rate=0.05)
+        term.calls_per_step = chunks
+        for _ in range(chunks):
+            term(random(2, 1, 4, 4), make_output(mean=torch.full((2, 3, 2, 2), 2.0)))
+        factors.append(float(term.factor))
+    assert factors[0] == pytest.approx(factors[1])
+    assert factors[0] != 1

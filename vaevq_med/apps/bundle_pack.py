@@ -100,10 +100,11 @@ class BundlePack:
             config["stored"]["config"] = settings
             _write(configs / f"{name}.json", config)
         train = json.loads((source / "train.json").read_text())
-        # The run's own values, so that the packed bundle trains what it holds.
-        train |= {key: value for key, value in stored.config.items() if key in train and key != "bundle_root"}
-        train |= {"bundle_root": ".", "dataset_dir": "data/brats", "output_dir": "outputs", "resume": "auto"}
-        train["device"] = "$engines.default_device()"
+        # The run's own network and plain numbers, so that the packed bundle trains what it holds. An expression in a
+        # checkpoint must not run as code: nothing else is taken from there.
+        numbers = {key: value for key, value in stored.config.items() if isinstance(value, int | float | bool)}
+        train |= {key: value for key, value in numbers.items() if isinstance(train.get(key), int | float)}
+        train |= {"network_def": settings["network_def"], "bundle_root": "."}
         _write(configs / "train.json", train)
 
     def _write_metadata(self, source: Path, configs: Path, settings: dict[str, Any]) -> None:

@@ -82,7 +82,9 @@ class LoadSliced(Transform):
             raise DataError(f"in_channels: found {in_channels}, expected 1 or 3")
         self.image_size = image_size
         self.in_channels = in_channels
-        self.label_map = None if label_map is None else {name: tuple(label_map[name]) for name in REGIONS}
+        if label_map and set(REGIONS) - set(label_map):
+            raise DataError(f"label_map: found {', '.join(label_map)}, expected {', '.join(REGIONS)}")
+        self.label_map = {name: tuple(label_map[name]) for name in REGIONS} if label_map else None
 
     def __call__(self, entry: Mapping[Hashable, Any]) -> dict[str, Any]:
         """Read one entry of a slice data set."""
@@ -168,6 +170,8 @@ class SliceDataset(Dataset):
                 f"{dataset_dir}: found an empty split {split!r} ({counts}), expected at least one slice; "
                 "name the patients of each split with: vaevq-med slice-extract INPUT OUTPUT --split-file FILE"
             )
+        if max_items is not None and max_items < 1:
+            raise DataError(f"max_items: found {max_items}, expected 1 or more, or null for all")
         if max_items is not None and max_items < len(entries):
             keep = np.linspace(0, len(entries) - 1, max_items).round().astype(int)
             entries = [entries[i] for i in keep]

@@ -1,7 +1,7 @@
 """Trainer, evaluator and their handlers on MONAI's engines."""
 
 from vaevq_med.engines.checkpoint import CheckpointError, TrainingCheckpoint, read_checkpoint
-from vaevq_med.engines.config import ConfigError, check_config, current_config, initialize, shared
+from vaevq_med.engines.config import ConfigError, check_config, current_config, initialize, run, shared
 from vaevq_med.engines.distributed import (
     default_device,
     is_main,
@@ -50,6 +50,7 @@ __all__ = [
     "label_map",
     "rank",
     "read_checkpoint",
+    "run",
     "shared",
     "stop_process_group",
     "synchronized",

@@ -23,6 +23,7 @@ from vaevq_med.engines.trainer import TokenizerTrainer, _plain
 from vaevq_med.errors import VaevqMedError
 
 FORMAT = 1
+_REQUIRED = ("network", "optimizer", "objective", "schedulers", "iteration", "epoch_length", "rng", "best")
 
 
 class CheckpointError(VaevqMedError):
@@ -69,6 +70,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: found an unreadable file ({first}), expected a checkpoint") from error
     if not isinstance(state, dict) or "network" not in state:
         raise CheckpointError(f"{path}: found no 'network' entry, expected a checkpoint written by training")
+    if state.get("format", FORMAT) != FORMAT:
+        raise CheckpointError(f"{path}: found checkpoint format {state['format']}, expected {FORMAT}")
     return state
 
 
@@ -84,6 +87,28 @@ def load_state(module: nn.Module, state: Mapping[str, Any], path: Path, name: st
         ) from error
 
 
+def _identity(dataset: Any) -> dict[str, Any]:
+    """What a checkpoint says of the data it was trained on."""
+    manifest = getattr(dataset, "manifest", None)
+    if manifest is None:
+        return {}
+    return {
+        "split_hash": manifest.split_hash,
+        "content_hash": manifest.content_hash,
+        "patients": sorted({str(entry["patient"]) for entry in manifest.entries(dataset.split)}),
+    }
+
+
+def _load_scheduler(scheduler: Any, state: Mapping[str, Any]) -> None:
+    """Take up a schedule where it stood, at the base rates and length of this configuration."""
+    base = list(scheduler.base_lrs)
+    scheduler.load_state_dict(dict(state))
+    scheduler.base_lrs = base
+    for group, rate, factor in zip(scheduler.optimizer.param_groups, base, scheduler.lr_lambdas, strict=True):
+        group["initial_lr"] = rate
+        group["lr"] = rate * factor(scheduler.last_epoch)
+
+
 class TrainingCheckpoint:
     """Save and resume a :class:`TokenizerTrainer`: nothing is lost to a kill but the last few iterations.
 
@@ -94,6 +119,7 @@ class TrainingCheckpoint:
     Args:
         directory: where checkpoints go.
         sampler: the training ``ResumableBatchSampler``, which a resumed run starts at its iteration.
+        dataset: the training data set, whose split a resumed run has to share.
         interval: iterations between checkpoints.
         resume: ``auto`` takes up ``last.pt`` if there is one; False starts anew; a path takes up that file.
         metric: validation metric that decides ``best.pt``.
@@ -107,6 +133,7 @@ class TrainingCheckpoint:
         *,
         directory: str | Path,
         sampler: Any,
+        dataset: Any = None,
         interval: int = 1000,
         resume: bool | str = "auto",
         metric: str = "psnr",
@@ -116,8 +143,11 @@ class TrainingCheckpoint:
     ) -> None:
         if mode not in ("max", "min"):
             raise VaevqMedError(f"checkpoint mode: found {mode!r}, expected 'max' or 'min'")
+        if interval < 1:
+            raise VaevqMedError(f"checkpoint_interval: found {interval}, expected 1 or more")
         self.directory = Path(directory)
         self.sampler = sampler
+        self.data = _identity(dataset)
         self.interval = interval
         self.resume = resume
         self.metric = metric
@@ -135,7 +165,12 @@ class TrainingCheckpoint:
         return self.directory / "last.pt"
 
     def attach(self, engine: TokenizerTrainer) -> None:
-        """Resume if there is something to resume, and register the events."""
+        """Resume if there is something to resume, and register the events.
+
+        Raises:
+            CheckpointError: the checkpoint does not fit, or the directory cannot be written to.
+        """
+        self._check_directory()
         source = self.last if self.resume in ("auto", True) else Path(str(self.resume))
         if self.resume and (self.resume != "auto" or source.is_file()):
             self.load(engine, source)
@@ -143,6 +178,20 @@ class TrainingCheckpoint:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
         engine.add_event_handler(Events.COMPLETED | Events.TERMINATE | Events.EXCEPTION_RAISED, self._finished)
+
+    def _check_directory(self) -> None:
+        """Find out now, and not after an hour, whether checkpoints can be written."""
+        if not distributed.is_main():
+            return
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.directory):
+                pass
+        except OSError as error:
+            raise CheckpointError(
+                f"output_dir {self.directory.parent}: found it not writable ({error.strerror}), expected a folder to "
+                "write to; name another with --output_dir"
+            ) from None
 
     def state_dict(self, engine: TokenizerTrainer) -> dict[str, Any]:
         """Everything a resumed run needs, as tensors and plain values."""
@@ -160,6 +209,7 @@ class TrainingCheckpoint:
             "best": self.best,
             "config": json.dumps(self.config, default=str),
             "extra": dict(self.extra),
+            "data": self.data,
         }
         if engine.ema is not None:
             state["ema"] = engine.ema.module.state_dict()
@@ -173,8 +223,17 @@ class TrainingCheckpoint:
     def load(self, engine: TokenizerTrainer, path: Path) -> None:
         """Put a checkpoint's state into the engine and everything it holds."""
         state = read_checkpoint(path)
+        missing = [key for key in _REQUIRED if key not in state]
+        if missing:
+            raise CheckpointError(f"{path}: found no {', '.join(missing)}, expected a checkpoint to resume from")
         stored = json.loads(state.get("config") or "{}")
-        for key in ("network_def", "discriminator_def"):
+        known, current = state.get("data", {}).get("split_hash"), self.data.get("split_hash")
+        if known and current and known != current:
+            raise CheckpointError(
+                f"{path}: found a run on another split of the data ({known[:19]}...), expected {current[:19]}...: "
+                "patients may have changed sides; choose another output_dir, or start anew with --resume False"
+            )
+        for key in ("network_def", "discriminator_def", "image_size", "in_channels", "seed"):
             if key in stored and key in self.config and stored[key] != json.loads(json.dumps(self.config[key])):
                 raise CheckpointError(
                     f"{path}: found a run of another {key}, expected this configuration's; choose another "
@@ -197,16 +256,17 @@ class TrainingCheckpoint:
             engine.d_optimizer.load_state_dict(state["d_optimizer"])
         engine.objective.load_control_state(state["objective"])
         for scheduler, scheduler_state in zip(engine.schedulers, state["schedulers"], strict=True):
-            scheduler.load_state_dict(scheduler_state)
+            _load_scheduler(scheduler, scheduler_state)
         torch.set_rng_state(state["rng"]["torch"])
         if torch.cuda.is_available() and len(state["rng"]["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["rng"]["cuda"])
-        self.best = state["best"]
-        self.extra = dict(state.get("extra", {}))
+        if path.resolve().parent == self.directory.resolve():
+            self.best = state["best"]
+            self.extra = dict(state.get("extra", {}))
         engine.state.iteration = state["iteration"]
         engine.state.epoch = state["iteration"] // state["epoch_length"]
         self.sampler.start = state["iteration"]
-        engine.logger.info("Resuming from %s at iteration %d", path, state["iteration"])
+        engine.logger.warning("Resuming from %s at iteration %d", path, state["iteration"])
 
     def save(self, engine: TokenizerTrainer, name: str = "last.pt") -> None:
         """Write a checkpoint, on the main process."""
@@ -224,6 +284,8 @@ class TrainingCheckpoint:
 
     def _iteration_completed(self, engine: TokenizerTrainer) -> None:
         at_epoch_end = engine.state.iteration % engine.state.epoch_length == 0
+        if self.interrupted_by is not None:
+            engine.state.interrupted = True
         if self.interrupted_by is not None and not at_epoch_end:
             self.save(engine)
             engine.terminate()

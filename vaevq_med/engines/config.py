@@ -152,6 +152,28 @@ def _stop(error: BaseException) -> None:
     raise SystemExit(2)
 
 
+def run(engine: Any) -> None:
+    """Run an engine; an expected error ends the program with one line on standard error and exit code 2.
+
+    A training run that a signal stopped ends it with exit code 130, its checkpoint written.
+
+    Args:
+        engine: trainer or evaluator.
+    """
+    try:
+        engine.run()
+    except Exception as error:
+        cause = root_cause(error)
+        if isinstance(cause, VaevqMedError):
+            _stop(cause)
+        raise
+    if getattr(engine.state, "interrupted", False):
+        print(
+            f"vaevq-med: interrupted at iteration {engine.state.iteration}; the same command goes on", file=sys.stderr
+        )
+        raise SystemExit(130)
+
+
 def initialize(
     *,
     seed: int,

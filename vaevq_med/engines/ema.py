@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from vaevq_med.errors import VaevqMedError
+
 _Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
@@ -22,7 +24,7 @@ def exponential_moving_average(model: nn.Module, decay: float = 0.999) -> Averag
         torch's ``AveragedModel``; the copy is its ``module``.
     """
     if not 0.0 <= decay < 1.0:
-        raise ValueError(f"EMA decay: found {decay}, expected a number in [0, 1)")
+        raise VaevqMedError(f"ema_decay: found {decay}, expected a number in [0, 1)")
 
     def average(averaged: _Tensors, current: _Tensors, updates: Tensor | int) -> None:
         count = int(updates)

@@ -20,6 +20,7 @@ from vaevq_med.engines import distributed
 from vaevq_med.engines.evaluator import TokenizerEvaluator
 from vaevq_med.engines.stored import StoredTokenizer
 from vaevq_med.engines.tracking import MLflowTracker
+from vaevq_med.errors import VaevqMedError
 from vaevq_med.metrics import EvaluationReport, ReconstructionEvaluation
 from vaevq_med.metrics.pictures import reconstruction_grid, usage_histogram
 from vaevq_med.networks.features import feature_network
@@ -125,10 +126,30 @@ class EvaluationHandler:
             }
         return record
 
+    def _check_patients(self) -> None:
+        """Refuse to call a test what was trained on.
+
+        Raises:
+            VaevqMedError: a patient of the evaluated split was in the training data.
+        """
+        manifest = getattr(self.dataset, "manifest", None)
+        if self.stored is None or manifest is None or self.dataset.split == "training":  # type: ignore[attr-defined]
+            return
+        split = self.dataset.split  # type: ignore[attr-defined]
+        leaked = {str(entry["patient"]) for entry in manifest.entries(split)} & set(
+            self.stored.data.get("patients", ())
+        )
+        if leaked:
+            raise VaevqMedError(
+                f"split {split!r}: found patient {min(leaked)}, whom {self.stored.path.name} was trained on, expected "
+                "none; the data set's split has changed since"
+            )
+
     def _started(self, engine: TokenizerEvaluator) -> None:
         for network in (self.lpips, self.fid):
             if network is not None:
                 network.to(engine.state.device)
+        self._check_patients()
         self._evaluation = ReconstructionEvaluation(
             num_embeddings=self.num_embeddings,
             num_codebooks=self.num_codebooks,
@@ -173,7 +194,10 @@ class EvaluationHandler:
 
     def _extremes(self, report: EvaluationReport) -> dict[str, int]:
         """Two items each of the best, the median and the worst PSNR, as this process's item numbers."""
-        order = sorted(range(len(self.dataset)), key=lambda i: -report.per_image[i]["psnr"])  # type: ignore[arg-type]
+        data = getattr(self.dataset, "data", None)
+        psnr = {row["index"]: row["psnr"] for row in report.per_image}
+        own = [psnr[data[i]["index"] if data is not None else i] for i in range(len(self.dataset))]  # type: ignore[arg-type]
+        order = sorted(range(len(own)), key=lambda i: -own[i])
         middle = len(order) // 2
         chosen = {"best": order[:2], "median": order[middle : middle + 2], "worst": order[-2:]}
         return {f"{name} {n + 1}": item for name, items in chosen.items() for n, item in enumerate(items)}
@@ -251,10 +275,13 @@ class EvaluationTracker:
     def _completed(self, engine: Engine) -> None:
         tracker = self.tracker
         with tracker.guard():
-            tracker.start_run(self.stored.run_id)
+            tracker.start_run(self.stored.run_id, resume=False)
             figures = {f"{self.split}/{name}": value for name, value in engine.state.metrics.items()}
             tracker.log_metrics(figures, self.stored.iteration)
             folder = self.evaluation.output_dir
             for path in sorted(folder.iterdir()) if folder is not None else []:
                 tracker.log_artifact(path, f"evaluation/{self.split}")
-            tracker.end_run("FINISHED")
+            if tracker.run_id == self.stored.run_id:
+                tracker.flush()
+            else:
+                tracker.end_run("FINISHED")

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from ignite.engine import Events
 from monai.engines import SupervisedEvaluator
 from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor
 
-from vaevq_med.engines.trainer import PRECISIONS
+from vaevq_med.engines.trainer import PRECISIONS, reraise
 from vaevq_med.errors import VaevqMedError
 from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.tokenizer import VisualTokenizer
@@ -52,7 +53,7 @@ class TokenizerEvaluator(SupervisedEvaluator):
         if quantize not in ("mode", "sample"):
             raise VaevqMedError(f"quantize: found {quantize!r}, expected 'mode' or 'sample'")
         super().__init__(
-            device=device,  # type: ignore[arg-type]
+            device=torch.device(device),
             val_data_loader=val_data_loader,
             network=network,
             val_handlers=val_handlers,
@@ -63,6 +64,8 @@ class TokenizerEvaluator(SupervisedEvaluator):
         self.autocast_dtype = PRECISIONS[precision]
         self.seed = seed
         self.generator: torch.Generator | None = None
+        # Last of all: ignite swallows an exception once any handler listens for it.
+        self.add_event_handler(Events.EXCEPTION_RAISED, reraise)
 
     def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
         """Evaluate once; the samples are the same at every call."""

@@ -7,6 +7,8 @@ import math
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from vaevq_med.errors import VaevqMedError
+
 
 def cosine_with_warmup(
     optimizer: Optimizer, *, total_steps: int, warmup_steps: int = 0, final_ratio: float = 0.0
@@ -23,7 +25,7 @@ def cosine_with_warmup(
         A scheduler to step once an iteration.
     """
     if total_steps < 1 or warmup_steps < 0 or not 0.0 <= final_ratio <= 1.0:
-        raise ValueError(
+        raise VaevqMedError(
             f"found total_steps {total_steps}, warmup_steps {warmup_steps}, final_ratio {final_ratio}; "
             "expected total_steps >= 1, warmup_steps >= 0 and final_ratio in [0, 1]"
         )

@@ -17,7 +17,15 @@ from vaevq_med.engines.checkpoint import CheckpointError, file_sha256, load_stat
 from vaevq_med.networks.tokenizer import VisualTokenizer
 from vaevq_med.networks.weights import read_weights
 
-_ALLOWED = "vaevq_med.networks."
+_ALLOWED = frozenset(
+    {
+        "vaevq_med.networks.VisualTokenizer",
+        "vaevq_med.networks.Encoder",
+        "vaevq_med.networks.Decoder",
+        "vaevq_med.networks.quantizers.SimVQ",
+        "vaevq_med.networks.quantizers.VectorQuantizer",
+    }
+)
 
 
 def _plain(value: Any, config: Mapping[str, Any], path: Path, depth: int = 0) -> Any:
@@ -26,11 +34,13 @@ def _plain(value: Any, config: Mapping[str, Any], path: Path, depth: int = 0) ->
         raise CheckpointError(f"{path}: found references that go in a circle, expected plain values")
     if isinstance(value, Mapping):
         target = value.get("_target_")
-        if target is not None and not str(target).startswith(_ALLOWED):
+        if target is not None and target not in _ALLOWED:
             raise CheckpointError(
-                f"{path}: found the component {target!r}, expected one of {_ALLOWED}*; if you trust it, pass the "
-                "network's definition as an override or overlay (network_def)"
+                f"{path}: found the component {target!r}, expected one of {', '.join(sorted(_ALLOWED))}"
             )
+        reserved = [key for key in value if str(key).startswith("_") and key not in ("_target_", "_notes_")]
+        if reserved:
+            raise CheckpointError(f"{path}: found {', '.join(reserved)} in the network's definition, expected none")
         return {key: _plain(item, config, path, depth + 1) for key, item in value.items()}
     if isinstance(value, list):
         return [_plain(item, config, path, depth + 1) for item in value]
@@ -87,6 +97,11 @@ class StoredTokenizer:
     def iteration(self) -> int:
         """Iterations that the weights were trained for."""
         return int(self._state.get("iteration", 0))
+
+    @property
+    def data(self) -> Mapping[str, Any]:
+        """The data set it was trained on: ``split_hash``, ``content_hash``, ``patients``; empty if unknown."""
+        return self._state.get("data", {})
 
     @property
     def run_id(self) -> str | None:

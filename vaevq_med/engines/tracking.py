@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 _MAX_PARAMS = 100
 _MAX_METRICS = 1000
+# Points kept while the server fails: an hour or so of training.
+_MAX_BUFFERED = 100_000
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, str]:
@@ -147,14 +149,22 @@ class MLflowTracker:
 
         return MlflowClient(tracking_uri=self.tracking_uri)
 
-    def start_run(self, resumed_id: str | None = None) -> None:
-        """Open the run: a new one, or the one that a checkpoint names."""
+    def start_run(self, resumed_id: str | None = None, *, resume: bool = True) -> None:
+        """Open the run: a new one, or the one that a checkpoint names.
+
+        Args:
+            resumed_id: the run that a checkpoint names.
+            resume: whether training goes on in it; otherwise its status is left alone.
+        """
         from mlflow.exceptions import MlflowException
 
         self._client = client = self._open()
         if resumed_id is not None:
             try:
-                client.update_run(resumed_id, status="RUNNING")
+                if resume:
+                    client.update_run(resumed_id, status="RUNNING")
+                else:
+                    client.get_run(resumed_id)
                 self.run_id = resumed_id
                 history = client.get_metric_history(resumed_id, "train/loss")
                 self._logged_until = max((point.step for point in history), default=0)
@@ -188,18 +198,19 @@ class MLflowTracker:
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Buffer metrics; they are written in batches."""
         now = int(time.time() * 1000)
+        del self._buffer[: max(0, len(self._buffer) - _MAX_BUFFERED)]
         self._buffer.extend((name, float(value), now, step) for name, value in metrics.items())
 
     def flush(self) -> None:
-        """Write the buffered metrics."""
+        """Write the buffered metrics; what a failing server did not take stays for the next time."""
         from mlflow.entities import Metric
 
         if self._client is None or self.run_id is None:
             return
-        metrics = [Metric(*point) for point in self._buffer]
-        self._buffer.clear()
-        for first in range(0, len(metrics), _MAX_METRICS):
-            self._client.log_batch(self.run_id, metrics=metrics[first : first + _MAX_METRICS])
+        while self._buffer:
+            points = self._buffer[:_MAX_METRICS]
+            self._client.log_batch(self.run_id, metrics=[Metric(*point) for point in points])
+            del self._buffer[: len(points)]
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         """Log a file, if it is there."""
@@ -220,7 +231,7 @@ class MLflowTracker:
 
     def _iteration_completed(self, engine: Engine) -> None:
         step = engine.state.iteration
-        if step <= self._logged_until or self._failed:
+        if step <= self._logged_until or self._client is None:
             return
         terms: Mapping[str, Any] = engine.state.terms  # type: ignore[attr-defined]
         self.log_metrics({f"train/{name}": value for name, value in terms.items()}, step)

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from vaevq_med.errors import VaevqMedError
-from vaevq_med.losses import TokenizerObjective
+from vaevq_med.losses import KLLoss, TokenizerObjective
 from vaevq_med.networks.tokenizer import TrainingForward, VisualTokenizer
 from vaevq_med.outputs import LossOutput, TokenizerOutput
 
@@ -31,7 +31,8 @@ class TrainingError(VaevqMedError):
     """Training cannot go on; the message names the loss term and the iteration."""
 
 
-def _reraise(engine: Engine, error: BaseException) -> None:
+def reraise(engine: Engine, error: BaseException) -> None:
+    """A handler that passes an exception on."""
     raise error
 
 
@@ -99,10 +100,14 @@ class TokenizerTrainer(SupervisedTrainer):
     ) -> None:
         if precision not in PRECISIONS:
             raise VaevqMedError(f"precision: found {precision!r}, expected one of {', '.join(PRECISIONS)}")
+        if accumulation_steps < 1:
+            raise VaevqMedError(f"accumulation_steps: found {accumulation_steps}, expected 1 or more")
+        if max_epochs < 1:
+            raise VaevqMedError(f"max_epochs: found {max_epochs}, expected 1 or more")
         if objective.adversarial is not None and (discriminator is None or d_optimizer is None):
             raise VaevqMedError("objective.adversarial is set: found no discriminator or no d_optimizer, expected both")
         super().__init__(
-            device=device,
+            device=torch.device(device),
             max_epochs=max_epochs,
             train_data_loader=train_data_loader,
             epoch_length=epoch_length,
@@ -115,6 +120,9 @@ class TokenizerTrainer(SupervisedTrainer):
         )
         # MONAI's class keeps 1: an iteration is one optimizer step here, whatever the number of chunks.
         self.num_chunks = accumulation_steps
+        for term in objective.terms.values():
+            if isinstance(term, KLLoss):
+                term.calls_per_step = accumulation_steps
         self.training_network = training_network or TrainingForward(network)
         self.objective = objective
         self.discriminator = discriminator
@@ -137,12 +145,12 @@ class TokenizerTrainer(SupervisedTrainer):
         self.state.images_seen = 0
         self._register_handlers(train_handlers or [])
         # Last of all: ignite swallows an exception once any handler listens for it.
-        self.add_event_handler(Events.EXCEPTION_RAISED, _reraise)
+        self.add_event_handler(Events.EXCEPTION_RAISED, reraise)
 
     def run(self) -> None:  # type: ignore[override]
         """Train to ``max_epochs``; a run that already has ends at once."""
         if self.state.iteration >= self.state.max_epochs * self.state.epoch_length:
-            self.logger.info(
+            self.logger.warning(
                 "This run is finished (%d of %d epochs). Raise --max_epochs, choose another --output_dir, or pass "
                 "--resume False to start anew.",
                 self.state.iteration // self.state.epoch_length,

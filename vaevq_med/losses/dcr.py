@@ -9,6 +9,8 @@ from vaevq_med.errors import VaevqMedError
 from vaevq_med.losses.base import LossTerm
 from vaevq_med.outputs import TokenizerOutput
 
+_MIN_VARIANCE = 1e-14
+
 
 def gaussian_wasserstein2_to_standard(codebook: Tensor) -> Tensor:
     """Squared 2-Wasserstein distance of the codebook's Gaussian to N(0, I) (VAEVQ, arXiv 2511.06863, Eq. 11).
@@ -34,12 +36,14 @@ def gaussian_wasserstein2_to_standard(codebook: Tensor) -> Tensor:
     if codebook.ndim != 2 or codebook.shape[0] < 2:
         raise VaevqMedError(f"the codebook has shape {tuple(codebook.shape)}; expected [K, D] with K of 2 or more")
     with torch.autocast(codebook.device.type, enabled=False):
-        codebook = codebook.to(torch.promote_types(codebook.dtype, torch.float32))
+        dtype = torch.promote_types(codebook.dtype, torch.float32)
+        # In fp32 the eigenvalues of a codebook that starts at U(-1/K, 1/K) drown in rounding.
+        codebook = codebook.double()
         mean = codebook.mean(dim=0)
         centered = codebook - mean
         covariance = centered.T @ centered / (codebook.shape[0] - 1)
-        variances = torch.linalg.eigvalsh(covariance).clamp_min(torch.finfo(codebook.dtype).eps)
-        return mean.square().sum() + (variances.sqrt() - 1).square().sum()
+        variances = torch.linalg.eigvalsh(covariance).clamp_min(_MIN_VARIANCE)
+        return (mean.square().sum() + (variances.sqrt() - 1).square().sum()).to(dtype)
 
 
 class DCRLoss(LossTerm):

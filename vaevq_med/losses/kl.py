@@ -79,6 +79,7 @@ class KLLoss(LossTerm):
                 f"budget is {budget} with num_embeddings {num_embeddings}; expected a budget above 0 and K of 2 or more"
             )
         self.scale = scale
+        self.calls_per_step = 1
         self.tokens = check_choice("tokens", tokens, ("all", "content"))
         self.rate = rate
         self.target = None if budget is None else budget * math.log(num_embeddings or 2)
@@ -113,7 +114,8 @@ class KLLoss(LossTerm):
         if sums[1] == 0:
             return
         ratio = sums[0] / sums[1] / self.target
-        self.factor.mul_(ratio.clamp_min(1e-6).pow(self.rate).clamp(0.9, 1.1)).clamp_(1e-6, 1e6)
+        step = ratio.clamp_min(1e-6).pow(self.rate).clamp(0.9, 1.1)
+        self.factor.mul_(step.pow(1 / self.calls_per_step)).clamp_(1e-6, 1e6)
 
 
 def content_mask(images: Tensor, grid: torch.Size | tuple[int, int]) -> Tensor:
