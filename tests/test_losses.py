@@ -115,6 +115,12 @@ def test_dcr_equals_the_formula_with_scipy(shape: tuple[int, int]) -> None:
     assert gaussian_wasserstein2_to_standard(codebook).item() == pytest.approx(float(reference), abs=1e-5)
 
 
+def test_dcr_of_several_codebooks_is_the_sum_of_theirs() -> None:
+    codebooks = torch.randn(3, 20, 4, generator=torch.Generator().manual_seed(0)).double()
+    alone = sum(gaussian_wasserstein2_to_standard(codebook) for codebook in codebooks)
+    torch.testing.assert_close(gaussian_wasserstein2_to_standard(codebooks), alone)
+
+
 def test_dcr_is_least_at_the_prior_and_differentiable_there() -> None:
     # Corners of a cube, scaled so that the unbiased covariance is exactly the identity: eigenvalues coincide.
     corners = torch.tensor([[x, y, z] for x in (-1.0, 1.0) for y in (-1.0, 1.0) for z in (-1.0, 1.0)])

@@ -176,10 +176,21 @@ def test_evaluation_record_is_complete(
     rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
     (rfid,) = (row for row in rows if row["metric"] == "rfid" and row["group"] == "all")
     assert rfid["feature_network"] == "pixels"
+    assert rfid["weights_sha256"] == "ab" * 32
     assert rfid["split_hash"] == "sha256:x"
     assert rfid["n"] == "6"
     assert len(list(csv.DictReader((tmp_path / "per_image.csv").open()))) == 6
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv", "metrics.json", "per_image.csv"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_reconstruction_that_is_not_finite_is_no_figure(value: float) -> None:
+    target = torch.zeros(2, 1, 16, 16)
+    prediction = target.clone()
+    prediction[1, 0, 3, 3] = value
+    measured = ReconstructionEvaluation(num_embeddings=8)
+    with pytest.raises(VaevqMedError, match=r"b\.png: found NaN or infinity"):
+        measured.update(target, prediction, None, metadata={"modality": ["t1n"] * 2, "path": ["a.png", "b.png"]})
 
 
 def test_pictures_show_what_they_are_given(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -138,3 +139,13 @@ def test_weights_says_where_missing_files_go(monkeypatch: pytest.MonkeyPatch, tm
     assert "missing vgg16-397923af.pth" in output
     assert str(tmp_path / ".cache/vaevq_med/weights") in output
     assert "efficientnet-lite0: the default" in output
+
+
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("[bdp]*/**/*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_relative_link_of_the_documentation_leads_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)", (ROOT / page).read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert ((ROOT / page).parent / target).exists(), target

@@ -12,19 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from monai.bundle import ConfigParser
+from torch import nn
 
+from vaevq_med import networks
 from vaevq_med.engines.checkpoint import CheckpointError, file_sha256, load_state, read_checkpoint
+from vaevq_med.networks import quantizers
 from vaevq_med.networks.tokenizer import VisualTokenizer
 from vaevq_med.networks.weights import read_weights
 
 _ALLOWED = frozenset(
-    {
-        "vaevq_med.networks.VisualTokenizer",
-        "vaevq_med.networks.Encoder",
-        "vaevq_med.networks.Decoder",
-        "vaevq_med.networks.quantizers.SimVQ",
-        "vaevq_med.networks.quantizers.VectorQuantizer",
-    }
+    f"{module.__name__}.{name}"
+    for module in (networks, quantizers)
+    for name in module.__all__
+    if isinstance(getattr(module, name), type) and issubclass(getattr(module, name), nn.Module)
 )
 
 

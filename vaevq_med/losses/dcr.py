@@ -20,8 +20,11 @@ def gaussian_wasserstein2_to_standard(codebook: Tensor) -> Tensor:
     is taken of S's eigenvalues, never of its eigenvectors, whose gradient is not finite where eigenvalues meet: at
     the prior, the term's own minimum.
 
+    Several codebooks ``[G, K, D]`` that quantize channels of their own make a product distribution, whose squared
+    distance is the sum of theirs.
+
     Args:
-        codebook: ``[K, D]``, K at least 2.
+        codebook: ``[K, D]`` or ``[G, K, D]``, K at least 2.
 
     Returns:
         A scalar in fp32 (fp64 for fp64), at least 0 up to rounding.
@@ -33,15 +36,17 @@ def gaussian_wasserstein2_to_standard(codebook: Tensor) -> Tensor:
         >>> round(gaussian_wasserstein2_to_standard(torch.tensor([[1.0], [3.0], [5.0]])).item(), 4)
         10.0
     """
-    if codebook.ndim != 2 or codebook.shape[0] < 2:
-        raise VaevqMedError(f"the codebook has shape {tuple(codebook.shape)}; expected [K, D] with K of 2 or more")
+    if codebook.ndim not in (2, 3) or codebook.shape[-2] < 2:
+        raise VaevqMedError(
+            f"the codebook has shape {tuple(codebook.shape)}; expected [K, D] or [G, K, D] with K of 2 or more"
+        )
     with torch.autocast(codebook.device.type, enabled=False):
         dtype = torch.promote_types(codebook.dtype, torch.float32)
         # In fp32 the eigenvalues of a codebook that starts at U(-1/K, 1/K) drown in rounding.
         codebook = codebook.double()
-        mean = codebook.mean(dim=0)
-        centered = codebook - mean
-        covariance = centered.T @ centered / (codebook.shape[0] - 1)
+        mean = codebook.mean(dim=-2)
+        centered = codebook - mean.unsqueeze(-2)
+        covariance = centered.mT @ centered / (codebook.shape[-2] - 1)
         variances = torch.linalg.eigvalsh(covariance).clamp_min(_MIN_VARIANCE)
         return (mean.square().sum() + (variances.sqrt() - 1).square().sum()).to(dtype)
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vaevq_med.errors import VaevqMedError
 from vaevq_med.metrics.codebook import CodebookUsage
 from vaevq_med.metrics.frechet import FrechetDistance
 from vaevq_med.metrics.reconstruction import psnr_per_image, region_mean, region_psnr, ssim_per_image, to_unit
@@ -78,7 +79,15 @@ class ReconstructionEvaluation:
             metadata: lists of length B: ``modality``, and what else the rows shall hold; ``index`` orders them.
             regions: masks by name, bool ``[B, H, W]``; an empty mask leaves the image out of that region.
             indices_sample: indices of a quantized sample, for its utilization.
+
+        Raises:
+            VaevqMedError: a reconstruction holds NaN or infinity, which no metric would show.
         """
+        finite = reconstruction.isfinite().flatten(1).all(dim=1)
+        if not bool(finite.all()):
+            bad = int((~finite).nonzero()[0])
+            name = metadata["path"][bad] if "path" in metadata else f"item {bad} of the batch"
+            raise VaevqMedError(f"{name}: found NaN or infinity in the reconstruction, expected finite values")
         unit_target, unit = to_unit(target, uint8=self.uint8), to_unit(reconstruction, uint8=self.uint8)
         ssim, ssim_map = ssim_per_image(unit, unit_target)
         columns = {"psnr": psnr_per_image(unit, unit_target), "ssim": ssim}

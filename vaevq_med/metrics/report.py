@@ -69,16 +69,20 @@ class EvaluationReport:
     def _write_metrics(self, file: TextIO) -> None:
         writer = csv.writer(file)
         writer.writerow(
-            ["scope", "group", "metric", "value", "std", "n", "feature_network", "split_hash", "checkpoint"]
+            [
+                *("scope", "group", "metric", "value", "std", "n"),
+                *("feature_network", "weights_sha256", "split_hash", "checkpoint_sha256"),
+            ]
         )
-        networks = {"lpips": "lpips_network", "rfid": "fid_network"}
+        roles = {"lpips": "lpips", "rfid": "fid"}
         tables = [("overall", "all", self.summary["overall"])]
         for scope in ("modality", "region"):
             tables += [(scope, group, table) for group, table in self.summary.get(scope, {}).items()]
         for scope, group, table in tables:
             for name, entry in table.items():
-                network = self.provenance.get(networks.get(name, ""), "")
-                shared = [network, self.provenance.get("split_hash", ""), self.provenance.get("checkpoint_sha256", "")]
+                role = roles.get(name, "none")
+                fields = (f"{role}_network", f"{role}_weights_sha256", "split_hash", "checkpoint_sha256")
+                shared = [self.provenance.get(field, "") for field in fields]
                 writer.writerow([scope, group, name, entry["value"], entry.get("std", ""), entry["n"], *shared])
 
     def _write_rows(self, file: TextIO) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
@@ -41,7 +42,39 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def codebook(self) -> Tensor | None:
-        """The ``[K, D]`` table, differentiable and the only source of every look-up, or None without one."""
+        """The ``[K, D]`` table, differentiable and the only source of every look-up, or None without one.
+
+        ``[G, K, D / G]`` where each of G codebooks quantizes channels of its own.
+        """
+
+    @property
+    def bits_per_position(self) -> float:
+        """Bits that the indices of one latent position take, ``G log2 K``."""
+        return self.num_codebooks * math.log2(self.num_embeddings)
+
+    def check_latent(self, z: Tensor) -> None:
+        """Refuse what is not ``[B, D, h, w]``.
+
+        Raises:
+            VaevqMedError: saying the shape found.
+        """
+        if z.ndim != 4 or z.shape[1] != self.embedding_dim:
+            raise VaevqMedError(f"the latent has shape {tuple(z.shape)}; expected [B, {self.embedding_dim}, h, w]")
+
+    def check_indices(self, indices: Tensor) -> None:
+        """Refuse what is not ``[B, h, w, G]`` in [0, K); the range is not looked at while a graph is exported.
+
+        Raises:
+            VaevqMedError: saying the shape or range found.
+        """
+        if indices.ndim != 4 or indices.shape[-1] != self.num_codebooks:
+            raise VaevqMedError(f"indices have shape {tuple(indices.shape)}; expected [B, h, w, {self.num_codebooks}]")
+        if indices.numel() and not torch.compiler.is_exporting() and not torch.jit.is_tracing():
+            low, high = int(indices.min()), int(indices.max())
+            if low < 0 or high >= self.num_embeddings:
+                raise VaevqMedError(
+                    f"indices range from {low} to {high}; expected within 0 to {self.num_embeddings - 1}"
+                )
 
 
 class CodebookQuantizer(Quantizer):
@@ -82,15 +115,8 @@ class CodebookQuantizer(Quantizer):
         Raises:
             VaevqMedError: the indices have another shape, or one of them is not in [0, K).
         """
-        if indices.ndim != 4 or indices.shape[-1] != 1:
-            raise VaevqMedError(f"indices have shape {tuple(indices.shape)}; expected [B, h, w, 1]")
-        if indices.numel() and not torch.compiler.is_exporting() and not torch.jit.is_tracing():
-            low, high = int(indices.min()), int(indices.max())
-            if low < 0 or high >= self.num_embeddings:
-                raise VaevqMedError(
-                    f"indices range from {low} to {high}; expected within 0 to {self.num_embeddings - 1}"
-                )
-        return _look_up(indices, self.codebook())
+        self.check_indices(indices)
+        return look_up(indices, self.codebook())
 
     def assign(self, z: Tensor, codebook: Tensor, posterior: Posterior | None = None) -> Tensor:
         """Indices ``[B, h, w, 1]`` of ``z`` ``[B, D, h, w]``.
@@ -105,22 +131,21 @@ class CodebookQuantizer(Quantizer):
                     "assignment 'posterior' needs the encoder's posterior; found none: set network_def#variational "
                     "to true, or the assignment to 'euclidean'"
                 )
-            precision = _rows(posterior.std.detach().float()).square().reciprocal()
+            precision = rows(posterior.std.detach().float()).square().reciprocal()
         with torch.autocast(z.device.type, enabled=False):
-            rows = _rows(z.detach().float())
-            indices = nearest_codeword(rows, codebook.detach().float(), precision=precision)
+            flat = rows(z.detach().float())
+            indices = nearest_codeword(flat, codebook.detach().float(), precision=precision)
         batch, _, height, width = z.shape
         return indices.view(batch, height, width, 1)
 
     def forward(self, z: Tensor, posterior: Posterior | None = None) -> QuantizerOutput:
         """Quantize ``z`` ``[B, D, h, w]`` by the nearest codeword, with a straight-through gradient."""
-        if z.ndim != 4 or z.shape[1] != self.embedding_dim:
-            raise VaevqMedError(f"the latent has shape {tuple(z.shape)}; expected [B, {self.embedding_dim}, h, w]")
+        self.check_latent(z)
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
             codebook = self.codebook()
             indices = self.assign(z, codebook, posterior)
-            codes = _look_up(indices, codebook)
+            codes = look_up(indices, codebook)
             # The difference is exactly zero, so that the value is the code to the bit.
             quantized = codes.detach() + (z - z.detach())
             return QuantizerOutput(
@@ -140,10 +165,11 @@ def vq_losses(z: Tensor, codes: Tensor) -> Mapping[str, Tensor]:
     }
 
 
-def _rows(z: Tensor) -> Tensor:
+def rows(z: Tensor) -> Tensor:
     """``[B, D, h, w]`` as ``[B h w, D]``."""
     return z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
 
 
-def _look_up(indices: Tensor, codebook: Tensor) -> Tensor:
+def look_up(indices: Tensor, codebook: Tensor) -> Tensor:
+    """Codes ``[B, D, h, w]`` of indices ``[B, h, w, 1]`` in a table ``[K, D]``, differentiable."""
     return F.embedding(indices.squeeze(-1), codebook).permute(0, 3, 1, 2)
