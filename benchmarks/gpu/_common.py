@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -76,11 +78,13 @@ def configure(
 ) -> ConfigParser:
     """The bundle's ``train.json`` with overlays, on packed slices, without tracking and validation during training."""
     root = bundle_path("brats")
+    scratch = tempfile.mkdtemp(prefix="vaevq_med_study_")
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
     parser = ConfigParser()
     parser.read_config([str(root / "train.json"), *(str(root / "overlays" / f"{name}.json") for name in overlays)])
     parser.update(
         {
-            "output_dir": tempfile.mkdtemp(prefix="vaevq_med_study_"),
+            "output_dir": scratch,
             "image_size": image_size,
             "max_epochs": 1,
             "epoch_length": steps,

@@ -262,9 +262,11 @@ def _working_type(voxels: NDArray, recipe: Recipe) -> Any:
 
 
 def _as_tensor(voxels: NDArray, affine: NDArray[np.float64], dtype: Any) -> MetaTensor:
-    return MetaTensor(
-        torch.from_numpy(np.ascontiguousarray(voxels, dtype=dtype))[None], affine=torch.from_numpy(affine)
-    )
+    """A channel-first tensor in the file's own memory order, in which an axial slice is contiguous already."""
+    voxels = np.asarray(voxels, dtype=dtype)
+    if not voxels.flags.writeable:
+        voxels = voxels.copy(order="K")
+    return MetaTensor(torch.from_numpy(voxels)[None], affine=torch.from_numpy(affine))
 
 
 def _read_labels(reader: _Reader, source: Source, case: Case, target_map: str) -> MetaTensor:

@@ -80,7 +80,7 @@ def distinct(voxels: NDArray) -> NDArray:
         [0, 2, 4]
     """
     if voxels.dtype.kind in "iu" and voxels.size and int(voxels.max()) - int(voxels.min()) <= _MAX_COUNTED:
-        lowest, counts = _counts(torch.from_numpy(voxels.astype(np.int64, copy=False)))
+        lowest, counts = _counts(torch.from_numpy(voxels.ravel(order="K").astype(np.int64, copy=False)))
         return lowest + np.flatnonzero(counts.numpy())
     return np.unique(voxels)
 
