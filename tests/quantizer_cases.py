@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vaevq_med.networks.quantizers import SimVQ, VectorQuantizer
+from vaevq_med.networks.quantizers import ResidualQuantizer, SimVQ, VectorQuantizer, VectorQuantizerEMA
 from vaevq_med.networks.quantizers.base import Quantizer
 
 
@@ -30,5 +30,21 @@ class Case:
 
 CASES: dict[str, Case] = {
     "vq": Case(lambda: VectorQuantizer(num_embeddings=32, embedding_dim=4)),
+    "vq-ema": Case(lambda: VectorQuantizerEMA(num_embeddings=32, embedding_dim=4), learns=False),
+    "vq-ema-revival": Case(
+        lambda: VectorQuantizerEMA(num_embeddings=32, embedding_dim=4, revival_threshold=1.0, revival_count=2.0),
+        learns=False,
+    ),
+    "residual": Case(
+        lambda: ResidualQuantizer(
+            stages=[VectorQuantizer(num_embeddings=16, embedding_dim=4, init="normal") for _ in range(3)], dropout=True
+        )
+    ),
+    "residual-ema-shared": Case(
+        lambda: ResidualQuantizer(
+            stages=[VectorQuantizerEMA(num_embeddings=16, embedding_dim=4, revival_threshold=2.0)], num_codebooks=3
+        ),
+        learns=False,
+    ),
     "simvq": Case(lambda: SimVQ(num_embeddings=32, embedding_dim=4)),
 }

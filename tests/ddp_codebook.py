@@ -1,0 +1,57 @@
+"""Run by test_ema.py as each of two processes: train codebooks on a part of each batch and save their state."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from vaevq_med.networks.quantizers import ResidualQuantizer, VectorQuantizerEMA
+from vaevq_med.networks.quantizers.base import Quantizer
+
+SIZES = (3, 1)
+
+
+def quantizers() -> dict[str, Quantizer]:
+    """Each starts alike on every process."""
+    torch.manual_seed(0)
+
+    def ema(codewords: int, **options: float) -> VectorQuantizerEMA:
+        return VectorQuantizerEMA(num_embeddings=codewords, embedding_dim=3, decay=0.9, **options)
+
+    revival = {"revival_threshold": 0.95, "revival_count": 1.2}
+    return {
+        "plain": ema(16),
+        "revival": ema(16, **revival),
+        # More codewords than latents: a part of those expired is replaced.
+        "crowded": ema(64, **revival),
+        "residual": ResidualQuantizer(stages=[ema(8, **revival), ema(8, **revival)], dropout=True),
+        "shared": ResidualQuantizer(stages=[ema(8, **revival)], num_codebooks=3, dropout=True),
+    }
+
+
+def batches() -> list[torch.Tensor]:
+    """The whole batches, ``[4, 3, 2, 3]`` each."""
+    return list(torch.randn(5, sum(SIZES), 3, 2, 3, generator=torch.Generator().manual_seed(1)))
+
+
+def train(rank: int, images: slice) -> dict[str, dict[str, torch.Tensor]]:
+    """States after training on part of each batch; the generators of the processes differ."""
+    states = {}
+    for name, quantizer in quantizers().items():
+        torch.manual_seed(10 + rank)
+        for batch in batches():
+            quantizer(batch[images])
+        states[name] = quantizer.state_dict()
+    return states
+
+
+if __name__ == "__main__":
+    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=len(SIZES))
+    start = sum(SIZES[:rank])
+    torch.save(train(rank, slice(start, start + SIZES[rank])), folder / f"{rank}.pt")
+    dist.destroy_process_group()

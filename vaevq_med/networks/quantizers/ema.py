@@ -1,0 +1,132 @@
+"""VQ with a codebook of moving averages: VQ-VAE (arXiv 1711.00937, appendix A.1).
+
+With N_k latents assigned to codeword k in a batch, and S_k their sum,
+
+``n_k <- g n_k + (1 - g) N_k``, ``m_k <- g m_k + (1 - g) S_k``, ``e_k = m_k / n'_k``,
+``n'_k = (n_k + eps) / (sum n + K eps) sum n``
+
+with the decay g; the smoothing n' is that of VQGAN's code. No gradient reaches the codebook, and the only loss is the
+commitment. As published, a batch is looked up in the codebook as it was before the batch's own update. The averages
+start from ``n = 1`` and ``m = e``: from ``n = 0``, as some code has it, the first updates throw unused codewords far
+away.
+
+Without revival an unused codeword's count decays until the smoothing outweighs it, and it drifts to the origin. With
+revival (SoundStream, arXiv 2107.03312, section III-C) codewords whose count falls below a threshold are replaced by
+random latents of the batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vaevq_med.errors import VaevqMedError
+from vaevq_med.networks.quantizers.base import CodebookQuantizer, rows
+from vaevq_med.networks.quantizers.clusters import assignment_totals, draw_replacements
+from vaevq_med.outputs import Posterior, QuantizerOutput
+
+
+class VectorQuantizerEMA(CodebookQuantizer):
+    """A codebook that follows the latents assigned to it, by moving averages over the calls in training mode.
+
+    Every call in training mode updates the codebook, so accumulated chunks of a batch count as one update each. Under
+    DDP each update is that of the batches of all processes together. Codebook and averages are buffers: no optimizer
+    sees them, and ``codebook()`` has no gradient, so a loss on the codebook alone (DCR) would do nothing.
+
+    Args:
+        num_embeddings: K.
+        embedding_dim: D.
+        decay: g, weight of the past at each update, in (0, 1).
+        epsilon: eps of the counts' smoothing, above 0.
+        revival_threshold: codewords with a moving count n_k below it are replaced, after each update, by random
+            latents of the batch; None replaces none. The counts' mean is the latents of a call over K, and a threshold
+            near it would replace codewords without end.
+        revival_count: count that a replaced codeword starts with, at least the threshold; by default the threshold,
+            with which a codeword that the next batch does not use is replaced again at once.
+        assignment: ``"euclidean"`` or ``"posterior"``, see :class:`CodebookQuantizer`.
+
+    Raises:
+        VaevqMedError: for an option out of its range.
+
+    Example:
+        >>> quantizer = VectorQuantizerEMA(num_embeddings=8, embedding_dim=4)
+        >>> output = quantizer(torch.zeros(1, 4, 2, 2))
+        >>> list(output.losses), list(quantizer.parameters())
+        (['commitment'], [])
+    """
+
+    embedding: Tensor
+    cluster_size: Tensor
+    embedding_sum: Tensor
+
+    def __init__(
+        self,
+        *,
+        num_embeddings: int,
+        embedding_dim: int,
+        decay: float = 0.99,
+        epsilon: float = 1e-5,
+        revival_threshold: float | None = None,
+        revival_count: float | None = None,
+        assignment: str = "euclidean",
+    ) -> None:
+        super().__init__(num_embeddings=num_embeddings, embedding_dim=embedding_dim, assignment=assignment)
+        if not 0 < decay < 1:
+            raise VaevqMedError(f"decay is {decay}; expected a number in (0, 1)")
+        if epsilon <= 0:
+            raise VaevqMedError(f"epsilon is {epsilon}; expected a number above 0")
+        if revival_threshold is not None and revival_threshold <= 0:
+            raise VaevqMedError(f"revival_threshold is {revival_threshold}; expected a number above 0, or None")
+        if revival_count is not None and (revival_threshold is None or revival_count < revival_threshold):
+            raise VaevqMedError(
+                f"revival_count is {revival_count} with revival_threshold {revival_threshold}; "
+                "expected a threshold and a count of at least it"
+            )
+        self.decay = decay
+        self.epsilon = epsilon
+        self.revival_threshold = revival_threshold
+        self.revival_count = revival_threshold if revival_count is None else revival_count
+        embedding = torch.randn(num_embeddings, embedding_dim)
+        self.register_buffer("embedding", embedding)
+        self.register_buffer("cluster_size", torch.ones(num_embeddings))
+        self.register_buffer("embedding_sum", embedding.clone())
+
+    def codebook(self) -> Tensor:
+        """The table, ``[K, D]``, without a gradient."""
+        return self.embedding
+
+    def look_up(self, z: Tensor, posterior: Posterior | None = None) -> QuantizerOutput:
+        """Quantize ``z`` ``[B, D, h, w]`` and update nothing, whatever the mode."""
+        output = super().forward(z, posterior)
+        return QuantizerOutput(
+            quantized=output.quantized,
+            codes=output.codes,
+            indices=output.indices,
+            losses={"commitment": output.losses["commitment"]},
+            # The update happens in place, after this output was made.
+            codebook=self.embedding.clone() if self.training else self.embedding,
+        )
+
+    def forward(self, z: Tensor, posterior: Posterior | None = None) -> QuantizerOutput:
+        """Quantize ``z`` ``[B, D, h, w]``, straight-through; in training mode, update the codebook afterwards."""
+        output = self.look_up(z, posterior)
+        if self.training:
+            self.update(rows(z.detach()), output.indices.flatten())
+        return output
+
+    @torch.no_grad()
+    def update(self, latents: Tensor, indices: Tensor) -> None:
+        """Move the averages by latents ``[N, D]`` and their indices ``[N]``, then revive, on every process alike."""
+        with torch.autocast(latents.device.type, enabled=False):
+            latents = latents.float()
+            counts, sums = assignment_totals(latents, indices, self.num_embeddings)
+            self.cluster_size.lerp_(counts, 1 - self.decay)
+            self.embedding_sum.lerp_(sums, 1 - self.decay)
+            total = self.cluster_size.sum()
+            smoothed = (self.cluster_size + self.epsilon) / (total + self.num_embeddings * self.epsilon) * total
+            self.embedding.copy_(self.embedding_sum / smoothed.unsqueeze(1))
+            if self.revival_threshold is not None and self.revival_count is not None:
+                expired, drawn = draw_replacements(latents, self.cluster_size < self.revival_threshold)
+                self.embedding[expired] = drawn
+                self.cluster_size[expired] = self.revival_count
+                self.embedding_sum[expired] = drawn * self.revival_count
