@@ -37,7 +37,7 @@ def gradients(processes: int, overrides: dict[str, Any], overlays: list[str], ou
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["train", "information_matched"])
+@pytest.mark.parametrize("variant", ["train", "information_matched", "rvq"])
 def test_two_processes_have_the_gradients_of_one(variant: str, toy_overrides: dict[str, Any], tmp_path: Path) -> None:
     shared = {
         **toy_overrides,
