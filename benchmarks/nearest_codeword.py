@@ -1,8 +1,8 @@
 """The nearest-codeword search beside the bare matrix product and the forms that hold N x K distances.
 
 Those are the plain expansion, ``torch.cdist`` and ``vector-quantize-pytorch``. All run in this process on the same
-latents; the middle of ``--repeats`` rounds counts. Peak memory is what a call adds
-to the resident set (CPU) or the allocator's peak (GPU)::
+latents; the middle of ``--repeats`` rounds counts. Peak memory is what a call adds to the resident set (CPU) or the
+allocator's peak (GPU)::
 
     python benchmarks/nearest_codeword.py                       # 8 images of 32x32 tokens, D = 64, K = 16,384
     python benchmarks/nearest_codeword.py --num-embeddings 131072 --images 32    # forms that do not fit are left out
@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import torch
+from _measure import PeakMemory, free_memory, synchronize
 from torch import Tensor
 
 from vaevq_med.networks.quantizers import nearest_codeword
@@ -47,40 +46,6 @@ def products(latents: Tensor, codebook: Tensor, chunk: int = 1024) -> Tensor:
     for rows in latents.split(chunk):
         torch.mm(rows, transposed, out=buffer[: len(rows)])
     return buffer
-
-
-class PeakMemory:
-    """What is added to this process's memory inside the block, in MiB."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.mib = 0.0
-
-    def __enter__(self) -> PeakMemory:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            self.base = torch.cuda.memory_allocated()
-            return self
-        self.process = psutil.Process()
-        self.base = self.process.memory_info().rss
-        self.peak, self.running = self.base, True
-
-        def watch() -> None:
-            while self.running:
-                self.peak = max(self.peak, self.process.memory_info().rss)
-                time.sleep(0.001)
-
-        self.thread = threading.Thread(target=watch)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.device.type == "cuda":
-            self.mib = (torch.cuda.max_memory_allocated() - self.base) / 2**20
-            return
-        self.running = False
-        self.thread.join()
-        self.mib = (self.peak - self.base) / 2**20
 
 
 def main() -> None:
@@ -117,9 +82,8 @@ def main() -> None:
         searches["vector-quantize-pytorch"] = lambda: peer(latents[None])[1][0]
     too_big = {}
     matrix = count * arguments.num_embeddings * 4
-    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else psutil.virtual_memory().available
     for name in ("N x K", "torch.cdist", "vector-quantize-pytorch"):
-        if name in searches and 4 * matrix > 0.9 * free:  # each holds up to four such matrices at once
+        if name in searches and 4 * matrix > 0.9 * free_memory(device):  # each holds up to four such matrices at once
             too_big[name] = searches.pop(name)
     seconds: dict[str, list[float]] = {name: [] for name in searches}
     memory: dict[str, float] = {}
@@ -130,8 +94,7 @@ def main() -> None:
                 with PeakMemory(device) as peak:
                     started = time.perf_counter()
                     results[name] = search()
-                    if device.type == "cuda":
-                        torch.cuda.synchronize()
+                    synchronize(device)
                     seconds[name].append(time.perf_counter() - started)
                 memory[name] = max(memory.get(name, 0.0), peak.mib)
     wide_z, wide_e = latents[:256].double(), codebook.double()
