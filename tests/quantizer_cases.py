@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vaevq_med.networks.quantizers import ResidualQuantizer, SimVQ, VectorQuantizer, VectorQuantizerEMA
+from torch import nn
+
+from vaevq_med.networks.quantizers import (
+    FVQ,
+    MGVQ,
+    FactorizedQuantizer,
+    ResidualQuantizer,
+    SimVQ,
+    VectorQuantizer,
+    VectorQuantizerEMA,
+)
 from vaevq_med.networks.quantizers.base import Quantizer
 
 
@@ -28,6 +38,13 @@ class Case:
     exact: bool = True
 
 
+def unfolded_fvq() -> FVQ:
+    """FVQ past its start, at which all its codewords are 0."""
+    quantizer = FVQ(num_embeddings=64, embedding_dim=4, width=8, num_heads=2)
+    nn.init.normal_(quantizer.head.weight)
+    return quantizer
+
+
 CASES: dict[str, Case] = {
     "vq": Case(lambda: VectorQuantizer(num_embeddings=32, embedding_dim=4)),
     "vq-ema": Case(lambda: VectorQuantizerEMA(num_embeddings=32, embedding_dim=4), learns=False),
@@ -47,4 +64,16 @@ CASES: dict[str, Case] = {
         learns=False,
     ),
     "simvq": Case(lambda: SimVQ(num_embeddings=32, embedding_dim=4)),
+    "factorized": Case(
+        lambda: FactorizedQuantizer(num_embeddings=32, embedding_dim=6, num_codebooks=3), straight_through=False
+    ),
+    "factorized-plain": Case(lambda: FactorizedQuantizer(num_embeddings=32, embedding_dim=4, normalize=False)),
+    "mgvq": Case(
+        lambda: MGVQ(
+            num_embeddings=32, embedding_dim=8, num_codebooks=4, mask_probabilities=[0, 0.2, 0.3, 0.4], init="normal"
+        ),
+        straight_through=False,
+    ),
+    "mgvq-plain": Case(lambda: MGVQ(num_embeddings=32, embedding_dim=4, num_codebooks=2, normalize=False)),
+    "fvq": Case(unfolded_fvq),
 }

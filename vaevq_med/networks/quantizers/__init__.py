@@ -2,13 +2,19 @@
 
 from vaevq_med.networks.quantizers.base import CodebookQuantizer, Quantizer, vq_losses
 from vaevq_med.networks.quantizers.ema import VectorQuantizerEMA
+from vaevq_med.networks.quantizers.factorized import FactorizedQuantizer
+from vaevq_med.networks.quantizers.mgvq import MGVQ
 from vaevq_med.networks.quantizers.nearest import nearest_codeword
 from vaevq_med.networks.quantizers.residual import ResidualQuantizer
 from vaevq_med.networks.quantizers.simvq import SimVQ
 from vaevq_med.networks.quantizers.vq import VectorQuantizer
+from vaevq_med.networks.quantizers.vqbridge import FVQ
 
 __all__ = [
+    "FVQ",
+    "MGVQ",
     "CodebookQuantizer",
+    "FactorizedQuantizer",
     "Quantizer",
     "ResidualQuantizer",
     "SimVQ",
