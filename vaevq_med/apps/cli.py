@@ -5,14 +5,17 @@ Each command imports what it runs when it runs, so that ``--help`` is instant.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vaevq_med.apps import compare_cli
 from vaevq_med.errors import VaevqMedError
 
 if TYPE_CHECKING:
@@ -118,34 +121,87 @@ def slice_extract(
         for note in plan.notes:
             typer.echo(f"  note: {note}")
         raise typer.Exit(1 if plan.skipped else 0)
-    progress = _progress()
-
-    def start(total: int) -> None:
-        progress.add_task("cases", total=total)
-        progress.start()
-
-    def stop() -> None:
-        if progress.live.is_started:
-            progress.stop()
-
-    def skip(name: str, reason: str) -> None:
-        line = f"vaevq-med: case {name}: {reason}; skipped"
-        progress.console.print(line, soft_wrap=True, markup=False, emoji=False)
-        if progress.tasks:
-            progress.advance(progress.task_ids[0])
-
-    try:
+    with _watched("case", "cases") as (progress, start, skip):
         report = command.run(on_start=start, on_case=lambda name: progress.advance(progress.task_ids[0]), on_skip=skip)
-    except KeyboardInterrupt:
-        stop()
-        typer.echo("vaevq-med: interrupted; finished cases are kept, and the same command goes on", err=True)
-        raise typer.Exit(130) from None
-    finally:
-        stop()
     typer.echo(
         f"{report.output}: {report.written} cases sliced, {report.reused} were done, {len(report.skipped)} skipped"
     )
     _show_counts("", report.patients, report.slices)
+    for note in report.notes:
+        typer.echo(f"  note: {note}")
+    raise typer.Exit(1 if report.skipped else 0)
+
+
+@app.command("imagenet-prepare")
+def imagenet_prepare(
+    source: Annotated[
+        Path, typer.Argument(metavar="INPUT", help="Folder of train/ and val/, of the archives, or of any images.")
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder of the data set.")],
+    recipe: Annotated[
+        str, typer.Option(help="A recipe of preprocessing/, or a .json file of your own.")
+    ] = "imagenet/original",
+    resize: Annotated[
+        int | None, typer.Option(help="Shrink to this shorter side, e.g. 256 or 288, in place of the recipe's.")
+    ] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="Keep these classes: a number, a file with one a line, or names with commas.")
+    ] = None,
+    val_labels: Annotated[
+        Path | None, typer.Option(help="Classes of flat validation images: the devkit, or another list; see the docs.")
+    ] = None,
+    holdout: Annotated[
+        float | None,
+        typer.Option(help="Share of the training images to validate on; the validation images become the test split."),
+    ] = None,
+    no_classes: Annotated[
+        bool, typer.Option("--no-classes", help="Subfolders of a folder without train/ are no classes.")
+    ] = False,
+    workers: Annotated[int | None, typer.Option(help="Processes; by default one a core.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and the space it takes.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace images that another recipe made.")] = False,
+) -> None:
+    """Turn ImageNet (class folders or ILSVRC2012 archives), or any folder of images, into a data set with a datalist.
+
+    Exit code 0: all is done; 1: done, but images were skipped; 2: nothing could be done; 130: interrupted, the same
+    command goes on.
+    """
+    from vaevq_med.apps.imagenet_prepare import ImagenetPrepare
+    from vaevq_med.data.image_recipes import load_image_recipe
+
+    command = ImagenetPrepare(
+        input=source,
+        output=output,
+        recipe=load_image_recipe(recipe).with_options(resize=resize, holdout=holdout),
+        workers=workers,
+        classes=classes,
+        val_labels=val_labels,
+        use_classes=not no_classes,
+        overwrite=overwrite,
+    )
+    if dry_run:
+        plan = command.plan()
+        for name, reason in plan.skipped:
+            typer.echo(f"vaevq-med: image {name}: {reason}; skipped", err=True)
+        typer.echo(f"{output}: would read {plan.batches} batches of images; {plan.reused} are done already")
+        if plan.batches:
+            tail = ", which links to the input's files where the disk is the same" if plan.linked else ""
+            typer.echo(
+                f"  about {plan.images:,} images, {_size(plan.bytes)}{tail}; {_size(plan.free_bytes)} free; "
+                f"{plan.classes} classes"
+            )
+        for note in plan.notes:
+            typer.echo(f"  note: {note}")
+        raise typer.Exit(1 if plan.skipped else 0)
+    with _watched("image", "batches") as (progress, start, skip):
+        report = command.run(on_start=start, on_batch=lambda name: progress.advance(progress.task_ids[0]), on_skip=skip)
+    skipped = len(report.skipped)
+    typer.echo(f"{report.output}: {report.written:,} images written, {report.reused:,} were done, {skipped} skipped")
+    for split, count in report.images.items():
+        typer.echo(f"  {split}: {count:,} images")
+    typer.echo(f"  {report.classes} classes")
+    for kind, count in report.odd.items():
+        typer.echo(f"  unusual: {count:,} {kind}")
     for note in report.notes:
         typer.echo(f"  note: {note}")
     raise typer.Exit(1 if report.skipped else 0)
@@ -168,6 +224,43 @@ def audit_split(
         f"{dataset}: {len(report.leaks)} leaks" if report.leaks else f"{dataset}: no patient stands in two splits"
     )
     raise typer.Exit(1 if report.leaks else 0)
+
+
+@contextlib.contextmanager
+def _watched(kind: str, jobs: str) -> Iterator[tuple[Progress, Callable[[int], None], Callable[[str, str], None]]]:
+    """A progress bar, what starts it, and what reports something skipped; an interrupt ends with exit code 130.
+
+    Args:
+        kind: what is skipped, e.g. ``case``.
+        jobs: what the bar counts.
+    """
+    progress = _progress()
+    running = False
+
+    def start(total: int) -> None:
+        nonlocal running
+        progress.add_task(jobs, total=total)
+        progress.start()
+        running = True
+
+    def skip(name: str, reason: str) -> None:
+        line = f"vaevq-med: {kind} {name}: {reason}; skipped"
+        progress.console.print(line, soft_wrap=True, markup=False, emoji=False)
+        if running and kind == "case":
+            progress.advance(progress.task_ids[0])
+
+    def stop() -> None:
+        if progress.live.is_started:
+            progress.stop()
+
+    try:
+        yield progress, start, skip
+    except KeyboardInterrupt:
+        stop()
+        typer.echo(f"vaevq-med: interrupted; finished {jobs} are kept, and the same command goes on", err=True)
+        raise typer.Exit(130) from None
+    finally:
+        stop()
 
 
 def _size(count: int) -> str:
@@ -231,6 +324,55 @@ def weights() -> None:
     typer.echo(f"\nPut missing files into {command.folder}, or name a file in the configuration (feature_weights).")
 
 
+@app.command("feature-codebook")
+def feature_codebook(
+    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Folder of dataset.json.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="File to write, .npz.")],
+    num_embeddings: Annotated[int, typer.Option(help="K, codewords in all.")],
+    network: Annotated[str, typer.Option(help="Feature network, see docs/feature_networks.md.")] = "efficientnet-lite0",
+    weights: Annotated[Path | None, typer.Option(help="File of its weights, where not in a usual place.")] = None,
+    grid: Annotated[int, typer.Option(help="Features of an image along each axis.")] = 8,
+    image_size: Annotated[int, typer.Option(help="Pixels that images are resized and cropped to.")] = 256,
+    per_class: Annotated[bool, typer.Option(help="Cluster the images of each contrast or class apart.")] = True,
+    max_items: Annotated[int | None, typer.Option(help="Look at this many images, evenly spaced.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images at once.")] = 32,
+    workers: Annotated[int | None, typer.Option(help="Processes that read images; by default one a core.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the images' order and of the clusters' start.")] = 0,
+    device: Annotated[str | None, typer.Option(help="By default the GPU, where there is one.")] = None,
+) -> None:
+    """Cluster a feature network's features of the training images: the frozen codebook of VQGAN-LC."""
+    from vaevq_med.apps.feature_codebook import FeatureCodebook
+
+    command = FeatureCodebook(
+        dataset=dataset,
+        output=output,
+        num_embeddings=num_embeddings,
+        network=network,
+        weights=weights,
+        grid=grid,
+        image_size=image_size,
+        per_class=per_class,
+        max_items=max_items,
+        batch_size=batch_size,
+        workers=workers,
+        seed=seed,
+        device=device,
+    )
+    with _progress() as progress:
+        task = progress.add_task("images", total=None)
+        report = command.run(
+            on_start=lambda total: progress.update(task, total=total),
+            on_images=lambda count: progress.update(task, advance=count),
+        )
+    typer.echo(f"{report.output}: {report.num_embeddings:,} codewords of {report.num_features} features")
+    typer.echo(f"  clustered {report.features:,} features of {report.images:,} training images")
+    if 0 < len(report.classes) <= 10:
+        typer.echo(f"  by class: {', '.join(f'{name} {count:,}' for name, count in report.classes.items())}")
+    if report.distinct < report.num_embeddings:
+        typer.echo(f"  note: only {report.distinct:,} codewords are distinct; the images are too alike for so many")
+    typer.echo(f"Use it with --features {report.output} --num_features {report.num_features} and vqgan_lc.json.")
+
+
 # --- bundles ----------------------------------------------------------------------------------------
 
 bundle = typer.Typer(help="Work with the MONAI bundles.", no_args_is_help=True)
@@ -239,25 +381,26 @@ app.add_typer(bundle, name="bundle")
 
 @bundle.command("pack")
 def bundle_pack(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the bundle: brats.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the bundle: brats or imagenet.")],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to make.")],
-    checkpoint: Annotated[Path, typer.Option(help="Checkpoint of a training run.")] = Path(
-        "outputs/brats/checkpoints/best.pt"
-    ),
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Checkpoint of a training run; by default outputs/NAME/checkpoints/best.pt.")
+    ] = None,
     weights: Annotated[str, typer.Option(help="'ema', the averaged weights, or 'network'.")] = "ema",
     metrics: Annotated[Path | None, typer.Option(help="An evaluation's metrics.json, for the metadata.")] = None,
 ) -> None:
     """Write a trained tokenizer in the layout of MONAI's model zoo: configs/, models/model.pt, docs/, LICENSE."""
     from vaevq_med.apps.bundle_pack import BundlePack
 
-    report = BundlePack(name, output, checkpoint, weights, metrics).run()
+    trained = checkpoint or Path("outputs", name, "checkpoints", "best.pt")
+    report = BundlePack(name, output, trained, weights, metrics).run()
     typer.echo(f"{report.output}: {len(report.files)} files")
     typer.echo(f"Use it with: cd {report.output} && python -m monai.bundle run --config_file configs/inference.json")
 
 
 @bundle.command("path")
 def bundle_where(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the bundle: brats.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the bundle: brats or imagenet.")],
 ) -> None:
     """Print where an installed bundle is."""
     from vaevq_med.resources import bundle_path
@@ -293,6 +436,12 @@ def demo(
         console.print(f"  picture: {picture}", soft_wrap=True)
     console.print("\nBrowse the run with:")
     console.print(f"  mlflow ui --backend-store-uri {report.tracking_uri}", soft_wrap=True)
+
+
+# --- comparison -------------------------------------------------------------------------------------
+
+for _command in (compare_cli.compare, compare_cli.ablate, compare_cli.sweep):
+    app.command()(_command)
 
 
 def main() -> None:

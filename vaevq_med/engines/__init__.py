@@ -15,6 +15,7 @@ from vaevq_med.engines.evaluation import (
     EvaluationHandler,
     EvaluationTracker,
     ValidationSummary,
+    evaluation_split,
     label_map,
     validation_split,
 )
@@ -23,6 +24,7 @@ from vaevq_med.engines.predictions import PredictionWriter
 from vaevq_med.engines.progress import ProgressReporter
 from vaevq_med.engines.schedules import cosine_with_warmup
 from vaevq_med.engines.stored import StoredTokenizer
+from vaevq_med.engines.summary import RunSummary
 from vaevq_med.engines.tracking import MLflowTracker
 from vaevq_med.engines.trainer import TokenizerTrainer, TrainingError
 
@@ -34,6 +36,7 @@ __all__ = [
     "MLflowTracker",
     "PredictionWriter",
     "ProgressReporter",
+    "RunSummary",
     "StoredTokenizer",
     "TokenizerEvaluator",
     "TokenizerTrainer",
@@ -44,6 +47,7 @@ __all__ = [
     "cosine_with_warmup",
     "current_config",
     "default_device",
+    "evaluation_split",
     "exponential_moving_average",
     "initialize",
     "is_main",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,8 @@ from vaevq_med.metrics.reconstruction import psnr_per_image, to_unit
 _ERROR_LIMIT = 0.25
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, atomically."""
     FigureCanvasAgg(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
@@ -60,12 +61,51 @@ def reconstruction_grid(
         axis.set_yticks([])
     if shown is not None:
         figure.colorbar(shown, ax=axes[:, -1].tolist(), shrink=0.8, label="share of the intensity range")
-    _save(figure, path)
+    save_figure(figure, path)
+
+
+def comparison_grid(
+    images: Tensor, reconstructions: Mapping[str, Tensor], *, labels: Sequence[str], path: Path
+) -> None:
+    """A grid with a row an image and a column a method; below each row, the methods' error maps.
+
+    Args:
+        images: originals, ``[N, C, H, W]`` in [-1, 1].
+        reconstructions: title of a method to its reconstructions, of the same shape.
+        labels: a label a row.
+        path: PNG file to write, atomically.
+    """
+    original = to_unit(images)
+    columns = {title: to_unit(batch) for title, batch in reconstructions.items()}
+    count = images.shape[0]
+    figure = Figure(figsize=(1.9 * (len(columns) + 1) + 1.3, 3.9 * count + 0.4), layout="constrained")
+    axes = figure.subplots(2 * count, len(columns) + 1, squeeze=False)
+    shown = None
+    for row in range(count):
+        above, below = axes[2 * row], axes[2 * row + 1]
+        above[0].imshow(_picture(original[row]), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        above[0].set_title("original", fontsize=8)
+        above[0].set_ylabel(labels[row], fontsize=7)
+        below[0].set_frame_on(False)
+        for column, (title, batch) in enumerate(columns.items(), start=1):
+            psnr = float(psnr_per_image(batch[row : row + 1], original[row : row + 1]))
+            above[column].imshow(_picture(batch[row]), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            above[column].set_title(f"{title}\n{psnr:.1f} dB", fontsize=8)
+            error = (batch[row] - original[row]).mean(dim=0).numpy()
+            shown = below[column].imshow(
+                error, cmap="RdBu_r", vmin=-_ERROR_LIMIT, vmax=_ERROR_LIMIT, interpolation="nearest"
+            )
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    if shown is not None:
+        figure.colorbar(shown, ax=axes[:, -1].tolist(), shrink=0.5, label="error, share of the intensity range")
+    save_figure(figure, path)
 
 
 def _picture(image: Tensor) -> np.ndarray:
     array = image.cpu().numpy()
-    return array[0] if array.shape[0] == 1 else array.transpose(1, 2, 0)
+    return array.transpose(1, 2, 0) if array.shape[0] == 3 else array[0]
 
 
 def usage_histogram(counts: Tensor, path: Path) -> None:
@@ -89,4 +129,4 @@ def usage_histogram(counts: Tensor, path: Path) -> None:
     axis.set_ylabel("times used (unused: 0.5)")
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
-    _save(figure, path)
+    save_figure(figure, path)

@@ -1,0 +1,85 @@
+"""``docs/adding_a_method.md``, followed word for word in a copy of the checkout."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCK = re.compile(r"^```\w+ title=\"(?P<title>[^\"]+)\"\n(?P<text>.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+
+
+def after(path: Path, anchor: str, text: str) -> None:
+    """Insert text after a line that a file holds once."""
+    content = path.read_text()
+    assert content.count(anchor) == 1, f"{path.name}: {anchor!r}"
+    path.write_text(content.replace(anchor, anchor + text))
+
+
+@pytest.mark.slow
+def test_the_page_adds_a_method(tmp_path: Path) -> None:
+    if not (ROOT / "docs" / "adding_a_method.md").is_file():
+        pytest.skip("the page is not in this installation")
+    for name in ("vaevq_med", "bundles", "tests", "docs", "preprocessing"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    blocks = {match["title"]: match["text"] for match in BLOCK.finditer((ROOT / "docs/adding_a_method.md").read_text())}
+    files = {title: text for title, text in blocks.items() if " in " not in title}
+    assert len(files) == 3
+    assert len(blocks) == 6
+    for title, text in files.items():
+        assert not (tmp_path / title).exists()
+        (tmp_path / title).write_text(text)
+    shutil.copy(tmp_path / "bundles/brats/overlays/cosine.json", tmp_path / "bundles/imagenet/overlays/cosine.json")
+    export = tmp_path / "vaevq_med/networks/quantizers/__init__.py"
+    after(
+        export,
+        "from vaevq_med.networks.quantizers.base import CodebookQuantizer, Quantizer, vq_losses\n",
+        blocks["import in vaevq_med/networks/quantizers/__init__.py"],
+    )
+    after(export, "__all__ = [", '"CosineVQ", ')
+    cases = tmp_path / "tests/quantizer_cases.py"
+    after(
+        cases,
+        "from vaevq_med.networks.quantizers.base import Quantizer\n",
+        "from vaevq_med.networks.quantizers import CosineVQ\n",
+    )
+    after(cases, "CASES: dict[str, Case] = {\n", blocks["case in tests/quantizer_cases.py"])
+    for bundle in ("brats", "imagenet"):
+        readme = tmp_path / "bundles" / bundle / "README.md"
+        if readme.is_file():
+            after(readme, "| overlay | about |\n| --- | --- |\n", blocks["row in bundles/brats/README.md"])
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--timeout=200"]
+    chosen = ["tests/test_quantizer_contract.py", "tests/test_cosine.py", "tests/test_bundle.py"]
+    chosen.append("vaevq_med/networks/quantizers/cosine.py")
+    words = "cosine or every_quantizer_has_a_case or readme_of_the_bundle"
+    done = subprocess.run(
+        [*command, *chosen, "-k", words], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=250
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    passed = [line.split(" PASSED")[0] for line in done.stdout.splitlines() if " PASSED" in line]
+    for test in (
+        "tests/test_quantizer_contract.py::test_indices_give_the_codes_back[cosine]",
+        "tests/test_quantizer_contract.py::test_every_quantizer_has_a_case",
+        "tests/test_cosine.py::test_the_direction_decides_and_not_the_distance",
+        "tests/test_bundle.py::test_every_overlay_is_read_by_the_training_bundle[cosine]",
+        "vaevq_med/networks/quantizers/cosine.py::vaevq_med.networks.quantizers.cosine.CosineVQ",
+    ):
+        assert test in passed
+    program = "import vaevq_med.networks.quantizers as q; print(q.__file__, q.CosineVQ.__name__)"
+    found = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert str(tmp_path) in found.stdout
+    for tool in (["check"], ["format", "--check", "--diff"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *tool, *(str(tmp_path / n) for n in files if n.endswith(".py"))],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout

@@ -1,0 +1,467 @@
+"""``vaevq-med compare``, ``ablate`` and ``sweep`` at toy size; the rows run the real bundle, in this process."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import json
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import BUNDLE, toy_config
+from monai.bundle import ConfigParser, ConfigWorkflow
+from PIL import Image
+from typer.testing import CliRunner
+
+from vaevq_med.apps.cli import app
+from vaevq_med.apps.compare import Compare
+from vaevq_med.apps.comparison import rows as rows_module
+from vaevq_med.apps.comparison.plan import ABLATION, TITLES, Budget, Bundle, parse_integers, parse_methods
+from vaevq_med.apps.comparison.rows import call, error_line, last_line
+from vaevq_med.engines import check_config, read_checkpoint
+from vaevq_med.errors import VaevqMedError
+
+
+def literal(text: str) -> Any:
+    """As MONAI's command line reads a value."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def flags(command: list[str]) -> dict[str, Any]:
+    words = command[command.index("run") + 2 :]
+    return {name.removeprefix("--"): literal(value) for name, value in zip(words[::2], words[1::2], strict=True)}
+
+
+class Runner:
+    """Runs the commands of rows in this process, and notes them."""
+
+    def __init__(self) -> None:
+        self.commands: list[list[str]] = []
+        self.fail: dict[str, str] = {}
+        self.interrupt_at = 0
+
+    def __call__(self, command: list[str], log: Path, on_line: Any) -> int:
+        self.commands.append(command)
+        if len(self.commands) == self.interrupt_at:
+            raise KeyboardInterrupt
+        values = flags(command)
+        for name, said in self.fail.items():
+            if f"/{name}/" in values["output_dir"]:
+                log.write_text(f"$ {shlex.join(command)}\nTraceback\nvaevq-med: {said}\n")
+                return 2
+        run_id = command[command.index("run") + 1]
+        files = values.pop("config_file")
+        workflow = ConfigWorkflow(
+            config_file=files, run_id=run_id, workflow_type="train" if run_id == "training" else "infer", **values
+        )
+        workflow.initialize()
+        workflow.run()
+        workflow.finalize()
+        log.write_text("done\n")
+        on_line("done")
+        return 0
+
+    def trained(self) -> list[str]:
+        """Folders that training commands named."""
+        return ["/".join(Path(flags(c)["output_dir"]).parts[-2:]) for c in self.commands if "training" in c]
+
+
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch) -> Runner:
+    fake = Runner()
+    monkeypatch.setattr(rows_module, "call", fake)
+    return fake
+
+
+def toy(dataset: Path, output: Path, **options: Any) -> Compare:
+    """Methods at toy size, one epoch, untracked, without what takes seconds: rFID, validation pictures."""
+    small = toy_config(dataset, output)
+    for name in ("dataset_dir", "output_dir", "tracking_uri", "max_epochs"):
+        del small[name]
+    small |= {"val_interval": 1000, "fid_network": None, "objective#weights#perceptual": 0.0}
+    chosen = {"methods": "vqgan,vaevq", "budget": Budget(max_epochs=1), "tracking_uri": "none", "pictures": 2}
+    chosen |= {"checkpoint": "last", "assignments": tuple(f"{key}={value}" for key, value in small.items())}
+    return Compare(output=output, dataset_dir=dataset, **{**chosen, **options})
+
+
+@pytest.mark.slow
+def test_a_comparison_from_rows_to_tables(runner: Runner, slice_dataset: Path, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    seen: list[str] = []
+    command = toy(
+        slice_dataset,
+        tmp_path / "out",
+        tracking_uri=uri,
+        published=True,
+        on_update=lambda states: seen.append(" ".join(state.status for state in states)),
+    )
+    report = command.run()
+    assert report.failed == []
+    assert list(dict.fromkeys(seen)) == [
+        *("training waiting", "evaluating waiting", "finished waiting"),
+        *("finished training", "finished evaluating", "finished finished"),
+    ]
+    assert {path.name for path in report.files} == {
+        *("table.md", "table.csv", "table.tex", "results.json", "utilization.png", "reconstructions.png")
+    }
+    with (tmp_path / "out" / "table.csv").open(newline="") as file:
+        table = {row["method"]: row for row in csv.DictReader(file)}
+    for name, overlay in (("vqgan", "vqgan"), ("vaevq", "paper")):
+        row = tmp_path / "out" / name / "seed_0"
+        measured = json.loads((row / "evaluation/metrics.json").read_text())["summary"]["overall"]
+        for metric in ("psnr", "ssim", "lpips", "utilization", "perplexity"):
+            assert float(table[name][metric]) == pytest.approx(measured[metric]["value"]), metric
+        checkpoint = read_checkpoint(row / "checkpoints" / "last.pt")
+        # K = 32 is 5 bits for each 2 x 2 pixels; buffers, which nothing trains, are no parameters.
+        assert float(table[name]["bits_per_position"]) == 5.0
+        assert float(table[name]["bits_per_pixel"]) == 1.25
+        frozen = sum(value.numel() for key, value in checkpoint["network"].items() if key.endswith("basis"))
+        total = sum(value.numel() for value in checkpoint["network"].values())
+        assert float(table[name]["parameters"]) == total - frozen
+        assert float(table[name]["images_per_second"]) > 0
+        assert float(table[name]["peak_memory_bytes"]) > 1e7
+        assert table[name]["overlays"] == overlay
+        cost = json.loads((row / "run.json").read_text())
+        assert (cost["iterations"], cost["images"]) == (4, 16)
+    assert table["vqgan"]["utilization_paper"] == "3.4"
+    assert "one patient" in (tmp_path / "out" / "table.md").read_text()
+    with Image.open(tmp_path / "out" / "reconstructions.png") as picture:
+        assert picture.size[1] > picture.size[0]
+    client = MlflowClient(uri)
+    (experiment,) = (e for e in client.search_experiments() if e.name == "vaevq_med brats")
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    parent = runs["compare vqgan, vaevq"]
+    assert parent.info.status == "FINISHED"
+    assert parent.data.metrics["vaevq/psnr"] == pytest.approx(float(table["vaevq"]["psnr"]))
+    for child in ("vqgan seed 0", "vaevq seed 0"):
+        assert runs[child].data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert "table.md" in {item.path for item in client.list_artifacts(parent.info.run_id)}
+
+    # The same command trains nothing, keeps the rows and the MLflow run, and writes the same table.
+    before = len(runner.commands)
+    again = command.run()
+    assert [state.status for state in again.states] == ["kept", "kept"]
+    assert len(runner.commands) == before
+    assert again.table == report.table
+    assert len(client.search_runs([experiment.experiment_id])) == 3
+
+    # Another budget, another seed's overrides or a changed overlay do not mix with it.
+    for changed, said in (
+        ({"budget": Budget(max_epochs=2)}, "1 epochs, expected 2 epochs"),
+        ({"assignments": (*command.assignments, "ema_decay=0.5")}, "ema_decay unset, expected 0.5"),
+        ({"checkpoint": "best"}, "last, expected best"),
+    ):
+        with pytest.raises(VaevqMedError, match=said) as refused:
+            toy(slice_dataset, tmp_path / "out", **changed).run()
+        assert "\n" not in str(refused.value)
+
+
+def test_an_interrupted_comparison_goes_on(runner: Runner, slice_dataset: Path, tmp_path: Path) -> None:
+    runner.interrupt_at = 3  # the second row's training
+    command = toy(slice_dataset, tmp_path / "out", pictures=0)
+    with pytest.raises(KeyboardInterrupt):
+        command.run()
+    assert json.loads((tmp_path / "out/vqgan/seed_0/row.json").read_text())["status"] == "finished"
+    assert json.loads((tmp_path / "out/vaevq/seed_0/row.json").read_text())["status"] == "started"
+    stamp = (tmp_path / "out/vqgan/seed_0/checkpoints/last.pt").stat().st_mtime_ns
+    runner.commands.clear()
+    runner.interrupt_at = 0
+    report = command.run()
+    assert runner.trained() == ["vaevq/seed_0"]
+    assert [state.status for state in report.states] == ["kept", "finished"]
+    assert (tmp_path / "out/vqgan/seed_0/checkpoints/last.pt").stat().st_mtime_ns == stamp
+    # A method more keeps the two; one whose overlay has changed since does not.
+    report = toy(slice_dataset, tmp_path / "out", pictures=0, methods="vqgan,vaevq,simvq").run()
+    assert runner.trained() == ["vaevq/seed_0", "simvq/seed_0"]
+    record = tmp_path / "out/vqgan/seed_0/row.json"
+    changed = json.loads(record.read_text())
+    changed["settings"]["train"]["objective"]["weights"]["commitment"] = 0.1
+    changed["hash"] = "0" * 64
+    record.write_text(json.dumps(changed))
+    with pytest.raises(VaevqMedError, match=r"commitment 0.1, expected 0.25; choose another --output-dir"):
+        command.run()
+
+
+def test_a_failing_row_is_reported_and_the_others_go_on(
+    runner: Runner, slice_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runner.fail = {"vqgan": "iteration 3: found loss = nan, expected finite numbers"}
+    command = toy(slice_dataset, tmp_path / "out", pictures=1)
+    report = command.run()
+    assert [state.status for state in report.states] == ["failed", "finished"]
+    (failed,) = report.failed
+    assert failed.detail == ("training ended with exit code 2: iteration 3: found loss = nan, expected finite numbers")
+    assert failed.log == tmp_path / "out/vqgan/seed_0/training.log"
+    assert "Missing: vqgan seed 0" in report.table
+    # The next call tries it again.
+    runner.fail = {}
+    assert [state.status for state in command.run().states] == ["finished", "kept"]
+
+
+def test_the_command_line_says_what_failed(runner: Runner, slice_dataset: Path, tmp_path: Path) -> None:
+    runner.fail = {"vqgan": "out of luck"}
+    command = ["compare", "--methods", "vqgan", "--dataset-dir", str(slice_dataset), "--tracking-uri", "none"]
+    done = CliRunner().invoke(app, [*command, "--output-dir", str(tmp_path / "out"), "--max-epochs", "1"])
+    assert done.exit_code == 1
+    lines = [line for line in done.output.splitlines() if line.startswith("vaevq-med:")]
+    assert lines == [
+        "vaevq-med: vqgan seed 0: training ended with exit code 2: out of luck; "
+        f"see {tmp_path / 'out/vqgan/seed_0/training.log'}"
+    ]
+    assert not (tmp_path / "out" / "table.md").exists()
+
+
+def test_a_sweep_draws_its_curves(runner: Runner, slice_dataset: Path, tmp_path: Path) -> None:
+    toy_options = toy(slice_dataset, tmp_path / "out").assignments
+    options = tuple(text for text in toy_options if not text.startswith("num_embeddings="))
+    command = toy(
+        *(slice_dataset, tmp_path / "out"),
+        kind="sweep",
+        methods="simvq",
+        num_embeddings="16,64",
+        assignments=options,
+        pictures=0,
+    )
+    report = command.run()
+    assert runner.trained() == ["simvq_k16/seed_0", "simvq_k64/seed_0"]
+    with (tmp_path / "out" / "table.csv").open(newline="") as file:
+        assert [float(row["bits_per_position"]) for row in csv.DictReader(file)] == [4.0, 6.0]
+    assert tmp_path / "out" / "sweep.png" in report.files
+
+
+@pytest.mark.slow
+def test_the_documented_command_in_processes_of_its_own(slice_dataset: Path, tmp_path: Path) -> None:
+    options = toy(slice_dataset, tmp_path).assignments
+    assignments = (
+        "modalities=['t1c']",
+        *(text for text in options if not text.startswith(("fid_network", "val_interval"))),
+    )
+    command = toy(
+        *(slice_dataset, tmp_path / "out"),
+        methods="vqgan,simvq",
+        checkpoint="best",
+        pictures=1,
+        published=True,
+        assignments=assignments,
+    )
+    report = command.run()
+    assert report.failed == []
+    with (tmp_path / "out" / "table.csv").open(newline="") as file:
+        table = {row["method"]: row for row in csv.DictReader(file)}
+    for name, paper in (("vqgan", "10.47"), ("simvq", "4.36 (derived)")):
+        measured = json.loads((tmp_path / "out" / name / "seed_0/evaluation/metrics.json").read_text())
+        assert float(table[name]["rfid"]) == pytest.approx(measured["summary"]["overall"]["rfid"]["value"])
+        assert table[name]["rfid_paper"] == paper
+    log = (tmp_path / "out/simvq/seed_0/training.log").read_text()
+    assert log.startswith("$ ")
+    assert " -m monai.bundle run training --config_file " in log
+    assert (tmp_path / "out" / "reconstructions.png").stat().st_size > 1000
+
+
+# --- plan -------------------------------------------------------------------------------------------
+
+
+def test_methods_are_the_overlays_of_the_bundle() -> None:
+    bundle = Bundle.find("brats")
+    vqgan, vaevq, mine = parse_methods("vqgan, vaevq,mine=simvq+f16", bundle)
+    assert (vqgan.title, vaevq.title, mine.title) == ("VQGAN", "VAEVQ", "mine")
+    assert (vaevq.overlays, mine.overlays) == (("paper",), ("simvq", "f16"))
+    assert [m.title for m in parse_methods(",".join(ABLATION), bundle)] == [TITLES[name] for name in ABLATION]
+    for text, said in (
+        ("vgqan", "did you mean 'vqgan'"),
+        ("a=simvq+fsqq", "'fsqq'"),
+        ("vqgan,vqgan", "more than once"),
+        (" ,", "found none"),
+        ("../x=vqgan", "the name '../x'"),
+    ):
+        with pytest.raises(VaevqMedError, match=said):
+            parse_methods(text, bundle)
+
+
+def test_a_bundle_may_be_a_folder(tmp_path: Path) -> None:
+    assert Bundle.find(str(BUNDLE)).overlays == Bundle.find("brats").overlays
+    (tmp_path / "train.json").write_text("{}")
+    with pytest.raises(VaevqMedError, match=r"no evaluate\.json"):
+        Bundle.find(str(tmp_path))
+    with pytest.raises(VaevqMedError, match="expected one of brats"):
+        Bundle.find("bratz")
+
+
+@pytest.mark.parametrize("text", ["", "a", "1,-1", "1.5"])
+def test_seeds_are_whole_numbers(text: str) -> None:
+    with pytest.raises(VaevqMedError, match="seeds"):
+        parse_integers(text, "seeds", 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"assignments": ("max_epoch=2",)}, "did you mean 'max_epochs'"),
+        ({"assignments": ("seed=2",)}, "found 'seed', which the comparison sets itself"),
+        ({"assignments": ("max_epochs=2",)}, "'max_epochs', which the comparison sets"),
+        ({"assignments": ("learning_rate",)}, "ID=VALUE"),
+        ({"assignments": ("vqgam:batch_size=2",)}, "expected one of vqgan, simvq"),
+        ({"budget": Budget(max_epochs=1, steps=2)}, "max_epochs and steps, expected one"),
+        ({"budget": Budget(images=0)}, "images: found 0"),
+        ({"checkpoint": "worst"}, "'best' or 'last'"),
+        ({"overlays": ("small_cpuu",)}, "small_cpu"),
+        ({"dataset_dir": Path("nowhere")}, "vaevq-med slice-extract"),
+        ({"kind": "sweep", "num_embeddings": "1"}, "at least 2"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_is_written(
+    options: dict[str, Any], said: str, slice_dataset: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(VaevqMedError, match=said) as stopped:
+        Compare(
+            **{
+                **{"output": tmp_path / "out", "dataset_dir": slice_dataset, "methods": "vqgan,simvq"},
+                **{"budget": Budget(max_epochs=1), **options},
+            }
+        ).dry_run()
+    assert "\n" not in str(stopped.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("budget", "epochs", "length"),
+    [
+        (Budget(max_epochs=3), 3, 4),
+        (Budget(steps=9), 2, 4),
+        (Budget(steps=3), 1, 3),
+        (Budget(steps=100), 25, 4),
+        (Budget(images=40), 2, 5),
+        (Budget(images=1), 1, 1),
+    ],
+)
+def test_a_budget_is_what_the_run_resolves(
+    budget: Budget, epochs: int, length: int, slice_dataset: Path, tmp_path: Path
+) -> None:
+    """16 training slices in batches of 4: 4 steps an epoch."""
+    command = toy(slice_dataset, tmp_path, budget=budget)
+    training, _ = command.plan.rows()[0].commands()
+    values = flags(training)
+    parser = ConfigParser()
+    parser.read_config(values.pop("config_file"))
+    parser.update(values)
+    check_config(parser.get())
+    assert parser.get_parsed_content("max_epochs") == epochs
+    assert parser.get_parsed_content("epoch_length") == length
+
+
+def test_commands_carry_what_each_file_knows(slice_dataset: Path, tmp_path: Path) -> None:
+    command = Compare(
+        output=tmp_path / "out",
+        methods="vqgan",
+        seeds="3",
+        overlays=("small_cpu",),
+        assignments=("learning_rate=1e-3", "vqgan:batch_size=2", "max_items=5", "network_def#encoder#num_channels=8"),
+        dataset_dir=slice_dataset,
+        launch="torchrun --nproc_per_node=8",
+        checkpoint="last",
+    )
+    training, evaluation = command.plan.rows()[0].commands("abc")
+    assert training[:5] == ["torchrun", "--nproc_per_node=8", "-m", "monai.bundle", "run"]
+    values = flags(training)
+    names = [Path(file).stem for file in values["config_file"]]
+    assert names == ["train", "small_cpu", "multi_gpu", "vqgan"]
+    assert values["seed"] == 3
+    assert values["parent_run_id"] == "abc"
+    assert values["output_dir"] == str(tmp_path / "out/vqgan/seed_3")
+    assert (values["learning_rate"], values["batch_size"], values["network_def#encoder#num_channels"]) == (1e-3, 2, 8)
+    assert "max_items" not in values
+    values = flags(evaluation)
+    assert (values["batch_size"], values["max_items"]) == (2, 5)
+    assert values["checkpoint_path"] == "$@output_dir + '/checkpoints/last.pt'"
+    assert "learning_rate" not in values
+    assert "seed" not in values
+
+
+def test_all_methods_of_a_seed_share_everything_but_the_method(slice_dataset: Path, tmp_path: Path) -> None:
+    rows = Compare(output=tmp_path, methods="vqgan,simvq,vaevq", dataset_dir=slice_dataset).plan.rows()
+    settings = [row.settings()["train"] for row in rows]
+    different = {key for other in settings[1:] for key in other if other[key] != settings[0].get(key)}
+    assert different <= {"network_def", "objective"}
+    for one in settings:
+        for key in ("encoder", "decoder"):
+            assert one["network_def"][key] == settings[0]["network_def"][key]
+        assert one["objective"]["adversarial"] == settings[0]["objective"]["adversarial"]
+
+
+def test_dry_run_prints_commands_and_writes_nothing(slice_dataset: Path, tmp_path: Path) -> None:
+    command = ["ablate", "--dataset-dir", str(slice_dataset), "--output-dir", str(tmp_path / "out"), "--dry-run"]
+    done = CliRunner().invoke(app, [*command, "--seeds", "0,1", "--steps", "10"])
+    assert done.exit_code == 0, done.output
+    lines = done.output.splitlines()
+    assert [line for line in lines if line.startswith("#")][:6] == [
+        *(f"# {name} seed 0" for name in ABLATION),
+        "# ablation_m0 seed 1",
+    ]
+    assert len(lines) == 30
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_slurm_script_has_a_task_a_row(runner: Runner, slice_dataset: Path, tmp_path: Path) -> None:
+    command = toy(slice_dataset, tmp_path / "out", seeds="0,1", published=True)
+    script = command.script()
+    assert "#SBATCH --array=0-3" in script
+    assert "# task 3: vaevq seed 1" in script
+    (line,) = (line for line in script.splitlines() if line.startswith("exec "))
+    words = shlex.split(line.replace('"$SLURM_ARRAY_TASK_ID"', "1"))
+    assert words[1:5] == [sys.executable, "-m", "vaevq_med.apps.cli", "compare"]
+    done = CliRunner().invoke(app, words[4:])
+    assert done.exit_code == 0, done.output
+    assert runner.trained() == ["vaevq/seed_0"]
+    assert not (tmp_path / "out" / "table.md").exists()
+    with pytest.raises(VaevqMedError, match="row: found 4, expected 0 to 3"):
+        command.run_row(4)
+
+
+# --- processes --------------------------------------------------------------------------------------
+
+
+def test_a_command_runs_with_its_output_in_a_file(tmp_path: Path) -> None:
+    log = tmp_path / "a.log"
+    program = (
+        "import sys; print('step 1'); print('vaevq-med: found x, expected y', file=sys.stderr); print('bye'); exit(2)"
+    )
+    assert call([sys.executable, "-c", program], log, lambda line: None) == 2
+    assert log.read_text().startswith("$ ")
+    assert error_line(log) == "found x, expected y"
+    start = log.stat().st_size
+    assert call([sys.executable, "-c", "raise ValueError('no')"], log, lambda line: None) == 1
+    assert error_line(log, start) == "ValueError: no"
+    assert last_line(log) == "ValueError: no"
+    start = log.stat().st_size
+    assert call([sys.executable, "-c", "exit(3)"], log, lambda line: None) == 3
+    assert error_line(log, start) == "no output"
+    with pytest.raises(VaevqMedError, match="no program 'no-such-launcher'"):
+        call(["no-such-launcher"], log, lambda line: None)
+
+
+def test_an_interruption_waits_for_the_checkpoint(tmp_path: Path) -> None:
+    program = (
+        "import pathlib, signal, sys, time\n"
+        "def save(*_):\n"
+        "    time.sleep(0.3); pathlib.Path(sys.argv[1]).touch(); sys.exit(130)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+
+    def interrupt(line: str) -> None:
+        if line == "ready":
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        call([sys.executable, "-c", program, str(tmp_path / "saved")], tmp_path / "a.log", interrupt)
+    assert (tmp_path / "saved").exists()

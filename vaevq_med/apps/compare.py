@@ -1,0 +1,309 @@
+"""``vaevq-med compare``, ``ablate`` and ``sweep``: train and evaluate methods under one budget, and tabulate them."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from vaevq_med.apps.comparison.plan import (
+    ABLATION,
+    Budget,
+    Bundle,
+    Method,
+    Plan,
+    parse_integers,
+    parse_methods,
+    parse_overrides,
+)
+from vaevq_med.apps.comparison.rows import (
+    RowResult,
+    RowState,
+    check_settings,
+    read_plan_record,
+    read_result,
+    run_row,
+    write_plan_record,
+)
+from vaevq_med.data.manifest import atomic_write_text
+from vaevq_med.errors import VaevqMedError
+
+Update = Callable[[Sequence[RowState]], None]
+
+
+@dataclass(frozen=True)
+class CompareReport:
+    """What a comparison ends with.
+
+    Attributes:
+        output: folder of everything that was written.
+        states: how each row ended.
+        files: tables, figures and the record; empty where no row finished.
+        table: the table as Markdown; empty where no row finished.
+    """
+
+    output: Path
+    states: tuple[RowState, ...]
+    files: tuple[Path, ...] = ()
+    table: str = ""
+
+    @property
+    def failed(self) -> list[RowState]:
+        """Rows without figures."""
+        return [state for state in self.states if not state.done]
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Methods times seeds, each row the real bundle in a process of its own.
+
+    Args:
+        output: folder of everything that is written.
+        kind: ``compare``; ``ablate``, whose methods are the ablation's rows; or ``sweep``, over ``num_embeddings``.
+        bundle: name of an installed bundle, or its folder.
+        methods: overlay names, or ``name=overlay+overlay``, separated by commas.
+        num_embeddings: values of K of a sweep, separated by commas.
+        seeds: separated by commas.
+        budget: how long each row trains.
+        overlays: overlays of every row, before the method's.
+        assignments: ``ID=VALUE`` overrides of every row, ``METHOD:ID=VALUE`` of one method's.
+        dataset_dir: slice data set; None takes the bundle's.
+        tracking_uri: MLflow; ``none`` turns it off.
+        launch: words before ``-m monai.bundle``, e.g. ``torchrun --nproc_per_node=8``.
+        checkpoint: ``best`` or ``last``, which is evaluated.
+        published: set the paper's figures beside the measured ones.
+        pictures: images of the figure of reconstructions; 0 leaves it out.
+        on_update: called with all rows whenever one has changed.
+    """
+
+    output: Path
+    kind: str = "compare"
+    bundle: str = "brats"
+    methods: str = ",".join(ABLATION)
+    num_embeddings: str = ""
+    seeds: str = "0"
+    budget: Budget = field(default_factory=Budget)
+    overlays: tuple[str, ...] = ()
+    assignments: tuple[str, ...] = ()
+    dataset_dir: Path | None = None
+    tracking_uri: str = "sqlite:///mlflow.db"
+    launch: str = ""
+    checkpoint: str = "best"
+    published: bool = False
+    pictures: int = 6
+    on_update: Update = field(default=lambda states: None)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The rows, checked.
+
+        Raises:
+            VaevqMedError: an option that cannot be.
+        """
+        bundle = Bundle.find(self.bundle)
+        methods = parse_methods(self.methods, bundle)
+        if self.kind == "sweep":
+            methods = self._points(bundle, methods)
+        overrides, methods = parse_overrides(self.assignments, methods)
+        plan = Plan(
+            kind=self.kind,
+            bundle=bundle,
+            methods=methods,
+            seeds=parse_integers(self.seeds, "seeds", 0),
+            output=self.output,
+            budget=self.budget,
+            overlays=self.overlays,
+            overrides=overrides,
+            dataset_dir=self.dataset_dir,
+            tracking_uri=self.tracking_uri,
+            launch=self.launch,
+            checkpoint=self.checkpoint,
+        )
+        plan.check()
+        return plan
+
+    def _points(self, bundle: Bundle, methods: Sequence[Method]) -> tuple[Method, ...]:
+        """Each method at each K.
+
+        Raises:
+            VaevqMedError: a method's codebook does not take its size from ``num_embeddings``.
+        """
+        sizes = parse_integers(self.num_embeddings, "num-embeddings", 2)
+        for method in methods:
+            quantizer = bundle.read("train.json", (*self.overlays, *method.overlays))["network_def"]["quantizer"]
+            if "@num_embeddings" not in json.dumps(quantizer):
+                raise VaevqMedError(
+                    f"method {method.name}: found a codebook whose size does not follow num_embeddings, expected one "
+                    "that does; sweep it by an overlay a size, with compare"
+                )
+        return tuple(
+            Method(
+                name=f"{method.name}_k{size}",
+                overlays=method.overlays,
+                title=f"{method.title}, K = {size:,}",
+                overrides={"num_embeddings": str(size)},
+                family=method.name,
+                num_embeddings=size,
+            )
+            for method in methods
+            for size in sizes
+        )
+
+    def words(self) -> list[str]:
+        """The command line that makes this comparison."""
+        options = {
+            "--bundle": self.bundle,
+            "--methods": "" if self.kind == "ablate" else self.methods,
+            "--num-embeddings": self.num_embeddings,
+            "--seeds": self.seeds,
+            **{f"--{n.replace('_', '-')}": "" if v is None else str(v) for n, v in vars(self.budget).items()},
+            "--dataset-dir": "" if self.dataset_dir is None else str(self.dataset_dir),
+            "--output-dir": str(self.output),
+            "--tracking-uri": self.tracking_uri,
+            "--launch": self.launch,
+            "--checkpoint": self.checkpoint,
+            "--pictures": str(self.pictures),
+        }
+        words = [sys.executable, "-m", "vaevq_med.apps.cli", self.kind]
+        words += [word for name, value in options.items() if value for word in (name, value)]
+        words += [word for name in self.overlays for word in ("--overlay", name)]
+        words += [word for text in self.assignments for word in ("--set", text)]
+        return [*words, *(["--published"] if self.published else [])]
+
+    def dry_run(self) -> list[tuple[str, list[str]]]:
+        """Label and commands, as shell lines, of every row; nothing is written.
+
+        Raises:
+            VaevqMedError: an option that cannot be, or an output folder of other settings.
+        """
+        check_settings(self.plan)
+        return [(row.label, [shlex.join(command) for command in row.commands()]) for row in self.plan.rows()]
+
+    def script(self) -> str:
+        """A SLURM array script with a task a row; notes settings and MLflow run, so that the tasks share them.
+
+        Raises:
+            VaevqMedError: an option that cannot be, or an output folder of other settings.
+        """
+        self._open()
+        rows = self.plan.rows()
+        command = shlex.join(self.words())
+        return "\n".join(
+            [
+                "#!/bin/bash",
+                f"#SBATCH --job-name=vaevq-{self.kind}",
+                f"#SBATCH --array=0-{len(rows) - 1}",
+                f"#SBATCH --output={self.output}/slurm_%A_%a.log",
+                "#SBATCH --gpus-per-task=1",
+                "#SBATCH --cpus-per-task=8",
+                "#SBATCH --time=24:00:00",
+                "#SBATCH --signal=B:TERM@120",
+                *(f"# task {number}: {row.label}" for number, row in enumerate(rows)),
+                "set -euo pipefail",
+                f"cd {shlex.quote(str(Path.cwd()))}",
+                f'exec {command} --row "$SLURM_ARRAY_TASK_ID"',
+                "# A task that ran out of time goes on where it stood when submitted again. Once all are done, this",
+                "# trains nothing more and writes tables and figures:",
+                f"# {command}",
+                "",
+            ]
+        )
+
+    def _open(self) -> str | None:
+        """Check the output folder and note the shared settings; the id of the MLflow run."""
+        from vaevq_med.apps.comparison.tracking import ParentRun
+
+        check_settings(self.plan)
+        known = read_plan_record(self.output).get("parent_run_id")
+        run_id = known or ParentRun(self.plan).open()
+        write_plan_record(self.plan, run_id)
+        return run_id
+
+    def run_row(self, number: int) -> CompareReport:
+        """Run one row, as a task of an array job does; tables are left to :meth:`run`.
+
+        Raises:
+            VaevqMedError: there is no such row, or see :meth:`run`.
+        """
+        rows = self.plan.rows()
+        if not 0 <= number < len(rows):
+            raise VaevqMedError(f"row: found {number}, expected 0 to {len(rows) - 1}")
+        check_settings(self.plan)
+        record = read_plan_record(self.output)
+        if not record:
+            write_plan_record(self.plan, None)
+        state = RowState(rows[number])
+        run_row(state, record.get("parent_run_id"), lambda: self.on_update([state]))
+        return CompareReport(self.output, (state,))
+
+    def run(self) -> CompareReport:
+        """Run what is not done, then write tables and figures over what is.
+
+        Raises:
+            VaevqMedError: an option that cannot be, or an output folder of other settings.
+            KeyboardInterrupt: on Ctrl-C or SIGTERM; the same call goes on.
+        """
+        from vaevq_med.apps.comparison.tracking import ParentRun
+
+        parent = ParentRun(self.plan, self._open())
+        run_id = parent.open()
+        states = [RowState(row) for row in self.plan.rows()]
+        try:
+            for state in states:
+                run_row(state, run_id, lambda: self.on_update(states))
+            results = [read_result(state.row) for state in states if state.done]
+            files, table, figures = self._write(results)
+        except KeyboardInterrupt:
+            parent.close("KILLED", {})
+            raise
+        except Exception:
+            parent.close("FAILED", {})
+            raise
+        report = CompareReport(self.output, tuple(states), tuple(files), table)
+        parent.close("FAILED" if report.failed else "FINISHED", figures, files)
+        return report
+
+    def _write(self, results: Sequence[RowResult]) -> tuple[list[Path], str, dict[str, float]]:
+        from vaevq_med.apps.comparison.figures import reconstructions, sweep_curves, utilization_bars
+        from vaevq_med.apps.comparison.published import load_published
+        from vaevq_med.apps.comparison.tables import make_table
+
+        if not results:
+            return [], "", {}
+        table = make_table(self.plan, results, load_published(self.plan.bundle.name) if self.published else None)
+        texts = {"table.md": table.markdown(), "table.csv": table.csv(), "table.tex": table.latex()}
+        record = {
+            "comparison": self.plan.shared(),
+            "command": shlex.join(self.words()[1:]),
+            "table": table.record(),
+            "rows": [
+                {
+                    "method": result.row.method.name,
+                    "seed": result.row.seed,
+                    "folder": str(result.row.folder.relative_to(self.output)),
+                    "metrics": dict(result.metrics),
+                    "provenance": dict(result.provenance),
+                    "run": dict(result.run),
+                }
+                for result in results
+            ],
+        }
+        texts["results.json"] = json.dumps(record, indent=2) + "\n"
+        files = []
+        for name, text in texts.items():
+            atomic_write_text(self.output / name, text)
+            files.append(self.output / name)
+        if utilization_bars(table.methods, self.output / "utilization.png"):
+            files.append(self.output / "utilization.png")
+        if self.kind == "sweep" and sweep_curves(table.methods, self.output / "sweep.png"):
+            files.append(self.output / "sweep.png")
+        if self.pictures:
+            first = {result.row.method.name: result.row for result in reversed(results)}
+            rows = [first[method.name] for method in self.plan.methods if method.name in first]
+            reconstructions(rows, self.pictures, self.output / "reconstructions.png")
+            files.append(self.output / "reconstructions.png")
+        return files, table.markdown(), table.flat()

@@ -1,0 +1,1 @@
+"""What ``vaevq-med compare``, ``ablate`` and ``sweep`` share: rows, their run, their statistics, tables and figures."""

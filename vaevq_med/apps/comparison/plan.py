@@ -1,0 +1,487 @@
+"""What a comparison trains: methods by their overlays, seeds, one budget; and the commands of each row.
+
+A method is an overlay of the bundle, or several: any file of its ``overlays/`` folder can be compared by its name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from vaevq_med.data.manifest import load_manifest
+from vaevq_med.errors import VaevqMedError
+from vaevq_med.resources import bundle_path
+
+ALIASES = {"vaevq": "paper"}
+TITLES = {
+    "vqgan": "VQGAN",
+    "vqgan_ema": "VQGAN-EMA",
+    "vqgan_ema_revival": "VQGAN-EMA (revival)",
+    "mo_vqgan": "Mo-VQGAN",
+    "vqgan_lc": "VQGAN-LC",
+    "simvq": "SimVQ",
+    "softvq": "SoftVQ",
+    "vaevq": "VAEVQ",
+    "paper": "VAEVQ",
+    "paper_literal": "VAEVQ (literal constants)",
+    "released": "VAEVQ (released code)",
+    "information_matched": "VAEVQ (information-matched)",
+    "fsq": "FSQ",
+    "ifsq": "iFSQ",
+    "lfq": "LFQ",
+    "ibq": "IBQ",
+    "rvq": "RVQ",
+    "fq": "FQ",
+    "mgvq": "MGVQ",
+    "fvq": "FVQ",
+    "gq": "GQ",
+    "ablation_m0": "M0: VQGAN",
+    "ablation_m1": "M1: + VLQ",
+    "ablation_m2": "M2: + VLQ, RCS",
+    "ablation_m3": "M3: + VLQ, DCR",
+    "ablation_full": "full: + VLQ, RCS, DCR",
+}
+ABLATION = ("ablation_m0", "ablation_m1", "ablation_m2", "ablation_m3", "ablation_full")
+# Where and under what name a run is tracked, and on what device it runs, change no figure.
+_NOT_SETTINGS = frozenset(
+    {
+        *("_notes_", "_meta_", "imports", "bundle_root", "dataset_dir", "output_dir", "device", "num_workers"),
+        *("tracking_uri", "experiment", "run_name", "parent_run_id", "checkpoint_interval", "resume"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table, seeds apart.
+
+    Attributes:
+        name: its folder, e.g. ``vqgan``.
+        overlays: names of overlay files, in order.
+        title: what tables call it.
+        overrides: values that only this method has, as on the command line.
+        family: the method that a sweep's point belongs to; otherwise the name.
+        num_embeddings: K of a sweep's point.
+    """
+
+    name: str
+    overlays: tuple[str, ...]
+    title: str
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    family: str = ""
+    num_embeddings: int | None = None
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A MONAI bundle with ``train.json``, ``evaluate.json`` and ``overlays/``.
+
+    Attributes:
+        name: its folder's name.
+        path: the folder.
+    """
+
+    name: str
+    path: Path
+
+    @classmethod
+    def find(cls, name: str) -> Bundle:
+        """A bundle by the name of an installed one, or by its folder.
+
+        Raises:
+            VaevqMedError: there is none, or it lacks a file.
+        """
+        path = Path(name) if (Path(name) / "train.json").is_file() else bundle_path(name)
+        for file in ("train.json", "evaluate.json"):
+            if not (path / file).is_file():
+                raise VaevqMedError(f"{path}: found no {file}, expected a bundle that trains and evaluates")
+        return cls(path.resolve().name, path)
+
+    @property
+    def overlays(self) -> list[str]:
+        """Names of its overlays."""
+        return sorted(path.stem for path in (self.path / "overlays").glob("*.json"))
+
+    def overlay(self, name: str) -> Path:
+        """File of an overlay.
+
+        Raises:
+            VaevqMedError: there is none of that name; the message names the nearest.
+        """
+        if name in self.overlays:
+            return self.path / "overlays" / f"{name}.json"
+        close = difflib.get_close_matches(name, self.overlays, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(self.overlays)}"
+        raise VaevqMedError(f"bundle {self.name}: found no overlay {name!r}, expected a file of overlays/; {hint}")
+
+    def read(self, file: str, overlays: Sequence[str] = ()) -> dict[str, Any]:
+        """A configuration merged with overlays, unresolved."""
+        from monai.bundle import ConfigParser
+
+        parser = ConfigParser()
+        parser.read_config([str(self.path / file), *(str(self.overlay(name)) for name in overlays)])
+        return parser.get()
+
+
+def parse_methods(text: str, bundle: Bundle) -> tuple[Method, ...]:
+    """Methods of ``vqgan,simvq,mine=vqgan+vlq``: overlay names, or a name and the overlays it stands for.
+
+    Args:
+        text: as on the command line.
+        bundle: where the overlays are.
+
+    Raises:
+        VaevqMedError: there is no such overlay, no method, or one name twice.
+    """
+    methods = []
+    for part in (part.strip() for part in text.split(",")):
+        if not part:
+            continue
+        name, _, given = part.partition("=")
+        name = name.strip()
+        overlays = tuple(piece.strip() for piece in given.split("+")) if given else (ALIASES.get(name, name),)
+        if not name or not all(c.isalnum() or c in "._-" for c in name) or name.startswith("."):
+            raise VaevqMedError(f"methods: found the name {name!r}, expected letters, digits, '_', '-' and '.'")
+        for overlay in overlays:
+            bundle.overlay(overlay)
+        title = name if given else TITLES.get(name, name)
+        methods.append(Method(name, overlays, title, family=name))
+    names = [method.name for method in methods]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise VaevqMedError(f"methods: found {', '.join(repeated)} more than once, expected each once")
+    if not methods:
+        raise VaevqMedError(f"methods: found none, expected some of {', '.join(bundle.overlays)}")
+    return tuple(methods)
+
+
+def parse_integers(text: str, name: str, minimum: int) -> tuple[int, ...]:
+    """Whole numbers of ``0,1,2``, each once, in the order given.
+
+    Raises:
+        VaevqMedError: something else stands there, or a number below ``minimum``.
+    """
+    try:
+        numbers = tuple(dict.fromkeys(int(part) for part in text.split(",") if part.strip()))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < minimum:
+        raise VaevqMedError(f"{name}: found {text!r}, expected whole numbers of at least {minimum}, e.g. 1,2,3")
+    return numbers
+
+
+def parse_overrides(assignments: Sequence[str], methods: Sequence[Method]) -> tuple[dict[str, str], tuple[Method, ...]]:
+    """``ID=VALUE`` for every row, ``METHOD:ID=VALUE`` for those of one method.
+
+    Args:
+        assignments: as on the command line.
+        methods: those of the comparison.
+
+    Returns:
+        The overrides of every row, and the methods with their own.
+
+    Raises:
+        VaevqMedError: there is no ``=``, or no such method.
+    """
+    shared: dict[str, str] = {}
+    own: dict[str, dict[str, str]] = {method.family: {} for method in methods}
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise VaevqMedError(f"set: found {text!r}, expected ID=VALUE, e.g. learning_rate=2e-4")
+        name, colon, rest = key.partition(":")
+        if not colon or rest.startswith(":"):
+            shared[key] = value
+        elif name in own:
+            own[name][rest] = value
+        else:
+            raise VaevqMedError(f"set: found {text!r} for the method {name!r}, expected one of {', '.join(own)}")
+    return shared, tuple(replace(m, overrides={**own[m.family], **m.overrides}) for m in methods)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long every row trains; at most one of the three, the bundle's own ``max_epochs`` without any.
+
+    Steps and images are spread over epochs of one length, about as long as the data set: a step or so less an epoch
+    may be left over. The conversion is an expression that the run itself evaluates, so that it holds for the batch
+    size and the number of processes that the run has.
+
+    Attributes:
+        max_epochs: passes over the training split.
+        steps: optimizer steps.
+        images: training images seen, over all processes.
+    """
+
+    max_epochs: int | None = None
+    steps: int | None = None
+    images: int | None = None
+
+    def overrides(self) -> dict[str, str]:
+        """As ids of ``train.json``.
+
+        Raises:
+            VaevqMedError: more than one is given, or one below 1.
+        """
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if len(given) > 1:
+            raise VaevqMedError(f"budget: found {' and '.join(given)}, expected one of max-epochs, steps, images")
+        for name, value in given.items():
+            if value < 1:
+                raise VaevqMedError(f"{name}: found {value}, expected 1 or more")
+        if self.max_epochs is not None:
+            return {"max_epochs": str(self.max_epochs)}
+        if not given:
+            return {}
+        steps = str(self.steps)
+        if self.images is not None:
+            steps = f"max(1, {self.images} // (@batch_size * engines.world_size()))"
+        return {
+            "max_epochs": f"$max(1, round({steps} / @sampler.batches_per_epoch))",
+            "epoch_length": f"$max(1, {steps} // @max_epochs)",
+        }
+
+    def words(self) -> str:
+        """For a reader."""
+        for name, value in vars(self).items():
+            if value is not None:
+                return f"{value:,} {name.removeprefix('max_')}"
+        return "the bundle's own number of epochs"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides what the rows are.
+
+    Attributes:
+        kind: ``compare``, ``ablate`` or ``sweep``.
+        bundle: what is run.
+        methods: rows of the table.
+        seeds: seeds of each.
+        output: folder of everything that is written.
+        budget: how long each row trains.
+        overlays: overlays that every row has, before the method's: what makes a method has the last word.
+        overrides: values that every row has; an id of ``evaluate.json`` alone goes to the evaluation.
+        dataset_dir: slice data set; None takes the bundle's.
+        tracking_uri: MLflow.
+        launch: words before ``-m monai.bundle``, e.g. ``torchrun --nproc_per_node=8``; empty runs one process.
+        checkpoint: ``best`` or ``last``, which of a run's checkpoints is evaluated.
+    """
+
+    kind: str
+    bundle: Bundle
+    methods: tuple[Method, ...]
+    seeds: tuple[int, ...]
+    output: Path
+    budget: Budget = field(default_factory=Budget)
+    overlays: tuple[str, ...] = ()
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    dataset_dir: Path | None = None
+    tracking_uri: str = "sqlite:///mlflow.db"
+    launch: str = ""
+    checkpoint: str = "best"
+
+    def check(self) -> None:
+        """Refuse what no row could run with.
+
+        Raises:
+            VaevqMedError: an overlay, an id or a value that is not known.
+        """
+        if self.checkpoint not in ("best", "last"):
+            raise VaevqMedError(f"checkpoint: found {self.checkpoint!r}, expected 'best' or 'last'")
+        budget = self.budget.overrides()
+        own = {*budget, "seed", "output_dir", "evaluation_dir", "checkpoint_path", "dataset_dir", "tracking_uri"}
+        own |= {"parent_run_id", "run_name", "resume"}
+        known = set(self.bundle.read("evaluate.json"))
+        for method in self.methods:
+            known |= set(self.bundle.read("train.json", self.composed(method)))
+        for key in (*self.overrides, *(key for method in self.methods for key in method.overrides)):
+            root = key.split("#")[0].split("::")[0]
+            if root in own:
+                raise VaevqMedError(f"set: found {root!r}, which the comparison sets itself; expected its own option")
+            if root not in known:
+                close = difflib.get_close_matches(root, sorted(known), n=1)
+                hint = f"did you mean {close[0]!r}?" if close else "neither file has it"
+                raise VaevqMedError(
+                    f"set: found the unknown id {root!r}, expected one of train.json or evaluate.json; {hint}"
+                )
+
+    def composed(self, method: Method) -> tuple[str, ...]:
+        """Overlays of a method's rows: the shared ones, ``multi_gpu`` under torchrun, the method's."""
+        program = Path(shlex.split(self.launch)[0]).name if self.launch.strip() else ""
+        distributed = program == "torchrun" and "multi_gpu" not in self.overlays
+        return (*self.overlays, *(["multi_gpu"] if distributed else []), *method.overlays)
+
+    def data(self) -> Path:
+        """Folder of the data set."""
+        return self.dataset_dir or Path(str(self.bundle.read("train.json", self.overlays)["dataset_dir"]))
+
+    def shared(self) -> dict[str, Any]:
+        """What all rows of one output folder have in common, as JSON-ready values.
+
+        Raises:
+            DataError: the data set is missing or damaged.
+        """
+        manifest = load_manifest(self.data())
+        return {
+            "kind": self.kind,
+            "bundle": self.bundle.name,
+            "budget": self.budget.words(),
+            "overlays": list(self.overlays),
+            "set": dict(self.overrides),
+            "launch": self.launch,
+            "checkpoint": self.checkpoint,
+            "data": {"content_hash": manifest.content_hash, "split_hash": manifest.split_hash},
+        }
+
+    def rows(self) -> list[Row]:
+        """Seeds outermost, so that each method has a first figure early."""
+        return [Row(self, method, seed) for seed in self.seeds for method in self.methods]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method under one seed.
+
+    Attributes:
+        plan: what it is part of.
+        method: trained method.
+        seed: of the initialization, the noise and the order of the data.
+    """
+
+    plan: Plan
+    method: Method
+    seed: int
+
+    @property
+    def folder(self) -> Path:
+        """What it writes to: checkpoints, evaluation, logs."""
+        return self.plan.output / self.method.name / f"seed_{self.seed}"
+
+    @property
+    def label(self) -> str:
+        """For a reader."""
+        return f"{self.method.name} seed {self.seed}"
+
+    def _split(self) -> tuple[dict[str, str], dict[str, str]]:
+        """Overrides of the training and of the evaluation."""
+        plan = self.plan
+        overlays = plan.composed(self.method)
+        train, evaluate = plan.bundle.read("train.json", overlays), plan.bundle.read("evaluate.json")
+        both = {**plan.overrides, **self.method.overrides}
+
+        def select(config: Mapping[str, Any]) -> dict[str, str]:
+            return {key: value for key, value in both.items() if _has_id(config, key)}
+
+        dataset = {} if plan.dataset_dir is None else {"dataset_dir": str(plan.dataset_dir)}
+        shared = {**dataset, "output_dir": str(self.folder), "tracking_uri": plan.tracking_uri}
+        paths = {
+            "checkpoint_path": f"$@output_dir + '/checkpoints/{plan.checkpoint}.pt'",
+            "evaluation_dir": "$@output_dir + '/evaluation'",
+        }
+        training = {**shared, "seed": str(self.seed), **plan.budget.overrides(), **select(train)}
+        return training, {**shared, **paths, **select(evaluate)}
+
+    def evaluation_overrides(self) -> dict[str, str]:
+        """Overrides of ``evaluate.json``, as on the command line."""
+        return self._split()[1]
+
+    def commands(self, parent_run_id: str | None = None) -> tuple[list[str], list[str]]:
+        """Training and evaluation, as a user would type them.
+
+        Args:
+            parent_run_id: MLflow run to nest the training under.
+        """
+        plan = self.plan
+        files = ["train.json", *(f"overlays/{name}.json" for name in plan.composed(self.method))]
+        training, evaluation = self._split()
+        if parent_run_id is not None:
+            training |= {"parent_run_id": parent_run_id, "run_name": self.label}
+        start = [*(shlex.split(plan.launch) or [sys.executable]), "-m", "monai.bundle", "run"]
+        config = str([str(plan.bundle.path / file) for file in files])
+        return (
+            [*start, "training", "--config_file", config, *_flags(training)],
+            [*start, "evaluating", "--config_file", str(plan.bundle.path / "evaluate.json"), *_flags(evaluation)],
+        )
+
+    @property
+    def evaluation(self) -> Path:
+        """Where its evaluation goes, whatever the split."""
+        return self.folder / "evaluation"
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that decides the row's figures, as JSON-ready values."""
+        plan = self.plan
+        training, evaluation = self._split()
+        overlays = plan.composed(self.method)
+        return {
+            "train": _decisive(plan.bundle.read("train.json", overlays), training),
+            "evaluate": _decisive(plan.bundle.read("evaluate.json"), evaluation),
+        }
+
+
+def _has_id(config: Mapping[str, Any], key: str) -> bool:
+    """Whether a configuration has a place for an override: its top-level id, and mappings or lists on the way down."""
+    first, *others = key.replace("::", "#").split("#")
+    if first not in config:
+        return False
+    found: Any = config[first]
+    for name in others:
+        if isinstance(found, Mapping):
+            found = found.get(name)
+        elif isinstance(found, list) and name.isdigit() and int(name) < len(found):
+            found = found[int(name)]
+        else:
+            return False
+    return True
+
+
+def _flags(overrides: Mapping[str, str]) -> list[str]:
+    return [word for key, value in overrides.items() for word in (f"--{key}", value)]
+
+
+def _decisive(config: Mapping[str, Any], overrides: Mapping[str, str]) -> dict[str, Any]:
+    """A configuration's values that change figures, with the overrides beside them."""
+    kept = {key: value for key, value in config.items() if key not in _NOT_SETTINGS}
+    return {
+        **json.loads(json.dumps(kept, default=str)),
+        "overrides": {key: value for key, value in overrides.items() if key.split("#")[0] not in _NOT_SETTINGS},
+    }
+
+
+def settings_hash(settings: Mapping[str, Any]) -> str:
+    """SHA-256 over sorted JSON."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def flattened(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of nested settings, named by their path."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from flattened(item, f"{prefix}#{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
+def first_difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
+    """The first setting that differs, in words; None where all are alike."""
+    old, new = dict(flattened(found)), dict(flattened(expected))
+    # An override says it best; the rest follows from it.
+    for key in sorted({*old, *new}, key=lambda name: ("overrides" not in name, name)):
+        if old.get(key) != new.get(key):
+            name = key.replace("#overrides", "").replace("train#", "").replace("evaluate#", "")
+            return f"{name} {_short(old.get(key, 'unset'))}, expected {_short(new.get(key, 'unset'))}"
+    return None
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,246 @@
+"""Run the rows of a comparison one after the other, each as the commands that a user would type.
+
+A finished row is kept, an interrupted one goes on from its checkpoint, a failing one is noted and the next begins.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shlex
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vaevq_med.apps.comparison.plan import Plan, Row, first_difference, settings_hash
+from vaevq_med.data.manifest import atomic_write_text
+from vaevq_med.errors import VaevqMedError
+
+RECORD = "comparison.json"
+_ROW_RECORD = "row.json"
+_ERROR_TAIL = 65_536
+
+
+@dataclass
+class RowState:
+    """How a row stands.
+
+    Attributes:
+        row: which.
+        status: ``waiting``, ``training``, ``evaluating``, ``finished``, ``kept`` (finished before) or ``failed``.
+        seconds: spent on it by this call.
+        detail: the last line of its log while it runs; the error once it failed.
+        log: its log file.
+    """
+
+    row: Row
+    status: str = "waiting"
+    seconds: float = 0.0
+    detail: str = ""
+    log: Path | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether its figures are there."""
+        return self.status in ("finished", "kept")
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """What a finished row found.
+
+    Attributes:
+        row: which.
+        metrics: ``overall`` of its evaluation, each with ``value`` and ``n``.
+        provenance: of its evaluation: split, feature networks, hashes.
+        conventions: how each figure is defined.
+        run: what the training cost (``run.json``); empty where the bundle does not write it.
+        images: rows of ``per_image.csv``.
+    """
+
+    row: Row
+    metrics: Mapping[str, Mapping[str, Any]]
+    provenance: Mapping[str, Any]
+    conventions: Mapping[str, str]
+    run: Mapping[str, Any]
+    images: list[dict[str, str]]
+
+    def value(self, name: str) -> float | None:
+        """A figure of the evaluation or of the training, None where there is none."""
+        found = self.metrics[name]["value"] if name in self.metrics else self.run.get(name)
+        return None if found is None else float(found)
+
+
+def read_result(row: Row) -> RowResult:
+    """Read the record of a finished row."""
+    record = json.loads((row.evaluation / "metrics.json").read_text(encoding="utf-8"))
+    cost = row.folder / "run.json"
+    run = json.loads(cost.read_text(encoding="utf-8")) if cost.is_file() else {}
+    with (row.evaluation / "per_image.csv").open(newline="", encoding="utf-8") as file:
+        images = list(csv.DictReader(file))
+    return RowResult(row, record["summary"]["overall"], record["provenance"], record["conventions"], run, images)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise VaevqMedError(f"{path}: found an unreadable file ({error}), expected a record of vaevq-med") from error
+
+
+def read_plan_record(output: Path) -> dict[str, Any]:
+    """What an output folder says of itself; empty for a new one."""
+    return _read_json(output / RECORD) or {}
+
+
+def write_plan_record(plan: Plan, parent_run_id: str | None) -> None:
+    """Note the shared settings and the MLflow run, so that a later call goes on with both."""
+    plan.output.mkdir(parents=True, exist_ok=True)
+    record = {"shared": plan.shared(), "parent_run_id": parent_run_id}
+    atomic_write_text(plan.output / RECORD, json.dumps(record, indent=2) + "\n")
+
+
+def check_settings(plan: Plan) -> None:
+    """Refuse an output folder whose rows were made with other settings.
+
+    Raises:
+        VaevqMedError: naming the first setting that differs.
+        DataError: the data set is missing or damaged.
+    """
+    shared, record = plan.shared(), read_plan_record(plan.output)
+    advice = "choose another --output-dir"
+    if record:
+        difference = first_difference(record["shared"], shared)
+        if difference is not None:
+            raise VaevqMedError(f"{plan.output}: found a comparison with {difference}; {advice}")
+    for row in plan.rows():
+        stored = _read_json(row.folder / _ROW_RECORD)
+        if stored is None:
+            continue
+        settings = row.settings()
+        if stored["hash"] != settings_hash(settings):
+            difference = first_difference(stored["settings"], settings)
+            raise VaevqMedError(f"{row.folder}: found a row with {difference}; {advice}")
+
+
+def is_finished(row: Row) -> bool:
+    """Whether the row was trained and evaluated with these settings."""
+    stored = _read_json(row.folder / _ROW_RECORD)
+    if stored is None or stored["status"] != "finished" or stored["hash"] != settings_hash(row.settings()):
+        return False
+    return (row.evaluation / "metrics.json").is_file()
+
+
+def call(command: list[str], log: Path, on_line: Callable[[str], None]) -> int:
+    """Run a command with its output in a file.
+
+    Args:
+        command: words.
+        log: file that the output is appended to.
+        on_line: called about once a second with the last line.
+
+    Returns:
+        Its exit code.
+
+    Raises:
+        VaevqMedError: there is no such program.
+        KeyboardInterrupt: on Ctrl-C or SIGTERM, once the command has written its checkpoint and ended.
+    """
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore", "COLUMNS": "160"}
+    with log.open("ab") as file:
+        file.write(f"$ {shlex.join(command)}\n".encode())
+        file.flush()
+        try:
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+        except OSError as error:
+            raise VaevqMedError(
+                f"launch: found no program {command[0]!r} ({error.strerror}), expected one on the PATH"
+            ) from error
+        try:
+            while True:
+                try:
+                    return process.wait(timeout=1)
+                except subprocess.TimeoutExpired:
+                    on_line(last_line(log))
+        except KeyboardInterrupt:
+            process.terminate()
+            try:
+                process.wait()
+            except KeyboardInterrupt:
+                process.kill()
+                process.wait()
+            raise
+
+
+def _tail(log: Path, start: int = 0) -> list[str]:
+    """Non-empty lines of the end of a log, from byte ``start`` at the earliest."""
+    with log.open("rb") as file:
+        file.seek(0, os.SEEK_END)
+        file.seek(max(start, file.tell() - _ERROR_TAIL))
+        lines = file.read().decode(errors="replace").splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log; empty before the command has said anything."""
+    lines = _tail(log)
+    return "" if not lines or lines[-1].startswith("$ ") else lines[-1]
+
+
+def error_line(log: Path, start: int = 0) -> str:
+    """What a failed command said: its last ``vaevq-med:`` line, or its last line.
+
+    Args:
+        log: file of its output.
+        start: byte at which this attempt begins.
+    """
+    lines = [line for line in _tail(log, start) if not line.startswith("$ ")]
+    known = [line.removeprefix("vaevq-med:").strip() for line in lines if line.startswith("vaevq-med:")]
+    return (known or lines or ["no output"])[-1]
+
+
+def run_row(state: RowState, parent_run_id: str | None, on_update: Callable[[], None]) -> None:
+    """Train and evaluate one row, unless that is done; a failure ends in ``state``, not in an exception.
+
+    Args:
+        state: the row; updated as it goes.
+        parent_run_id: MLflow run to nest it under.
+        on_update: called whenever ``state`` has changed.
+    """
+    row = state.row
+    if is_finished(row):
+        state.status = "kept"
+        on_update()
+        return
+    row.folder.mkdir(parents=True, exist_ok=True)
+    settings = row.settings()
+    record: dict[str, Any] = {"hash": settings_hash(settings), "status": "started", "settings": settings}
+    target = row.folder / _ROW_RECORD
+    atomic_write_text(target, json.dumps(record, indent=1) + "\n")
+    began = time.monotonic()
+
+    def show(line: str) -> None:
+        state.detail, state.seconds = line, time.monotonic() - began
+        on_update()
+
+    for status, command in zip(("training", "evaluating"), row.commands(parent_run_id), strict=True):
+        state.status, state.log = status, row.folder / f"{status}.log"
+        show("")
+        start = state.log.stat().st_size if state.log.is_file() else 0
+        code = call(command, state.log, show)
+        if code != 0:
+            state.status = "failed"
+            show(f"{status} ended with exit code {code}: {error_line(state.log, start)}")
+            record |= {"status": "failed", "error": state.detail}
+            atomic_write_text(target, json.dumps(record, indent=1) + "\n")
+            return
+    record |= {"status": "finished"}
+    atomic_write_text(target, json.dumps(record, indent=1) + "\n")
+    state.status = "finished"
+    show("")

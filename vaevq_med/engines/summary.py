@@ -1,0 +1,113 @@
+"""What a training run cost, in one small file beside its checkpoints."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Events
+from monai.utils.enums import CommonKeys as Keys
+
+from vaevq_med.data.manifest import atomic_write_text
+from vaevq_med.engines import distributed
+from vaevq_med.engines.checkpoint import TrainingCheckpoint
+from vaevq_med.engines.trainer import TokenizerTrainer
+from vaevq_med.networks.tokenizer import VisualTokenizer
+
+_KEY = "run_summary"
+
+
+def peak_memory(device: torch.device) -> tuple[int | None, str]:
+    """Most memory this process has held so far, in bytes, and whose memory that is.
+
+    Args:
+        device: a GPU, whose allocations are counted; otherwise the process' resident memory is.
+
+    Returns:
+        The bytes, None where the operating system does not say, and ``"cuda"`` or ``"process"``.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device)), "cuda"
+    try:
+        import resource
+    except ImportError:
+        return None, "process"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak) * (1 if sys.platform == "darwin" else 1024), "process"
+
+
+class RunSummary:
+    """Write the run's size, rate, speed and peak memory, after each epoch and at the end.
+
+    Speed counts the time from asking for a batch to the end of its step, and neither validation nor checkpoints; the
+    first step of each process, which warms up, is left out. A resumed run goes on counting where its checkpoint stood.
+
+    The file holds ``parameters`` (those that the tokenizer trains; the discriminator's are not counted),
+    ``bits_per_position``, ``bits_per_pixel``, ``iterations``, ``images``, ``images_per_second`` (None after a single
+    step), ``peak_memory_bytes`` (of the main process), ``peak_memory_of`` (``cuda`` or ``process``), ``processes`` and
+    ``device``.
+
+    Args:
+        path: JSON file to write, atomically.
+        checkpoint: the run's checkpoint handler, which carries the counts over an interruption; it has to be attached
+            after this one.
+    """
+
+    def __init__(self, *, path: str | Path, checkpoint: TrainingCheckpoint | None = None) -> None:
+        self.path = Path(path)
+        self.checkpoint = checkpoint
+        self._counts: dict[str, Any] = {}
+        self._asked = 0.0
+        self._first = True
+
+    def attach(self, engine: TokenizerTrainer) -> None:
+        """Register the events, on the main process."""
+        if not distributed.is_main():
+            return
+        engine.add_event_handler(Events.STARTED, self._started)
+        engine.add_event_handler(Events.GET_BATCH_STARTED, self._batch_asked)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
+        engine.add_event_handler(Events.EPOCH_COMPLETED | Events.COMPLETED | Events.TERMINATE, self._write)
+
+    def _started(self, engine: TokenizerTrainer) -> None:
+        stored = self.checkpoint.extra.get(_KEY, {}) if self.checkpoint is not None else {}
+        self._counts = {"images": 0, "timed_images": 0, "timed_seconds": 0.0, "peak_memory": 0, **stored}
+        self._first = True
+
+    def _batch_asked(self, engine: TokenizerTrainer) -> None:
+        self._asked = time.perf_counter()
+
+    def _iteration_completed(self, engine: TokenizerTrainer) -> None:
+        images = len(engine.state.batch[Keys.IMAGE]) * distributed.world_size()
+        counts = self._counts
+        counts["images"] += images
+        if not self._first:
+            counts["timed_images"] += images
+            counts["timed_seconds"] += time.perf_counter() - self._asked
+        self._first = False
+        counts["peak_memory"] = max(counts["peak_memory"], peak_memory(engine.state.device)[0] or 0)
+        if self.checkpoint is not None:
+            self.checkpoint.extra[_KEY] = dict(counts)
+
+    def _write(self, engine: TokenizerTrainer) -> None:
+        network: VisualTokenizer = engine.network  # type: ignore[assignment]
+        device, counts, bits = engine.state.device, self._counts, network.quantizer.bits_per_position
+        timed = counts["timed_images"] and counts["timed_seconds"]
+        record = {
+            "parameters": sum(p.numel() for p in network.parameters() if p.requires_grad),
+            "bits_per_position": bits,
+            "bits_per_pixel": bits / network.encoder.downsampling_factor**2,
+            "iterations": engine.state.iteration,
+            "images": counts["images"],
+            "images_per_second": counts["timed_images"] / counts["timed_seconds"] if timed else None,
+            "peak_memory_bytes": counts["peak_memory"] or None,
+            "peak_memory_of": peak_memory(device)[1],
+            "processes": distributed.world_size(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(self.path, json.dumps(record, indent=2) + "\n")
