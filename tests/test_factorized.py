@@ -174,9 +174,9 @@ def quick(toy: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def train_and_evaluate(overrides: dict[str, Any], overlay: str) -> tuple[Any, dict[str, Any]]:
+def train_and_evaluate(overrides: dict[str, Any], *overlays: str) -> tuple[Any, dict[str, Any]]:
     """The trainer at its end, and what the evaluation of its checkpoint, with no overlay, says overall."""
-    parser = run_bundle("train.json", overrides, overlay, run_id="training")
+    parser = run_bundle("train.json", overrides, *overlays, run_id="training")
     run_bundle("evaluate.json", evaluation_overrides(overrides), run_id="evaluating")
     record = Path(overrides["output_dir"]) / "evaluation" / "test" / "metrics.json"
     overall = json.loads(record.read_text())["summary"]["overall"]

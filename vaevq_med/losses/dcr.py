@@ -58,10 +58,15 @@ class DCRLoss(LossTerm):
         """The term, a scalar.
 
         Raises:
-            VaevqMedError: the quantizer has no explicit codebook.
+            VaevqMedError: the quantizer has no explicit codebook, or, in training, one without a gradient.
         """
         if output.quantizer.codebook is None:
             raise VaevqMedError(
                 "DCRLoss needs an explicit codebook; this quantizer has none. Remove 'dcr' from objective.weights"
+            )
+        if torch.is_grad_enabled() and not output.quantizer.codebook.requires_grad:
+            raise VaevqMedError(
+                "DCRLoss needs a codebook that takes a gradient; this quantizer's is fixed or made of averages. "
+                "Set objective#weights#dcr to 0"
             )
         return gaussian_wasserstein2_to_standard(output.quantizer.codebook)
