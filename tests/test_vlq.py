@@ -23,6 +23,7 @@ from vaevq_med.outputs import LossOutput, TokenizerOutput
 SIZES: dict[str, dict[str, Any]] = {
     "fvq": {"num_embeddings": 64, "network_def#quantizer#width": 16},
     "mgvq": {"embedding_dim": 8},
+    "vqgan_lc": {"num_features": 6, "features": None},
 }
 
 
@@ -97,10 +98,11 @@ def test_a_quantizer_that_does_not_fit_is_refused_in_a_line_that_names_the_term(
 
 
 def test_unit_codewords_keep_the_floor_that_the_table_states() -> None:
-    # Two groups of two channels: 2 (sqrt 2 - 1)^2, whatever the codewords; least where they are spread evenly.
-    _, output, loss = step("fq", {"num_embeddings": 4})
+    # A group's codewords have the total variance K / (K - 1) (1 - |mean|^2), and DCR is least where it is spread evenly.
+    _, output, loss = step("fq", {})
     assert output.quantizer.codebook is not None
-    assert loss.terms["dcr"].item() > 2 * (2**0.5 - 1) ** 2
+    groups, codewords, channels = output.quantizer.codebook.shape
+    assert loss.terms["dcr"].item() > groups * (channels**0.5 - (codewords / (codewords - 1)) ** 0.5) ** 2
     assert step("fq", {"network_def#quantizer#normalize": False})[2].terms["dcr"].isfinite()
 
 
