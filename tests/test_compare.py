@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import io
 import json
 import shlex
 import signal
@@ -15,13 +16,15 @@ import pytest
 from conftest import BUNDLE, toy_config
 from monai.bundle import ConfigParser, ConfigWorkflow
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner
 
 from vaevq_med.apps.cli import app
 from vaevq_med.apps.compare import Compare
+from vaevq_med.apps.compare_cli import _status_table
 from vaevq_med.apps.comparison import rows as rows_module
 from vaevq_med.apps.comparison.plan import ABLATION, TITLES, Budget, Bundle, parse_integers, parse_methods
-from vaevq_med.apps.comparison.rows import call, error_line, last_line
+from vaevq_med.apps.comparison.rows import RowState, call, error_line, last_line
 from vaevq_med.engines import check_config, read_checkpoint
 from vaevq_med.errors import VaevqMedError
 
@@ -296,6 +299,18 @@ def test_a_bundle_may_be_a_folder(tmp_path: Path) -> None:
         Bundle.find("bratz")
 
 
+def test_both_bundles_can_be_compared(slice_dataset: Path, tmp_path: Path) -> None:
+    command = Compare(output=tmp_path, bundle="imagenet", methods="vqgan,vaevq", dataset_dir=slice_dataset)
+    training, evaluation = command.plan.rows()[1].commands()
+    names = [Path(file).relative_to(BUNDLE.parent).as_posix() for file in flags(training)["config_file"]]
+    assert names == ["imagenet/train.json", "imagenet/overlays/paper.json"]
+    parser = ConfigParser()
+    parser.read_config(flags(training)["config_file"])
+    handlers = [handler["_target_"] for handler in parser.get()["train"]["handlers"]]
+    assert "vaevq_med.engines.RunSummary" in handlers
+    assert flags(evaluation)["config_file"] == str(BUNDLE.parent / "imagenet" / "evaluate.json")
+
+
 @pytest.mark.parametrize("text", ["", "a", "1,-1", "1.5"])
 def test_seeds_are_whole_numbers(text: str) -> None:
     with pytest.raises(VaevqMedError, match="seeds"):
@@ -465,3 +480,15 @@ def test_an_interruption_waits_for_the_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         call([sys.executable, "-c", program, str(tmp_path / "saved")], tmp_path / "a.log", interrupt)
     assert (tmp_path / "saved").exists()
+
+
+def test_the_live_table_shows_each_row_as_it_stands(slice_dataset: Path, tmp_path: Path) -> None:
+    rows = Compare(output=tmp_path, methods="vqgan,simvq", dataset_dir=slice_dataset).plan.rows()
+    states = [RowState(rows[0], "training", 83.0, "train 3/8  loss [0.5]"), RowState(rows[1])]
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(_status_table(states, console.width))
+    lines = [line.split() for line in console.export_text().splitlines()[1:]]
+    assert lines == [
+        ["vqgan", "seed", "0", "training", "1:23", "train", "3/8", "loss", "[0.5]"],
+        ["simvq", "seed", "0", "waiting"],
+    ]

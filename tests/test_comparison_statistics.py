@@ -54,6 +54,8 @@ def test_images_are_averaged_over_seeds() -> None:
     assert over_seeds([first, second]).values["psnr"].tolist() == [21.0, 33.0]
     with pytest.raises(VaevqMedError, match="different images"):
         over_seeds([first, second[::-1]])
+    moved = [{**row, "path": f"/elsewhere/{row['path']}"} for row in second]
+    assert over_seeds([first, moved]).values["psnr"].tolist() == [21.0, 33.0]
 
 
 def test_the_bootstrap_draws_whole_patients() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ class Images:
     """Per-image figures of one method, each averaged over its seeds.
 
     Attributes:
-        keys: path of each image.
+        keys: what identifies each image.
         patients: patient of each image; empty strings where there are none.
         values: metric to one figure an image.
     """
@@ -49,6 +50,11 @@ class Images:
         return "patients", np.array([number[name] for name in self.patients])
 
 
+def _keys(rows: Sequence[Mapping[str, str]]) -> tuple[str, ...]:
+    """What identifies the images wherever the data set's folder is: number in the split and file name."""
+    return tuple(f"{row.get('index', '')} {PurePath(row['path']).name}" for row in rows)
+
+
 def over_seeds(runs: Sequence[Sequence[Mapping[str, str]]]) -> Images:
     """Average the rows of ``per_image.csv`` of one method's seeds.
 
@@ -58,9 +64,9 @@ def over_seeds(runs: Sequence[Sequence[Mapping[str, str]]]) -> Images:
     Raises:
         VaevqMedError: the seeds were not evaluated on the same images.
     """
-    keys = tuple(row["path"] for row in runs[0])
+    keys = _keys(runs[0])
     for rows in runs[1:]:
-        if tuple(row["path"] for row in rows) != keys:
+        if _keys(rows) != keys:
             raise VaevqMedError(
                 f"found seeds evaluated on different images ({len(keys)} and {len(rows)}), expected the same ones; "
                 "evaluate them again in another output folder"
