@@ -98,7 +98,7 @@ def test_a_quantizer_that_does_not_fit_is_refused_in_a_line_that_names_the_term(
 
 
 def test_unit_codewords_keep_the_floor_that_the_table_states() -> None:
-    # A group's codewords have the total variance K / (K - 1) (1 - |mean|^2), and DCR is least where it is spread evenly.
+    # A group's codewords have total variance K / (K - 1) (1 - |mean|^2), and DCR is least where it is spread evenly.
     _, output, loss = step("fq", {})
     assert output.quantizer.codebook is not None
     groups, codewords, channels = output.quantizer.codebook.shape
