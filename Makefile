@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench install clean
+.PHONY: demo test lint bench overlays install clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -26,6 +26,12 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/nearest_codeword.py
 	$(BIN)/python benchmarks/slice_extract.py
+
+# Overlays are written for bundles/brats and hold for bundles/imagenet too, but for these.
+BRATS_ONLY := demo
+
+overlays:
+	cp $(filter-out $(BRATS_ONLY:%=bundles/brats/overlays/%.json),$(wildcard bundles/brats/overlays/*.json)) bundles/imagenet/overlays
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from vaevq_med.apps import cli, slice_extract
+from vaevq_med.apps import cli, slice_extract, workplace
 from vaevq_med.data import read_image, slices
 from vaevq_med.data.manifest import load_manifest
 from vaevq_med.data.recipes import Recipe, load_recipe
@@ -931,7 +931,7 @@ def test_an_output_that_cannot_be_written_is_refused(
     def fail(*args: object, **options: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(slice_extract, "atomic_write_text", fail)
+    monkeypatch.setattr(workplace, "atomic_write_text", fail)
     result = extract(tmp_path / "in", tmp_path / "out")
     assert result.code == 2
     assert result.err == (

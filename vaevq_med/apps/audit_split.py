@@ -46,7 +46,7 @@ class AuditSplit:
         Raises:
             DataError: there is no data set, or it is not valid.
         """
-        manifest = load_manifest(self.dataset)
+        manifest = load_manifest(self.dataset, required=("image", "patient", "case"))
         places: dict[tuple[str, str], set[str]] = defaultdict(set)
         patients: dict[str, set[str]] = {split: set() for split in SPLITS}
         for split in SPLITS:

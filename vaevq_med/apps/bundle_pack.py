@@ -64,6 +64,7 @@ class BundlePack:
         if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
             raise VaevqMedError(f"output {self.output}: found something there, expected nothing or an empty folder")
         settings = {name: stored.value(name) for name in ("network_def", "image_size", "in_channels")}
+        settings |= {name: stored.value(name) for name in ("modalities", "stack_modalities") if name in stored.config}
         network = stored.network()
         partial = self.output.with_name(f".{self.output.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -104,7 +105,7 @@ class BundlePack:
         # checkpoint must not run as code: nothing else is taken from there.
         numbers = {key: value for key, value in stored.config.items() if isinstance(value, int | float | bool)}
         train |= {key: value for key, value in numbers.items() if isinstance(train.get(key), int | float)}
-        train |= {"network_def": settings["network_def"], "bundle_root": "."}
+        train |= {**settings, "bundle_root": "."}
         _write(configs / "train.json", train)
 
     def _write_metadata(self, source: Path, configs: Path, settings: dict[str, Any]) -> None:

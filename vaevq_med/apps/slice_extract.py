@@ -3,40 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
-import multiprocessing
-import os
-import shutil
-import signal
-import sys
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from vaevq_med.apps.pool import Problem, attempt, check_workers, run_jobs
+from vaevq_med.apps.workplace import RECIPE, REPORT, Workplace
 from vaevq_med.data.brats import Case, CaseSearch, find_cases, read_cases
 from vaevq_med.data.labels import BRATS2024, label_map
-from vaevq_med.data.manifest import FILE_NAME, SPLITS, atomic_write_text, split_hash, write_manifest
+from vaevq_med.data.manifest import SPLITS, atomic_write_text, split_hash, write_manifest
 from vaevq_med.data.recipes import Recipe, load_recipe
 from vaevq_med.data.slices import STATE, CaseRecord, extract_case, fingerprint, read_record
 from vaevq_med.data.splits import count_patients, split_by_file, split_by_hash
 from vaevq_med.errors import DataError
 
-_FATAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
-_RECIPE = "recipe.json"
-_REPORT = "report.json"
-_RECIPE_HASH = "recipe.sha256"
-_MAX_WORKERS = 512
 _VERSIONS = ("vaevq_med", "monai", "torch", "numpy", "nibabel", "SimpleITK", "pillow")
 
 
@@ -132,15 +117,16 @@ class SliceExtract:
         for case in todo:
             with tempfile.TemporaryDirectory() as folder:
                 (Path(folder) / STATE).mkdir()
-                outcome = _extract(case, self.recipe, Path(folder), target)
+                outcome = attempt(extract_case, "case", case, self.recipe, Path(folder), target)
             if isinstance(outcome, CaseRecord):
                 measured, images, size = case.name, len(outcome.entries), outcome.bytes
                 break
-            skipped.append((case.name, self._problem(outcome, case.name) or ""))
+            if outcome.fatal:
+                raise DataError(f"case {case.name}: {outcome.reason}")
+            skipped.append((case.name, outcome.reason))
         remaining = len(todo) - (len(skipped) - len(search.problems))
         if len(search.cases) - len(todo) + remaining == 0:
             raise self._nothing(skipped)
-        existing = next(path for path in (self.output.resolve(), *self.output.resolve().parents) if path.exists())
         return SlicePlan(
             cases=remaining,
             reused=len(search.cases) - len(todo),
@@ -150,7 +136,7 @@ class SliceExtract:
             measured_on=measured,
             images=images * remaining,
             bytes=size * remaining,
-            free_bytes=shutil.disk_usage(existing).free,
+            free_bytes=self._workplace.free_bytes(),
         )
 
     def run(
@@ -181,17 +167,19 @@ class SliceExtract:
         splits = self._splits(search.cases)
         target = self._target_map(search.cases)
         self._check_output()
-        with self._lock():
-            self._prepare_output()
+        with self._workplace.lock():
+            self._workplace.prepare(self.recipe.image_hash)
             todo = [case for case in search.cases if not self._finished(case, target)]
             problems = dict(search.problems)
-            with contextlib.closing(self._extract_all(todo, target, on_start)) as outcomes:
-                for name, problem in outcomes:
-                    if problem is None:
-                        on_case(name)
+            jobs = {case.name: (case, self.recipe, self.output, target) for case in todo}
+            running = run_jobs(extract_case, jobs, kind="case", workers=self.workers, on_start=on_start)
+            with contextlib.closing(running) as outcomes:
+                for name, outcome in outcomes:
+                    if isinstance(outcome, Problem):
+                        problems[name] = outcome.reason
+                        on_skip(name, outcome.reason)
                     else:
-                        problems[name] = problem
-                        on_skip(name, problem)
+                        on_case(name)
             done = [case for case in search.cases if case.name not in problems]
             if not done:
                 raise self._nothing(list(problems.items()))
@@ -202,8 +190,7 @@ class SliceExtract:
     def _search(self) -> CaseSearch:
         if self.label_map is not None:
             label_map(self.label_map)
-        if self.workers is not None and not 1 <= self.workers <= _MAX_WORKERS:
-            raise DataError(f"workers: found {self.workers}, expected 1 to {_MAX_WORKERS}")
+        check_workers(self.workers)
         if self.cases is not None:
             return read_cases(self.cases, self.input, self.recipe.modalities, label_map=self.label_map)
         return find_cases(self.input, self.recipe.modalities, label_map=self.label_map, exclude=self.output)
@@ -228,121 +215,18 @@ class SliceExtract:
         record = read_record(self.output, case.name)
         return record is not None and record.fingerprint == mark
 
+    @property
+    def _workplace(self) -> Workplace:
+        return Workplace(self.output, STATE, "slice-extract", "slices")
+
     def _check_output(self) -> None:
-        output, state = self.output, self.output / STATE
-        with self._writing():
-            if output.exists() and not output.is_dir():
-                raise DataError(f"output {output}: found a file, expected a folder or nothing")
-            if output.is_dir() and not state.is_dir() and any(output.iterdir()):
-                raise DataError(
-                    f"output {output}: found a folder with other things in it, expected none, an empty one, or one of "
-                    "an earlier slice-extract"
-                )
-            if self._other_recipe() and not self.overwrite:
-                raise DataError(
-                    f"output {output}: found slices made by another recipe, expected those of {self.recipe.name} at "
-                    f"{self.recipe.size} pixels as {self.recipe.format}; choose another folder, or replace them with "
-                    "--overwrite"
-                )
-
-    def _other_recipe(self) -> bool:
-        """Whether the slices in the output folder were made by another recipe."""
-        file = self.output / STATE / _RECIPE_HASH
-        return file.is_file() and file.read_bytes().strip() != self.recipe.image_hash.encode()
-
-    def _prepare_output(self) -> None:
-        """Remove what a killed run left, and note the recipe before the first slice of it."""
-        state = self.output / STATE
-        with self._writing():
-            for partial in state.glob("*.partial"):
-                shutil.rmtree(partial, ignore_errors=True)
-            temporary = [f".{name}.*" for name in (FILE_NAME, _RECIPE, _REPORT)]
-            for file in [
-                *state.glob(".*.json.*"),
-                *state.glob(f".{_RECIPE_HASH}.*"),
-                *(file for pattern in temporary for file in self.output.glob(pattern)),
-            ]:
-                file.unlink()
-            if self._other_recipe():
-                (self.output / FILE_NAME).unlink(missing_ok=True)
-            atomic_write_text(state / _RECIPE_HASH, self.recipe.image_hash + "\n")
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Say in one line that the output folder cannot be written."""
-        try:
-            yield
-        except OSError as error:
-            raise DataError(
-                f"output {self.output}: found it not writable ({error.strerror}), expected a folder with room to write"
-            ) from None
-
-    @contextlib.contextmanager
-    def _lock(self) -> Iterator[None]:
-        """One run at a time in an output folder, where the platform has file locks."""
-        state = self.output / STATE
-        with self._writing():
-            state.mkdir(parents=True, exist_ok=True)
-            file = (state / "lock").open("w")
-        with file:
-            try:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DataError(
-                    f"output {self.output}: found another slice-extract at work in it, expected none"
-                ) from None
-            except (ImportError, OSError):
-                pass
-            yield
-
-    def _extract_all(
-        self, todo: Sequence[Case], target: str, on_start: Callable[[int], None]
-    ) -> Generator[tuple[str, str | None], None, None]:
-        """Case names as they get done, each with what is wrong with it, or None."""
-        workers = min(self.workers or _cores(), len(todo))
-        if workers <= 1:
-            on_start(len(todo))
-            threads = torch.get_num_threads()
-            torch.set_num_threads(1)
-            try:
-                for case in todo:
-                    yield case.name, self._problem(_extract(case, self.recipe, self.output, target), case.name)
-            finally:
-                torch.set_num_threads(threads)
-            return
-        # A fork costs nothing and is safe while this is the only thread, which is so on the command line.
-        fork = sys.platform == "linux" and threading.active_count() == 1
-        context = multiprocessing.get_context("fork" if fork else "spawn")
-        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(os.getpid(),))
-        try:
-            futures: dict[Future[CaseRecord | tuple[str, bool]], str] = {
-                pool.submit(_extract, case, self.recipe, self.output, target): case.name for case in todo
-            }
-            on_start(len(todo))
-            for future in as_completed(futures):
-                yield futures[future], self._problem(future.result(), futures[future])
-        except BrokenProcessPool:
-            raise DataError(
-                "found a worker killed, probably for want of memory; try fewer --workers. The finished cases are kept"
-            ) from None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        made_by = f"{self.recipe.name} at {self.recipe.size} pixels as {self.recipe.format}"
+        self._workplace.check(self.recipe.image_hash, made_by, overwrite=self.overwrite)
 
     def _nothing(self, problems: Sequence[tuple[str, str]]) -> DataError:
         return DataError(
             f"input {self.input}: found no case that could be sliced ({len(problems)} skipped), expected at least one"
         )
-
-    @staticmethod
-    def _problem(outcome: CaseRecord | tuple[str, bool], case: str) -> str | None:
-        if isinstance(outcome, CaseRecord):
-            return None
-        reason, fatal = outcome
-        if fatal:
-            raise DataError(f"case {case}: {reason}; the finished cases are kept, the same command goes on from there")
-        return reason
 
     def _finish(
         self,
@@ -403,9 +287,9 @@ class SliceExtract:
             patients=patients,
             modalities=modalities,
         )
-        with self._writing():
-            atomic_write_text(self.output / _RECIPE, json.dumps(self.recipe.to_dict(), indent=2) + "\n")
-            atomic_write_text(self.output / _REPORT, _report_text(report, len(done)))
+        with self._workplace.writing():
+            atomic_write_text(self.output / RECIPE, json.dumps(self.recipe.to_dict(), indent=2) + "\n")
+            atomic_write_text(self.output / REPORT, _report_text(report, len(done)))
             write_manifest(self.output, content)
         return report
 
@@ -433,37 +317,3 @@ def _report_text(report: SliceReport, cases: int) -> str:
         "notes": list(report.notes),
     }
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-
-
-def _extract(case: Case, recipe: Recipe, output: Path, target: str) -> CaseRecord | tuple[str, bool]:
-    """Slice a case; what went wrong comes back as a line, and whether there is no use in going on."""
-    try:
-        return extract_case(case, recipe, output, target)
-    except DataError as error:
-        return str(error), False
-    except OSError as error:
-        if error.errno in _FATAL:
-            return f"found no room or no permission to write ({error.strerror}), expected a disk with free space", True
-        return f"found a file that cannot be read or written ({error.strerror or error}), expected access to it", False
-    except (MemoryError, RuntimeError) as error:  # torch raises the latter where memory lacks
-        lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        return f"found a case that cannot be computed ({lines[0][:160]}), expected one that fits into memory", False
-
-
-def _cores() -> int:
-    """Cores that this process may use, which a cluster's scheduler sets."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
-def _start_worker(parent: int) -> None:
-    """Leave interrupts to the parent, use one thread, and end when the parent has gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(1)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

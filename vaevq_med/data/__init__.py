@@ -1,11 +1,15 @@
 """Volumes to slices, data sets of slices, and synthetic subjects."""
 
-from vaevq_med.data.dataset import REGIONS, LoadSliced, ResumableBatchSampler, SliceDataset, read_image
+from vaevq_med.data.dataset import REGIONS, LoadSliced, ResumableBatchSampler, SliceDataset
+from vaevq_med.data.images import LoadPhotograph, RandResizedCropd, ResizeShortSided, read_image
 from vaevq_med.data.loading import training_loader
 
 __all__ = [
     "REGIONS",
+    "LoadPhotograph",
     "LoadSliced",
+    "RandResizedCropd",
+    "ResizeShortSided",
     "ResumableBatchSampler",
     "SliceDataset",
     "read_image",

@@ -20,10 +20,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from vaevq_med.data.manifest import load_manifest
+from vaevq_med.data.images import describe, match_channels, read_image
+from vaevq_med.data.manifest import SPLITS, Manifest, load_manifest
 from vaevq_med.errors import DataError
 
 REGIONS = ("whole_tumor", "tumor_core", "enhancing_tumor")
+MAX_CHANNELS = 4
 
 
 def _mix(*values: int) -> int:
@@ -31,55 +33,25 @@ def _mix(*values: int) -> int:
     return int(np.random.SeedSequence(values).generate_state(1)[0])
 
 
-def read_image(path: str | Path) -> Tensor:
-    """Read a stored slice or photograph.
-
-    Args:
-        path: an 8- or 16-bit grayscale PNG, an RGB image, or a float ``.npy`` in [0, 1].
-
-    Returns:
-        float32 ``[C, H, W]`` in [0, 1]; C is 1 for grayscale and 3 for color.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
-    path = Path(path)
-    try:
-        if path.suffix == ".npy":
-            array = np.load(path, allow_pickle=False).astype(np.float32)
-        else:
-            with Image.open(path) as image:
-                if image.mode.startswith("I"):
-                    array = np.asarray(image, dtype=np.float32) / 65535.0
-                elif image.mode == "L":
-                    array = np.asarray(image, dtype=np.float32) / 255.0
-                else:
-                    array = np.asarray(image.convert("RGB"), dtype=np.float32) / 255.0
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: found an unreadable image ({error}), expected PNG or .npy") from error
-    if array.ndim == 2:
-        return torch.from_numpy(array)[None]
-    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
-
-
 class LoadSliced(Transform):
     """Read the slice that an entry names, as ``image`` in [-1, 1], and the masks of its regions.
 
     Args:
         image_size: side in pixels; a stored slice of another size is resized (antialiased; masks nearest).
-        in_channels: 1 or 3; a grayscale slice is repeated to three channels, color is averaged to one.
-        label_map: label values of each region, for :data:`REGIONS`; None reads no segmentation.
+        in_channels: channels of the image. A grayscale slice is repeated to them, color is averaged to one; of an entry
+            that stacks several contrasts there have to be as many.
+        label_map: label values of each region, for :data:`REGIONS`; None or empty reads no segmentation.
 
     The result holds ``image`` float ``[C, S, S]`` in [-1, 1], ``modality``, ``patient``, ``case``, ``path``
     (strings), ``slice`` and ``label`` (int) and, with a label map, ``brain`` and each region as bool
-    ``[S, S]``; the masks of a slice without a segmentation are empty.
+    ``[S, S]``; the masks of a slice without a segmentation are empty. Of stacked contrasts, ``path`` is the first's.
     """
 
     def __init__(
         self, *, image_size: int, in_channels: int = 1, label_map: Mapping[str, Sequence[int]] | None = None
     ) -> None:
-        if in_channels not in (1, 3):
-            raise DataError(f"in_channels: found {in_channels}, expected 1 or 3")
+        if not 1 <= in_channels <= MAX_CHANNELS:
+            raise DataError(f"in_channels: found {in_channels}, expected 1 to {MAX_CHANNELS}")
         self.image_size = image_size
         self.in_channels = in_channels
         if label_map and set(REGIONS) - set(label_map):
@@ -88,16 +60,8 @@ class LoadSliced(Transform):
 
     def __call__(self, entry: Mapping[Hashable, Any]) -> dict[str, Any]:
         """Read one entry of a slice data set."""
-        image = read_image(entry["image"])
-        item: dict[str, Any] = {
-            "modality": str(entry.get("modality", "image")),
-            "patient": str(entry.get("patient", "")),
-            "case": str(entry.get("case", "")),
-            "path": str(entry["image"]),
-            "slice": int(entry.get("slice", -1)),
-            "label": int(entry.get("label", -1)),
-            "index": int(entry.get("index", -1)),
-        }
+        image = self._read(entry["image"])
+        item = describe(entry)
         size = (self.image_size, self.image_size)
         if self.label_map is not None:
             item["brain"] = self._resize_mask(image.amax(0) > 0)
@@ -107,10 +71,25 @@ class LoadSliced(Transform):
                 item[name] = self._resize_mask(mask)
         if tuple(image.shape[-2:]) != size:
             image = F.interpolate(image[None], size=size, mode="bicubic", antialias=True)[0].clamp(0, 1)
-        if image.shape[0] != self.in_channels:
-            image = image.expand(self.in_channels, -1, -1) if image.shape[0] == 1 else image.mean(0, keepdim=True)
-        item["image"] = (image * 2 - 1).contiguous()
+        item["image"] = (match_channels(image, self.in_channels) * 2 - 1).contiguous()
         return item
+
+    def _read(self, paths: str | Sequence[str]) -> Tensor:
+        """One image, or the single channels of several, one after the other."""
+        if isinstance(paths, str):
+            return read_image(paths)
+        if len(paths) != self.in_channels:
+            raise DataError(
+                f"in_channels: found {self.in_channels}, expected {len(paths)}, as many as contrasts are stacked"
+            )
+        images = [match_channels(read_image(path), 1) for path in paths]
+        for path, image in zip(paths, images, strict=True):
+            if image.shape != images[0].shape:
+                raise DataError(
+                    f"{path}: found {image.shape[2]}x{image.shape[1]} pixels, expected "
+                    f"{images[0].shape[2]}x{images[0].shape[1]} as {paths[0]}"
+                )
+        return torch.cat(images)
 
     @staticmethod
     def _labels(entry: Mapping[Hashable, Any], image: Tensor) -> Tensor:
@@ -126,14 +105,47 @@ class LoadSliced(Transform):
         return F.interpolate(mask[None, None].float(), size=size, mode="nearest-exact")[0, 0] > 0.5
 
 
-class SliceDataset(Dataset):
-    """One split of a slice data set written by ``vaevq-med slice-extract``.
+def stack_entries(entries: Sequence[Mapping[str, Any]], modalities: Sequence[str]) -> list[dict[str, Any]]:
+    """One entry for each slice of which every contrast is there, whose ``image`` lists their paths.
 
     Args:
-        dataset_dir: folder of ``dataset.json``.
+        entries: of a datalist, with ``case``, ``slice`` and ``modality``; their contrasts share one grid.
+        modalities: contrasts, in the order of the channels.
+
+    Returns:
+        Entries in the order of the first contrast's; ``modality`` joins the names with ``+``.
+
+    Examples:
+        >>> pair = [{"image": f"{m}.png", "case": "a", "slice": 3, "modality": m} for m in ("t1n", "t2w")]
+        >>> stack_entries(pair, ["t2w", "t1n"])[0]["image"]
+        ['t2w.png', 't1n.png']
+    """
+    found: dict[tuple[str, int], dict[str, Mapping[str, Any]]] = {}
+    for entry in entries:
+        place = (str(entry.get("case", "")), int(entry.get("slice", -1)))
+        found.setdefault(place, {})[str(entry.get("modality", ""))] = entry
+    left_out = ("label", "intensity_window", "foreground")
+    return [
+        {
+            **{key: value for key, value in group[modalities[0]].items() if key not in left_out},
+            "image": [str(group[name]["image"]) for name in modalities],
+            "modality": "+".join(modalities),
+        }
+        for group in found.values()
+        if all(name in group for name in modalities)
+    ]
+
+
+class SliceDataset(Dataset):
+    """One split of a data set written by ``vaevq-med slice-extract`` or ``vaevq-med imagenet-prepare``.
+
+    Args:
+        dataset_dir: folder of ``dataset.json``; an entry needs ``image`` only.
         split: ``training``, ``validation`` or ``test``.
-        transform: dictionary transforms; the first is usually :class:`LoadSliced`.
+        transform: dictionary transforms; the first is usually :class:`LoadSliced` or :class:`LoadPhotograph`.
         modalities: keep these contrasts only, e.g. ``["t1n", "t2f"]``; None keeps all.
+        stack_modalities: make one item of all kept contrasts of a slice, in the order of ``modalities`` or of the
+            datalist, instead of one an image; a slice that lacks one is left out.
         max_items: keep at most this many items, evenly spaced over the split.
         shard: ``(rank, world size)``: keep this rank's share of the items.
         seed: seed of the random transforms.
@@ -149,27 +161,13 @@ class SliceDataset(Dataset):
         split: str,
         transform: Compose | Transform | None = None,
         modalities: Sequence[str] | None = None,
+        stack_modalities: bool = False,
         max_items: int | None = None,
         shard: tuple[int, int] = (0, 1),
         seed: int = 0,
     ) -> None:
         manifest = load_manifest(dataset_dir)
-        entries = list(manifest.entries(split))
-        found = sorted({str(entry["modality"]) for entry in entries})
-        if modalities is not None:
-            unknown = sorted(set(modalities) - set(found))
-            if unknown and entries:
-                raise DataError(
-                    f"{dataset_dir}: found no modality {', '.join(unknown)} in split {split!r}, "
-                    f"expected some of {', '.join(found)}"
-                )
-            entries = [entry for entry in entries if entry["modality"] in modalities]
-        if not entries:
-            counts = ", ".join(f"{s} {len(manifest.entries(s))}" for s in ("training", "validation", "test"))
-            raise DataError(
-                f"{dataset_dir}: found an empty split {split!r} ({counts}), expected at least one slice; "
-                "name the patients of each split with: vaevq-med slice-extract INPUT OUTPUT --split-file FILE"
-            )
+        entries = _select(manifest, split, modalities, stack_modalities)
         if max_items is not None and max_items < 1:
             raise DataError(f"max_items: found {max_items}, expected 1 or more, or null for all")
         if max_items is not None and max_items < len(entries):
@@ -179,7 +177,9 @@ class SliceDataset(Dataset):
         root = Path(dataset_dir)
         data = []
         for index, entry in list(enumerate(entries))[rank::world_size]:
-            item = {**entry, "image": str(root / str(entry["image"])), "index": index}
+            image = entry["image"]
+            paths = str(root / image) if isinstance(image, str) else [str(root / path) for path in image]
+            item = {**entry, "image": paths, "index": index}
             if entry.get("segmentation"):
                 item["segmentation"] = str(root / str(entry["segmentation"]))
             data.append(item)
@@ -197,6 +197,41 @@ class SliceDataset(Dataset):
         if isinstance(transform, (Compose, Randomizable)):
             transform.set_random_state(seed=_mix(self.seed, index))
         return super().__getitem__(index % len(self.data))
+
+
+def _select(
+    manifest: Manifest, split: str, modalities: Sequence[str] | None, stack_modalities: bool
+) -> Sequence[Mapping[str, Any]]:
+    """A split's entries of the chosen contrasts."""
+    entries = manifest.entries(split)
+    where = manifest.path.parent
+    found = sorted({str(entry["modality"]) for entry in entries if "modality" in entry})
+    if modalities is not None:
+        unknown = sorted(set(modalities) - set(found))
+        if unknown and entries:
+            raise DataError(
+                f"{where}: found no modality {', '.join(unknown)} in split {split!r}, "
+                f"expected some of {', '.join(found) or 'none, as the images have no modality'}"
+            )
+        entries = [entry for entry in entries if entry.get("modality") in modalities]
+    if stack_modalities and entries:
+        listed = [str(name) for name in manifest.content.get("modality", {}).values() if name in found]
+        chosen = list(modalities or listed or found)
+        if not chosen:
+            raise DataError(f"{where}: found images without a modality, expected some to stack (stack_modalities)")
+        stacked = stack_entries(entries, chosen)
+        if not stacked:
+            raise DataError(
+                f"{where}: found no slice in split {split!r} with all of {', '.join(chosen)}, expected at least one"
+            )
+        return stacked
+    if not entries:
+        counts = ", ".join(f"{s} {len(manifest.entries(s))}" for s in SPLITS)
+        raise DataError(
+            f"{where}: found an empty split {split!r} ({counts}), expected at least one slice; "
+            "name the patients of each split with: vaevq-med slice-extract INPUT OUTPUT --split-file FILE"
+        )
+    return entries
 
 
 class ResumableBatchSampler(Sampler[list[int]]):

@@ -16,7 +16,6 @@ from vaevq_med.errors import DataError
 
 FILE_NAME = "dataset.json"
 SPLITS = ("training", "validation", "test")
-_REQUIRED = ("image", "patient", "case", "modality", "slice")
 
 
 @dataclass(frozen=True)
@@ -120,34 +119,40 @@ def write_manifest(root: Path, content: Mapping[str, Any]) -> Path:
     return path
 
 
-def load_manifest(dataset_dir: str | Path) -> Manifest:
-    """Read and check the datalist of a slice data set.
+def load_manifest(dataset_dir: str | Path, *, required: Sequence[str] = ("image",)) -> Manifest:
+    """Read and check the datalist of a data set of slices or photographs.
 
     Args:
         dataset_dir: folder of ``dataset.json``.
+        required: what every entry must have.
 
     Raises:
         DataError: there is none, it is no such datalist, or an entry's path leaves the folder.
     """
     path = Path(dataset_dir) / FILE_NAME
     if not path.is_file():
-        raise DataError(f"{path}: found no data set, expected one made by: vaevq-med slice-extract INPUT {dataset_dir}")
+        raise DataError(
+            f"{path}: found no data set, expected one made by: vaevq-med slice-extract INPUT {dataset_dir} "
+            f"(or imagenet-prepare)"
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: found an unreadable file ({error}), expected a JSON datalist") from error
     if not isinstance(content, dict) or any(not isinstance(content.get(split), list) for split in SPLITS):
-        raise DataError(f"{path}: found no lists {', '.join(SPLITS)}, expected a datalist of slice-extract")
+        raise DataError(
+            f"{path}: found no lists {', '.join(SPLITS)}, expected a datalist of slice-extract or imagenet-prepare"
+        )
     for split in SPLITS:
         for number, entry in enumerate(content[split]):
-            _check_entry(entry, f"{path}: {split}[{number}]")
+            _check_entry(entry, required, f"{path}: {split}[{number}]")
     return Manifest(path, content)
 
 
-def _check_entry(entry: Any, where: str) -> None:
-    missing = [key for key in _REQUIRED if not isinstance(entry, dict) or key not in entry]
+def _check_entry(entry: Any, required: Sequence[str], where: str) -> None:
+    missing = [key for key in required if not isinstance(entry, dict) or key not in entry]
     if missing:
-        raise DataError(f"{where}: found no {', '.join(missing)}, expected {', '.join(_REQUIRED)}")
+        raise DataError(f"{where}: found no {', '.join(missing)}, expected {', '.join(required)}")
     for key in ("image", "segmentation"):
         if key in entry:
             relative = entry[key]

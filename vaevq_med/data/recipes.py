@@ -35,13 +35,11 @@ class BiasFieldCorrection:
     iterations: tuple[int, ...] = (50, 50, 50, 50)
 
     def __post_init__(self) -> None:
-        _expect(
-            _is_int(self.shrink_factor, 1, 16), "bias_field_correction.shrink_factor", self.shrink_factor, "1 to 16"
-        )
-        _expect(
+        expect(is_int(self.shrink_factor, 1, 16), "bias_field_correction.shrink_factor", self.shrink_factor, "1 to 16")
+        expect(
             isinstance(self.iterations, tuple)
             and 0 < len(self.iterations) <= 8
-            and all(_is_int(n, 1, 1000) for n in self.iterations),
+            and all(is_int(n, 1, 1000) for n in self.iterations),
             "bias_field_correction.iterations",
             self.iterations,
             "1 to 8 whole numbers from 1 to 1000",
@@ -63,11 +61,11 @@ class SplitRule:
     validation: float = 0.1
 
     def __post_init__(self) -> None:
-        _expect(_is_int(self.seed, 0, 2**63 - 1), "split.seed", self.seed, "a whole number from 0")
+        expect(is_int(self.seed, 0, 2**63 - 1), "split.seed", self.seed, "a whole number from 0")
         for name in ("training", "validation"):
-            _expect(_is_number(getattr(self, name), 0, 1), f"split.{name}", getattr(self, name), "a share in [0, 1]")
+            expect(is_number(getattr(self, name), 0, 1), f"split.{name}", getattr(self, name), "a share in [0, 1]")
         total = self.training + self.validation
-        _expect(total <= 1 + 1e-9, "split.training + split.validation", total, "at most 1")
+        expect(total <= 1 + 1e-9, "split.training + split.validation", total, "at most 1")
 
 
 @dataclass(frozen=True)
@@ -110,45 +108,45 @@ class Recipe:
     split: SplitRule = field(default_factory=SplitRule)
 
     def __post_init__(self) -> None:
-        _expect(isinstance(self.name, str) and self.name, "name", self.name, "a text")
-        _expect(isinstance(self.description, str), "description", self.description, "a text")
+        expect(isinstance(self.name, str) and self.name, "name", self.name, "a text")
+        expect(isinstance(self.description, str), "description", self.description, "a text")
         valid = bool(self.modalities) and all(
             isinstance(m, str) and re.fullmatch(r"[a-z0-9]{1,16}", m) and m not in _RESERVED for m in self.modalities
         )
-        _expect(
+        expect(
             valid,
             "modalities",
             list(self.modalities),
             f"names of lower-case letters and digits other than {', '.join(_RESERVED)}",
         )
-        _expect(len(set(self.modalities)) == len(self.modalities), "modalities", list(self.modalities), "each one once")
+        expect(len(set(self.modalities)) == len(self.modalities), "modalities", list(self.modalities), "each one once")
         for name, choices in (("axis", AXES), ("interpolation", INTERPOLATIONS), ("format", FORMATS)):
-            _expect(getattr(self, name) in choices, name, getattr(self, name), "one of " + ", ".join(choices))
-        _expect(
-            _is_number(self.max_obliquity_degrees, 0, 45),
+            expect(getattr(self, name) in choices, name, getattr(self, name), "one of " + ", ".join(choices))
+        expect(
+            is_number(self.max_obliquity_degrees, 0, 45),
             "max_obliquity_degrees",
             self.max_obliquity_degrees,
             "0 to 45",
         )
         if self.spacing is not None:
-            _expect(
-                len(self.spacing) == 3 and all(_is_number(s, 0.05, 50) for s in self.spacing),
+            expect(
+                len(self.spacing) == 3 and all(is_number(s, 0.05, 50) for s in self.spacing),
                 "spacing",
                 list(self.spacing),
                 "three lengths from 0.05 to 50 mm, or null",
             )
         for name in ("clip_negatives", "antialias"):
-            _expect(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
-        _expect(
+            expect(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
+        expect(
             len(self.percentiles) == 2
-            and all(_is_number(p, 0, 100) for p in self.percentiles)
+            and all(is_number(p, 0, 100) for p in self.percentiles)
             and self.percentiles[0] < self.percentiles[1],
             "percentiles",
             list(self.percentiles),
             "two rising numbers in [0, 100]",
         )
-        _expect(_is_number(self.min_foreground, 0, 1), "min_foreground", self.min_foreground, "a share in [0, 1]")
-        _expect(_is_int(self.size, 8, MAX_SIZE), "size", self.size, f"8 to {MAX_SIZE} pixels")
+        expect(is_number(self.min_foreground, 0, 1), "min_foreground", self.min_foreground, "a share in [0, 1]")
+        expect(is_int(self.size, 8, MAX_SIZE), "size", self.size, f"8 to {MAX_SIZE} pixels")
 
     def with_options(self, *, size: int | None = None, image_format: str | None = None) -> Recipe:
         """This recipe with what the command line changes.
@@ -190,25 +188,48 @@ class Recipe:
         Raises:
             DataError: a field is unknown, missing or out of its range.
         """
-        _known(values, cls, "recipe")
+        known(values, cls, "recipe")
         if "name" not in values:
             raise DataError("recipe: found no 'name', expected one")
         kwargs: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         for name in ("modalities", "percentiles"):
             if name in kwargs:
-                _expect(isinstance(kwargs[name], tuple), name, kwargs[name], "a list")
+                expect(isinstance(kwargs[name], tuple), name, kwargs[name], "a list")
         spacing = kwargs.get("spacing")
-        _expect(spacing is None or isinstance(spacing, tuple), "spacing", spacing, "a list, or null")
+        expect(spacing is None or isinstance(spacing, tuple), "spacing", spacing, "a list, or null")
         inner_kinds: dict[str, type] = {"bias_field_correction": BiasFieldCorrection, "split": SplitRule}
         for name, kind in inner_kinds.items():
             inner = kwargs.get(name)
             if inner is None and (name == "bias_field_correction" or name not in kwargs):
                 continue
-            _expect(isinstance(inner, Mapping), name, inner, "an object")
+            expect(isinstance(inner, Mapping), name, inner, "an object")
             assert inner is not None
-            _known(inner, kind, name)
+            known(inner, kind, name)
             kwargs[name] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in inner.items()})
         return cls(**kwargs)
+
+
+def read_recipe(name_or_path: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The file of a recipe, and the JSON object in it.
+
+    Args:
+        name_or_path: as for :func:`load_recipe`.
+
+    Raises:
+        VaevqMedError: there is no such recipe, or it is no JSON object.
+    """
+    path = Path(name_or_path)
+    if path.suffix != ".json":
+        path = recipe_path(path.as_posix())
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"recipe {path}: found no readable file ({error.strerror}), expected JSON") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"recipe {path}: found invalid JSON ({error}), expected an object") from error
+    if not isinstance(values, dict):
+        raise DataError(f"recipe {path}: found {type(values).__name__}, expected a JSON object")
+    return path, values
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
@@ -224,17 +245,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         >>> load_recipe("brats24/axial_256").percentiles
         (0.0, 99.5)
     """
-    path = Path(name_or_path)
-    if path.suffix != ".json":
-        path = recipe_path(path.as_posix())
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"recipe {path}: found no readable file ({error.strerror}), expected JSON") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"recipe {path}: found invalid JSON ({error}), expected an object") from error
-    if not isinstance(values, dict):
-        raise DataError(f"recipe {path}: found {type(values).__name__}, expected a JSON object")
+    path, values = read_recipe(name_or_path)
     try:
         return Recipe.from_dict(values)
     except DataError as error:
@@ -245,23 +256,27 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _known(values: Mapping[str, Any], kind: type, where: str) -> None:
-    known = {f.name for f in fields(kind)}
-    unknown = sorted(set(values) - known)
+def known(values: Mapping[str, Any], kind: type, where: str) -> None:
+    """Refuse fields that a dataclass does not have."""
+    names = {f.name for f in fields(kind)}
+    unknown = sorted(set(values) - names)
     if unknown:
         raise DataError(
-            f"{where}: found unknown field {', '.join(unknown)}, expected some of {', '.join(sorted(known))}"
+            f"{where}: found unknown field {', '.join(unknown)}, expected some of {', '.join(sorted(names))}"
         )
 
 
-def _expect(valid: object, name: str, found: object, expected: str) -> None:
+def expect(valid: object, name: str, found: object, expected: str) -> None:
+    """Raise the error of a field whose value is not valid."""
     if not valid:
         raise DataError(f"{name}: found {json.dumps(found, default=str)}, expected {expected}")
 
 
-def _is_int(value: object, low: int, high: int) -> bool:
+def is_int(value: object, low: int, high: int) -> bool:
+    """Whether a value is a whole number in a range."""
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
-def _is_number(value: object, low: float, high: float) -> bool:
+def is_number(value: object, low: float, high: float) -> bool:
+    """Whether a value is a number in a range."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high

@@ -95,7 +95,7 @@ def _identity(dataset: Any) -> dict[str, Any]:
     return {
         "split_hash": manifest.split_hash,
         "content_hash": manifest.content_hash,
-        "patients": sorted({str(entry["patient"]) for entry in manifest.entries(dataset.split)}),
+        "patients": sorted({str(e["patient"]) for e in manifest.entries(dataset.split) if "patient" in e}),
     }
 
 

@@ -51,6 +51,15 @@ def validation_split(dataset_dir: str | Path) -> str:
     return "training"
 
 
+def evaluation_split(dataset_dir: str | Path) -> str:
+    """``test``, or, where nothing stands in it, ``validation``, as with ImageNet, whose test labels are not public.
+
+    Args:
+        dataset_dir: data set of slices or photographs.
+    """
+    return "test" if load_manifest(dataset_dir).entries("test") else "validation"
+
+
 class EvaluationHandler:
     """Measure every batch of a :class:`TokenizerEvaluator` in one pass, then write the record and pictures.
 
@@ -136,9 +145,14 @@ class EvaluationHandler:
         if self.stored is None or manifest is None or self.dataset.split == "training":  # type: ignore[attr-defined]
             return
         split = self.dataset.split  # type: ignore[attr-defined]
-        leaked = {str(entry["patient"]) for entry in manifest.entries(split)} & set(
-            self.stored.data.get("patients", ())
-        )
+        trained, entries = self.stored.data, manifest.entries(split)
+        moved = trained.get("split_hash") != manifest.split_hash
+        if moved and trained.get("content_hash") == manifest.content_hash and "patient" not in entries[0]:
+            raise VaevqMedError(
+                f"split {split!r}: found the images that {self.stored.path.name} was trained on dealt to other splits, "
+                "expected the same split"
+            )
+        leaked = {str(entry["patient"]) for entry in entries if "patient" in entry} & set(trained.get("patients", ()))
         if leaked:
             raise VaevqMedError(
                 f"split {split!r}: found patient {min(leaked)}, whom {self.stored.path.name} was trained on, expected "
@@ -214,7 +228,8 @@ class EvaluationHandler:
             output[Keys.PRED].cpu(),
             None if continuous is None else continuous.cpu(),
             labels=[
-                f"{title} {row['modality']}\n{row['case']}".strip() for title, row in zip(titles, rows, strict=True)
+                f"{title} {row['modality']}\n{row['case'] or Path(row['path']).stem}".strip()
+                for title, row in zip(titles, rows, strict=True)
             ],
             path=path,
         )

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from ignite.engine import Engine, Events
 from monai.utils.enums import CommonKeys as Keys
+from numpy.typing import NDArray
 from PIL import Image
 
 from vaevq_med.errors import VaevqMedError
@@ -19,7 +20,8 @@ _KINDS = ("indices", "reconstructions")
 class PredictionWriter:
     """Write what an evaluator makes of each slice, under the slice's own relative path.
 
-    ``indices/<path>.npy`` holds int32 ``[h, w, G]``, ``reconstructions/<path>.png`` 8 bit.
+    ``indices/<path>.npy`` holds int32 ``[h, w, G]``, ``reconstructions/<path>.png`` 8 bit; of two or four channels each
+    is a file of its own, ``<path>-channel0.png`` and so on.
 
     Args:
         output_dir: root of the files.
@@ -53,5 +55,12 @@ class PredictionWriter:
             if "indices" in self.write:
                 np.save(self._target("indices", source, ".npy"), indices[number])
             if "reconstructions" in self.write:
-                picture = predictions[number].transpose(1, 2, 0).squeeze()
-                Image.fromarray(picture).save(self._target("reconstructions", source, ".png"))
+                self._write_picture(predictions[number], self._target("reconstructions", source, ".png"))
+
+    @staticmethod
+    def _write_picture(channels: NDArray[np.uint8], path: Path) -> None:
+        if channels.shape[0] in (1, 3):
+            Image.fromarray(channels.transpose(1, 2, 0).squeeze()).save(path)
+            return
+        for number, channel in enumerate(channels):
+            Image.fromarray(channel).save(path.with_name(f"{path.stem}-channel{number}.png"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 from monai.bundle import ConfigParser
@@ -41,7 +42,9 @@ def _plain(value: Any, config: Mapping[str, Any], path: Path, depth: int = 0) ->
         reserved = [key for key in value if str(key).startswith("_") and key not in ("_target_", "_notes_")]
         if reserved:
             raise CheckpointError(f"{path}: found {', '.join(reserved)} in the network's definition, expected none")
-        return {key: _plain(item, config, path, depth + 1) for key, item in value.items()}
+        # Their values are part of the weights, so that the files need not be there.
+        files = getattr(locate(target), "initial_files", ()) if isinstance(target, str) else ()
+        return {key: None if key in files else _plain(item, config, path, depth + 1) for key, item in value.items()}
     if isinstance(value, list):
         return [_plain(item, config, path, depth + 1) for item in value]
     if isinstance(value, str):
@@ -86,8 +89,15 @@ class StoredTokenizer:
             self._state = read_checkpoint(self.path)
             self.config = json.loads(self._state.get("config") or "{}")
 
-    def value(self, key: str) -> Any:
-        """A top-level setting of the training run, such as ``image_size``."""
+    def value(self, key: str, *default: Any) -> Any:
+        """A top-level setting of the training run, such as ``image_size``.
+
+        Args:
+            key: its id.
+            *default: what to return where the run has no such setting; without it, that is an error.
+        """
+        if default and key not in self.config:
+            return default[0]
         try:
             return _plain(self.config[key], self.config, self.path)
         except (KeyError, IndexError) as error:

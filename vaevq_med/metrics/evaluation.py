@@ -76,7 +76,8 @@ class ReconstructionEvaluation:
             target: originals, ``[B, C, H, W]`` in [-1, 1].
             reconstruction: of the same shape.
             indices: ``[B, h, w, G]``, or None for a tokenizer without any.
-            metadata: lists of length B: ``modality``, and what else the rows shall hold; ``index`` orders them.
+            metadata: lists of length B that the rows shall hold. ``index`` orders them; ``modality``, where an image
+                has one, gives tables by modality.
             regions: masks by name, bool ``[B, H, W]``; an empty mask leaves the image out of that region.
             indices_sample: indices of a quantized sample, for its utilization.
 
@@ -104,7 +105,7 @@ class ReconstructionEvaluation:
             self._rows.append({**row, **{name: column[i] for name, column in values.items()}})
         if self.fid is not None:
             real, fake = self.fid.pooled(torch.cat([rounded_target, rounded])).chunk(2)
-            self._add_features(real, fake, modalities=[str(m) for m in metadata["modality"]])
+            self._add_features(real, fake, modalities=[str(m) for m in metadata.get("modality", [""] * len(real))])
         if indices is not None:
             self.usage.update(indices)
         if indices_sample is not None:
@@ -114,7 +115,8 @@ class ReconstructionEvaluation:
     def _add_features(self, real: Tensor, fake: Tensor, modalities: Sequence[str]) -> None:
         groups = {"all": list(range(len(modalities)))}
         for i, modality in enumerate(modalities):
-            groups.setdefault(f"modality {modality}", []).append(i)
+            if modality:
+                groups.setdefault(f"modality {modality}", []).append(i)
         for name, members in groups.items():
             if name not in self._distances:
                 self._distances[name] = FrechetDistance(num_features=real.shape[1], device=self.device)
@@ -127,8 +129,8 @@ class ReconstructionEvaluation:
         self.usage_sample.reduce()
         overall: Summary = _means(rows, [name for name in _PER_IMAGE if any(name in row for row in rows)])
         modalities = {
-            modality: _means([row for row in rows if row["modality"] == modality], list(overall))
-            for modality in sorted({str(row["modality"]) for row in rows})
+            modality: _means([row for row in rows if row.get("modality") == modality], list(overall))
+            for modality in sorted({str(row.get("modality") or "") for row in rows} - {""})
         }
         regions: dict[str, Summary] = {}
         for region in self._regions:

@@ -54,7 +54,8 @@ class FeatureNetwork(nn.Module, ABC):
         """Feature maps to compare, one ``[B, F, h, w]`` a stage, of unit length over F.
 
         Args:
-            images: ``[B, C, H, W]`` in [-1, 1]; C is 3, or 1, which is repeated.
+            images: ``[B, C, H, W]`` in [-1, 1]; C is 3, or 1, which is repeated, or 2 or 4, of which each is
+                an image of its own (B·C rows).
 
         Raises:
             VaevqMedError: for another C.
@@ -66,10 +67,23 @@ class FeatureNetwork(nn.Module, ABC):
     def pooled(self, images: Tensor) -> Tensor:
         """Feature vectors ``[B, num_features]`` of images as :meth:`layers` takes them."""
         with torch.autocast(images.device.type, enabled=False):
-            return self._pooled(_to_color(images))
+            features = self._pooled(_to_color(images))
+            return features.reshape(images.shape[0], -1, features.shape[1]).mean(dim=1)
+
+    def deepest(self, images: Tensor) -> Tensor:
+        """The deepest feature map, ``[B, F, h, w]``, as the network gives it.
+
+        Args:
+            images: ``[B, C, H, W]`` in [-1, 1]; C is 3, or 1, which is repeated.
+
+        Raises:
+            VaevqMedError: for another C, or a network without feature maps.
+        """
+        with torch.autocast(images.device.type, enabled=False):
+            return self._layers(_to_color(images))[-1]
 
     def compare(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
-        """Distance of two lists that :meth:`layers` gave, ``[B]``.
+        """Distance of two lists that :meth:`layers` gave, one for each of their rows.
 
         Squared difference of the unit-length features, summed over F, mean over space and over stages ("LPIPS-style":
         without learned weights).
@@ -79,12 +93,16 @@ class FeatureNetwork(nn.Module, ABC):
 
     def distance(self, first: Tensor, second: Tensor) -> Tensor:
         """Perceptual distance of two batches of images in [-1, 1], ``[B]``."""
-        return self.compare(self.layers(first), self.layers(second))
+        distances = self.compare(self.layers(first), self.layers(second))
+        return distances.reshape(first.shape[0], -1).mean(dim=1)
 
 
 def _to_color(images: Tensor) -> Tensor:
-    if images.ndim != 4 or images.shape[1] not in (1, 3):
-        raise VaevqMedError(f"images have shape {tuple(images.shape)}; expected [B, 1 or 3, H, W]")
+    """Gray repeated to three channels, color as it is; each of two or four channels as a gray image of its own."""
+    if images.ndim != 4 or not 1 <= images.shape[1] <= 4:
+        raise VaevqMedError(f"images have shape {tuple(images.shape)}; expected [B, 1 to 4, H, W]")
+    if images.shape[1] in (2, 4):
+        images = images.flatten(0, 1)[:, None]
     return images.float().expand(-1, 3, -1, -1)
 
 
@@ -199,7 +217,7 @@ class InceptionFeatures(FeatureNetwork):
         self._freeze()
 
     def _layers(self, images: Tensor) -> list[Tensor]:
-        raise VaevqMedError("feature network 'inception' has no perceptual distance; expected another of NAMES")
+        raise VaevqMedError("feature network 'inception' has no perceptual distance or maps; expected another of NAMES")
 
     def _pooled(self, images: Tensor) -> Tensor:
         levels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
