@@ -8,9 +8,14 @@ from dataclasses import dataclass
 from torch import nn
 
 from vaevq_med.networks.quantizers import (
+    FSQ,
     FVQ,
+    IFSQ,
+    LFQ,
     MGVQ,
+    VQGANLC,
     FactorizedQuantizer,
+    GaussianQuantizer,
     ResidualQuantizer,
     SimVQ,
     VectorQuantizer,
@@ -76,4 +81,16 @@ CASES: dict[str, Case] = {
     ),
     "mgvq-plain": Case(lambda: MGVQ(num_embeddings=32, embedding_dim=4, num_codebooks=2, normalize=False)),
     "fvq": Case(unfolded_fvq),
+    "fsq": Case(lambda: FSQ(levels=[8, 5, 4]), learns=False, straight_through=False, random_start=False),
+    "fsq-projection": Case(lambda: FSQ(levels=[8, 5, 5], embedding_dim=6, projection=True), straight_through=False),
+    "ifsq": Case(lambda: IFSQ(levels=[7, 5, 3]), learns=False, straight_through=False, random_start=False),
+    "lfq": Case(lambda: LFQ(num_embeddings=32, temperature=1.0), learns=False, random_start=False),
+    "lfq-projection": Case(lambda: LFQ(num_embeddings=32, embedding_dim=8, projection=True), straight_through=False),
+    "gaussian": Case(lambda: GaussianQuantizer(num_embeddings=64, embedding_dim=4), learns=False, random_start=False),
+    "gaussian-grouped": Case(
+        lambda: GaussianQuantizer(num_embeddings=64, embedding_dim=6, dims_per_codebook=3),
+        learns=False,
+        random_start=False,
+    ),
+    "vqgan-lc": Case(lambda: VQGANLC(num_embeddings=32, embedding_dim=4, num_features=6)),
 }

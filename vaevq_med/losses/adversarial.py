@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vaevq_med.errors import VaevqMedError
-from vaevq_med.losses.base import check_choice
+from vaevq_med.losses.base import check_choice, paths
 from vaevq_med.outputs import TokenizerOutput
 
 LOSSES = ("hinge", "non_saturating")
-GAN_PATHS = ("quantized", "both", "mean_logits")
+GAN_PATHS = ("quantized", "continuous", "both", "mean_logits")
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, kind: str = "hinge") -> Tensor:
@@ -74,8 +74,8 @@ class AdversarialTerm(nn.Module):
         weight: of the generator's loss.
         adaptive: multiply the weight by :func:`adaptive_weight`.
         start_step: iterations without the GAN.
-        paths: reconstructions the discriminator judges: the ``"quantized"`` one, ``"both"`` as one batch, or
-            ``"mean_logits"``, the mean of both paths' logits (the released code).
+        paths: reconstructions the discriminator judges: the ``"quantized"`` one, the ``"continuous"`` one, ``"both"``
+            as one batch, or ``"mean_logits"``, the mean of both paths' logits (the released code).
         per_image: in the generator's loss, take the mean logit of each image first (the released code).
 
     Raises:
@@ -105,9 +105,10 @@ class AdversarialTerm(nn.Module):
         self.per_image = per_image
 
     def _fake_logits(self, output: TokenizerOutput, discriminator: nn.Module, detach: bool) -> Tensor:
-        images = [output.reconstruction]
-        if self.paths != "quantized" and output.reconstruction_continuous is not None:
-            images.append(output.reconstruction_continuous)
+        if self.paths == "quantized":
+            images = [output.reconstruction]
+        else:
+            images = paths(output, "continuous" if self.paths == "continuous" else "both")
         images = [image.detach() if detach else image for image in images]
         if self.paths == "mean_logits":
             return torch.stack([discriminator(image).float() for image in images]).mean(dim=0)

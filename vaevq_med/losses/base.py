@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vaevq_med.errors import VaevqMedError
 from vaevq_med.outputs import TokenizerOutput
 
+PATHS = ("both", "continuous")
 PATH_REDUCTIONS = ("sum", "mean")
 
 
@@ -28,11 +29,24 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
     return value
 
 
-def paths(output: TokenizerOutput) -> list[Tensor]:
-    """The reconstructions of an output: the quantized path, and the continuous one where there is one."""
+def paths(output: TokenizerOutput, which: str = "both") -> list[Tensor]:
+    """The reconstructions of an output.
+
+    Args:
+        output: of the training forward pass.
+        which: ``"both"``, the quantized path and, where there is one, the continuous path; or ``"continuous"``, that
+            path alone.
+
+    Raises:
+        VaevqMedError: the continuous path is asked for and there is none.
+    """
+    if which == "both":
+        return [path for path in (output.reconstruction, output.reconstruction_continuous) if path is not None]
     if output.reconstruction_continuous is None:
-        return [output.reconstruction]
-    return [output.reconstruction, output.reconstruction_continuous]
+        raise VaevqMedError(
+            "paths is 'continuous'; found a tokenizer with variational false, expected true, or paths 'both'"
+        )
+    return [output.reconstruction_continuous]
 
 
 def combine(values: list[Tensor], path_reduction: str) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vaevq_med.losses.base import PATH_REDUCTIONS, LossTerm, check_choice, combine, paths
+from vaevq_med.losses.base import PATH_REDUCTIONS, PATHS, LossTerm, check_choice, combine, paths
 from vaevq_med.networks.features import feature_network
 from vaevq_med.outputs import TokenizerOutput
 
@@ -21,16 +21,23 @@ class PerceptualLoss(LossTerm):
         network: name of the feature network, see :mod:`vaevq_med.networks.features`.
         weights: file of its weights, where it is not in a usual place.
         path_reduction: ``"sum"`` or ``"mean"`` of the quantized and the continuous path.
+        paths: ``"both"``, or the ``"continuous"`` path alone.
 
     Raises:
         MissingWeightsError: the network's weights are not on this machine.
     """
 
     def __init__(
-        self, *, network: str = "efficientnet-lite0", weights: str | Path | None = None, path_reduction: str = "sum"
+        self,
+        *,
+        network: str = "efficientnet-lite0",
+        weights: str | Path | None = None,
+        path_reduction: str = "sum",
+        paths: str = "both",
     ) -> None:
         super().__init__()
         self.path_reduction = check_choice("path_reduction", path_reduction, PATH_REDUCTIONS)
+        self.paths = check_choice("paths", paths, PATHS)
         self.features = feature_network(network, weights)
 
     def distance(self, first: Tensor, second: Tensor) -> Tensor:
@@ -39,7 +46,7 @@ class PerceptualLoss(LossTerm):
 
     def forward(self, target: Tensor, output: TokenizerOutput) -> Tensor:
         """The distance, a scalar."""
-        reconstructions = paths(output)
+        reconstructions = paths(output, self.paths)
         with torch.no_grad():
             expected = self.features.layers(target)
         found = self.features.layers(torch.cat(reconstructions))

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vaevq_med.losses.base import PATH_REDUCTIONS, LossTerm, check_choice, combine, paths
+from vaevq_med.losses.base import PATH_REDUCTIONS, PATHS, LossTerm, check_choice, combine, paths
 from vaevq_med.outputs import TokenizerOutput
 
 KINDS = ("l2", "l1", "calibrated")
@@ -40,22 +40,27 @@ class ReconstructionLoss(LossTerm):
         reduction: ``"mean"`` over every element; ``"sum"`` over an image's elements, mean over the batch.
         path_reduction: ``"sum"`` (the paper) or ``"mean"`` (the released code) of the quantized and the continuous
             path.
+        paths: ``"both"``, or the ``"continuous"`` path alone (a plain VAE; Gaussian Quant).
 
     Raises:
-        VaevqMedError: for another kind or reduction.
+        VaevqMedError: for another kind, reduction or path.
     """
 
-    def __init__(self, *, kind: str = "l2", reduction: str = "mean", path_reduction: str = "sum") -> None:
+    def __init__(
+        self, *, kind: str = "l2", reduction: str = "mean", path_reduction: str = "sum", paths: str = "both"
+    ) -> None:
         super().__init__()
         self.kind = check_choice("kind", kind, KINDS)
         self.reduction = check_choice("reduction", reduction, ("mean", "sum"))
         self.path_reduction = check_choice("path_reduction", path_reduction, PATH_REDUCTIONS)
+        self.paths = check_choice("paths", paths, PATHS)
 
     def forward(self, target: Tensor, output: TokenizerOutput) -> Tensor:
         """The error of ``[B, C, H, W]``, a scalar."""
         target = target.float()
         factor = target[0].numel() if self.reduction == "sum" else 1
-        return factor * combine([self._error(path.float(), target) for path in paths(output)], self.path_reduction)
+        errors = [self._error(path.float(), target) for path in paths(output, self.paths)]
+        return factor * combine(errors, self.path_reduction)
 
     def _error(self, path: Tensor, target: Tensor) -> Tensor:
         difference = path - target

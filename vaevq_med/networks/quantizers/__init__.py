@@ -3,18 +3,27 @@
 from vaevq_med.networks.quantizers.base import CodebookQuantizer, Quantizer, vq_losses
 from vaevq_med.networks.quantizers.ema import VectorQuantizerEMA
 from vaevq_med.networks.quantizers.factorized import FactorizedQuantizer
+from vaevq_med.networks.quantizers.fsq import FSQ, IFSQ
+from vaevq_med.networks.quantizers.gaussian import GaussianQuantizer
+from vaevq_med.networks.quantizers.lfq import LFQ
 from vaevq_med.networks.quantizers.mgvq import MGVQ
 from vaevq_med.networks.quantizers.nearest import nearest_codeword
 from vaevq_med.networks.quantizers.residual import ResidualQuantizer
 from vaevq_med.networks.quantizers.simvq import SimVQ
 from vaevq_med.networks.quantizers.vq import VectorQuantizer
 from vaevq_med.networks.quantizers.vqbridge import FVQ
+from vaevq_med.networks.quantizers.vqgan_lc import VQGANLC
 
 __all__ = [
+    "FSQ",
     "FVQ",
+    "IFSQ",
+    "LFQ",
     "MGVQ",
+    "VQGANLC",
     "CodebookQuantizer",
     "FactorizedQuantizer",
+    "GaussianQuantizer",
     "Quantizer",
     "ResidualQuantizer",
     "SimVQ",
