@@ -159,7 +159,7 @@ def test_a_comparison_from_rows_to_tables(runner: Runner, slice_dataset: Path, t
 
     # Another budget, another seed's overrides or a changed overlay do not mix with it.
     for changed, said in (
-        ({"budget": Budget(max_epochs=2)}, "1 epochs, expected 2 epochs"),
+        ({"budget": Budget(max_epochs=2)}, "1 epoch, expected 2 epochs"),
         ({"assignments": (*command.assignments, "ema_decay=0.5")}, "ema_decay unset, expected 0.5"),
         ({"checkpoint": "best"}, "last, expected best"),
     ):

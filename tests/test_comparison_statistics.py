@@ -224,10 +224,12 @@ def test_markdown_has_one_cell_a_column_and_marks_the_best(table: Table) -> None
 
 
 def test_notes_say_what_a_reader_has_to_know(table: Table) -> None:
-    notes = " ".join(table.notes)
+    notes = table.markdown()
     for said in ("3 epochs", "3 images", "2 patients", "inception", "Missing: vaevq seed 1", "arXiv 2511.06863"):
         assert said in notes, said
     assert "2 patients: too few for any p-value" in notes
+    assert "PSNR (dB): VAEVQ\\_50% & co over VQGAN, mean difference" in notes
+    assert "mean difference" not in table.latex()
 
 
 def test_latex_is_escaped_and_balanced(table: Table) -> None:

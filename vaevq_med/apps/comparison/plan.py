@@ -253,7 +253,8 @@ class Budget:
         """For a reader."""
         for name, value in vars(self).items():
             if value is not None:
-                return f"{value:,} {name.removeprefix('max_')}"
+                words = name.removeprefix("max_")
+                return f"{value:,} {words if value > 1 else words.removesuffix('s')}"
         return "the bundle's own number of epochs"
 
 

@@ -205,17 +205,17 @@ def best_against_next(metric: str, methods: Mapping[str, Images]) -> list[Paired
             return [PairedTest(metric, best, second, unit, few, mean, wilcoxon(paired))]
         mean = float(paired.mean()) if unit == "patients" else float(differences.mean())
         note = (
-            f"{few} patient{'s' if few > 1 else ''}: too few for any p-value below {LEVEL} "
-            f"(the smallest possible is {smallest_p_value(few):.3g}; 6 patients are needed)"
+            f"{few} patient{'s' if few > 1 else ''}: too few for any p-value below {LEVEL}: "
+            f"the smallest possible is {smallest_p_value(few):.3g}, 6 patients are needed"
         )
         tests.append(PairedTest(metric, best, second, "patients", few, mean, None, note))
-    notes, count = [], len(differences)
-    if patients:
-        notes.append("images of one patient are not independent, so the p-value is too small")
-    enough = smallest_p_value(count) < LEVEL
-    if not enough:
-        notes.append(f"{count} image{'s' if count > 1 else ''}: too few for any p-value below {LEVEL}")
-    p_value = wilcoxon(differences) if enough else None
+    note, p_value, count = "", None, len(differences)
+    if smallest_p_value(count) >= LEVEL:
+        note = f"{count} image{'s' if count > 1 else ''}: too few for any p-value below {LEVEL}"
+    else:
+        p_value = wilcoxon(differences)
+        if patients:
+            note = "images of one patient are not independent, so the p-value is too small"
     mean = float(differences.mean())
-    tests.append(PairedTest(metric, best, second, "images", count, mean, p_value, "; ".join(notes)))
+    tests.append(PairedTest(metric, best, second, "images", count, mean, p_value, note))
     return tests

@@ -128,7 +128,7 @@ class Table:
     Attributes:
         methods: rows.
         tests: best against next.
-        notes: sentences below the table.
+        notes: what was compared and on what, in sentences; the caption in LaTeX.
         published: the paper's figures, or None.
     """
 
@@ -150,6 +150,12 @@ class Table:
     def _paper(self, result: MethodResult, column: Column) -> str:
         assert self.published is not None
         return self.published.figures.get(result.method.family, {}).get(column.name, "")
+
+    def _titles(self) -> dict[str, str]:
+        return {result.method.name: result.method.title for result in self.methods}
+
+    def _sources(self) -> list[str]:
+        return [] if self.published is None else [f"Paper: {self.published.source}", *self.published.notes]
 
     def _is_best(self, column: Column, figure: Figure) -> bool:
         if column.name not in HIGHER_IS_BETTER or len(self.methods) < 2:
@@ -176,7 +182,8 @@ class Table:
                 text = "" if figure is None else _cell(column, figure, "±")
                 cells.append(f"**{text}**" if figure is not None and self._is_best(column, figure) else text)
             lines.append(_row([*cells, *(self._paper(result, column) for column in self._paper_columns())]))
-        return "\n".join([*lines, "", *(f"- {_markdown_text(note)}" for note in self.notes)]) + "\n"
+        notes = [*self.notes, *(_sentence(test, self._titles()) for test in self.tests), *self._sources()]
+        return "\n".join([*lines, "", *(f"- {_markdown_text(note)}" for note in notes)]) + "\n"
 
     def csv(self) -> str:
         """As CSV: unscaled means, with ``_std``, ``_low`` and ``_high`` columns where there are such."""
@@ -230,7 +237,7 @@ class Table:
             *body,
             r"\bottomrule",
             r"\end{tabular}}",
-            rf"\caption{{{latex_text(' '.join(self.notes))}}}",
+            rf"\caption{{{latex_text(' '.join([*self.notes, *self._sources()[:1]]))}}}",
             r"\end{table}",
         ]
         return "\n".join(lines) + "\n"
@@ -266,7 +273,7 @@ class Table:
                 for result in self.methods
             ],
             "tests": [test.record() for test in self.tests],
-            "notes": list(self.notes),
+            "notes": [*self.notes, *self._sources()],
         }
 
 
@@ -289,11 +296,7 @@ def make_table(plan: Plan, results: Sequence[RowResult], published: Published | 
             methods.append(summarize(own))
     images = {result.method.name: result.images for result in methods}
     tests = tuple(test for metric in PER_IMAGE for test in best_against_next(metric, images))
-    titles = {method.name: method.title for method in plan.methods}
-    notes = [*_notes(plan, results, methods), *(_sentence(test, titles) for test in tests)]
-    if published is not None:
-        notes += [f"Paper: {published.source}", *published.notes]
-    return Table(tuple(methods), tests, tuple(notes), published)
+    return Table(tuple(methods), tests, tuple(_notes(plan, results, methods)), published)
 
 
 def _check_alike(results: Sequence[RowResult]) -> None:
