@@ -36,8 +36,10 @@ from vaevq_med.data import (
     read_image,
 )
 from vaevq_med.data.ground_truth import read_ground_truth
-from vaevq_med.data.imagenet import choose_classes, find_images
+from vaevq_med.data.image_classes import check_ilsvrc, choose_classes
+from vaevq_med.data.imagenet import find_images
 from vaevq_med.errors import DataError
+from vaevq_med.networks.features import feature_network
 
 BUNDLE = Path(__file__).resolve().parents[1] / "bundles" / "imagenet"
 CLASSES = ("n00000001", "n00000002", "n00000003")
@@ -216,7 +218,12 @@ def test_dry_run_writes_nothing_and_estimates(folders: Path, prepare: Callable[.
 # --- odd files --------------------------------------------------------------------------------------------
 
 
-def test_odd_files_are_reported_and_none_is_fatal(tmp_path: Path, prepare: Callable[..., Outcome]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "height", "width", "side"), [(["--resize", "8"], 8, 11, 8), ([], 30, 40, 9)], ids=["resized", "kept"]
+)
+def test_odd_files_are_reported_and_none_is_fatal(
+    tmp_path: Path, prepare: Callable[..., Outcome], arguments: list[str], height: int, width: int, side: int
+) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     picture(1).save(folder / "plain.jpg")
@@ -238,7 +245,7 @@ def test_odd_files_are_reported_and_none_is_fatal(tmp_path: Path, prepare: Calla
     (folder / "text.jpg").write_text("no picture")
     (folder / "notes.txt").write_text("no picture")
     (folder / ".hidden.jpg").write_text("no picture")
-    result = prepare(folder, tmp_path / "out", "--resize", 8)
+    result = prepare(folder, tmp_path / "out", *arguments)
     assert result.code == 1
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert {entry["file"] for entry in report["skipped"]} == {"truncated.jpg", "empty.jpg", "text.jpg", "float.tif"}
@@ -248,12 +255,13 @@ def test_odd_files_are_reported_and_none_is_fatal(tmp_path: Path, prepare: Calla
     }
     assert "files of other kinds were left out: 1 .txt" in report["notes"]
     read = {Path(p).stem: read_image(p) for p in (tmp_path / "out/images").iterdir()}
+    assert all(0 <= image.min() <= image.max() <= 1 for image in read.values())
     assert {name: tuple(image.shape) for name, image in read.items()} == {
-        **{name: (3, 8, 11) for name in ("plain", "cmyk", "disguised", "palette", "clear")},
-        **{"gray": (1, 8, 11), "rotated": (3, 11, 8), "deep": (1, 8, 8)},
+        **{name: (3, height, width) for name in ("plain", "cmyk", "disguised", "palette", "clear")},
+        **{"gray": (1, height, width), "rotated": (3, width, height), "deep": (1, side, side)},
     }
     assert read["clear"].min() == 1
-    torch.testing.assert_close(read["deep"], torch.full((1, 8, 8), 40000 / 65535))
+    torch.testing.assert_close(read["deep"], torch.full((1, side, side), 40000 / 65535))
 
 
 def test_kept_bytes_are_read_as_the_resized_ones_would_be(tmp_path: Path) -> None:
@@ -298,6 +306,27 @@ def test_without_ground_truth_flat_validation_images_have_no_label(
     content = manifest(tmp_path / "out")
     assert all("label" not in entry for entry in content["validation"])
     assert len(content["validation"]) == 3
+
+
+def test_kaggles_layout_and_its_unlabeled_test_images(
+    folders: Path, prepare: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    root = tmp_path / "in" / "ILSVRC" / "Data" / "CLS-LOC"
+    shutil.copytree(folders / "train", root / "train")
+    (root / "val").mkdir()
+    (root / "test").mkdir()
+    images = sorted((folders / "val").glob("*/*"))
+    for path in images:
+        shutil.copy(path, root / "val")
+        shutil.copy(path, root / "test")
+    rows = [f"{path.stem},{path.parent.name} 1 2 3 4" for path in images]
+    (tmp_path / "in" / "LOC_val_solution.csv").write_text("\n".join(["ImageId,PredictionString", *rows]))
+    result = prepare(tmp_path / "in", tmp_path / "out")
+    assert result.code == 0
+    assert "the test images have no classes and were left out" in result.out
+    content = manifest(tmp_path / "out")
+    assert [entry["label"] for entry in content["validation"]] == [0, 1, 2]
+    assert content["test"] == []
 
 
 @pytest.mark.parametrize(
@@ -374,6 +403,15 @@ def test_a_number_of_classes_is_chosen_by_the_names_alone() -> None:
     for wrong in ("51", "0", "n99999999"):
         with pytest.raises(DataError, match="found"):
             choose_classes(names, wrong, seed=0)
+
+
+def test_incomplete_ilsvrc_is_noted() -> None:
+    whole = [f"n{number:08d}" for number in range(1000)]
+    counts = {"training": 1_281_167, "validation": 50_000, "test": 0}
+    assert check_ilsvrc(counts, whole) is None
+    assert "1,281,166 training" in str(check_ilsvrc({**counts, "training": 1_281_166}, whole))
+    assert "of 999 classes" in str(check_ilsvrc(counts, whole[1:]))
+    assert check_ilsvrc(counts, ["cat", "dog"]) is None
 
 
 def test_classes_by_file_number_the_labels_anew(folders: Path, prepare: Callable[..., Outcome], tmp_path: Path) -> None:
@@ -614,6 +652,17 @@ def test_stacking_leaves_out_incomplete_slices_and_checks_the_channels(slice_dat
     with pytest.raises(RuntimeError) as stopped:
         SliceDataset(**arguments, transform=LoadSliced(image_size=32, in_channels=3))[0]
     assert "in_channels: found 3, expected 4" in str(stopped.value.__cause__ or stopped.value)
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_features_of_other_channels_are_the_mean_of_gray_images(channels: int) -> None:
+    network = feature_network("efficientnet-lite0")
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.rand(2, channels, 32, 32, generator=generator) * 2 - 1 for _ in range(2))
+    single = [network.distance(first[:, c : c + 1], second[:, c : c + 1]) for c in range(channels)]
+    torch.testing.assert_close(network.distance(first, second), torch.stack(single).mean(0))
+    pooled = [network.pooled(first[:, c : c + 1]) for c in range(channels)]
+    torch.testing.assert_close(network.pooled(first), torch.stack(pooled).mean(0), rtol=1e-4, atol=1e-5)
 
 
 # --- the bundle -------------------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ from typing import Any
 
 from vaevq_med.apps.pool import Problem, attempt, check_workers, run_jobs
 from vaevq_med.apps.workplace import RECIPE, REPORT, Workplace
+from vaevq_med.data.batches import Batch
+from vaevq_med.data.image_classes import check_ilsvrc, deal
 from vaevq_med.data.image_recipes import ImageRecipe, load_image_recipe
 from vaevq_med.data.image_store import (
     ODDITIES,
@@ -24,7 +26,7 @@ from vaevq_med.data.image_store import (
     read_batch_record,
     write_batch,
 )
-from vaevq_med.data.imagenet import Batch, ImageSearch, check_ilsvrc, deal, find_images
+from vaevq_med.data.imagenet import ImageSearch, find_images
 from vaevq_med.data.manifest import SPLITS, atomic_write_text, split_hash, write_manifest
 from vaevq_med.data.splits import split_by_hash
 from vaevq_med.errors import DataError

@@ -21,8 +21,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
+from vaevq_med.data.batches import Batch
 from vaevq_med.data.image_recipes import ImageRecipe
-from vaevq_med.data.imagenet import Batch
 from vaevq_med.data.images import plain, upright
 from vaevq_med.data.manifest import atomic_write_text
 from vaevq_med.errors import DataError

@@ -7,21 +7,18 @@ from __future__ import annotations
 
 import os
 import re
-import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from vaevq_med.data.batches import Batch, list_archive
 from vaevq_med.data.ground_truth import GroundTruth, find_ground_truth, read_ground_truth
-from vaevq_med.data.manifest import SPLITS
-from vaevq_med.data.splits import patient_position
+from vaevq_med.data.image_classes import choose_classes
 from vaevq_med.errors import DataError
 
 SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".tif", ".tiff", ".bmp", ".webp"})
 BATCH_SIZE = 512
-ILSVRC2012 = {"training": 1_281_167, "validation": 50_000}
-_WNID = re.compile(r"n\d{8}")
 _FOLDERS = {
     "training": ("train", "training"),
     "validation": ("val", "valid", "validation"),
@@ -29,54 +26,6 @@ _FOLDERS = {
 }
 _ROOTS = (".", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC")
 _ARCHIVE = re.compile(r"(?:^|[_.-])(train|val|test)(?:ing|id|idation)?(?=[_.-]|$)")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Image files that are read one after the other.
-
-    Attributes:
-        name: what its record is called.
-        prefix: folder of the images below ``images/``; "" for none.
-        source: folder of the files, or archive.
-        split: of the folder or archive; None where it states none.
-        class_name: of all images; None where each has its own, or none has.
-        files: paths below ``source``.
-        members: name, offset and size in the archive of each image.
-        inner: offset and size of the archive inside the archive that holds the images.
-    """
-
-    name: str
-    prefix: str
-    source: Path
-    split: str | None
-    class_name: str | None = None
-    files: tuple[str, ...] = ()
-    members: tuple[tuple[str, int, int], ...] = ()
-    inner: tuple[int, int] | None = None
-
-    @property
-    def is_archive(self) -> bool:
-        """Whether the images lie in an archive."""
-        return self.inner is not None or bool(self.members)
-
-    def contents(self) -> Iterator[tuple[str, Path | bytes]]:
-        """Each image's name below :attr:`prefix`, with its file, or its bytes from the archive.
-
-        Raises:
-            DataError: the archive is damaged.
-        """
-        if not self.is_archive:
-            yield from ((name, self.source / name) for name in self.files)
-            return
-        with self.source.open("rb") as stream:
-            if self.inner is None:
-                members: Iterable[tuple[str, int, int]] = self.members
-            else:
-                members = list_archive(self.source, *self.inner)
-            for name, offset, size in members:
-                stream.seek(offset)
-                yield name, stream.read(size)
 
 
 @dataclass(frozen=True)
@@ -95,34 +44,6 @@ class ImageSearch:
     class_of: Callable[[Batch, str], str | None]
     problems: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
-
-
-def list_archive(path: Path, offset: int = 0, size: int | None = None) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size of the files of an uncompressed tar archive, whose contents are not read.
-
-    Args:
-        path: the file.
-        offset: where in it the archive starts.
-        size: how long the archive is, or None for the rest of the file.
-
-    Raises:
-        DataError: it is damaged or compressed.
-    """
-    total = path.stat().st_size
-    end = total if size is None else offset + size
-    try:
-        with path.open("rb") as stream:
-            stream.seek(offset)
-            with tarfile.open(fileobj=stream, mode="r:") as archive:
-                for member in archive:
-                    if member.offset_data + member.size > min(end, total):
-                        raise tarfile.ReadError("unexpected end of data")
-                    if member.isfile() and not PurePosixPath(member.name).name.startswith("."):
-                        yield PurePosixPath(member.name).name, member.offset_data, member.size
-                    if archive.offset >= end:  # the next header is no longer this archive's
-                        return
-    except (tarfile.TarError, EOFError) as error:
-        raise DataError(f"{path.name}: found a damaged or compressed archive ({error}), expected a whole tar") from None
 
 
 @dataclass
@@ -288,61 +209,6 @@ def find_images(
     return ImageSearch(tuple(batches), kept, class_of, tuple(sorted(finder.problems)), tuple(notes))
 
 
-def choose_classes(available: Sequence[str], wanted: str, seed: int) -> tuple[str, ...]:
-    """The classes that ``--classes`` asks for, sorted.
-
-    Args:
-        available: all classes.
-        wanted: a number; a file with a class a line, in its first word; or names with commas between.
-        seed: another seed chooses others for a number; a choice depends on the names alone.
-
-    Raises:
-        DataError: there are fewer, or a name is unknown.
-
-    Examples:
-        >>> choose_classes(["cat", "dog", "owl"], "owl,cat", seed=0)
-        ('cat', 'owl')
-    """
-    if wanted.isdecimal():
-        count = int(wanted)
-        if not 1 <= count <= len(available):
-            raise DataError(f"classes: found {count}, expected 1 to {len(available)}, as many as there are")
-        return tuple(sorted(sorted(available, key=lambda name: patient_position(name, seed))[:count]))
-    path = Path(wanted)
-    if path.is_file():
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"classes {path}: found no readable text ({error}), expected a class a line") from None
-        names = {words[0] for line in lines if (words := line.replace(",", " ").split())}
-    else:
-        names = {name.strip() for name in wanted.split(",") if name.strip()}
-    unknown = sorted(names - set(available))
-    if unknown or not names:
-        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-        raise DataError(
-            f"classes: found {unknown[0] if unknown else 'none'}{more}, expected some of the {len(available)} classes "
-            "of the input, a number of them, or a file that lists them"
-        )
-    return tuple(sorted(names))
-
-
-def check_ilsvrc(counts: dict[str, int], classes: Sequence[str]) -> str | None:
-    """A note where what looks like ILSVRC2012 is not all of it; None otherwise.
-
-    Args:
-        counts: images of each of :data:`SPLITS`, before any is held out.
-        classes: names of all classes.
-    """
-    if not classes or not all(map(_WNID.fullmatch, classes)):
-        return None
-    if len(classes) == 1000 and all(counts[split] == count for split, count in ILSVRC2012.items()):
-        return None
-    found = ", ".join(f"{counts[split]:,} {split}" for split in ILSVRC2012)
-    whole = ", ".join(f"{count:,} {split}" for split, count in ILSVRC2012.items())
-    return f"{found} images of {len(classes):,} classes; all of ILSVRC2012 is {whole} images of 1,000 classes"
-
-
 def _layout(folder: Path) -> tuple[Path, dict[str, Path], dict[str, Path]]:
     """The folder that holds the splits, and each split's folder or else archive."""
     for root in (folder / name for name in _ROOTS):
@@ -400,25 +266,3 @@ def _is_text(name: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def deal(name: str, split: str | None, holdout: float, seed: int, has_validation: bool) -> str:
-    """The split that an image of a data set with splits ends in.
-
-    Args:
-        name: its path below ``images/``.
-        split: of its folder.
-        holdout: share of the training images that becomes validation.
-        seed: of the hash.
-        has_validation: whether the data set has validation images, which then become the test split.
-
-    Examples:
-        >>> deal("val/x.jpg", "validation", 0.1, 0, True), deal("val/x.jpg", "validation", 0.0, 0, True)
-        ('test', 'validation')
-    """
-    assert split in SPLITS
-    if holdout == 0:
-        return split
-    if split == "training":
-        return "validation" if patient_position(name, seed) < holdout else "training"
-    return "test" if split == "validation" and has_validation else split
