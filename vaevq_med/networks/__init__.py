@@ -3,6 +3,7 @@
 from vaevq_med.networks.decoder import Decoder
 from vaevq_med.networks.discriminator import PatchDiscriminator
 from vaevq_med.networks.encoder import Encoder, vqgan_preset
+from vaevq_med.networks.modulated_decoder import ModulatedDecoder
 from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.tokenizer import TrainingForward, VisualTokenizer, released_estimator
 
@@ -10,6 +11,7 @@ __all__ = [
     "Decoder",
     "DiagonalGaussian",
     "Encoder",
+    "ModulatedDecoder",
     "PatchDiscriminator",
     "TrainingForward",
     "VisualTokenizer",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -34,7 +36,30 @@ def group_norm(num_channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, num_channels, eps=1e-6)
 
 
-class ResidualBlock(nn.Module):
+NormFactory = Callable[[int], nn.Module]
+"""A normalization of so many channels."""
+
+
+class Conditioned(nn.Module):
+    """A layer that takes, besides its input, what the decoder is conditioned on, or None."""
+
+
+def apply(layer: nn.Module, x: Tensor, condition: Tensor | None) -> Tensor:
+    """Call a layer, with the condition if it takes one."""
+    return layer(x, condition) if isinstance(layer, Conditioned) else layer(x)
+
+
+class ConditionedSequential(nn.Sequential, Conditioned):
+    """Layers in a row; those that take a condition all get the same one."""
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        """Apply the layers to ``[B, C, ...]``."""
+        for layer in self:
+            x = apply(layer, x, condition)
+        return x
+
+
+class ResidualBlock(Conditioned):
     """Pre-activation residual block: [GroupNorm, swish, 3x3 convolution] twice, 1x1 shortcut when widths differ.
 
     Args:
@@ -42,45 +67,55 @@ class ResidualBlock(nn.Module):
         in_channels: channels in.
         out_channels: channels out.
         dropout: probability of dropping an activation before the second convolution, in [0, 1).
+        norm: makes the normalizations.
     """
 
-    def __init__(self, *, spatial_dims: int, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        *,
+        spatial_dims: int,
+        in_channels: int,
+        out_channels: int,
+        dropout: float = 0.0,
+        norm: NormFactory = group_norm,
+    ) -> None:
         super().__init__()
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = norm(in_channels)
         self.conv1 = convolution(spatial_dims, in_channels, out_channels, 3)
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = norm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = convolution(spatial_dims, out_channels, out_channels, 3)
         self.shortcut = (
             nn.Identity() if in_channels == out_channels else convolution(spatial_dims, in_channels, out_channels, 1)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """``[B, in_channels, ...] -> [B, out_channels, ...]``, same spatial size."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv1(F.silu(apply(self.norm1, x, condition)))
+        h = self.conv2(self.dropout(F.silu(apply(self.norm2, h, condition))))
         return self.shortcut(x) + h
 
 
-class AttentionBlock(nn.Module):
+class AttentionBlock(Conditioned):
     """Single-head self-attention over every position, with a residual connection.
 
     Args:
         spatial_dims: 2 or 3.
         num_channels: channels in and out.
+        norm: makes the normalization.
     """
 
-    def __init__(self, *, spatial_dims: int, num_channels: int) -> None:
+    def __init__(self, *, spatial_dims: int, num_channels: int, norm: NormFactory = group_norm) -> None:
         super().__init__()
-        self.norm = group_norm(num_channels)
+        self.norm = norm(num_channels)
         self.query = convolution(spatial_dims, num_channels, num_channels, 1)
         self.key = convolution(spatial_dims, num_channels, num_channels, 1)
         self.value = convolution(spatial_dims, num_channels, num_channels, 1)
         self.projection = convolution(spatial_dims, num_channels, num_channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """``[B, C, ...] -> [B, C, ...]``."""
-        h = self.norm(x)
+        h = apply(self.norm, x, condition)
         # [B, C, ...] -> [B, 1 head, positions, C]
         query, key, value = (
             layer(h).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.query, self.key, self.value)
@@ -115,21 +150,23 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class MiddleBlocks(nn.Sequential):
+class MiddleBlocks(ConditionedSequential):
     """Residual block, attention, residual block: the bottom of the encoder and of the decoder."""
 
-    def __init__(self, *, spatial_dims: int, num_channels: int, dropout: float) -> None:
+    def __init__(self, *, spatial_dims: int, num_channels: int, dropout: float, norm: NormFactory = group_norm) -> None:
         width = {"in_channels": num_channels, "out_channels": num_channels}
         super().__init__(
-            ResidualBlock(spatial_dims=spatial_dims, dropout=dropout, **width),
-            AttentionBlock(spatial_dims=spatial_dims, num_channels=num_channels),
-            ResidualBlock(spatial_dims=spatial_dims, dropout=dropout, **width),
+            ResidualBlock(spatial_dims=spatial_dims, dropout=dropout, norm=norm, **width),
+            AttentionBlock(spatial_dims=spatial_dims, num_channels=num_channels, norm=norm),
+            ResidualBlock(spatial_dims=spatial_dims, dropout=dropout, norm=norm, **width),
         )
 
 
-def output_head(*, spatial_dims: int, in_channels: int, out_channels: int) -> nn.Sequential:
+def output_head(
+    *, spatial_dims: int, in_channels: int, out_channels: int, norm: NormFactory = group_norm
+) -> ConditionedSequential:
     """GroupNorm, swish, 3x3 convolution."""
-    return nn.Sequential(group_norm(in_channels), nn.SiLU(), convolution(spatial_dims, in_channels, out_channels, 3))
+    return ConditionedSequential(norm(in_channels), nn.SiLU(), convolution(spatial_dims, in_channels, out_channels, 3))
 
 
 def check_channels(x: Tensor, expected: int, what: str) -> None:

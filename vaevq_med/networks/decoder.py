@@ -9,11 +9,14 @@ from torch import Tensor, nn
 
 from vaevq_med.networks.blocks import (
     AttentionBlock,
+    ConditionedSequential,
     MiddleBlocks,
+    NormFactory,
     ResidualBlock,
     Upsample,
     check_channels,
     convolution,
+    group_norm,
     output_head,
 )
 from vaevq_med.networks.encoder import level_plan
@@ -36,6 +39,7 @@ class Decoder(nn.Module):
         image_size: the image size, in pixels, at which ``attention_resolutions`` is counted.
         z_channels: channels in.
         dropout: dropout probability in the residual blocks.
+        norm: makes the normalizations.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class Decoder(nn.Module):
         image_size: int = 256,
         z_channels: int = 256,
         dropout: float = 0.0,
+        norm: NormFactory = group_norm,
     ) -> None:
         super().__init__()
         plan = level_plan(
@@ -64,7 +69,7 @@ class Decoder(nn.Module):
         width = plan[-1][0]
         layers: list[nn.Module] = [
             convolution(spatial_dims, z_channels, width, 3),
-            MiddleBlocks(spatial_dims=spatial_dims, num_channels=width, dropout=dropout),
+            MiddleBlocks(spatial_dims=spatial_dims, num_channels=width, dropout=dropout, norm=norm),
         ]
         for level in reversed(range(len(plan))):
             level_width, has_attention = plan[level]
@@ -75,15 +80,16 @@ class Decoder(nn.Module):
                         in_channels=width,
                         out_channels=level_width,
                         dropout=dropout,
+                        norm=norm,
                     )
                 )
                 width = level_width
                 if has_attention:
-                    layers.append(AttentionBlock(spatial_dims=spatial_dims, num_channels=width))
+                    layers.append(AttentionBlock(spatial_dims=spatial_dims, num_channels=width, norm=norm))
             if level > 0:
                 layers.append(Upsample(spatial_dims=spatial_dims, num_channels=width))
-        self.layers = nn.Sequential(*layers)
-        self.head = output_head(spatial_dims=spatial_dims, in_channels=width, out_channels=out_channels)
+        self.layers = ConditionedSequential(*layers)
+        self.head = output_head(spatial_dims=spatial_dims, in_channels=width, out_channels=out_channels, norm=norm)
 
     @property
     def last_layer(self) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,11 @@ class Quantizer(nn.Module, ABC):
         embedding_dim: D, channels of the latent.
         num_codebooks: G, indices a position.
         is_discrete: whether ``indices_to_codes(indices)`` gives what the decoder was fed.
+        initial_files: arguments that name a file, or None, of values for a new run's start; where the weights come
+            from a checkpoint they are None, so that the file is not needed.
     """
+
+    initial_files: ClassVar[tuple[str, ...]] = ()
 
     num_embeddings: int
     embedding_dim: int
