@@ -32,9 +32,8 @@ def saved(path: Path, table: Any) -> Path:
 
 def test_a_projected_codebook_by_hand(tmp_path: Path) -> None:
     table = [[1.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 3.0]]
-    quantizer = VQGANLC(
-        num_embeddings=3, embedding_dim=2, num_features=3, features=saved(tmp_path / "features.npz", table)
-    )
+    path = saved(tmp_path / "features.npz", table)
+    quantizer = VQGANLC(num_embeddings=3, embedding_dim=2, num_features=3, features=path, normalize=False)
     with torch.no_grad():
         quantizer.projection.weight.copy_(torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, -1.0]]))
         quantizer.projection.bias.copy_(torch.tensor([1.0, 0.0]))
@@ -54,6 +53,24 @@ def test_a_projected_codebook_by_hand(tmp_path: Path) -> None:
     assert quantizer.projection.bias.grad.tolist() == [0.25, -1.5]
     assert quantizer.projection.weight.grad.tolist() == [[-0.25, 0.0, 1.5], [-0.5, 0.0, -3.0]]
     assert not quantizer.features.requires_grad
+
+
+def test_features_are_centered_and_scaled_by_hand(tmp_path: Path) -> None:
+    path = saved(tmp_path / "features.npz", [[9.0, 1.0], [1.0, 7.0], [5.0, 4.0]])
+    # Mean (5, 4); squared lengths 25, 25 and 0 have the mean 50 / 3.
+    scale = (50 / 3) ** -0.5
+    expected = scale * torch.tensor([[4.0, -3.0], [-4.0, 3.0], [0.0, 0.0]])
+    torch.testing.assert_close(
+        VQGANLC(num_embeddings=3, embedding_dim=2, num_features=2, features=path).features, expected
+    )
+
+
+def test_codewords_start_with_a_mean_squared_length_of_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    path = saved(tmp_path / "features.npz", 30 + 20 * torch.randn(512, 320))
+    codebook = VQGANLC(num_embeddings=512, embedding_dim=16, num_features=320, features=path).codebook()
+    centered = codebook - codebook.mean(dim=0)
+    assert float(centered.detach().square().sum(dim=1).mean()) == pytest.approx(1, rel=0.1)
 
 
 def test_the_projector_starts_with_a_deviation_of_one_over_the_root_of_d() -> None:
@@ -150,7 +167,7 @@ def test_clusters_are_found_in_portions_of_any_size() -> None:
     for portion in np.split(points, [1, 40, 900, 2000, 5990]):
         clusters.add(portion)
         held = max(held, sum(map(len, clusters.waiting)))
-    assert held < 1024
+    assert held < 1024  # after each portion
     centers = clusters.centers()
     assert clusters.count == 6000
     np.testing.assert_allclose(centers[centers[:, 0].argsort()], blobs, atol=0.1)
@@ -246,7 +263,10 @@ def test_the_command_makes_what_the_overlay_trains_on_and_an_evaluation_does_wit
     overrides = {**quick(toy_overrides), "features": str(path)}
     parser = run_bundle("train.json", overrides, "vqgan_lc", run_id="training")
     quantizer = parser.get_parsed_content("network").quantizer
-    assert torch.equal(quantizer.features, read_features(path))
+    raw = read_features(path)
+    kept = quantizer.features @ quantizer.features.T
+    expected = (raw - raw.mean(dim=0)) @ (raw - raw.mean(dim=0)).T
+    torch.testing.assert_close(kept / kept.trace(), expected / expected.trace())
     path.unlink()
     stored = StoredTokenizer(Path(overrides["output_dir"]) / "checkpoints" / "last.pt", weights="network")
     assert stored.value("network_def")["quantizer"]["features"] is None

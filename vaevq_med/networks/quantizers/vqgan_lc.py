@@ -3,7 +3,9 @@
 ``codebook = C W^T + b``: the rows of C are cluster centers of a pretrained network's features over the training
 images and stay as they are; a linear layer takes them to the latent space. Each step's gradient reaches every codeword
 through W, as in SimVQ, whose C is noise. The authors cluster CLIP's features of ImageNet, 100 centers a class;
-``vaevq-med feature-codebook`` does it for any data set and feature network.
+``vaevq-med feature-codebook`` does it for any data set and feature network. The authors take the centers as they are;
+networks differ in how long their features are, and with EfficientNet-Lite0's, forty times the latents' length, every
+latent falls to the one codeword nearest to the origin. Here the table is centered and scaled first.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ class VQGANLC(CodebookQuantizer):
         num_features: F, length of a feature: 320 for EfficientNet-Lite0.
         features: file of the table ``[K, F]``, see :func:`read_features`; it is read when a new run starts, and never
             where the weights come from a checkpoint. None draws the table from N(0, 1).
+        normalize: subtract the mean of the table's rows, and scale them to a mean squared length of 1, that of SimVQ's
+            basis: the codewords then start with that length too.
         assignment: ``"euclidean"`` or ``"posterior"``, see :class:`CodebookQuantizer`.
 
     Raises:
@@ -51,6 +55,7 @@ class VQGANLC(CodebookQuantizer):
         embedding_dim: int,
         num_features: int,
         features: str | Path | None = None,
+        normalize: bool = True,
         assignment: str = "euclidean",
     ) -> None:
         super().__init__(num_embeddings=num_embeddings, embedding_dim=embedding_dim, assignment=assignment)
@@ -64,6 +69,9 @@ class VQGANLC(CodebookQuantizer):
                 f"{features}: found {table.shape[0]} features of length {table.shape[1]}, expected num_embeddings = "
                 f"{num_embeddings} of num_features = {num_features}; make them with: {make}"
             )
+        if normalize:
+            table = table - table.mean(dim=0)
+            table = table / table.square().sum(dim=1).mean().sqrt().clamp_min(1e-12)
         self.register_buffer("features", table)
         self.projection = nn.Linear(num_features, embedding_dim)
         nn.init.normal_(self.projection.weight, std=embedding_dim**-0.5)
