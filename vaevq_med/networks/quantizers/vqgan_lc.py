@@ -4,8 +4,8 @@
 images and stay as they are; a linear layer takes them to the latent space. Each step's gradient reaches every codeword
 through W, as in SimVQ, whose C is noise. The authors cluster CLIP's features of ImageNet, 100 centers a class;
 ``vaevq-med feature-codebook`` does it for any data set and feature network. The authors take the centers as they are;
-networks differ in how long their features are, and with EfficientNet-Lite0's, several times as long as the latents, every
-latent fell to one codeword (``docs/deviations.md``). Here the table is centered and scaled first.
+networks differ in how long their features are, and with EfficientNet-Lite0's, several times as long as the latents,
+every latent fell to one codeword (``docs/deviations.md``). Here the table is centered and scaled first.
 """
 
 from __future__ import annotations
