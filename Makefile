@@ -25,6 +25,7 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/nearest_codeword.py
+	$(BIN)/python benchmarks/quantizers.py
 	$(BIN)/python benchmarks/slice_extract.py
 
 # Overlays are written for bundles/brats and hold for bundles/imagenet too, but for these.

@@ -45,9 +45,10 @@ def odd_levels(num_embeddings: int) -> list[int]:
 
 
 def own(k: int, d: int) -> dict[str, Callable[[], nn.Module]]:
-    """Every quantizer of the package at about K codewords, by the name of its overlay."""
+    """Every quantizer of the package at about K codewords in all, by the name of its overlay."""
     bits = round(math.log2(k))
     stage = 2 ** (bits // 2)
+    square = 4 * round(math.sqrt(k) / 4)  # FVQ's codebook is a square of patches
     free = {"num_embeddings": k, "embedding_dim": d}
     stages = {"num_embeddings": stage, "embedding_dim": d}
     return {
@@ -57,6 +58,16 @@ def own(k: int, d: int) -> dict[str, Callable[[], nn.Module]]:
         "simvq": lambda: ours.SimVQ(**free),
         "simvq, posterior": lambda: ours.SimVQ(**free, assignment="posterior"),
         "rvq": lambda: ours.ResidualQuantizer(stages=[ours.VectorQuantizer(**stages) for _ in range(2)]),
+        "fq": lambda: ours.FactorizedQuantizer(num_embeddings=k // 2, embedding_dim=d),
+        "mgvq": lambda: ours.MGVQ(num_embeddings=k // 4, embedding_dim=d),
+        "fvq": lambda: ours.FVQ(num_embeddings=square**2, embedding_dim=d),
+        "vqgan_lc": lambda: ours.VQGANLC(**free, num_features=1280),
+        "fsq": lambda: ours.FSQ(levels=levels(k), embedding_dim=d, projection=True),
+        "ifsq": lambda: ours.IFSQ(levels=odd_levels(k), embedding_dim=d, projection=True),
+        "lfq": lambda: ours.LFQ(num_embeddings=k, embedding_dim=d, projection=True),
+        "gq": lambda: ours.GaussianQuantizer(**free, dims_per_codebook=d),
+        "softvq": lambda: ours.SoftVQ(**free),
+        "ibq": lambda: ours.IBQ(**free),
     }
 
 
@@ -86,6 +97,12 @@ def peers(k: int, d: int, device: torch.device) -> dict[str, tuple[str, Callable
             "vector-quantize-pytorch SimVQ": (
                 "simvq",
                 lambda: vqp.SimVQ(dim=d, codebook_size=k, channel_first=True, rotation_trick=False),
+                "vqp",
+            ),
+            "vector-quantize-pytorch FSQ": ("fsq", lambda: vqp.FSQ(levels=levels(k), dim=d), "exact"),
+            "vector-quantize-pytorch LFQ": (
+                "lfq",
+                lambda: vqp.LFQ(codebook_size=2**bits, dim=d, entropy_loss_weight=0.1, commitment_loss_weight=0.25),
                 "vqp",
             ),
             "vector-quantize-pytorch ResidualVQ": (
@@ -196,8 +213,7 @@ def main() -> None:
     for name, (overlay, make, kind) in peers(k, d, device).items():
         if overlay not in steps:
             continue
-        small = kind == "sequence" or "FSQ" in name
-        if not small and _PEER_MATRICES * matrix > 0.9 * free_memory(device):
+        if kind not in ("sequence", "exact") and _PEER_MATRICES * matrix > 0.9 * free_memory(device):
             left_out.append(name)
             continue
         steps[name], method[name] = runner.peer(make().to(device), d, kind), overlay

@@ -71,8 +71,8 @@ class TokenizerTrainer(SupervisedTrainer):
         **kwargs: passed on to ``SupervisedTrainer``.
 
     Raises:
-        TrainingError: while running, a loss term or gradient norm is not finite; no weight has been changed
-            by that iteration.
+        TrainingError: while running, a loss term or gradient norm is not finite; no parameter has been changed
+            by that iteration (a codebook of moving averages has: it moves in the forward pass).
     """
 
     def __init__(
