@@ -10,6 +10,7 @@ from torch import nn
 from vaevq_med.networks.quantizers import (
     FSQ,
     FVQ,
+    IBQ,
     IFSQ,
     LFQ,
     MGVQ,
@@ -18,6 +19,7 @@ from vaevq_med.networks.quantizers import (
     GaussianQuantizer,
     ResidualQuantizer,
     SimVQ,
+    SoftVQ,
     VectorQuantizer,
     VectorQuantizerEMA,
 )
@@ -86,6 +88,14 @@ CASES: dict[str, Case] = {
     "ifsq": Case(lambda: IFSQ(levels=[7, 5, 3]), learns=False, straight_through=False, random_start=False),
     "lfq": Case(lambda: LFQ(num_embeddings=32, temperature=1.0), learns=False, random_start=False),
     "lfq-projection": Case(lambda: LFQ(num_embeddings=32, embedding_dim=8, projection=True), straight_through=False),
+    "ibq": Case(lambda: IBQ(num_embeddings=32, embedding_dim=4), straight_through=False),
+    "softvq": Case(lambda: SoftVQ(num_embeddings=32, embedding_dim=4), straight_through=False),
+    "softvq-hard-plain": Case(
+        lambda: SoftVQ(
+            num_embeddings=32, embedding_dim=4, num_segments=1, readout="hard", normalize=False, init="normal"
+        ),
+        straight_through=False,
+    ),
     "gaussian": Case(lambda: GaussianQuantizer(num_embeddings=64, embedding_dim=4), learns=False, random_start=False),
     "gaussian-grouped": Case(
         lambda: GaussianQuantizer(num_embeddings=64, embedding_dim=6, dims_per_codebook=3),

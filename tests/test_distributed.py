@@ -37,7 +37,7 @@ def gradients(processes: int, overrides: dict[str, Any], overlays: list[str], ou
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["train", "information_matched", "rvq", "lfq"])
+@pytest.mark.parametrize("variant", ["train", "information_matched", "rvq", "lfq", "ibq"])
 def test_two_processes_have_the_gradients_of_one(variant: str, toy_overrides: dict[str, Any], tmp_path: Path) -> None:
     shared = {
         **toy_overrides,
@@ -54,6 +54,8 @@ def test_two_processes_have_the_gradients_of_one(variant: str, toy_overrides: di
     if variant == "lfq":
         # At the published temperature rounding alone moves the gradient.
         shared |= {"num_embeddings": 16, "network_def#quantizer#temperature": 2.0, "objective#weights#entropy": 1.0}
+    if variant == "ibq":
+        shared |= {"network_def#quantizer#entropy_temperature": 2.0, "objective#weights#entropy": 1.0}
     overlays = [] if variant == "train" else [variant]
     one = gradients(1, {**shared, "batch_size": 4, "output_dir": str(tmp_path / "one")}, overlays, tmp_path / "one.pt")
     two = gradients(

@@ -66,7 +66,8 @@ def test_the_codebook_is_what_the_output_carries(quantizer: Quantizer) -> None:
         assert output.codebook is None
         return
     groups, channels = quantizer.num_codebooks, quantizer.embedding_dim
-    shapes = {(quantizer.num_embeddings, channels), (groups, quantizer.num_embeddings, channels // groups)}
+    segments = getattr(quantizer, "num_segments", groups)
+    shapes = {(quantizer.num_embeddings, channels), (segments, quantizer.num_embeddings, channels // groups)}
     assert tuple(codebook.shape) in shapes
     assert output.codebook is not None
     assert torch.equal(output.codebook, codebook)

@@ -37,8 +37,8 @@ class QuantizerOutput:
             codebook through the straight-through estimator.
         indices: int64 ``[B, h, w, G]``.
         losses: unweighted scalars by name; a term that the method does not have is absent.
-        codebook: the ``[K, D]`` table of this step, or ``[G, K, D / G]`` where each codebook has channels of its own;
-            differentiable, or None where the method has none.
+        codebook: the ``[K, D]`` table of this step, or ``[G, K, D / G]`` where each codebook has channels of its own,
+            or ``[S, K, D]`` where each has positions of its own; differentiable, or None where the method has none.
     """
 
     quantized: Tensor

@@ -133,6 +133,8 @@ class EvaluationHandler:
                 "iteration": self.stored.iteration,
                 "weights": self.stored.weights,
             }
+            if self.stored.readout is not None:
+                record["readout"] = self.stored.readout
         return record
 
     def _check_patients(self) -> None:

@@ -66,6 +66,7 @@ class StoredTokenizer:
     Args:
         path: checkpoint written by training.
         weights: ``ema`` for the averaged weights (the raw ones where none were kept), or ``network``.
+        readout: which of the quantizer's ways to decode is used, or None for the one that it was trained with.
         config: settings of the training run, where ``path`` is a plain state dictionary as in a packed bundle.
 
     Attributes:
@@ -77,11 +78,19 @@ class StoredTokenizer:
             values are due.
     """
 
-    def __init__(self, path: str | Path, *, weights: str = "ema", config: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        weights: str = "ema",
+        readout: str | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         if weights not in ("ema", "network"):
             raise CheckpointError(f"weights: found {weights!r}, expected 'ema' or 'network'")
         self.path = Path(path)
         self.weights = weights
+        self._readout = readout
         if config is not None:
             self._state: dict[str, Any] = {"network": read_weights(self.path)}
             self.config = dict(config)
@@ -109,6 +118,11 @@ class StoredTokenizer:
         return int(self._state.get("iteration", 0))
 
     @property
+    def readout(self) -> str | None:
+        """How the quantizer is decoded, or None where that is not said."""
+        return self._readout or self.value("network_def")["quantizer"].get("readout")
+
+    @property
     def data(self) -> Mapping[str, Any]:
         """The data set it was trained on: ``split_hash``, ``content_hash``, ``patients``; empty if unknown."""
         return self._state.get("data", {})
@@ -124,8 +138,14 @@ class StoredTokenizer:
         return file_sha256(self.path)
 
     def network(self) -> VisualTokenizer:
-        """Build the tokenizer and load its weights."""
+        """Build the tokenizer and load its weights.
+
+        Raises:
+            VaevqMedError: the quantizer has no such read-out.
+        """
         parser = ConfigParser({"network_def": self.value("network_def")})
         network: VisualTokenizer = parser.get_parsed_content("network_def")
         load_state(network, self._state.get(self.weights) or self._state["network"], self.path, "network")
+        if self._readout is not None:
+            network.quantizer.select_readout(self._readout)
         return network.eval()

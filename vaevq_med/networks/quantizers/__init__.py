@@ -5,11 +5,13 @@ from vaevq_med.networks.quantizers.ema import VectorQuantizerEMA
 from vaevq_med.networks.quantizers.factorized import FactorizedQuantizer
 from vaevq_med.networks.quantizers.fsq import FSQ, IFSQ
 from vaevq_med.networks.quantizers.gaussian import GaussianQuantizer
+from vaevq_med.networks.quantizers.ibq import IBQ
 from vaevq_med.networks.quantizers.lfq import LFQ
 from vaevq_med.networks.quantizers.mgvq import MGVQ
 from vaevq_med.networks.quantizers.nearest import nearest_codeword
 from vaevq_med.networks.quantizers.residual import ResidualQuantizer
 from vaevq_med.networks.quantizers.simvq import SimVQ
+from vaevq_med.networks.quantizers.softvq import SoftVQ
 from vaevq_med.networks.quantizers.vq import VectorQuantizer
 from vaevq_med.networks.quantizers.vqbridge import FVQ
 from vaevq_med.networks.quantizers.vqgan_lc import VQGANLC
@@ -17,6 +19,7 @@ from vaevq_med.networks.quantizers.vqgan_lc import VQGANLC
 __all__ = [
     "FSQ",
     "FVQ",
+    "IBQ",
     "IFSQ",
     "LFQ",
     "MGVQ",
@@ -27,6 +30,7 @@ __all__ = [
     "Quantizer",
     "ResidualQuantizer",
     "SimVQ",
+    "SoftVQ",
     "VectorQuantizer",
     "VectorQuantizerEMA",
     "nearest_codeword",

@@ -28,14 +28,18 @@ class Quantizer(nn.Module, ABC):
         is_discrete: whether ``indices_to_codes(indices)`` gives what the decoder was fed.
         initial_files: arguments that name a file, or None, of values for a new run's start; where the weights come
             from a checkpoint they are None, so that the file is not needed.
+        readouts: names of the ways to decode one trained quantizer, where there are several.
+        readout: the one in use, or None where there is but one way.
     """
 
     initial_files: ClassVar[tuple[str, ...]] = ()
+    readouts: ClassVar[tuple[str, ...]] = ()
 
     num_embeddings: int
     embedding_dim: int
     num_codebooks: int = 1
     is_discrete: bool = True
+    readout: str | None = None
 
     @abstractmethod
     def forward(self, z: Tensor, posterior: Posterior | None = None) -> QuantizerOutput:
@@ -49,8 +53,20 @@ class Quantizer(nn.Module, ABC):
     def codebook(self) -> Tensor | None:
         """The ``[K, D]`` table, differentiable and the only source of every look-up, or None without one.
 
-        ``[G, K, D / G]`` where each of G codebooks quantizes channels of its own.
+        ``[G, K, D / G]`` where each of G codebooks quantizes channels of its own, ``[S, K, D]`` where each of S
+        quantizes positions of its own.
         """
+
+    def select_readout(self, readout: str) -> None:
+        """Use another of ``readouts`` from now on.
+
+        Raises:
+            VaevqMedError: the quantizer has no such way.
+        """
+        if readout not in self.readouts:
+            expected = f"one of {', '.join(self.readouts)}" if self.readouts else "None"
+            raise VaevqMedError(f"readout is {readout!r}; expected {expected}, the quantizer is {type(self).__name__}")
+        self.readout = readout
 
     @property
     def bits_per_position(self) -> float:

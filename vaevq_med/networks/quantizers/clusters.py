@@ -23,6 +23,18 @@ def from_first_process(draw: Tensor) -> Tensor:
     return draw
 
 
+def mean_of_processes(own: Tensor) -> Tensor:
+    """Mean of every process's ``own``, with the gradient of this process's.
+
+    Averaged over the processes, as DDP does, the gradient of a function of it is that of one process with everything.
+    """
+    if not _is_distributed():
+        return own
+    overall = own.detach().clone()
+    dist.all_reduce(overall)
+    return own + (overall / dist.get_world_size() - own).detach()
+
+
 @torch.no_grad()
 def assignment_totals(latents: Tensor, indices: Tensor, num_embeddings: int) -> tuple[Tensor, Tensor]:
     """How many latents each codeword was assigned, and their sum, over every process.

@@ -14,11 +14,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from vaevq_med.errors import VaevqMedError
+from vaevq_med.networks.quantizers.clusters import mean_of_processes
 from vaevq_med.networks.quantizers.scalar import ScalarQuantizer
 
 
@@ -118,10 +118,8 @@ def bit_entropies(
     for group in logits.split(bits_per_group, dim=1):
         half = (group.shape[1] + 1) // 2
         mean = joint_probabilities(group[:, :half]).T @ joint_probabilities(group[:, half:]) / len(group)
-        if synchronize and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            overall = mean.detach().clone()
-            dist.all_reduce(overall)
-            mean = mean + (overall / dist.get_world_size() - mean).detach()
+        if synchronize:
+            mean = mean_of_processes(mean)
         # The gradient of p log p is not finite at 0, where most of the codes are when T is small.
         mean = mean.clamp_min(torch.finfo(mean.dtype).tiny)
         of_mean = of_mean - (mean * mean.log()).sum()
