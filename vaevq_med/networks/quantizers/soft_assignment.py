@@ -39,7 +39,8 @@ def soft_codes(
             of one latent.
 
     Returns:
-        The mixture ``[N, C]`` and int64 ``[N]``, ``argmax_k p_nk``, each in [0, K).
+        The mixture ``[N, C]`` and int64 ``[N]``, ``argmax_k p_nk``, each in [0, K); the largest product as computed,
+        so that of codewords whose products differ by rounding alone it may be any.
 
     Raises:
         VaevqMedError: the shapes do not match, there is no codeword, or a number is out of its range.
