@@ -331,6 +331,11 @@ def test_seeds_are_whole_numbers(text: str) -> None:
         ({"overlays": ("small_cpuu",)}, "small_cpu"),
         ({"dataset_dir": Path("nowhere")}, "vaevq-med slice-extract"),
         ({"kind": "sweep", "num_embeddings": "1"}, "at least 2"),
+        ({"assignments": ("network_def#quantiser#x=2",)}, "has a place for"),
+        ({"assignments": ("vqgan:num_features=2",)}, "num_features"),
+        ({"kind": "sweep", "num_embeddings": "4", "assignments": ("num_embeddings=8",)}, "sets itself"),
+        ({"kind": "sweep", "num_embeddings": "4", "assignments": ("vqgan:num_embeddings=8",)}, "sets itself"),
+        ({"launch": "torchrun '"}, "launch: found"),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_is_written(
@@ -345,6 +350,23 @@ def test_a_mistake_is_one_line_before_anything_is_written(
         ).dry_run()
     assert "\n" not in str(stopped.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_record_or_an_output_that_is_a_file_is_one_line(slice_dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    blocked = toy(slice_dataset, tmp_path / "file")
+    with pytest.raises(VaevqMedError, match="not writable"):
+        blocked.run()
+    command = toy(slice_dataset, tmp_path)
+    for text in ("[1]", '{"a": 1}', "{"):
+        (tmp_path / "comparison.json").write_text(text)
+        with pytest.raises(VaevqMedError, match="expected a record of vaevq-med"):
+            command.dry_run()
+    row = command.plan.rows()[0]
+    row.evaluation.mkdir(parents=True)
+    (row.evaluation / "metrics.json").write_text('{"summary": ')
+    with pytest.raises(VaevqMedError, match="vqgan seed 0: found a damaged evaluation"):
+        rows_module.read_result(row)
 
 
 @pytest.mark.parametrize(

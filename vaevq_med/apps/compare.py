@@ -108,6 +108,9 @@ class Compare:
         methods = parse_methods(self.methods, bundle)
         if self.kind == "sweep":
             methods = self._points(bundle, methods)
+        for text in self.assignments:
+            if self.kind == "sweep" and text.partition("=")[0].split(":")[-1].strip() == "num_embeddings":
+                raise VaevqMedError(f"set: found {text!r}, which the sweep sets itself; expected --num-embeddings")
         overrides, methods = parse_overrides(self.assignments, methods)
         plan = Plan(
             kind=self.kind,

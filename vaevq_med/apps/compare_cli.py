@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vaevq_med.errors import VaevqMedError
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -191,8 +193,11 @@ def _execute(
         if str(slurm) == "-":
             typer.echo(text, nl=False)
         else:
-            slurm.parent.mkdir(parents=True, exist_ok=True)
-            slurm.write_text(text)
+            try:
+                slurm.parent.mkdir(parents=True, exist_ok=True)
+                slurm.write_text(text)
+            except OSError as error:
+                raise VaevqMedError(f"--slurm {slurm}: found it not writable ({error.strerror})") from None
             typer.echo(
                 f"{slurm}: submit it with sbatch; then, for tables and figures, the same command without --slurm"
             )

@@ -231,9 +231,12 @@ class FeatureCodebook:
         check_workers(self.workers if self.workers else None)
         if self.output.suffix != ".npz":
             raise VaevqMedError(f"output {self.output}: found the suffix {self.output.suffix!r}, expected .npz")
-        for name, value in (("num-embeddings", self.num_embeddings), ("grid", self.grid), ("batch", self.batch_size)):
+        counts = {"num-embeddings": self.num_embeddings, "grid": self.grid, "batch-size": self.batch_size}
+        for name, value in counts.items():
             if value < 1:
                 raise VaevqMedError(f"--{name}: found {value}, expected 1 or more")
+        if not 0 <= self.seed < 2**32:
+            raise VaevqMedError(f"--seed: found {self.seed}, expected 0 to {2**32 - 1}")
         if not 32 <= self.image_size <= 4096:
             raise VaevqMedError(f"--image-size: found {self.image_size}, expected 32 to 4096")
         try:

@@ -37,7 +37,7 @@ def choose_classes(available: Sequence[str], wanted: str, seed: int) -> tuple[st
     path = Path(wanted)
     if path.is_file():
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"classes {path}: found no readable text ({error}), expected a class a line") from None
         names = {words[0] for line in lines if (words := line.replace(",", " ").split())}

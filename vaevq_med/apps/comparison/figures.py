@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from vaevq_med.apps.comparison.plan import Row
 from vaevq_med.apps.comparison.tables import COLUMNS, MethodResult
+from vaevq_med.errors import VaevqMedError
 from vaevq_med.metrics.pictures import comparison_grid, save_figure
 
 _SWEPT = ("utilization", "rfid", "psnr")
@@ -104,6 +105,9 @@ def reconstructions(rows: Sequence[Row], count: int, path: Path) -> None:
         rows: a finished row of each method.
         count: images.
         path: PNG file to write.
+
+    Raises:
+        VaevqMedError: a checkpoint is not there any more.
     """
     from monai.bundle import ConfigParser
 
@@ -111,6 +115,9 @@ def reconstructions(rows: Sequence[Row], count: int, path: Path) -> None:
     images = torch.empty(0)
     labels: list[str] = []
     for row in rows:
+        checkpoint = row.folder / "checkpoints" / f"{row.plan.checkpoint}.pt"
+        if not checkpoint.is_file():
+            raise VaevqMedError(f"{checkpoint}: found no checkpoint to draw from; --pictures 0 leaves the figure out")
         parser = ConfigParser()
         parser.read_config(str(row.plan.bundle.path / "evaluate.json"))
         parser.update({key: _value(value) for key, value in row.evaluation_overrides().items()})

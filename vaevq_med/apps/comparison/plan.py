@@ -301,10 +301,13 @@ class Plan:
         budget = self.budget.overrides()
         own = {*budget, "seed", "output_dir", "evaluation_dir", "checkpoint_path", "dataset_dir", "tracking_uri"}
         own |= {"parent_run_id", "run_name", "resume"}
-        known = set(self.bundle.read("evaluate.json"))
-        for method in self.methods:
-            known |= set(self.bundle.read("train.json", self.composed(method)))
-        for key in (*self.overrides, *(key for method in self.methods for key in method.overrides)):
+        evaluation = self.bundle.read("evaluate.json")
+        configs = {m.name: (self.bundle.read("train.json", self.composed(m)), evaluation) for m in self.methods}
+        everywhere = [config for pair in configs.values() for config in pair]
+        known = {name for config in everywhere for name in config}
+        chosen = [(key, everywhere) for key in self.overrides]
+        chosen += [(key, [*configs[m.name]]) for m in self.methods for key in m.overrides]
+        for key, places in chosen:
             root = key.split("#")[0].split("::")[0]
             if root in own:
                 raise VaevqMedError(f"set: found {root!r}, which the comparison sets itself; expected its own option")
@@ -314,12 +317,26 @@ class Plan:
                 raise VaevqMedError(
                     f"set: found the unknown id {root!r}, expected one of train.json or evaluate.json; {hint}"
                 )
+            if not any(_has_id(config, key) for config in places):
+                raise VaevqMedError(f"set: found {key!r}, which neither train.json nor evaluate.json has a place for")
 
     def composed(self, method: Method) -> tuple[str, ...]:
         """Overlays of a method's rows: the shared ones, ``multi_gpu`` under torchrun, the method's."""
-        program = Path(shlex.split(self.launch)[0]).name if self.launch.strip() else ""
+        words = self.launch_words()
+        program = Path(words[0]).name if words else ""
         distributed = program == "torchrun" and "multi_gpu" not in self.overlays
         return (*self.overlays, *(["multi_gpu"] if distributed else []), *method.overlays)
+
+    def launch_words(self) -> list[str]:
+        """The words of ``launch``.
+
+        Raises:
+            VaevqMedError: a quotation mark that nothing closes.
+        """
+        try:
+            return shlex.split(self.launch)
+        except ValueError as error:
+            raise VaevqMedError(f"launch: found {self.launch!r} ({error}), expected words of a shell") from None
 
     def data(self) -> Path:
         """Folder of the data set."""
@@ -406,7 +423,7 @@ class Row:
         training, evaluation = self._split()
         if parent_run_id is not None:
             training |= {"parent_run_id": parent_run_id, "run_name": self.label}
-        start = [*(shlex.split(plan.launch) or [sys.executable]), "-m", "monai.bundle", "run"]
+        start = [*(plan.launch_words() or [sys.executable]), "-m", "monai.bundle", "run"]
         config = str([str(plan.bundle.path / file) for file in files])
         return (
             [*start, "training", "--config_file", config, *_flags(training)],

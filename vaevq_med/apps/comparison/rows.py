@@ -76,34 +76,54 @@ class RowResult:
 
 
 def read_result(row: Row) -> RowResult:
-    """Read the record of a finished row."""
-    record = json.loads((row.evaluation / "metrics.json").read_text(encoding="utf-8"))
-    cost = row.folder / "run.json"
-    run = json.loads(cost.read_text(encoding="utf-8")) if cost.is_file() else {}
-    with (row.evaluation / "per_image.csv").open(newline="", encoding="utf-8") as file:
-        images = list(csv.DictReader(file))
-    return RowResult(row, record["summary"]["overall"], record["provenance"], record["conventions"], run, images)
+    """Read the record of a finished row.
+
+    Raises:
+        VaevqMedError: it is damaged.
+    """
+    try:
+        record = json.loads((row.evaluation / "metrics.json").read_text(encoding="utf-8"))
+        cost = row.folder / "run.json"
+        run = json.loads(cost.read_text(encoding="utf-8")) if cost.is_file() else {}
+        with (row.evaluation / "per_image.csv").open(newline="", encoding="utf-8") as file:
+            images = list(csv.DictReader(file))
+        count = int(record["provenance"].get("n", len(images)))
+        if len(images) != count or not isinstance(run, dict):
+            raise ValueError(f"{len(images)} images in per_image.csv of {count}, or a run.json that is no record")
+        return RowResult(row, record["summary"]["overall"], record["provenance"], record["conventions"], run, images)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise VaevqMedError(
+            f"{row.label}: found a damaged evaluation ({error}); remove {row.evaluation} and run again"
+        ) from None
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _read_json(path: Path, *names: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise VaevqMedError(f"{path}: found an unreadable file ({error}), expected a record of vaevq-med") from error
+    if not isinstance(record, dict) or not all(name in record for name in names):
+        raise VaevqMedError(f"{path}: found no {' and '.join(names)}, expected a record of vaevq-med")
+    return record
 
 
 def read_plan_record(output: Path) -> dict[str, Any]:
     """What an output folder says of itself; empty for a new one."""
-    return _read_json(output / RECORD) or {}
+    return _read_json(output / RECORD, "shared") or {}
 
 
 def write_plan_record(plan: Plan, parent_run_id: str | None) -> None:
     """Note the shared settings and the MLflow run, so that a later call goes on with both."""
-    plan.output.mkdir(parents=True, exist_ok=True)
     record = {"shared": plan.shared(), "parent_run_id": parent_run_id}
-    atomic_write_text(plan.output / RECORD, json.dumps(record, indent=2) + "\n")
+    try:
+        plan.output.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(plan.output / RECORD, json.dumps(record, indent=2) + "\n")
+    except OSError as error:
+        raise VaevqMedError(
+            f"{plan.output}: found it not writable ({error.strerror}), expected a folder; choose another --output-dir"
+        ) from None
 
 
 def check_settings(plan: Plan) -> None:
@@ -120,7 +140,7 @@ def check_settings(plan: Plan) -> None:
         if difference is not None:
             raise VaevqMedError(f"{plan.output}: found a comparison with {difference}; {advice}")
     for row in plan.rows():
-        stored = _read_json(row.folder / _ROW_RECORD)
+        stored = _read_json(row.folder / _ROW_RECORD, "hash", "status", "settings")
         if stored is None:
             continue
         settings = row.settings()
@@ -131,7 +151,7 @@ def check_settings(plan: Plan) -> None:
 
 def is_finished(row: Row) -> bool:
     """Whether the row was trained and evaluated with these settings."""
-    stored = _read_json(row.folder / _ROW_RECORD)
+    stored = _read_json(row.folder / _ROW_RECORD, "hash", "status", "settings")
     if stored is None or stored["status"] != "finished" or stored["hash"] != settings_hash(row.settings()):
         return False
     return (row.evaluation / "metrics.json").is_file()
