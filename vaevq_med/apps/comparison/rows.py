@@ -81,15 +81,14 @@ def read_result(row: Row) -> RowResult:
     Raises:
         VaevqMedError: it is damaged.
     """
+    run = _read_json(row.folder / "run.json") or {}
     try:
         record = json.loads((row.evaluation / "metrics.json").read_text(encoding="utf-8"))
-        cost = row.folder / "run.json"
-        run = json.loads(cost.read_text(encoding="utf-8")) if cost.is_file() else {}
         with (row.evaluation / "per_image.csv").open(newline="", encoding="utf-8") as file:
             images = list(csv.DictReader(file))
         count = int(record["provenance"].get("n", len(images)))
-        if len(images) != count or not isinstance(run, dict):
-            raise ValueError(f"{len(images)} images in per_image.csv of {count}, or a run.json that is no record")
+        if len(images) != count:
+            raise ValueError(f"{len(images)} of {count} images in per_image.csv")
         return RowResult(row, record["summary"]["overall"], record["provenance"], record["conventions"], run, images)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise VaevqMedError(
