@@ -257,6 +257,23 @@ def test_a_mistake_ends_with_one_line(
     assert said in lines[0]
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_ends_training_with_one_line(
+    workers: int, toy_overrides: dict[str, Any], slice_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(slice_dataset, tmp_path / "data")
+    path = sorted((tmp_path / "data/images/BraTS-GLI-00000-100").glob("*.png"))[0]
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(SystemExit) as stopped:
+        run_bundle("train.json", {**toy_overrides, "dataset_dir": str(tmp_path / "data"), "num_workers": workers})
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    lines = [line for line in said.splitlines() if line.startswith("vaevq-med:")]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"vaevq-med: {path}: found an unreadable image (")
+    assert "Traceback" not in said
+
+
 def test_check_config_names_the_nearest_id() -> None:
     with pytest.raises(ConfigError, match=r"'lr'.*did you mean 'rl'"):
         check_config({"rl": 1, "run": "$@rl", "lr": 2})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import islice
 from pathlib import Path
 
@@ -142,6 +143,25 @@ def test_loader_leaves_the_global_generator_alone_and_workers_change_nothing(sli
     assert torch.equal(before, torch.get_rng_state())
     for a, b in zip(alone, first_batches(2), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("kind", "content"), [("image", None), ("image", b"no image"), ("segmentation", b"none")])
+def test_a_missing_or_damaged_file_is_one_line_that_names_it(
+    kind: str, content: bytes | None, workers: int, slice_dataset: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(slice_dataset, tmp_path, dirs_exist_ok=True)
+    chain = Compose([LoadSliced(image_size=32, label_map=LABELS)])
+    data = SliceDataset(dataset_dir=tmp_path, split="training", transform=chain)
+    path = Path(data.data[3][kind])
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    loader = training_loader(data, ResumableBatchSampler(len(data), batch_size=16), num_workers=workers)
+    with pytest.raises(DataError) as stopped:
+        next(iter(loader))
+    assert str(stopped.value).startswith(f"{path}: found an unreadable {kind} (")
+    assert "\n" not in str(stopped.value)
 
 
 def test_without_validation_patients_training_slices_are_validated_on(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +252,18 @@ def test_what_cannot_be_clustered_is_refused_in_one_line(
     with pytest.raises(VaevqMedError, match=said) as error:
         command(**settings).run()
     assert "\n" not in str(error.value)
+    assert not (tmp_path / "features.npz").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_training_image_is_named_in_one_line(workers: int, slice_dataset: Path, tmp_path: Path) -> None:
+    shutil.copytree(slice_dataset, tmp_path / "data")
+    path = sorted((tmp_path / "data/images/BraTS-GLI-00000-100").glob("*.png"))[0]
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(DataError) as stopped:
+        command(tmp_path / "data", tmp_path / "features.npz", workers=workers).run()
+    assert str(stopped.value).startswith(f"{path}: found an unreadable image (")
+    assert "\n" not in str(stopped.value)
     assert not (tmp_path / "features.npz").exists()
 
 

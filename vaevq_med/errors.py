@@ -11,3 +11,29 @@ class MissingWeightsError(VaevqMedError):
 
 class DataError(VaevqMedError):
     """A data set, or a file of one, is not what was expected."""
+
+
+class ItemError(DataError):
+    """An item of a data set cannot be read, in this process or in one that a ``DataLoader`` started.
+
+    Of an error in a worker, PyTorch keeps the class and the text of the traceback, and calls the class with that text:
+    the message is what the text ends with.
+
+    Args:
+        message: what was found and expected, or the text of a traceback that ends with it.
+    """
+
+    def __init__(self, message: str) -> None:
+        _, _, said = message.rpartition(f"{type(self).__module__}.{type(self).__qualname__}: ")
+        super().__init__(" ".join(said.split("\n")).strip())
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The first error of a chain of causes, or the first of this package on the way to it."""
+    while True:
+        if isinstance(error, VaevqMedError):
+            return error
+        cause = error.__cause__ or error.__context__
+        if cause is None:
+            return error
+        error = cause

@@ -22,7 +22,7 @@ from torch.utils.data import Sampler
 
 from vaevq_med.data.images import describe, match_channels, read_image
 from vaevq_med.data.manifest import SPLITS, Manifest, load_manifest
-from vaevq_med.errors import DataError
+from vaevq_med.errors import DataError, ItemError, VaevqMedError, root_cause
 
 REGIONS = ("whole_tumor", "tumor_core", "enhancing_tumor")
 MAX_CHANNELS = 4
@@ -95,8 +95,12 @@ class LoadSliced(Transform):
     def _labels(entry: Mapping[Hashable, Any], image: Tensor) -> Tensor:
         if not entry.get("segmentation"):
             return torch.zeros(image.shape[-2:], dtype=torch.uint8)
-        with Image.open(entry["segmentation"]) as stored:
-            return torch.from_numpy(np.array(stored, dtype=np.uint8))
+        path = entry["segmentation"]
+        try:
+            with Image.open(path) as stored:
+                return torch.from_numpy(np.array(stored, dtype=np.uint8))
+        except (OSError, ValueError, SyntaxError) as error:
+            raise DataError(f"{path}: found an unreadable segmentation ({error}), expected an 8-bit PNG") from error
 
     def _resize_mask(self, mask: Tensor) -> Tensor:
         size = (self.image_size, self.image_size)
@@ -190,13 +194,23 @@ class SliceDataset(Dataset):
         self.num_items = len(entries)
 
     def __getitem__(self, index: int) -> Any:  # type: ignore[override]
-        """Item ``index % len(self)`` as epoch ``index // len(self)`` draws it."""
+        """Item ``index % len(self)`` as epoch ``index // len(self)`` draws it.
+
+        Raises:
+            ItemError: a file of it is missing or damaged; a ``DataLoader`` with workers raises it alike.
+        """
         if index < 0:
             raise IndexError(index)
         transform = self.transform
         if isinstance(transform, (Compose, Randomizable)):
             transform.set_random_state(seed=_mix(self.seed, index))
-        return super().__getitem__(index % len(self.data))
+        try:
+            return super().__getitem__(index % len(self.data))
+        except Exception as error:
+            cause = root_cause(error)
+            if isinstance(cause, VaevqMedError):
+                raise ItemError(str(cause)) from None
+            raise
 
 
 def _select(

@@ -24,7 +24,7 @@ from monai.utils import set_determinism
 
 from vaevq_med.data.manifest import load_manifest
 from vaevq_med.engines import distributed
-from vaevq_med.errors import VaevqMedError
+from vaevq_med.errors import VaevqMedError, root_cause
 
 ENTRY_POINTS = frozenset(
     {"imports", "initialize", "run", "training", "evaluating", "finalize", "_meta_", "_mode_", "_notes_"}
@@ -134,17 +134,6 @@ def current_config() -> dict[str, Any]:
     """The configuration of the running bundle; empty outside one."""
     parser = running_parser()
     return {} if parser is None else plain_config(parser)
-
-
-def root_cause(error: BaseException) -> BaseException:
-    """The first error of a chain of causes, or the first of this package on the way to it."""
-    while True:
-        if isinstance(error, VaevqMedError):
-            return error
-        cause = error.__cause__ or error.__context__
-        if cause is None:
-            return error
-        error = cause
 
 
 def _stop(error: BaseException) -> None:
