@@ -474,6 +474,29 @@ def test_names_that_would_collide_are_reported(tmp_path: Path, prepare: Callable
     assert "image a.png: found another image of that name (a.jpg), expected one; skipped" in result.err
 
 
+def test_a_data_set_in_the_input_is_no_class(folders: Path, prepare: Callable[..., Outcome], tmp_path: Path) -> None:
+    shutil.copytree(folders / "train", tmp_path / "in")
+    assert prepare(tmp_path / "in", tmp_path / "in" / "out").code == 0
+    result = prepare(tmp_path / "in", tmp_path / "other")
+    assert result.code == 0
+    assert "note: folders that hold a data set (dataset.json and recipe.json) were left out: out" in result.out
+    first, second = manifest(tmp_path / "in" / "out"), manifest(tmp_path / "other")
+    assert list(second["labels"].values()) == list(CLASSES)
+    assert first == second
+    (tmp_path / "other" / "dataset.json").rename(tmp_path / "in" / CLASSES[0] / "dataset.json")
+    assert prepare(tmp_path / "in", tmp_path / "third").code == 0
+    assert manifest(tmp_path / "third")["labels"] == first["labels"]
+
+
+def test_holdout_needs_training_images(folders: Path, prepare: Callable[..., Outcome], tmp_path: Path) -> None:
+    for source in (folders / "train", folders / "val"):
+        result = prepare(source, tmp_path / "out", "--holdout", 0.4)
+        assert result.code == 2
+        assert "holdout: found 0.4 but no training images" in result.err
+        assert result.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -204,6 +204,11 @@ class ImagenetPrepare:
             seed=self.recipe.split.seed,
         )
         given = {batch.split for batch in search.batches}
+        if self.recipe.holdout and "training" not in given:
+            raise DataError(
+                f"holdout: found {self.recipe.holdout} but no training images of their own in {self.input}, expected a "
+                "folder or archive 'train'; images without one are dealt by the recipe's split"
+            )
         if self.recipe.holdout and {"validation", "test"} <= given:
             raise DataError("holdout: found folders of validation and of test images, expected one of them at most")
         return search

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from vaevq_med.data.batches import Batch, list_archive
 from vaevq_med.data.ground_truth import GroundTruth, find_ground_truth, read_ground_truth
 from vaevq_med.data.image_classes import choose_classes
+from vaevq_med.data.manifest import FILE_NAME
 from vaevq_med.errors import DataError
 
 SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".tif", ".tiff", ".bmp", ".webp"})
@@ -54,6 +55,7 @@ class _Finder:
     batches: list[Batch] = field(default_factory=list)
     problems: list[tuple[str, str]] = field(default_factory=list)
     others: Counter[str] = field(default_factory=Counter)
+    data_sets: set[Path] = field(default_factory=set)
 
     def folder(
         self, folder: Path, prefix: str, split: str | None, class_name: str | None, names: Sequence[str]
@@ -82,7 +84,7 @@ class _Finder:
     def split(self, folder: Path, split: str) -> None:
         """Add a folder of a split: subfolders are classes, and files lie flat."""
         prefix = folder.name
-        files, folders = _scan(folder, self.output)
+        files, folders = self._scan(folder)
         for class_name in folders:
             self.folder(
                 folder / class_name, f"{prefix}/{class_name}", split, class_name, self._below(folder / class_name)
@@ -112,7 +114,7 @@ class _Finder:
 
     def own(self, folder: Path, *, classes: bool) -> None:
         """Add a user's own folder: its subfolders are classes, unless images lie beside them."""
-        files, folders = _scan(folder, self.output)
+        files, folders = self._scan(folder)
         if classes and folders and not any(map(_is_image, files)):
             for class_name in folders:
                 self.folder(folder / class_name, class_name, None, class_name, self._below(folder / class_name))
@@ -120,13 +122,29 @@ class _Finder:
             nested = [f"{name}/{file}" for name in folders for file in self._below(folder / name)]
             self.folder(folder, "", None, None, sorted(files + nested))
 
+    def _scan(self, folder: Path) -> tuple[list[str], list[str]]:
+        """Names of the files and of the folders in a folder, sorted; hidden ones and data sets are left out."""
+        try:
+            entries = [entry for entry in os.scandir(folder) if entry.name[0] != "."]
+        except OSError as error:
+            raise DataError(f"input {folder}: found no readable folder ({error.strerror}), expected one") from None
+        folders = sorted(e.name for e in entries if e.is_dir() and not self._left_out(Path(e.path)))
+        return sorted(e.name for e in entries if e.is_file()), folders
+
+    def _left_out(self, folder: Path) -> bool:
+        """Whether a folder is the output, or a data set that an earlier run wrote."""
+        if folder.resolve() == self.output:
+            return True
+        if (folder / FILE_NAME).is_file() and (folder / "recipe.json").is_file():
+            self.data_sets.add(folder)
+            return True
+        return False
+
     def _below(self, folder: Path) -> list[str]:
         """Paths of all files under a folder, sorted."""
         found = []
         for root, folders, files in os.walk(folder, followlinks=True):
-            folders[:] = sorted(
-                name for name in folders if name[0] != "." and Path(root, name).resolve() != self.output
-            )
+            folders[:] = sorted(name for name in folders if name[0] != "." and not self._left_out(Path(root, name)))
             relative = PurePosixPath(Path(root).relative_to(folder).as_posix())
             found += [(relative / name).as_posix() for name in files if name[0] != "."]
         return sorted(found)
@@ -203,6 +221,9 @@ def find_images(
     kept = everything if classes is None else choose_classes(everything, classes, seed)
     if classes is not None:
         batches = [part for b in batches if (part := _restricted(b, frozenset(kept), class_of)) is not None]
+    if finder.data_sets:
+        places = ", ".join(sorted(str(path.relative_to(folder)) for path in finder.data_sets))
+        notes.append(f"folders that hold a data set ({FILE_NAME} and recipe.json) were left out: {places}")
     if finder.others:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(finder.others.items()))
         notes.append(f"files of other kinds were left out: {kinds}")
@@ -244,16 +265,6 @@ def _restricted(batch: Batch, kept: frozenset[str], class_of: Callable[[Batch, s
 def _names(batch: Batch) -> Iterator[str]:
     yield from batch.files
     yield from (name for name, _, _ in batch.members)
-
-
-def _scan(folder: Path, output: Path) -> tuple[list[str], list[str]]:
-    """Names of the files and of the folders in a folder, sorted, hidden ones and the output left out."""
-    try:
-        entries = [entry for entry in os.scandir(folder) if entry.name[0] != "."]
-    except OSError as error:
-        raise DataError(f"input {folder}: found no readable folder ({error.strerror}), expected one") from None
-    folders = sorted(e.name for e in entries if e.is_dir() and Path(e.path).resolve() != output)
-    return sorted(e.name for e in entries if e.is_file()), folders
 
 
 def _is_image(name: str) -> bool:
