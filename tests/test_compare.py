@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import BUNDLE, toy_config
 from monai.bundle import ConfigParser, ConfigWorkflow
 from PIL import Image
@@ -290,6 +291,25 @@ def test_methods_are_the_overlays_of_the_bundle() -> None:
             parse_methods(text, bundle)
 
 
+def test_methods_of_the_same_overlays_and_other_settings_have_titles_of_their_own(slice_dataset: Path) -> None:
+    options = {"methods": "vaevq,paper,vqgan", "assignments": ("paper:ema_decay=0.5",), "dataset_dir": slice_dataset}
+    plan = Compare(output=Path("nowhere"), **options).plan
+    assert [m.title for m in plan.methods] == ["VAEVQ (vaevq)", "VAEVQ (paper)", "VQGAN"]
+
+
+def test_columns_of_the_same_title_are_all_drawn(tmp_path: Path) -> None:
+    from vaevq_med.metrics.pictures import comparison_grid
+
+    images = torch.zeros(1, 1, 8, 8)
+    widths = []
+    for names in ("a", "ab"):
+        columns = dict.fromkeys(names, images)
+        comparison_grid(images, columns, titles=dict.fromkeys(names, "x"), labels=["i"], path=tmp_path / "grid.png")
+        with Image.open(tmp_path / "grid.png") as picture:
+            widths.append(picture.size[0])
+    assert widths[1] > widths[0]
+
+
 def test_a_bundle_may_be_a_folder(tmp_path: Path) -> None:
     assert Bundle.find(str(BUNDLE)).overlays == Bundle.find("brats").overlays
     (tmp_path / "train.json").write_text("{}")
@@ -336,6 +356,10 @@ def test_seeds_are_whole_numbers(text: str) -> None:
         ({"kind": "sweep", "num_embeddings": "4", "assignments": ("num_embeddings=8",)}, "sets itself"),
         ({"kind": "sweep", "num_embeddings": "4", "assignments": ("vqgan:num_embeddings=8",)}, "sets itself"),
         ({"launch": "torchrun '"}, "launch: found"),
+        ({"methods": "vaevq,paper"}, "found vaevq and paper, two names of paper with the same settings"),
+        ({"methods": "simvq,vqgan,a=simvq"}, "found simvq and a, two names of simvq"),
+        ({"kind": "sweep", "num_embeddings": "4", "methods": "vaevq,paper"}, "found vaevq_k4 and paper_k4"),
+        ({"seeds": "0,4294967296"}, "seeds: found 4294967296, expected whole numbers of 0 to 4294967295"),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_is_written(
@@ -461,6 +485,18 @@ def test_a_slurm_script_has_a_task_a_row(runner: Runner, slice_dataset: Path, tm
     assert not (tmp_path / "out" / "table.md").exists()
     with pytest.raises(VaevqMedError, match="row: found 4, expected 0 to 3"):
         command.run_row(4)
+
+
+def test_slurm_reads_the_log_of_a_folder_with_blanks(
+    slice_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    script = toy(slice_dataset, Path('a "50%" b')).script()
+    (line,) = (line for line in script.splitlines() if line.startswith("#SBATCH --output="))
+    # sbatch reads double quotes and backslashes as a shell does.
+    assert shlex.split(line, comments=False)[1:] == [f'--output={tmp_path}/a "50%%" b/slurm_%A_%a.log']
+    with pytest.raises(VaevqMedError, match="without backslashes"):
+        toy(slice_dataset, Path("a\\b")).script()
 
 
 # --- processes --------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ class Compare:
             kind=self.kind,
             bundle=bundle,
             methods=methods,
-            seeds=parse_integers(self.seeds, "seeds", 0),
+            seeds=parse_integers(self.seeds, "seeds", 0, 2**32 - 1),
             output=self.output,
             budget=self.budget,
             overlays=self.overlays,
@@ -200,7 +200,7 @@ class Compare:
                 "#!/bin/bash",
                 f"#SBATCH --job-name=vaevq-{self.kind}",
                 f"#SBATCH --array=0-{len(rows) - 1}",
-                f"#SBATCH --output={self.output}/slurm_%A_%a.log",
+                f"#SBATCH --output={self._slurm_log()}",
                 "#SBATCH --gpus-per-task=1",
                 "#SBATCH --cpus-per-task=8",
                 "#SBATCH --time=24:00:00",
@@ -215,6 +215,21 @@ class Compare:
                 "",
             ]
         )
+
+    def _slurm_log(self) -> str:
+        """The log of a task, as ``sbatch`` reads it: quoted for blanks, its own ``%`` doubled.
+
+        Raises:
+            VaevqMedError: the folder has a character that no directive can hold.
+        """
+        folder = str(Path.cwd() / self.output)
+        # To sbatch a backslash escapes, and one that is left in the name turns off %A and %a.
+        if any(character in folder for character in "\\\n\r"):
+            raise VaevqMedError(
+                f"output-dir: found {folder!r}, expected one without backslashes and line breaks, for SLURM's logs"
+            )
+        escaped = folder.replace("%", "%%").replace('"', '\\"')
+        return f'"{escaped}/slurm_%A_%a.log"'
 
     def _open(self) -> str | None:
         """Check the output folder and note the shared settings; the id of the MLflow run."""

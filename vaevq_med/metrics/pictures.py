@@ -65,18 +65,24 @@ def reconstruction_grid(
 
 
 def comparison_grid(
-    images: Tensor, reconstructions: Mapping[str, Tensor], *, labels: Sequence[str], path: Path
+    images: Tensor,
+    reconstructions: Mapping[str, Tensor],
+    *,
+    titles: Mapping[str, str],
+    labels: Sequence[str],
+    path: Path,
 ) -> None:
     """A grid with a row an image and a column a method; below each row, the methods' error maps.
 
     Args:
         images: originals, ``[N, C, H, W]`` in [-1, 1].
-        reconstructions: title of a method to its reconstructions, of the same shape.
+        reconstructions: name of a method to its reconstructions, of the same shape.
+        titles: what each method is called.
         labels: a label a row.
         path: PNG file to write, atomically.
     """
     original = to_unit(images)
-    columns = {title: to_unit(batch) for title, batch in reconstructions.items()}
+    columns = {name: to_unit(batch) for name, batch in reconstructions.items()}
     count = images.shape[0]
     figure = Figure(figsize=(1.9 * (len(columns) + 1) + 1.3, 3.9 * count + 0.4), layout="constrained")
     axes = figure.subplots(2 * count, len(columns) + 1, squeeze=False)
@@ -87,10 +93,10 @@ def comparison_grid(
         above[0].set_title("original", fontsize=8)
         above[0].set_ylabel(labels[row], fontsize=7)
         below[0].set_frame_on(False)
-        for column, (title, batch) in enumerate(columns.items(), start=1):
+        for column, (name, batch) in enumerate(columns.items(), start=1):
             psnr = float(psnr_per_image(batch[row : row + 1], original[row : row + 1]))
             above[column].imshow(_picture(batch[row]), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            above[column].set_title(f"{title}\n{psnr:.1f} dB", fontsize=8)
+            above[column].set_title(f"{titles[name]}\n{psnr:.1f} dB", fontsize=8)
             error = (batch[row] - original[row]).mean(dim=0).numpy()
             shown = below[column].imshow(
                 error, cmap="RdBu_r", vmin=-_ERROR_LIMIT, vmax=_ERROR_LIMIT, interpolation="nearest"

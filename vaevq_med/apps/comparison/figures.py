@@ -128,5 +128,6 @@ def reconstructions(rows: Sequence[Row], count: int, path: Path) -> None:
             images = torch.stack([torch.as_tensor(item["image"]) for item in items])
             labels = [f"{item['modality']}\n{item['case'] or Path(item['path']).stem}" for item in items]
         network, device = parser.get_parsed_content("network"), parser.get_parsed_content("device")
-        columns[row.method.title] = torch.cat([network(image[None].to(device)).float().cpu() for image in images])
-    comparison_grid(images, columns, labels=labels, path=path)
+        columns[row.method.name] = torch.cat([network(image[None].to(device)).float().cpu() for image in images])
+    titles = {row.method.name: row.method.title for row in rows}
+    comparison_grid(images, columns, titles=titles, labels=labels, path=path)

@@ -153,6 +153,8 @@ def parse_methods(text: str, bundle: Bundle) -> tuple[Method, ...]:
             bundle.overlay(overlay)
         title = name if given else TITLES.get(name, name)
         methods.append(Method(name, overlays, title, family=name))
+    titles = [method.title for method in methods]
+    methods = [replace(m, title=f"{m.title} ({m.name})") if titles.count(m.title) > 1 else m for m in methods]
     names = [method.name for method in methods]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
@@ -162,11 +164,11 @@ def parse_methods(text: str, bundle: Bundle) -> tuple[Method, ...]:
     return tuple(methods)
 
 
-def parse_integers(text: str, name: str, minimum: int) -> tuple[int, ...]:
+def parse_integers(text: str, name: str, minimum: int, maximum: int | None = None) -> tuple[int, ...]:
     """Whole numbers of ``0,1,2``, each once, in the order given.
 
     Raises:
-        VaevqMedError: something else stands there, or a number below ``minimum``.
+        VaevqMedError: something else stands there, or a number below ``minimum`` or above ``maximum``.
     """
     try:
         numbers = tuple(dict.fromkeys(int(part) for part in text.split(",") if part.strip()))
@@ -174,6 +176,8 @@ def parse_integers(text: str, name: str, minimum: int) -> tuple[int, ...]:
         numbers = ()
     if not numbers or min(numbers) < minimum:
         raise VaevqMedError(f"{name}: found {text!r}, expected whole numbers of at least {minimum}, e.g. 1,2,3")
+    if maximum is not None and max(numbers) > maximum:
+        raise VaevqMedError(f"{name}: found {max(numbers)}, expected whole numbers of {minimum} to {maximum}")
     return numbers
 
 
@@ -298,6 +302,7 @@ class Plan:
         """
         if self.checkpoint not in ("best", "last"):
             raise VaevqMedError(f"checkpoint: found {self.checkpoint!r}, expected 'best' or 'last'")
+        self._check_methods()
         budget = self.budget.overrides()
         own = {*budget, "seed", "output_dir", "evaluation_dir", "checkpoint_path", "dataset_dir", "tracking_uri"}
         own |= {"parent_run_id", "run_name", "resume"}
@@ -319,6 +324,18 @@ class Plan:
                 )
             if not any(_has_id(config, key) for config in places):
                 raise VaevqMedError(f"set: found {key!r}, which neither train.json nor evaluate.json has a place for")
+
+    def _check_methods(self) -> None:
+        """Refuse two methods that would train the same."""
+        seen: dict[tuple[Any, ...], str] = {}
+        for method in self.methods:
+            settings = (method.overlays, tuple(sorted(method.overrides.items())))
+            if settings in seen:
+                raise VaevqMedError(
+                    f"methods: found {seen[settings]} and {method.name}, two names of {'+'.join(method.overlays)} with "
+                    f"the same settings, expected each once; --set {method.family}:ID=VALUE makes another of it"
+                )
+            seen[settings] = method.name
 
     def composed(self, method: Method) -> tuple[str, ...]:
         """Overlays of a method's rows: the shared ones, ``multi_gpu`` under torchrun, the method's."""
