@@ -25,7 +25,8 @@ from vaevq_med.apps.compare import Compare
 from vaevq_med.apps.compare_cli import _status_table
 from vaevq_med.apps.comparison import rows as rows_module
 from vaevq_med.apps.comparison.plan import ABLATION, TITLES, Budget, Bundle, parse_integers, parse_methods
-from vaevq_med.apps.comparison.rows import RowState, call, error_line, last_line
+from vaevq_med.apps.comparison.rows import STATE, RowState, call, error_line, last_line
+from vaevq_med.apps.workplace import Workplace
 from vaevq_med.engines import check_config, read_checkpoint
 from vaevq_med.errors import VaevqMedError
 
@@ -224,21 +225,41 @@ def test_the_command_line_says_what_failed(runner: Runner, slice_dataset: Path, 
     assert not (tmp_path / "out" / "table.md").exists()
 
 
+def test_two_calls_do_not_train_a_row_twice(runner: Runner, slice_dataset: Path, tmp_path: Path) -> None:
+    command = toy(slice_dataset, tmp_path / "out", pictures=0)
+    with (
+        Workplace(tmp_path / "out", STATE, "compare", "rows").lock(),
+        pytest.raises(VaevqMedError, match="found another compare at work in it") as refused,
+    ):
+        command.run()
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out" / "comparison.json").exists()
+    # A task of an array job goes on beside another one, and not on the same row.
+    with Workplace(tmp_path / "out/vqgan/seed_0", STATE, "compare", "rows").lock():
+        (busy,) = command.run_row(0).failed
+        assert "out/vqgan/seed_0: found another compare at work" in busy.detail
+        assert runner.commands == []
+        assert command.run_row(1).failed == []
+    assert runner.trained() == ["vaevq/seed_0"]
+
+
 def test_a_sweep_draws_its_curves(runner: Runner, slice_dataset: Path, tmp_path: Path) -> None:
     toy_options = toy(slice_dataset, tmp_path / "out").assignments
     options = tuple(text for text in toy_options if not text.startswith("num_embeddings="))
     command = toy(
         *(slice_dataset, tmp_path / "out"),
         kind="sweep",
-        methods="simvq",
+        methods="simvq,fq",
         num_embeddings="16,64",
         assignments=options,
         pictures=0,
     )
     report = command.run()
-    assert runner.trained() == ["simvq_k16/seed_0", "simvq_k64/seed_0"]
+    assert runner.trained() == [f"{name}/seed_0" for name in ("simvq_k16", "simvq_k64", "fq_k16", "fq_k64")]
     with (tmp_path / "out" / "table.csv").open(newline="") as file:
-        assert [float(row["bits_per_position"]) for row in csv.DictReader(file)] == [4.0, 6.0]
+        assert [float(row["bits_per_position"]) for row in csv.DictReader(file)] == [4.0, 6.0, 8.0, 12.0]
+    assert report.table.count("K counts") == 1
+    assert "FQ: K counts the codewords of one of its 2 stages or groups." in report.table
     assert tmp_path / "out" / "sweep.png" in report.files
 
 
@@ -356,6 +377,9 @@ def test_seeds_are_whole_numbers(text: str) -> None:
         ({"kind": "sweep", "num_embeddings": "4", "assignments": ("num_embeddings=8",)}, "sets itself"),
         ({"kind": "sweep", "num_embeddings": "4", "assignments": ("vqgan:num_embeddings=8",)}, "sets itself"),
         ({"launch": "torchrun '"}, "launch: found"),
+        ({"kind": "sweep", "num_embeddings": "4", "methods": "fsq"}, "method fsq: found FSQ, whose K changes together"),
+        ({"kind": "sweep", "num_embeddings": "4", "methods": "vqgan,ifsq"}, "method ifsq: found IFSQ"),
+        ({"kind": "sweep", "num_embeddings": "4", "methods": "a=lfq"}, "method a: found LFQ"),
         ({"methods": "vaevq,paper"}, "found vaevq and paper, two names of paper with the same settings"),
         ({"methods": "simvq,vqgan,a=simvq"}, "found simvq and a, two names of simvq"),
         ({"kind": "sweep", "num_embeddings": "4", "methods": "vaevq,paper"}, "found vaevq_k4 and paper_k4"),

@@ -21,6 +21,7 @@ from vaevq_med.apps.comparison.plan import (
     parse_overrides,
 )
 from vaevq_med.apps.comparison.rows import (
+    STATE,
     RowResult,
     RowState,
     check_settings,
@@ -29,10 +30,17 @@ from vaevq_med.apps.comparison.rows import (
     run_row,
     write_plan_record,
 )
+from vaevq_med.apps.workplace import Workplace
 from vaevq_med.data.manifest import atomic_write_text
 from vaevq_med.errors import VaevqMedError
 
 Update = Callable[[Sequence[RowState]], None]
+_FIXED = {
+    "FSQ": "levels and embedding_dim",
+    "IFSQ": "levels and embedding_dim",
+    "LFQ": "embedding_dim",
+}
+"""Quantizers whose K follows from other settings, which a sweep would leave as they are."""
 
 
 @dataclass(frozen=True)
@@ -133,11 +141,17 @@ class Compare:
         """Each method at each K.
 
         Raises:
-            VaevqMedError: a method's codebook does not take its size from ``num_embeddings``.
+            VaevqMedError: a method's codebook does not take its size from ``num_embeddings``, or not from it alone.
         """
         sizes = parse_integers(self.num_embeddings, "num-embeddings", 2)
         for method in methods:
             quantizer = bundle.read("train.json", (*self.overlays, *method.overlays))["network_def"]["quantizer"]
+            kind = str(quantizer.get("_target_", "")).rpartition(".")[2] if isinstance(quantizer, dict) else ""
+            if kind in _FIXED:
+                raise VaevqMedError(
+                    f"method {method.name}: found {kind}, whose K changes together with {_FIXED[kind]}, expected a "
+                    "codebook whose K changes alone; name it once a size, with compare and --set"
+                )
             if "@num_embeddings" not in json.dumps(quantizer):
                 raise VaevqMedError(
                     f"method {method.name}: found a codebook whose size does not follow num_embeddings, expected one "
@@ -263,8 +277,14 @@ class Compare:
 
         Raises:
             VaevqMedError: an option that cannot be, or an output folder of other settings.
+            BusyError: another call is at work in the output folder.
             KeyboardInterrupt: on Ctrl-C or SIGTERM; the same call goes on.
         """
+        check_settings(self.plan)
+        with Workplace(self.output, STATE, self.kind, "rows").lock():
+            return self._run()
+
+    def _run(self) -> CompareReport:
         from vaevq_med.apps.comparison.tracking import ParentRun
 
         parent = ParentRun(self.plan, self._open())

@@ -219,7 +219,8 @@ def _print(report: CompareReport) -> None:
     for path in report.files:
         typer.echo(f"  {path}")
     for state in report.failed:
-        typer.echo(f"vaevq-med: {state.row.label}: {state.detail}; see {state.log}", err=True)
+        log = "" if state.log is None else f"; see {state.log}"
+        typer.echo(f"vaevq-med: {state.row.label}: {state.detail}{log}", err=True)
     typer.echo(f"{report.output}: {len(report.states) - len(report.failed)} of {len(report.states)} rows are there")
 
 

@@ -16,6 +16,10 @@ REPORT = "report.json"
 _RECIPE_HASH = "recipe.sha256"
 
 
+class BusyError(DataError):
+    """Another run is at work in an output folder."""
+
+
 @dataclass(frozen=True)
 class Workplace:
     """Where a command writes a data set.
@@ -96,7 +100,12 @@ class Workplace:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """One run at a time in an output folder, where the platform has file locks."""
+        """One run at a time in an output folder, where the platform has file locks.
+
+        Raises:
+            BusyError: another run is at work in it.
+            DataError: it cannot be written.
+        """
         state = self.output / self.state
         with self.writing():
             state.mkdir(parents=True, exist_ok=True)
@@ -107,7 +116,7 @@ class Workplace:
 
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise DataError(
+                raise BusyError(
                     f"output {self.output}: found another {self.command} at work in it, expected none"
                 ) from None
             except (ImportError, OSError):

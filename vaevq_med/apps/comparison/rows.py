@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from vaevq_med.apps.comparison.plan import Plan, Row, first_difference, settings_hash
+from vaevq_med.apps.workplace import BusyError, Workplace
 from vaevq_med.data.manifest import atomic_write_text
 from vaevq_med.errors import VaevqMedError
 
 RECORD = "comparison.json"
+STATE = ".comparison"
+"""Folder of the lock of a comparison, and of each of its rows."""
 _ROW_RECORD = "row.json"
 _ERROR_TAIL = 65_536
 
@@ -227,17 +230,28 @@ def error_line(log: Path, start: int = 0) -> str:
 def run_row(state: RowState, parent_run_id: str | None, on_update: Callable[[], None]) -> None:
     """Train and evaluate one row, unless that is done; a failure ends in ``state``, not in an exception.
 
+    A row that another call is at work on, e.g. a task of an array job, counts as failed.
+
     Args:
         state: the row; updated as it goes.
         parent_run_id: MLflow run to nest it under.
         on_update: called whenever ``state`` has changed.
     """
     row = state.row
+    try:
+        with Workplace(row.folder, STATE, row.plan.kind, "rows").lock():
+            _run_row(state, parent_run_id, on_update)
+    except BusyError as error:
+        state.status, state.detail = "failed", str(error)
+        on_update()
+
+
+def _run_row(state: RowState, parent_run_id: str | None, on_update: Callable[[], None]) -> None:
+    row = state.row
     if is_finished(row):
         state.status = "kept"
         on_update()
         return
-    row.folder.mkdir(parents=True, exist_ok=True)
     settings = row.settings()
     record: dict[str, Any] = {"hash": settings_hash(settings), "status": "started", "settings": settings}
     target = row.folder / _ROW_RECORD

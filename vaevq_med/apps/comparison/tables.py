@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -346,10 +346,25 @@ def _notes(plan: Plan, results: Sequence[RowResult], methods: Sequence[MethodRes
             {kinds[str(result.run["peak_memory_of"])] for result in results if "peak_memory_of" in result.run}
         )
         notes.append(f"Trained on {', '.join(devices)}; peak memory: {', '.join(memory)}.")
+    notes += _stage_notes(methods)
     missing = [row.label for row in plan.rows() if row.label not in {result.row.label for result in results}]
     if missing:
         notes.append(f"Missing: {', '.join(missing)}.")
     return notes
+
+
+def _stage_notes(methods: Sequence[MethodResult]) -> Iterator[str]:
+    """Which methods of a sweep have several indices a position, so that K is not that of one codebook."""
+    for family in dict.fromkeys(m.method.family for m in methods):
+        for method in methods:
+            size, bits = method.method.num_embeddings, method.figures.get("bits_per_position")
+            if method.method.family != family or size is None or bits is None:
+                continue
+            indices = round(bits.mean / math.log2(size))
+            if indices > 1:
+                title = method.method.title.rsplit(", K = ", 1)[0]
+                yield f"{title}: K counts the codewords of one of its {indices} stages or groups."
+            break
 
 
 def _sentence(test: PairedTest, titles: Mapping[str, str]) -> str:
