@@ -559,8 +559,12 @@ def test_an_interruption_waits_for_the_checkpoint(tmp_path: Path) -> None:
         if line == "ready":
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        call([sys.executable, "-c", program, str(tmp_path / "saved")], tmp_path / "a.log", interrupt)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            call([sys.executable, "-c", program, str(tmp_path / "saved")], tmp_path / "a.log", interrupt)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (tmp_path / "saved").exists()
 
 
