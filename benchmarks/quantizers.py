@@ -58,6 +58,9 @@ def own(k: int, d: int) -> dict[str, Callable[[], nn.Module]]:
         "simvq": lambda: ours.SimVQ(**free),
         "simvq, posterior": lambda: ours.SimVQ(**free, assignment="posterior"),
         "rvq": lambda: ours.ResidualQuantizer(stages=[ours.VectorQuantizer(**stages) for _ in range(2)]),
+        "rvq, moving averages": lambda: ours.ResidualQuantizer(
+            stages=[ours.VectorQuantizerEMA(**stages) for _ in range(2)]
+        ),
         "fq": lambda: ours.FactorizedQuantizer(num_embeddings=k // 2, embedding_dim=d),
         "mgvq": lambda: ours.MGVQ(num_embeddings=k // 4, embedding_dim=d),
         "fvq": lambda: ours.FVQ(num_embeddings=square**2, embedding_dim=d),
@@ -82,6 +85,7 @@ def peers(k: int, d: int, device: torch.device) -> dict[str, tuple[str, Callable
     else:
         image = {"dim": d, "accept_image_fmap": True}
         common = {**image, "codebook_size": k, "rotation_trick": False}
+        residual = {"dim": d, "codebook_size": 2 ** (bits // 2), "num_quantizers": 2, "rotation_trick": False}
         found |= {
             "vector-quantize-pytorch VectorQuantize, learned": (
                 "vqgan",
@@ -105,9 +109,14 @@ def peers(k: int, d: int, device: torch.device) -> dict[str, tuple[str, Callable
                 lambda: vqp.LFQ(codebook_size=2**bits, dim=d, entropy_loss_weight=0.1, commitment_loss_weight=0.25),
                 "vqp",
             ),
-            "vector-quantize-pytorch ResidualVQ": (
+            "vector-quantize-pytorch ResidualVQ, learned": (
                 "rvq",
-                lambda: vqp.ResidualVQ(dim=d, codebook_size=2 ** (bits // 2), num_quantizers=2, rotation_trick=False),
+                lambda: vqp.ResidualVQ(**residual, ema_update=False, learnable_codebook=True),
+                "sequence",
+            ),
+            "vector-quantize-pytorch ResidualVQ": (
+                "rvq, moving averages",
+                lambda: vqp.ResidualVQ(**residual),
                 "sequence",
             ),
         }

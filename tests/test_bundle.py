@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -388,3 +390,22 @@ def test_mlflow_points_survive_a_failing_server(tmp_path: Path, monkeypatch: pyt
     tracker.end_run("FINISHED")
     history = MlflowClient(tracker.tracking_uri).get_metric_history(tracker.run_id, "a")
     assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 2.0)]
+
+
+def _open_run(uri: str) -> str | None:
+    from vaevq_med.engines import MLflowTracker
+
+    tracker = MLflowTracker(tracking_uri=uri, config={"set": {"network_def#variational": True}})
+    tracker.start_run()
+    return tracker.run_id
+
+
+def test_runs_that_start_together_make_one_mlflow_file(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    with ProcessPoolExecutor(3, mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = list(pool.map(_open_run, [uri] * 3))
+    client = MlflowClient(uri)
+    assert len(set(found)) == 3
+    assert {client.get_run(run).data.params["set.network_def.variational"] for run in found} == {"true"}

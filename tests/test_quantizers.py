@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vaevq_med.errors import VaevqMedError
 from vaevq_med.networks.posterior import DiagonalGaussian
-from vaevq_med.networks.quantizers import SimVQ, VectorQuantizer, nearest_codeword
+from vaevq_med.networks.quantizers import SimVQ, VectorQuantizer, nearest, nearest_codeword
 from vaevq_med.networks.quantizers.base import CodebookQuantizer
 
 K, D = 32, 4
@@ -388,3 +389,28 @@ def test_vector_quantizer_agrees_with_vector_quantize_pytorch() -> None:
     assert len(indices.unique()) > 3
     assert torch.equal(output.indices[..., 0], indices)
     torch.testing.assert_close(output.quantized, quantized)
+
+
+@pytest.mark.parametrize("num_embeddings", [40, 2000])
+def test_copies_of_codewords_go_to_the_first_of_them(num_embeddings: int) -> None:
+    torch.manual_seed(0)
+    distinct, latents = torch.randn(3, 4), torch.randn(200, 4)
+    which = torch.randint(3, (num_embeddings,))
+    nearest = torch.cdist(latents.double(), distinct.double()).argmin(dim=1)
+    first = torch.stack([(which == number).nonzero()[0, 0] for number in range(3)])
+    assert torch.equal(nearest_codeword(latents, distinct[which]), first[nearest])
+
+
+def test_a_codebook_of_one_value_is_searched_without_a_distance_to_every_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    evaluate = nearest._distances
+
+    def count(*arguments: Any) -> torch.Tensor:
+        distances = evaluate(*arguments)
+        seen.append(distances.numel())
+        return distances
+
+    monkeypatch.setattr(nearest, "_distances", count)
+    index = nearest_codeword(torch.randn(500, 4), torch.zeros(4096, 4))
+    assert bool((index == 0).all())
+    assert sum(seen) < 500 * 4096 / 10

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
 import platform
+import re
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from filelock import FileLock
 from ignite.engine import Engine, Events
 
 from vaevq_med import __version__
@@ -30,7 +34,11 @@ _MAX_BUFFERED = 100_000
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, str]:
-    """A nested configuration as MLflow parameters: ``objective.weights.rcs`` to ``"1.0"``."""
+    """A nested configuration as MLflow parameters: ``objective.weights.rcs`` to ``"1.0"``.
+
+    >>> flatten({"objective": {"weights": {"rcs": 1.0}}, "set": {"network_def#variational": True}})
+    {'objective.weights.rcs': '1.0', 'set.network_def.variational': 'true'}
+    """
     if isinstance(config, Mapping):
         items = [(str(key), value) for key, value in config.items()]
     elif isinstance(config, list) and any(isinstance(value, Mapping | list) for value in config):
@@ -39,6 +47,7 @@ def flatten(config: Any, prefix: str = "") -> dict[str, str]:
         return {prefix[:250]: (config if isinstance(config, str) else json.dumps(config, default=str))[:6000]}
     flat: dict[str, str] = {}
     for key, value in items:
+        key = re.sub(r"[^\w\-. :/]", ".", key)  # MLflow takes no '#'
         flat |= flatten(value, f"{prefix}.{key}" if prefix else key)
     return flat
 
@@ -65,6 +74,18 @@ def artifact_location(tracking_uri: str) -> str | None:
     if not tracking_uri.startswith("sqlite:///"):
         return None
     return (Path(tracking_uri.removeprefix("sqlite:///")).resolve().parent / "mlruns").as_uri()
+
+
+@contextlib.contextmanager
+def one_at_a_time(tracking_uri: str) -> Iterator[None]:
+    """Let one process of this machine at a time make and migrate a SQLite file, which MLflow's own lock leaves open."""
+    if not tracking_uri.startswith("sqlite:///"):
+        yield
+        return
+    path = Path(tracking_uri.removeprefix("sqlite:///")).resolve()
+    name = hashlib.sha256(f"{os.getuid() if hasattr(os, 'getuid') else ''} {path}".encode()).hexdigest()[:16]
+    with FileLock(Path(tempfile.gettempdir()) / f"vaevq_med_mlflow_{name}.lock", timeout=300):
+        yield
 
 
 class MLflowTracker:
@@ -147,7 +168,10 @@ class MLflowTracker:
         logging.getLogger("mlflow.store").setLevel(logging.WARNING)
         from mlflow import MlflowClient
 
-        return MlflowClient(tracking_uri=self.tracking_uri)
+        client = MlflowClient(tracking_uri=self.tracking_uri)
+        with one_at_a_time(self.tracking_uri):
+            client.search_experiments(max_results=1)
+        return client
 
     def start_run(self, resumed_id: str | None = None, *, resume: bool = True) -> None:
         """Open the run: a new one, or the one that a checkpoint names.

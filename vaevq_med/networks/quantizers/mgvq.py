@@ -30,7 +30,7 @@ from vaevq_med.networks.quantizers.grouped import GroupedQuantizer, look_up_grou
 from vaevq_med.outputs import Posterior, QuantizerOutput
 
 # Probabilities held at once while anchors are drawn.
-_CHUNK = 2**21
+_CHUNK = {"cpu": 2**19, "other": 2**22}
 
 
 class MGVQ(GroupedQuantizer):
@@ -206,7 +206,8 @@ def draw_anchors(latents: Tensor, codewords: Tensor, uniform: Tensor) -> Tensor:
     """
     if codewords.shape[0] == 0:
         return codewords
-    step = max(1, _CHUNK // max(1, latents.shape[0]))
+    chunk = _CHUNK.get(latents.device.type, _CHUNK["other"])
+    step = max(1, chunk // max(1, latents.shape[0]))
     if not _is_distributed():
         return torch.cat(
             [_invert(latents, e, u) for e, u in zip(codewords.split(step), uniform.double().split(step), strict=True)]

@@ -21,8 +21,11 @@ from vaevq_med.errors import VaevqMedError
 # Scores held at once when the caller does not say: a tile that stays in a CPU's cache, and one that fills a GPU.
 _DEFAULT_CHUNK = {"cpu": 2**20, "other": 2**24}
 _MAX_ROWS = 4096
+# Up to so many codewords all scores of a row are looked at, not the least of each block.
+_FEW_CODES = 512
 # Rows with more candidate blocks than this go through one search in float64 instead.
 _MAX_CANDIDATE_BLOCKS = 4
+_FEW_LATENTS = 64
 
 
 @torch.compiler.disable
@@ -63,7 +66,7 @@ def nearest_codeword(
         return _scores(latents, codebook, precision).argmin(dim=1)
     if chunk_size is None:
         chunk_size = _DEFAULT_CHUNK.get(latents.device.type, _DEFAULT_CHUNK["other"])
-    with _full_precision(latents.device.type):
+    with full_precision(latents.device.type):
         return _search(latents, codebook, precision, chunk_size)
 
 
@@ -84,7 +87,7 @@ def _check(latents: Tensor, codebook: Tensor, precision: Tensor | None, chunk_si
 
 
 @contextmanager
-def _full_precision(device_type: str) -> Iterator[None]:
+def full_precision(device_type: str) -> Iterator[None]:
     """No autocast, no TF32, no bf16 products inside fp32 ones."""
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
@@ -112,18 +115,20 @@ def _search(latents: Tensor, codebook: Tensor, precision: Tensor | None, chunk_s
     num_rows, num_codes = latents.shape[0], codebook.shape[0]
     # A block is the unit of which only the minimum is kept: wide enough that the minima are few, narrow enough
     # that evaluating one block a row again costs little.
-    block = 2 ** max(0, round(math.log2(math.sqrt(num_codes) / 8))) if num_codes >= 64 else 1
+    block = 2 ** max(0, round(math.log2(math.sqrt(num_codes) / 8))) if num_codes > _FEW_CODES else 1
     rows = max(1, min(_MAX_ROWS, math.isqrt(chunk_size), chunk_size * block // num_codes, num_rows))
     columns = max(1, min(chunk_size // rows // block, math.ceil(num_codes / block)))  # blocks a tile
     squared_norms = torch.cat(
         [part.square().sum(dim=1) for part in codebook.split(max(1, chunk_size // codebook.shape[1]))]
     )
     result = torch.empty(num_rows, dtype=torch.int64, device=latents.device)
+    # Made once: allocated anew for each tile, small results would settle in the gaps and the process grow to N x K.
+    tile = latents.new_empty(rows, block * columns)
     for start in range(0, num_rows, rows):
         stop = min(start + rows, num_rows)
         weights = None if precision is None else precision[start:stop]
         result[start:stop] = _search_rows(
-            latents[start:stop], codebook, weights, squared_norms, block, columns, chunk_size
+            latents[start:stop], codebook, weights, squared_norms, block, columns, chunk_size, tile
         )
     return result
 
@@ -136,6 +141,7 @@ def _search_rows(
     block: int,
     columns: int,
     chunk_size: int,
+    buffer: Tensor,
 ) -> Tensor:
     """The search over every codeword for a few rows; block b of a tile is its codewords b, b+columns, ..."""
     num_codes, width = codebook.shape[0], block * columns
@@ -159,10 +165,17 @@ def _search_rows(
             squares = 0.5 * codes.square()
             right, bias = torch.cat([codes, squares], dim=1), None
             column_scale = torch.sqrt(norms + squares.square().sum(dim=1))
-        tile = F.linear(left, right, bias)
+        tile = buffer[: left.shape[0]]
+        scores = tile[:, : codes.shape[0]]
+        torch.mm(left, right.T, out=scores) if bias is None else torch.addmm(bias, left, right.T, out=scores)
         if missing:
-            tile = F.pad(tile, (0, missing), value=math.inf)
+            tile[:, codes.shape[0] :] = math.inf
             column_scale, norms = F.pad(column_scale, (0, missing)), F.pad(norms, (0, missing))
+        if block == 1 and columns == num_codes:
+            scale = row_scale.squeeze(1) * column_scale.max()
+            if precision is None:
+                scale = scale + 0.5 * norms.max()
+            return _settle_few(latents, codebook, precision, tile, 2 * relative_error * scale, chunk_size)
         minima = tile.view(-1, block, columns).amin(dim=1)
         scale = row_scale * column_scale.view(block, columns).amax(dim=0)
         if precision is None:
@@ -173,6 +186,18 @@ def _search_rows(
     bound = torch.stack(upper).amin(dim=0)
     candidates = torch.cat(lower, dim=1) <= bound.unsqueeze(1)
     return _settle(latents, codebook, precision, candidates, block, columns, chunk_size)
+
+
+def _settle_few(
+    latents: Tensor, codebook: Tensor, precision: Tensor | None, scores: Tensor, tolerance: Tensor, chunk_size: int
+) -> Tensor:
+    """The exact argmin where the scores of all codewords are at hand, ``[rows, K]``: most rows have a clear one."""
+    least, index = scores.min(dim=1)
+    rows = ((scores <= (least + tolerance).unsqueeze(1)).sum(dim=1) > 1).nonzero().squeeze(1)
+    if rows.numel() > 0:
+        weights = None if precision is None else precision[rows].double()
+        index[rows] = _search_double(latents[rows].double(), codebook, weights, chunk_size)
+    return index
 
 
 def _settle(
@@ -197,10 +222,10 @@ def _settle(
         return distance, index.clamp(max=codebook.shape[0] - 1)
 
     first = candidates.to(torch.uint8).argmax(dim=1)
-    distance, index = evaluate(torch.arange(latents.shape[0], device=latents.device), first)
     candidates.scatter_(1, first.unsqueeze(1), False)
     count = candidates.sum(dim=1)
     rows = (count > 0).nonzero().squeeze(1)
+    distance, index = evaluate(torch.arange(len(first), device=latents.device), first)
     if rows.numel() == 0:
         return index
     many = rows[count[rows] >= _MAX_CANDIDATE_BLOCKS]
@@ -242,8 +267,19 @@ def _distances(
     return torch.cat(parts)
 
 
+def _distinct(codebook: Tensor) -> Tensor:
+    """The first index of every codeword, rising; of a codebook that has not left its start there may be just one."""
+    _, group = torch.unique(codebook, dim=0, return_inverse=True)
+    numbers = torch.arange(len(group), device=group.device)
+    return torch.full_like(group, len(group)).scatter_reduce(0, group, numbers, "amin").unique()[: group.max() + 1]
+
+
 def _search_double(latents: Tensor, codebook: Tensor, precision: Tensor | None, chunk_size: int) -> Tensor:
     """The exact argmin for rows with many near-equal codewords: float64 scores choose whom to evaluate directly."""
+    if latents.shape[0] > _FEW_LATENTS:  # so many have no clear nearest codeword: there may be copies of codewords
+        distinct = _distinct(codebook)
+        if len(distinct) < len(codebook):
+            return distinct[_search_double(latents, codebook[distinct], precision, chunk_size)]
     results = []
     num_codes = codebook.shape[0]
     step = max(1, chunk_size // (2 * min(num_codes, 4096)))

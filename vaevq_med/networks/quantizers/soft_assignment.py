@@ -7,6 +7,7 @@ the temperatures in use (0.01 to 1) rounding of the products would be multiplied
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,10 +16,14 @@ from torch.autograd.function import once_differentiable
 
 from vaevq_med.errors import VaevqMedError
 from vaevq_med.networks.quantizers.clusters import mean_of_processes
-from vaevq_med.networks.quantizers.nearest import _full_precision
+from vaevq_med.networks.quantizers.nearest import full_precision
 
-# Probabilities held at once when the caller does not say; a backward pass holds about three such tensors.
+# Probabilities held at once when the caller does not say; a backward pass holds two such tensors.
 _DEFAULT_CHUNK = {"cpu": 2**21, "other": 2**24}
+# A product with fewer rows wastes the processor.
+_FEWEST_LATENTS = 64
+# Log-probabilities below it count as it, 1e-26: a processor takes some thirty times as long over numbers near 0.
+_FLOOR = -60.0
 
 
 @torch.compiler.disable
@@ -35,8 +40,8 @@ def soft_codes(
         keys: e, ``[K, D]``.
         values: v, ``[K, C]``.
         temperature: T, above 0.
-        chunk_size: probabilities held at once; by default 2^21 on a CPU and 2^24 (64 MiB) elsewhere, but always those
-            of one latent.
+        chunk_size: probabilities held at once; by default 2^21 on a CPU and 2^24 (64 MiB) elsewhere, and at least those
+            of 64 latents; one given is kept to but for the probabilities of one latent.
 
     Returns:
         The mixture ``[N, C]`` and int64 ``[N]``, ``argmax_k p_nk``, each in [0, K); the largest product as computed,
@@ -132,7 +137,9 @@ def _prepare(
     if not temperature > 0:
         raise VaevqMedError(f"temperature is {temperature}; expected above 0")
     if chunk_size is None:
-        chunk_size = _DEFAULT_CHUNK.get(latents.device.type, _DEFAULT_CHUNK["other"])
+        chunk_size = max(
+            _DEFAULT_CHUNK.get(latents.device.type, _DEFAULT_CHUNK["other"]), _FEWEST_LATENTS * keys.shape[0]
+        )
     if chunk_size < 1:
         raise VaevqMedError(f"chunk_size is {chunk_size}; expected at least 1")
     dtype = torch.promote_types(torch.promote_types(latents.dtype, keys.dtype), torch.float32)
@@ -140,18 +147,24 @@ def _prepare(
 
 
 class _Mixture(torch.autograd.Function):
-    """``softmax(latents @ keys.T) @ values`` and the argmax, ``step`` rows at a time."""
+    """``softmax(latents @ keys.T) @ values`` and the argmax, ``step`` rows at a time in buffers that are used again."""
 
     @staticmethod
     def forward(ctx: Any, latents: Tensor, keys: Tensor, values: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        mixtures, indices = [], []
-        with _full_precision(latents.device.type):
-            for part in latents.split(step):
-                logits = part @ keys.T
-                indices.append(logits.argmax(dim=1))
-                mixtures.append(torch.softmax(logits, dim=1) @ values)
-        mixture, index = torch.cat(mixtures), torch.cat(indices)
-        ctx.save_for_backward(latents, keys, values, mixture)
+        mixture = values.new_empty(len(latents), values.shape[1])
+        index = torch.empty(len(latents), dtype=torch.int64, device=latents.device)
+        norms = latents.new_empty(len(latents), 1)
+        buffer = latents.new_empty(min(step, len(latents)), len(keys))
+        with full_precision(latents.device.type):
+            for chunk in _chunks(len(latents), step):
+                part = latents[chunk]
+                weights = torch.mm(part, keys.T, out=buffer[: len(part)])
+                peak, best = weights.max(dim=1, keepdim=True)
+                index[chunk] = best.squeeze(1)
+                total = weights.sub_(peak).clamp_(min=_FLOOR).exp_().sum(dim=1, keepdim=True)
+                torch.mm(weights, values, out=mixture[chunk]).div_(total)
+                norms[chunk] = peak + total.log()
+        ctx.save_for_backward(latents, keys, values, mixture, norms)
         ctx.step = step
         ctx.mark_non_differentiable(index)
         return mixture, index
@@ -159,63 +172,80 @@ class _Mixture(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        latents, keys, values, mixture = ctx.saved_tensors
+        latents, keys, values, mixture, norms = ctx.saved_tensors
         to_latents = torch.empty_like(latents) if ctx.needs_input_grad[0] else None
         to_keys = torch.zeros_like(keys) if ctx.needs_input_grad[1] else None
         to_values = torch.zeros_like(values) if ctx.needs_input_grad[2] else None
-        with _full_precision(latents.device.type):
-            for start in range(0, len(latents), ctx.step):
-                chunk = slice(start, start + ctx.step)
+        shape = min(ctx.step, len(latents)), len(keys)
+        first, second = latents.new_empty(shape), latents.new_empty(shape)
+        with full_precision(latents.device.type):
+            for chunk in _chunks(len(latents), ctx.step):
                 part, outer = latents[chunk], gradient[chunk]
-                probabilities = torch.softmax(part @ keys.T, dim=1)
+                probabilities = torch.mm(part, keys.T, out=first[: len(part)])
+                probabilities.sub_(norms[chunk]).clamp_(min=_FLOOR).exp_()
                 if to_values is not None:
                     to_values.addmm_(probabilities.T, outer)
                 if to_latents is None and to_keys is None:
                     continue
                 # d p_k / d logit_j = p_k (1[j = k] - p_j)
-                slope = outer @ values.T
+                slope = torch.mm(outer, values.T, out=second[: len(part)])
                 slope.sub_((outer * mixture[chunk]).sum(dim=1, keepdim=True)).mul_(probabilities)
                 if to_latents is not None:
-                    to_latents[chunk] = slope @ keys
+                    torch.mm(slope, keys, out=to_latents[chunk])
                 if to_keys is not None:
                     to_keys.addmm_(slope.T, part)
         return to_latents, to_keys, to_values, None
 
 
 class _Statistics(torch.autograd.Function):
-    """Entropy of each row of ``softmax(latents @ keys.T)`` and their mean, ``step`` rows at a time."""
+    """Entropy of each row of ``softmax(latents @ keys.T)`` and their mean, ``step`` rows at a time in buffers."""
 
     @staticmethod
     def forward(ctx: Any, latents: Tensor, keys: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        entropies = []
+        entropy = latents.new_empty(len(latents))
+        norms = latents.new_empty(len(latents), 1)
         total = keys.new_zeros(len(keys))
-        with _full_precision(latents.device.type):
-            for part in latents.split(step):
-                logs = torch.log_softmax(part @ keys.T, dim=1)
-                probabilities = logs.exp()
+        shape = min(step, len(latents)), len(keys)
+        first, second = latents.new_empty(shape), latents.new_empty(shape)
+        with full_precision(latents.device.type):
+            for chunk in _chunks(len(latents), step):
+                part = latents[chunk]
+                logs = torch.mm(part, keys.T, out=first[: len(part)])
+                peak = logs.amax(dim=1, keepdim=True)
+                probabilities = torch.clamp(logs.sub_(peak), min=_FLOOR, out=second[: len(part)]).exp_()
+                mass = probabilities.sum(dim=1, keepdim=True)
+                probabilities.div_(mass)
                 total += probabilities.sum(dim=0)
-                entropies.append(-logs.mul_(probabilities).sum(dim=1))
-        ctx.save_for_backward(latents, keys)
+                entropy[chunk] = -logs.sub_(mass.log()).mul_(probabilities).sum(dim=1)
+                norms[chunk] = peak + mass.log()
+        ctx.save_for_backward(latents, keys, norms)
         ctx.step = step
-        return torch.cat(entropies), total / len(latents)
+        return entropy, total / len(latents)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_entropy: Tensor, of_mean: Tensor) -> tuple[Tensor | None, ...]:
-        latents, keys = ctx.saved_tensors
+        latents, keys, norms = ctx.saved_tensors
         to_latents = torch.empty_like(latents) if ctx.needs_input_grad[0] else None
         to_keys = torch.zeros_like(keys) if ctx.needs_input_grad[1] else None
-        with _full_precision(latents.device.type):
-            for start in range(0, len(latents), ctx.step):
-                chunk = slice(start, start + ctx.step)
+        shape = min(ctx.step, len(latents)), len(keys)
+        first, second = latents.new_empty(shape), latents.new_empty(shape)
+        with full_precision(latents.device.type):
+            for chunk in _chunks(len(latents), ctx.step):
                 part = latents[chunk]
-                slope = torch.log_softmax(part @ keys.T, dim=1)
-                probabilities = slope.exp()
+                slope = torch.mm(part, keys.T, out=first[: len(part)]).sub_(norms[chunk])
+                probabilities = torch.clamp(slope, min=_FLOOR, out=second[: len(part)]).exp_()
                 # With a = dL/dp, dropping what is the same for all k: d logit_k = p_k (a_k - sum_j p_j a_j).
                 slope.mul_(-of_entropy[chunk].unsqueeze(1)).add_(of_mean / len(latents))
-                slope.sub_((slope * probabilities).sum(dim=1, keepdim=True)).mul_(probabilities)
+                slope.sub_(torch.linalg.vecdot(slope, probabilities).unsqueeze(1)).mul_(probabilities)
                 if to_latents is not None:
-                    to_latents[chunk] = slope @ keys
+                    torch.mm(slope, keys, out=to_latents[chunk])
                 if to_keys is not None:
                     to_keys.addmm_(slope.T, part)
         return to_latents, to_keys, None
+
+
+def _chunks(count: int, step: int) -> Iterator[slice]:
+    """``[0, count)`` in parts of ``step``."""
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
