@@ -168,8 +168,8 @@ class MLflowTracker:
         logging.getLogger("mlflow.store").setLevel(logging.WARNING)
         from mlflow import MlflowClient
 
-        client = MlflowClient(tracking_uri=self.tracking_uri)
         with one_at_a_time(self.tracking_uri):
+            client = MlflowClient(tracking_uri=self.tracking_uri)
             client.search_experiments(max_results=1)
         return client
 
