@@ -342,7 +342,7 @@ def test_a_bundle_may_be_a_folder(tmp_path: Path) -> None:
 
 def test_both_bundles_can_be_compared(slice_dataset: Path, tmp_path: Path) -> None:
     command = Compare(output=tmp_path, bundle="imagenet", methods="vqgan,vaevq", dataset_dir=slice_dataset)
-    training, evaluation = command.plan.rows()[1].commands()
+    training, evaluation = command.plan.rows()[1].commands().values()
     names = [Path(file).relative_to(BUNDLE.parent).as_posix() for file in flags(training)["config_file"]]
     assert names == ["imagenet/train.json", "imagenet/overlays/paper.json"]
     parser = ConfigParser()
@@ -433,7 +433,7 @@ def test_a_budget_is_what_the_run_resolves(
 ) -> None:
     """16 training slices in batches of 4: 4 steps an epoch."""
     command = toy(slice_dataset, tmp_path, budget=budget)
-    training, _ = command.plan.rows()[0].commands()
+    training = command.plan.rows()[0].commands()["training"]
     values = flags(training)
     parser = ConfigParser()
     parser.read_config(values.pop("config_file"))
@@ -454,7 +454,7 @@ def test_commands_carry_what_each_file_knows(slice_dataset: Path, tmp_path: Path
         launch="torchrun --nproc_per_node=8",
         checkpoint="last",
     )
-    training, evaluation = command.plan.rows()[0].commands("abc")
+    training, evaluation = command.plan.rows()[0].commands("abc").values()
     assert training[:5] == ["torchrun", "--nproc_per_node=8", "-m", "monai.bundle", "run"]
     values = flags(training)
     names = [Path(file).stem for file in values["config_file"]]
@@ -578,3 +578,47 @@ def test_the_live_table_shows_each_row_as_it_stands(slice_dataset: Path, tmp_pat
         ["vqgan", "seed", "0", "training", "1:23", "train", "3/8", "loss", "[0.5]"],
         ["simvq", "seed", "0", "waiting"],
     ]
+
+
+@pytest.mark.slow
+def test_every_readout_of_a_quantizer_has_a_row_and_one_training(
+    runner: Runner, slice_dataset: Path, tmp_path: Path
+) -> None:
+    command = toy(slice_dataset, tmp_path / "out", methods="softvq")
+    assert [row.label for row in command.plan.rows()] == ["softvq seed 0", "softvq_hard seed 0"]
+    report = command.run()
+    assert report.failed == []
+    assert runner.trained() == ["softvq/seed_0"]
+    with (tmp_path / "out" / "table.csv").open(newline="") as file:
+        table = {row["method"]: row for row in csv.DictReader(file)}
+    readouts = {}
+    for name in ("softvq", "softvq_hard"):
+        record = json.loads((tmp_path / "out" / name / "seed_0/evaluation/metrics.json").read_text())
+        readouts[name] = record["provenance"]["readout"]
+        assert float(table[name]["psnr"]) == pytest.approx(record["summary"]["overall"]["psnr"]["value"])
+    assert readouts == {"softvq": "soft", "softvq_hard": "hard"}
+    assert table["softvq"]["psnr"] != table["softvq_hard"]["psnr"]
+    assert table["softvq"]["parameters"] == table["softvq_hard"]["parameters"]
+    assert "SoftVQ (soft)" in report.table
+    assert "SoftVQ (hard)" in report.table
+    # One task of an array job does both; what is there is kept, also in a folder that was moved.
+    (tmp_path / "out").rename(tmp_path / "moved")
+    again = toy(slice_dataset, tmp_path / "moved", methods="softvq").run_row(0)
+    assert [state.status for state in again.states] == ["kept", "kept"]
+
+
+def test_a_readout_waits_for_its_training(runner: Runner, slice_dataset: Path, tmp_path: Path) -> None:
+    runner.fail["softvq"] = "no"
+    report = toy(slice_dataset, tmp_path / "out", methods="softvq", pictures=0).run()
+    assert [state.detail for state in report.failed] == [
+        "training ended with exit code 2: no",
+        "softvq seed 0 is not finished, expected its checkpoint",
+    ]
+
+
+def test_a_chosen_readout_is_one_row(slice_dataset: Path, tmp_path: Path) -> None:
+    chosen = ("softvq:readout=hard",)
+    (row,) = Compare(output=tmp_path, methods="softvq", assignments=chosen, dataset_dir=slice_dataset).plan.rows()
+    assert flags(row.commands()["evaluating"])["readout"] == "hard"
+    with pytest.raises(VaevqMedError, match=r"softvq_hard.*a read-out of softvq"):
+        _ = Compare(output=tmp_path, methods="softvq,softvq_hard=vqgan", dataset_dir=slice_dataset).plan

@@ -84,6 +84,20 @@ def test_unknown_modality_and_missing_data_say_what_to_do(slice_dataset: Path, t
         SliceDataset(dataset_dir=tmp_path / "nothing", split="training")
 
 
+@pytest.mark.parametrize(("patients", "command"), [(True, "slice-extract"), (False, "imagenet-prepare")])
+def test_an_empty_split_names_the_command_that_fills_it(
+    slice_dataset: Path, tmp_path: Path, patients: bool, command: str
+) -> None:
+    content = json.loads((slice_dataset / "dataset.json").read_text())
+    for split in ("training", "validation", "test"):
+        content[split] = [] if split == "test" else content[split]
+        if not patients:
+            content[split] = [{"image": entry["image"]} for entry in content[split]]
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=rf"empty split 'test' .*vaevq-med {command} "):
+        SliceDataset(dataset_dir=tmp_path, split="test")
+
+
 def test_random_transforms_depend_on_the_index_alone(slice_dataset: Path) -> None:
     def make() -> SliceDataset:
         flip = Compose([LoadSliced(image_size=32), RandFlipd(keys="image", prob=0.5, spatial_axis=1)])

@@ -19,6 +19,7 @@ from vaevq_med.apps.comparison.plan import (
     parse_integers,
     parse_methods,
     parse_overrides,
+    with_readouts,
 )
 from vaevq_med.apps.comparison.rows import (
     STATE,
@@ -120,6 +121,7 @@ class Compare:
             if self.kind == "sweep" and text.partition("=")[0].split(":")[-1].strip() == "num_embeddings":
                 raise VaevqMedError(f"set: found {text!r}, which the sweep sets itself; expected --num-embeddings")
         overrides, methods = parse_overrides(self.assignments, methods)
+        methods = with_readouts(methods, bundle, overrides)
         plan = Plan(
             kind=self.kind,
             bundle=bundle,
@@ -198,7 +200,7 @@ class Compare:
             VaevqMedError: an option that cannot be, or an output folder of other settings.
         """
         check_settings(self.plan)
-        return [(row.label, [shlex.join(command) for command in row.commands()]) for row in self.plan.rows()]
+        return [(row.label, [shlex.join(command) for command in row.commands().values()]) for row in self.plan.rows()]
 
     def script(self) -> str:
         """A SLURM array script with a task a row; notes settings and MLflow run, so that the tasks share them.
@@ -207,19 +209,19 @@ class Compare:
             VaevqMedError: an option that cannot be, or an output folder of other settings.
         """
         self._open()
-        rows = self.plan.rows()
+        tasks = self.plan.tasks()
         command = shlex.join(self.words())
         return "\n".join(
             [
                 "#!/bin/bash",
                 f"#SBATCH --job-name=vaevq-{self.kind}",
-                f"#SBATCH --array=0-{len(rows) - 1}",
+                f"#SBATCH --array=0-{len(tasks) - 1}",
                 f"#SBATCH --output={self._slurm_log()}",
                 "#SBATCH --gpus-per-task=1",
                 "#SBATCH --cpus-per-task=8",
                 "#SBATCH --time=24:00:00",
                 "#SBATCH --signal=B:TERM@120",
-                *(f"# task {number}: {row.label}" for number, row in enumerate(rows)),
+                *(f"# task {number}: {', '.join(row.label for row in rows)}" for number, rows in enumerate(tasks)),
                 "set -euo pipefail",
                 f"cd {shlex.quote(str(Path.cwd()))}",
                 f'exec {command} --row "$SLURM_ARRAY_TASK_ID"',
@@ -256,21 +258,24 @@ class Compare:
         return run_id
 
     def run_row(self, number: int) -> CompareReport:
-        """Run one row, as a task of an array job does; tables are left to :meth:`run`.
+        """Run one row that trains and those that decode it, as a task of an array job does.
+
+        Tables are left to :meth:`run`.
 
         Raises:
             VaevqMedError: there is no such row, or see :meth:`run`.
         """
-        rows = self.plan.rows()
-        if not 0 <= number < len(rows):
-            raise VaevqMedError(f"row: found {number}, expected 0 to {len(rows) - 1}")
+        tasks = self.plan.tasks()
+        if not 0 <= number < len(tasks):
+            raise VaevqMedError(f"row: found {number}, expected 0 to {len(tasks) - 1}")
         check_settings(self.plan)
         record = read_plan_record(self.output)
         if not record:
             write_plan_record(self.plan, None)
-        state = RowState(rows[number])
-        run_row(state, record.get("parent_run_id"), lambda: self.on_update([state]))
-        return CompareReport(self.output, (state,))
+        states = [RowState(row) for row in tasks[number]]
+        for state in states:
+            run_row(state, record.get("parent_run_id"), lambda: self.on_update(states))
+        return CompareReport(self.output, tuple(states))
 
     def run(self) -> CompareReport:
         """Run what is not done, then write tables and figures over what is.

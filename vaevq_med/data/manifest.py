@@ -55,6 +55,13 @@ class Manifest:
         """Hash of the recipe, the entries and the images."""
         return str(self.content.get("content_hash", ""))
 
+    def splitting_command(self) -> str:
+        """The command that decides the splits."""
+        firsts = [entry for split in SPLITS for entry in self.entries(split)[:1]]
+        if firsts and not any("patient" in entry for entry in firsts):
+            return "vaevq-med imagenet-prepare INPUT OUTPUT --holdout 0.1"
+        return "vaevq-med slice-extract INPUT OUTPUT --split-file FILE"
+
     def tags(self) -> dict[str, str]:
         """What an experiment tracker notes of the data set."""
         counts = {f"data.{split}": str(len(self.entries(split))) for split in SPLITS}

@@ -84,7 +84,8 @@ def check_config(config: Mapping[str, Any]) -> None:
         ConfigError: naming the nearest valid name.
     """
     properties: dict[str, Any] = {**TrainProperties, **InferProperties, **MetaProperties}
-    used = {str(prop["id"]).split("::")[0] for prop in properties.values()} | ENTRY_POINTS
+    # Where a run's folder is named by its parts, nothing may refer to output_dir.
+    used = {str(prop["id"]).split("::")[0] for prop in properties.values()} | ENTRY_POINTS | {"output_dir"}
     for text in _strings({key: value for key, value in config.items() if key != "_meta_"}):
         used.update(_REFERENCE.findall(text))
     known = {key for key in config if key in used}

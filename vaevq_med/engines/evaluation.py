@@ -40,13 +40,15 @@ def validation_split(dataset_dir: str | Path) -> str:
     Args:
         dataset_dir: slice data set.
     """
-    if load_manifest(dataset_dir).entries("validation"):
+    manifest = load_manifest(dataset_dir)
+    if manifest.entries("validation"):
         return "validation"
     if distributed.is_main():
         logger.warning(
-            "%s: no patient stands in the validation split, so training slices are validated on; name the patients of "
-            "each split with: vaevq-med slice-extract --split-file FILE, or pass --val_split test",
+            "%s: the validation split is empty, so training images are validated on; make one with %s, or pass "
+            "--val_split test",
             dataset_dir,
+            manifest.splitting_command(),
         )
     return "training"
 

@@ -115,9 +115,10 @@ def reconstructions(rows: Sequence[Row], count: int, path: Path) -> None:
     images = torch.empty(0)
     labels: list[str] = []
     for row in rows:
-        checkpoint = row.folder / "checkpoints" / f"{row.plan.checkpoint}.pt"
-        if not checkpoint.is_file():
-            raise VaevqMedError(f"{checkpoint}: found no checkpoint to draw from; --pictures 0 leaves the figure out")
+        if not row.checkpoint.is_file():
+            raise VaevqMedError(
+                f"{row.checkpoint}: found no checkpoint to draw from; --pictures 0 leaves the figure out"
+            )
         parser = ConfigParser()
         parser.read_config(str(row.plan.bundle.path / "evaluate.json"))
         parser.update({key: _value(value) for key, value in row.evaluation_overrides().items()})

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 from vaevq_med.data.manifest import load_manifest
@@ -69,6 +70,7 @@ class Method:
         overrides: values that only this method has, as on the command line.
         family: the method that a sweep's point belongs to; otherwise the name.
         num_embeddings: K of a sweep's point.
+        decodes: the method whose checkpoints it evaluates by another read-out of the quantizer, without training.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Method:
     overrides: Mapping[str, str] = field(default_factory=dict)
     family: str = ""
     num_embeddings: int | None = None
+    decodes: str = ""
 
 
 @dataclass(frozen=True)
@@ -209,6 +212,47 @@ def parse_overrides(assignments: Sequence[str], methods: Sequence[Method]) -> tu
         else:
             raise VaevqMedError(f"set: found {text!r} for the method {name!r}, expected one of {', '.join(own)}")
     return shared, tuple(replace(m, overrides={**own[m.family], **m.overrides}) for m in methods)
+
+
+def with_readouts(methods: Sequence[Method], bundle: Bundle, overrides: Mapping[str, str]) -> tuple[Method, ...]:
+    """The methods, and after each whose quantizer can be decoded in other ways a row for every other way.
+
+    Args:
+        methods: as parsed, with their own overrides.
+        bundle: where the overlays are.
+        overrides: those of every row; where one of them chooses the read-out, no row is added.
+
+    Raises:
+        VaevqMedError: a row that would be added has the name of another.
+    """
+    found: list[Method] = []
+    for method in methods:
+        found.append(method)
+        if "readout" in {**overrides, **method.overrides}:
+            continue
+        quantizer = bundle.read("train.json", method.overlays).get("network_def", {}).get("quantizer", {})
+        target = quantizer.get("_target_") if isinstance(quantizer, dict) else None
+        readouts = getattr(locate(target), "readouts", ()) if isinstance(target, str) else ()
+        if not readouts:
+            continue
+        own = str(quantizer.get("readout", readouts[0]))
+        found[-1] = replace(method, title=f"{method.title} ({own})")
+        for readout in readouts:
+            if readout != own:
+                name = f"{method.name}_{readout}"
+                if name in {other.name for other in methods}:
+                    raise VaevqMedError(f"methods: found {name!r}, which is a read-out of {method.name}; rename it")
+                found.append(
+                    replace(
+                        method,
+                        name=name,
+                        title=f"{method.title} ({readout})",
+                        family=name,
+                        overrides={**method.overrides, "readout": readout},
+                        decodes=method.name,
+                    )
+                )
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -381,6 +425,15 @@ class Plan:
         """Seeds outermost, so that each method has a first figure early."""
         return [Row(self, method, seed) for seed in self.seeds for method in self.methods]
 
+    def tasks(self) -> list[list[Row]]:
+        """Each row that trains, followed by those that decode its checkpoint in another way."""
+        return [
+            [Row(self, other, seed) for other in self.methods if method.name in (other.name, other.decodes)]
+            for seed in self.seeds
+            for method in self.methods
+            if not method.decodes
+        ]
+
 
 @dataclass(frozen=True)
 class Row:
@@ -402,6 +455,19 @@ class Row:
         return self.plan.output / self.method.name / f"seed_{self.seed}"
 
     @property
+    def trained(self) -> Row:
+        """The row whose training it evaluates: itself, unless its method decodes another's checkpoints."""
+        if not self.method.decodes:
+            return self
+        (method,) = (m for m in self.plan.methods if m.name == self.method.decodes)
+        return replace(self, method=method)
+
+    @property
+    def checkpoint(self) -> Path:
+        """What is evaluated."""
+        return self.trained.folder / "checkpoints" / f"{self.plan.checkpoint}.pt"
+
+    @property
     def label(self) -> str:
         """For a reader."""
         return f"{self.method.name} seed {self.seed}"
@@ -418,8 +484,10 @@ class Row:
 
         dataset = {} if plan.dataset_dir is None else {"dataset_dir": str(plan.dataset_dir)}
         shared = {**dataset, "output_dir": str(self.folder), "tracking_uri": plan.tracking_uri}
+        up = f"/../../{self.method.decodes}/{self.folder.name}" if self.method.decodes else ""
         paths = {
-            "checkpoint_path": f"$@output_dir + '/checkpoints/{plan.checkpoint}.pt'",
+            # Not by its full path: a folder of results can be moved.
+            "checkpoint_path": f"$@output_dir + '{up}/checkpoints/{plan.checkpoint}.pt'",
             "evaluation_dir": "$@output_dir + '/evaluation'",
         }
         training = {**shared, "seed": str(self.seed), **plan.budget.overrides(), **select(train)}
@@ -429,8 +497,8 @@ class Row:
         """Overrides of ``evaluate.json``, as on the command line."""
         return self._split()[1]
 
-    def commands(self, parent_run_id: str | None = None) -> tuple[list[str], list[str]]:
-        """Training and evaluation, as a user would type them.
+    def commands(self, parent_run_id: str | None = None) -> dict[str, list[str]]:
+        """``training``, unless it decodes another's checkpoint, and ``evaluating``, as a user would type them.
 
         Args:
             parent_run_id: MLflow run to nest the training under.
@@ -442,10 +510,10 @@ class Row:
             training |= {"parent_run_id": parent_run_id, "run_name": self.label}
         start = [*(plan.launch_words() or [sys.executable]), "-m", "monai.bundle", "run"]
         config = str([str(plan.bundle.path / file) for file in files])
-        return (
-            [*start, "training", "--config_file", config, *_flags(training)],
-            [*start, "evaluating", "--config_file", str(plan.bundle.path / "evaluate.json"), *_flags(evaluation)],
-        )
+        train = [*start, "training", "--config_file", config, *_flags(training)]
+        evaluate = [*start, "evaluating", "--config_file", str(plan.bundle.path / "evaluate.json")]
+        both = {"training": train, "evaluating": [*evaluate, *_flags(evaluation)]}
+        return {name: words for name, words in both.items() if name == "evaluating" or not self.method.decodes}
 
     @property
     def evaluation(self) -> Path:

@@ -84,7 +84,7 @@ def read_result(row: Row) -> RowResult:
     Raises:
         VaevqMedError: it is damaged.
     """
-    run = _read_json(row.folder / "run.json") or {}
+    run = _read_json(row.trained.folder / "run.json") or {}
     try:
         record = json.loads((row.evaluation / "metrics.json").read_text(encoding="utf-8"))
         with (row.evaluation / "per_image.csv").open(newline="", encoding="utf-8") as file:
@@ -262,7 +262,11 @@ def _run_row(state: RowState, parent_run_id: str | None, on_update: Callable[[],
         state.detail, state.seconds = line, time.monotonic() - began
         on_update()
 
-    for status, command in zip(("training", "evaluating"), row.commands(parent_run_id), strict=True):
+    if row.method.decodes and not is_finished(row.trained):
+        state.status = "failed"
+        show(f"{row.trained.label} is not finished, expected its checkpoint")
+        return
+    for status, command in row.commands(parent_run_id).items():
         state.status, state.log = status, row.folder / f"{status}.log"
         show("")
         start = state.log.stat().st_size if state.log.is_file() else 0

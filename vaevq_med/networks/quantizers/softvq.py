@@ -150,7 +150,7 @@ class SoftVQ(Quantizer):
                     )
             soft = torch.cat(mixtures, dim=1).transpose(1, 2).reshape(z.shape)
             chosen = torch.cat(indices, dim=1).view(batch, height, width, 1)
-            losses = {"entropy": torch.stack(entropies).mean()}
+            losses = {"entropy": torch.stack(entropies).mean() if entropies else soft.sum()}
             if self.readout == "soft":
                 return QuantizerOutput(quantized=soft, codes=soft, indices=chosen, losses=losses, codebook=codebook)
             codes = self._look_up(chosen, codebook)
