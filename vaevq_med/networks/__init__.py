@@ -3,6 +3,8 @@
 from vaevq_med.networks.decoder import Decoder
 from vaevq_med.networks.discriminator import PatchDiscriminator
 from vaevq_med.networks.encoder import Encoder, vqgan_preset
+from vaevq_med.networks.latent_diffusion import LatentDiffusionUNet
+from vaevq_med.networks.llamagen import KeyValueCache, LlamaGen
 from vaevq_med.networks.modulated_decoder import ModulatedDecoder
 from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.tokenizer import TrainingForward, VisualTokenizer, released_estimator
@@ -11,6 +13,9 @@ __all__ = [
     "Decoder",
     "DiagonalGaussian",
     "Encoder",
+    "KeyValueCache",
+    "LatentDiffusionUNet",
+    "LlamaGen",
     "ModulatedDecoder",
     "PatchDiscriminator",
     "TrainingForward",
