@@ -30,7 +30,7 @@ from _measure import synchronize
 from torch import Tensor, nn
 
 from vaevq_med.inferers import draw_indices, generate_indices
-from vaevq_med.networks import KeyValueCache, LlamaGen
+from vaevq_med.networks import LlamaGen
 from vaevq_med.networks.llamagen import PRESETS
 
 
@@ -87,7 +87,7 @@ def bytes_per_token(network: LlamaGen, batch: int) -> float:
     """Weights and, on average over an image, keys and values that a token of the whole batch reads."""
     modules = [*network.blocks, network.norm, *network.heads]
     weights = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
-    cache = KeyValueCache(network, batch_size=batch)
+    cache = network.new_cache(batch)
     mean_places = (cache.capacity + 1) / 2 / cache.capacity
     return weights + mean_places * 2 * cache.keys.numel() * cache.keys.element_size()
 

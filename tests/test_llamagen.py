@@ -16,8 +16,8 @@ from torch.nn import functional
 
 from vaevq_med.errors import VaevqMedError
 from vaevq_med.inferers import draw_indices, filter_logits, generate_indices, guided_logits
-from vaevq_med.networks import KeyValueCache, LlamaGen, llamagen
-from vaevq_med.networks.llamagen import axial_rotations, rotate
+from vaevq_med.networks import LlamaGen, llamagen
+from vaevq_med.networks.llama_blocks import axial_rotations, rotate
 
 HEIGHT, WIDTH, K = 2, 3, 11
 
@@ -128,7 +128,7 @@ def test_rotation_by_hand() -> None:
 
 def test_query_and_key_of_the_class_token_vanish_and_its_value_does_not() -> None:
     network = toy()
-    cache = KeyValueCache(network, batch_size=2)
+    cache = network.new_cache(2)
     network.step(torch.tensor([0, 1]), cache)
     network.step(torch.tensor([5, 6]), cache)
     assert not bool(cache.keys[..., 0, :].any())
@@ -157,7 +157,7 @@ def test_cached_logits_are_the_uncached_ones_at_every_place(num_codebooks: int) 
     indices, labels = grid(network), torch.tensor([0, 3, 4])
     whole = network(indices, labels).flatten(1, 3)
     tokens = indices.flatten(1)
-    cache = KeyValueCache(network, batch_size=3)
+    cache = network.new_cache(3)
     with torch.no_grad():
         for place in range(network.sequence_length):
             found = network.step(labels if place == 0 else tokens[:, place - 1], cache)
@@ -333,7 +333,7 @@ def test_other_types_mode_and_progress() -> None:
     assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
     half = copy.deepcopy(network).bfloat16().eval()
     assert torch.equal(generate_indices(half, labels=labels, top_k=1), found)
-    assert KeyValueCache(half, batch_size=1).keys.dtype == torch.bfloat16
+    assert half.new_cache(1).keys.dtype == torch.bfloat16
     assert half.rotations(torch.device("cpu")).dtype == torch.float32
     indices = grid(network, batch=2)
     torch.testing.assert_close(half(indices).float(), network.eval()(indices), atol=0.15, rtol=0.05)

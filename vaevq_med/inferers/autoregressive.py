@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vaevq_med.errors import VaevqMedError
-from vaevq_med.networks.llamagen import KeyValueCache, LlamaGen
+from vaevq_med.networks.llamagen import LlamaGen
 
 
 def guided_logits(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
@@ -132,7 +132,7 @@ def generate_indices(
     network.eval()
     try:
         with torch.autocast(classes.device.type, enabled=False):
-            cache = KeyValueCache(network, batch_size=len(classes))
+            cache = network.new_cache(len(classes))
             tokens = torch.empty(batch, cache.capacity, dtype=torch.int64, device=classes.device)
             inputs = classes
             for place in range(cache.capacity):

@@ -4,7 +4,8 @@ from vaevq_med.networks.decoder import Decoder
 from vaevq_med.networks.discriminator import PatchDiscriminator
 from vaevq_med.networks.encoder import Encoder, vqgan_preset
 from vaevq_med.networks.latent_diffusion import LatentDiffusionUNet
-from vaevq_med.networks.llamagen import KeyValueCache, LlamaGen
+from vaevq_med.networks.llama_blocks import KeyValueCache
+from vaevq_med.networks.llamagen import LlamaGen
 from vaevq_med.networks.modulated_decoder import ModulatedDecoder
 from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.tokenizer import TrainingForward, VisualTokenizer, released_estimator

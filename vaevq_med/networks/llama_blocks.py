@@ -1,0 +1,110 @@
+"""The block of a Llama-like transformer (arXiv 2302.13971) over a grid of tokens, and its cache of keys and values."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def axial_rotations(
+    height: int, width: int, head_dim: int, *, num_codebooks: int = 1, device: torch.device | None = None
+) -> Tensor:
+    """Cosine and sine of every place of the sequence, ``[1 + h w G, head_dim / 2, 2]`` in fp32.
+
+    With ``f_i = 10000^(-4 i / head_dim)``, the first half of the ``head_dim / 2`` pairs of channels turns by
+    ``row f_i`` and the second by ``column f_i``. The first place, the class token's, is zero throughout.
+
+    >>> axial_rotations(2, 2, 4)[3, :, 0]  # the position of row 1, column 0
+    tensor([0.5403, 1.0000])
+    """
+    quarter = head_dim // 4
+    frequencies = 10_000.0 ** (-torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
+    rows = torch.arange(height, device=device).repeat_interleave(width)
+    columns = torch.arange(width, device=device).repeat(height)
+    angles = torch.cat([rows[:, None] * frequencies, columns[:, None] * frequencies], dim=1)
+    table = torch.stack([angles.cos(), angles.sin()], dim=-1).repeat_interleave(num_codebooks, dim=0)
+    return torch.cat([table.new_zeros(1, *table.shape[1:]), table])
+
+
+def rotate(x: Tensor, rotations: Tensor) -> Tensor:
+    """Turn each pair of neighboring channels of ``[..., T, head_dim]`` by ``[T, head_dim / 2, 2]``, in fp32."""
+    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cosine, sine = rotations.unbind(-1)
+    turned = torch.stack([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+class KeyValueCache:
+    """Keys and values of the places so far, in memory that is taken once for the whole sequence.
+
+    Args:
+        depth: blocks.
+        batch_size: sequences.
+        num_heads: heads of each block.
+        rotations: of every place that there will be, ``[T, head_dim / 2, 2]``; on the device of the cache.
+        dtype: of keys and values.
+
+    Attributes:
+        length: places that have been written.
+        capacity: T.
+    """
+
+    def __init__(self, *, depth: int, batch_size: int, num_heads: int, rotations: Tensor, dtype: torch.dtype) -> None:
+        self.length = 0
+        self.capacity = len(rotations)
+        self.rotations = rotations
+        shape = (depth, batch_size, num_heads, self.capacity, 2 * rotations.shape[1])
+        self.keys = torch.empty(shape, dtype=dtype, device=rotations.device)
+        self.values = torch.empty_like(self.keys)
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write one place of a layer, ``[B, heads, 1, head_dim]`` each; all of its places until now."""
+        end = self.length + 1
+        self.keys[layer, :, :, self.length : end] = key
+        self.values[layer, :, :, self.length : end] = value
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class LlamaBlock(nn.Module):
+    """Causal self-attention and a SwiGLU perceptron, each after RMSNorm (eps 1e-5) and with a residual.
+
+    The perceptron's hidden width is the least multiple of 256 from ``int(8 width / 3)`` on.
+
+    Args:
+        width: channels of a token.
+        num_heads: attention heads.
+        attention_dropout: share of attention weights dropped.
+        residual_dropout: of the attention's output.
+        ffn_dropout: of the perceptron's output.
+    """
+
+    def __init__(
+        self, *, width: int, num_heads: int, attention_dropout: float, residual_dropout: float, ffn_dropout: float
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.attention_dropout = attention_dropout
+        hidden = 256 * math.ceil(8 * width // 3 / 256)
+        self.attention_norm = nn.RMSNorm(width, eps=1e-5)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.projection = nn.Linear(width, width, bias=False)
+        self.residual_dropout = nn.Dropout(residual_dropout)
+        self.ffn_norm = nn.RMSNorm(width, eps=1e-5)
+        self.gate_and_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+        self.ffn_dropout = nn.Dropout(ffn_dropout)
+
+    def forward(self, x: Tensor, rotations: Tensor, cache: KeyValueCache | None = None, layer: int = 0) -> Tensor:
+        """Tokens ``[B, T, width]`` to tokens; with a cache, one token that attends to those written before."""
+        qkv = self.qkv(self.attention_norm(x)).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        (query, key), value = rotate(qkv[:2], rotations), qkv[2]
+        if cache is not None:
+            key, value = cache.append(layer, key, value)
+        dropout = self.attention_dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=cache is None)
+        x = x + self.residual_dropout(self.projection(attended.transpose(1, 2).flatten(2)))
+        gate, up = self.gate_and_up(self.ffn_norm(x)).chunk(2, dim=-1)
+        return x + self.ffn_dropout(self.down(F.silu(gate) * up))
