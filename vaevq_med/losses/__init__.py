@@ -3,6 +3,7 @@
 from vaevq_med.losses.adversarial import AdversarialTerm, adaptive_weight, discriminator_loss, generator_loss
 from vaevq_med.losses.base import LossTerm
 from vaevq_med.losses.dcr import DCRLoss, gaussian_wasserstein2_to_standard
+from vaevq_med.losses.diffusion import DenoisingLoss
 from vaevq_med.losses.kl import KLLoss, kl_per_token, kl_to_standard_normal
 from vaevq_med.losses.objective import TokenizerObjective
 from vaevq_med.losses.quantizer import QuantizerLoss
@@ -12,6 +13,7 @@ from vaevq_med.losses.reconstruction import ReconstructionLoss, calibrated_likel
 __all__ = [
     "AdversarialTerm",
     "DCRLoss",
+    "DenoisingLoss",
     "KLLoss",
     "LossTerm",
     "QuantizerLoss",
