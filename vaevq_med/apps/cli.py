@@ -373,6 +373,88 @@ def feature_codebook(
     typer.echo(f"Use it with --features {report.output} --num_features {report.num_features} and vqgan_lc.json.")
 
 
+# --- second stage -----------------------------------------------------------------------------------
+
+
+class TokenKind(StrEnum):
+    """What of an image a generator is trained on."""
+
+    indices = "indices"
+    latents = "latents"
+
+
+class Split(StrEnum):
+    """A split of a data set."""
+
+    training = "training"
+    validation = "validation"
+    test = "test"
+
+
+@app.command("encode-tokens")
+def encode_tokens(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Checkpoint of a trained tokenizer.")],
+    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Folder of dataset.json.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder of the token store.")],
+    kind: Annotated[
+        TokenKind, typer.Option(help="Indices, or latents before quantization (the posterior's mean).")
+    ] = TokenKind.indices,
+    split: Annotated[list[Split] | None, typer.Option(help="Repeat for several; by default all with images.")] = None,
+    flip: Annotated[bool, typer.Option(help="Training images in mirror image too.")] = True,
+    ten_crop: Annotated[
+        bool, typer.Option("--ten-crop", help="Five crops of training images at 1.1 and 1.05 times the size.")
+    ] = False,
+    weights: Annotated[str, typer.Option(help="'ema', the averaged weights, or 'network'.")] = "ema",
+    readout: Annotated[str | None, typer.Option(help="Of a quantizer with several: soft or hard.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of latents: float16 (the default) or float32.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Views that go through the tokenizer at once.")] = 64,
+    workers: Annotated[int | None, typer.Option(help="Processes that read images; by default one a core.")] = None,
+    device: Annotated[str | None, typer.Option(help="By default the GPU, where there is one.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a token store of other settings.")] = False,
+) -> None:
+    """Write every image's indices or latents, with labels and the tokenizer's hash, for training a generator.
+
+    Exit code 0: all is done; 2: nothing could be done, or an image could not be read; 130: interrupted. What is done is
+    kept, and the same command goes on.
+    """
+    from vaevq_med.apps.encode_tokens import EncodeTokens
+
+    command = EncodeTokens(
+        checkpoint=checkpoint,
+        dataset=dataset,
+        output=output,
+        kind=kind.value,
+        splits=[name.value for name in split] if split else None,
+        flip=flip,
+        ten_crop=ten_crop,
+        weights=weights,
+        readout=readout,
+        dtype=dtype,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+        overwrite=overwrite,
+    )
+    with _watched("image", "images") as (progress, start, _):
+        report = command.run(on_start=start, on_images=lambda count: progress.advance(progress.task_ids[0], count))
+    store = report.store
+    height, width = store.grid
+    tokenizer = store.tokenizer
+    typer.echo(f"{store.root}: {report.written:,} images encoded, {report.reused:,} were done")
+    for name in store.splits:
+        array = store.array(name)
+        views = len(store.views(name))
+        typer.echo(
+            f"  {name}: {len(array):,} images in {views} view{'s' if views != 1 else ''}, "
+            f"{array.dtype.name}, {_size(array.nbytes)}"
+        )
+    typer.echo(
+        f"  {store.kind} of {tokenizer['quantizer']}: grid {height}x{width}, K {tokenizer['num_embeddings']:,}, "
+        f"G {tokenizer['num_codebooks']}, D {tokenizer['embedding_dim']}"
+    )
+    typer.echo(f"  labels: {store.content['label']['kind']}, {len(store.label_names)}")
+
+
 # --- bundles ----------------------------------------------------------------------------------------
 
 bundle = typer.Typer(help="Work with the MONAI bundles.", no_args_is_help=True)

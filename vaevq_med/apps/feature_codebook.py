@@ -22,9 +22,9 @@ from monai.data import DataLoader
 from monai.transforms import CenterSpatialCropd, Compose, EnsureTyped
 from numpy.typing import NDArray
 
+from vaevq_med.apps.device import named_device
 from vaevq_med.apps.pool import check_workers
 from vaevq_med.data import LoadPhotograph, ResizeShortSided, SliceDataset
-from vaevq_med.engines import default_device
 from vaevq_med.errors import DataError, VaevqMedError
 from vaevq_med.networks.features import FeatureNetwork, feature_network
 
@@ -166,7 +166,7 @@ class FeatureCodebook:
             VaevqMedError: an option is out of its range, or the feature network is not here.
         """
         self._check()
-        network = feature_network(self.network, self.weights).to(self._device())
+        network = feature_network(self.network, self.weights).to(named_device(self.device))
         images = SliceDataset(
             dataset_dir=self.dataset,
             split="training",
@@ -246,13 +246,6 @@ class FeatureCodebook:
         except OSError as error:
             raise VaevqMedError(f"output {self.output}: found it not writable ({error.strerror})") from None
 
-    def _device(self) -> torch.device:
-        try:
-            return default_device() if self.device is None else torch.empty(0, device=self.device).device
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise VaevqMedError(f"--device: found {self.device!r} ({reason}), expected e.g. cpu or cuda:0") from None
-
     def _groups(self, images: SliceDataset) -> dict[str, list[int]]:
         """Positions of the images of each class, by its name, or its number where it has none."""
         if not self.per_class:
@@ -299,7 +292,7 @@ class FeatureCodebook:
         start = 0
         for batch in loader:
             with torch.inference_mode():
-                maps = network.deepest(batch["image"].to(self._device()))
+                maps = network.deepest(batch["image"].to(named_device(self.device)))
                 if min(maps.shape[2:]) < self.grid:
                     raise VaevqMedError(
                         f"--grid: found {self.grid}, expected at most {min(maps.shape[2:])}, the feature map of "

@@ -3,6 +3,7 @@
 from vaevq_med.data.dataset import REGIONS, LoadSliced, ResumableBatchSampler, SliceDataset
 from vaevq_med.data.images import LoadPhotograph, RandResizedCropd, ResizeShortSided, read_image
 from vaevq_med.data.loading import training_loader
+from vaevq_med.data.tokens import TokenDataset, TokenStore, load_token_store
 
 __all__ = [
     "REGIONS",
@@ -12,6 +13,9 @@ __all__ = [
     "ResizeShortSided",
     "ResumableBatchSampler",
     "SliceDataset",
+    "TokenDataset",
+    "TokenStore",
+    "load_token_store",
     "read_image",
     "training_loader",
 ]

@@ -6,12 +6,14 @@ A checkpoint holds the merged configuration. Only its plain values and component
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from pydoc import locate
 from typing import Any
 
+import torch
 from monai.bundle import ConfigParser
 from torch import nn
 
@@ -137,6 +139,20 @@ class StoredTokenizer:
         """SHA-256 of the checkpoint file."""
         return file_sha256(self.path)
 
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 of the network's definition and weights alone, with the prefix ``sha256:``."""
+        digest = hashlib.sha256(json.dumps(self.value("network_def"), sort_keys=True).encode())
+        for name, value in sorted(self._chosen.items()):
+            digest.update(f"\n{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            digest.update(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return f"sha256:{digest.hexdigest()}"
+
+    @property
+    def _chosen(self) -> Mapping[str, Any]:
+        """The weights that are used."""
+        return self._state.get(self.weights) or self._state["network"]
+
     def network(self) -> VisualTokenizer:
         """Build the tokenizer and load its weights.
 
@@ -145,7 +161,7 @@ class StoredTokenizer:
         """
         parser = ConfigParser({"network_def": self.value("network_def")})
         network: VisualTokenizer = parser.get_parsed_content("network_def")
-        load_state(network, self._state.get(self.weights) or self._state["network"], self.path, "network")
+        load_state(network, self._chosen, self.path, "network")
         if self._readout is not None:
             network.quantizer.select_readout(self._readout)
         return network.eval()

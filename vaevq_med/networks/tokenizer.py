@@ -131,15 +131,19 @@ class VisualTokenizer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Reconstruct ``[B, C, H, W]`` through the codebook, from the posterior's mean."""
-        return self.decode(self.quantize(*self._mode(images)).quantized)
+        return self._decode_alike(self.quantize(*self._mode(images)).quantized)
 
     def encode_indices(self, images: Tensor) -> Tensor:
         """Indices ``[B, h, w, G]`` of images ``[B, C, H, W]``, from the posterior's mean."""
         return self.quantize(*self._mode(images)).indices
 
     def decode_indices(self, indices: Tensor) -> Tensor:
-        """Images ``[B, C, H, W]`` of indices ``[B, h, w, G]``."""
-        return self.decode(self.quantizer.indices_to_codes(indices))
+        """Images ``[B, C, H, W]`` of indices ``[B, h, w, G]``, to the bit those that :meth:`forward` decodes."""
+        return self._decode_alike(self.quantizer.indices_to_codes(indices))
+
+    def _decode_alike(self, codes: Tensor) -> Tensor:
+        """Decode in one memory layout: convolutions round differently in another, and look-ups differ in theirs."""
+        return self.decode(codes.contiguous())
 
     def reconstruct_full(self, images: Tensor, generator: torch.Generator | None = None) -> TokenizerOutput:
         """Everything that a training step reads; both paths go through the decoder in one call.
