@@ -540,12 +540,22 @@ def test_the_command_reports_and_refuses_in_one_line(
 ) -> None:
     arguments = ["encode-tokens", str(checkpoint), str(slice_dataset), str(tmp_path / "tokens")]
     options = ["--split", "training", "--split", "test", "--ten-crop", "--no-flip", "--workers", "0", "--device", "cpu"]
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encode_tokens, "encode_views", interrupt)
+        result = CliRunner().invoke(cli.app, [*arguments, *options])
+    assert result.exit_code == 130
+    assert "finished images are kept, and the same command goes on" in result.output
     result = CliRunner().invoke(cli.app, [*arguments, *options])
     assert result.exit_code == 0, result.output
     assert "32 images encoded, 0 were done" in result.output
     assert "training: 16 images in 10 views, uint8, 10.2 kB" in result.output
     assert "test: 16 images in 1 view, uint8, 1.0 kB" in result.output
     assert "indices of SimVQ: grid 8x8, K 32, G 1, D 4" in result.output
+    assert "labels: modality (4)" in result.output
     monkeypatch.setattr(sys, "argv", ["vaevq-med", *arguments, "--workers", "0", "--device", "cpu"])
     with pytest.raises(SystemExit) as stopped:
         cli.main()

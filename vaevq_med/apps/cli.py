@@ -452,7 +452,8 @@ def encode_tokens(
         f"  {store.kind} of {tokenizer['quantizer']}: grid {height}x{width}, K {tokenizer['num_embeddings']:,}, "
         f"G {tokenizer['num_codebooks']}, D {tokenizer['embedding_dim']}"
     )
-    typer.echo(f"  labels: {store.content['label']['kind']}, {len(store.label_names)}")
+    names = f" ({len(store.label_names):,})" if store.label_names else ""
+    typer.echo(f"  labels: {store.content['label']['kind']}{names}")
 
 
 # --- bundles ----------------------------------------------------------------------------------------
