@@ -456,6 +456,95 @@ def encode_tokens(
     typer.echo(f"  labels: {store.content['label']['kind']}{names}")
 
 
+@app.command("evaluate-samples")
+def evaluate_samples(
+    samples: Annotated[
+        Path, typer.Argument(metavar="SAMPLES", help="Folder of PNG files; samples.csv (file,label) gives labels.")
+    ],
+    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Folder of dataset.json.")],
+    output_dir: Annotated[Path, typer.Option(help="Folder of metrics.json, memorization.csv and memorization.png.")],
+    split: Annotated[Split, typer.Option(help="Real images to compare with.")] = Split.training,
+    modality: Annotated[list[str] | None, typer.Option(help="Keep this contrast only; repeat for several.")] = None,
+    feature_network: Annotated[str, typer.Option(help="See docs/feature_networks.md.")] = "efficientnet-lite0",
+    feature_weights: Annotated[
+        Path | None, typer.Option(help="File of its weights, where not in a usual place.")
+    ] = None,
+    image_size: Annotated[int | None, typer.Option(help="Pixels of all images; by default the samples' own.")] = None,
+    max_items: Annotated[
+        int | None, typer.Option(help="Look at this many samples, and images of each split, evenly spaced.")
+    ] = None,
+    neighbors: Annotated[int, typer.Option(help="Neighbor that precision's and recall's manifolds reach to.")] = 3,
+    fid_infinity: Annotated[
+        bool, typer.Option("--fid-infinity", help="Extrapolate gFID to infinitely many samples, as another figure.")
+    ] = False,
+    inception_score: Annotated[
+        bool | None, typer.Option(help="By default where the data set has classes and the network a classifier.")
+    ] = None,
+    memorization: Annotated[bool, typer.Option(help="Look for each sample's nearest training image.")] = True,
+    feature_threshold: Annotated[
+        float | None, typer.Option(help="Cosine distance that is near; by default by the held-out images.")
+    ] = None,
+    pixel_threshold: Annotated[
+        float | None, typer.Option(help="RMSE on [0, 1] that is near; by default by the held-out images.")
+    ] = None,
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="Features of the real images; by default DATASET.features beside DATASET.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Images at once.")] = 32,
+    workers: Annotated[int | None, typer.Option(help="Processes that read images; by default one a core.")] = None,
+    device: Annotated[str | None, typer.Option(help="By default the GPU, where there is one.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print what metrics.json holds, in place of a table.")
+    ] = False,
+) -> None:
+    """Measure generated images (gFID, precision, recall) and find those that copy training images.
+
+    Exit code 0: all is measured, whatever the figures; 2: nothing could be done; 130: interrupted. The features of the
+    real images are kept for the next run.
+    """
+    import json
+
+    from vaevq_med.apps.evaluate_samples import EvaluateSamples, table
+
+    command = EvaluateSamples(
+        samples=samples,
+        dataset=dataset,
+        output=output_dir,
+        split=split.value,
+        modalities=modality or None,
+        network=feature_network,
+        weights=feature_weights,
+        image_size=image_size,
+        max_items=max_items,
+        k=neighbors,
+        fid_infinity=fid_infinity,
+        score=inception_score,
+        memorization=memorization,
+        feature_threshold=feature_threshold,
+        pixel_threshold=pixel_threshold,
+        cache=cache_dir,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+    )
+    try:
+        with _progress() as progress:
+            task = progress.add_task("images", total=None)
+            report = command.run(
+                on_start=lambda total: progress.update(task, total=total),
+                on_images=lambda count: progress.update(task, advance=count),
+            )
+    except KeyboardInterrupt:
+        typer.echo("vaevq-med: interrupted; features of splits that were read whole are kept", err=True)
+        raise typer.Exit(130) from None
+    if as_json:
+        typer.echo(json.dumps(report.record, indent=2))
+        return
+    typer.echo(f"{report.output}: {report.record['provenance']['n']:,} samples")
+    for line in table(report.record):
+        typer.echo(f"  {line}")
+
+
 # --- bundles ----------------------------------------------------------------------------------------
 
 bundle = typer.Typer(help="Work with the MONAI bundles.", no_args_is_help=True)

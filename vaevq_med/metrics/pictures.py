@@ -109,6 +109,27 @@ def comparison_grid(
     save_figure(figure, path)
 
 
+def neighbor_grid(columns: Mapping[str, Tensor], *, titles: Sequence[Sequence[str]], path: Path) -> None:
+    """A grid with a row a generated image: the image, and beside it its nearest training images.
+
+    Args:
+        columns: heading to images ``[N, C, H, W]`` in [0, 1], the generated ones first.
+        titles: of each row, a line over each of its images.
+        path: PNG file to write, atomically.
+    """
+    count = len(titles)
+    figure = Figure(figsize=(2.4 * len(columns), 2.9 * count))
+    axes = figure.subplots(count, len(columns), squeeze=False)
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=1 - 0.17 / count, wspace=0.04, hspace=0.25)
+    for row, lines in enumerate(titles):
+        for column, (heading, images) in enumerate(columns.items()):
+            axis = axes[row, column]
+            axis.imshow(_picture(images[row]), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.set_title(f"{heading}\n{lines[column]}", fontsize=7)
+            axis.set_axis_off()
+    save_figure(figure, path)
+
+
 def _picture(image: Tensor) -> np.ndarray:
     array = image.cpu().numpy()
     return array.transpose(1, 2, 0) if array.shape[0] == 3 else array[0]

@@ -30,11 +30,13 @@ class FeatureNetwork(nn.Module, ABC):
         name: which network.
         weights_sha256: hash of its weights file.
         num_features: length of a pooled feature vector.
+        num_classes: length of :meth:`logits`; 0 where the network has no classifier.
     """
 
     name: str
     weights_sha256: str
     num_features: int
+    num_classes: int = 0
 
     def _freeze(self) -> None:
         self.requires_grad_(False)
@@ -69,6 +71,17 @@ class FeatureNetwork(nn.Module, ABC):
         with torch.autocast(images.device.type, enabled=False):
             features = self._pooled(_to_color(images))
             return features.reshape(images.shape[0], -1, features.shape[1]).mean(dim=1)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Class logits ``[B, num_classes]`` of what :meth:`pooled` gave.
+
+        Raises:
+            VaevqMedError: the network has no classifier.
+        """
+        raise VaevqMedError(
+            f"feature network {self.name!r}: found no class logits, expected efficientnet-lite0 or inception for an "
+            "Inception score"
+        )
 
     def deepest(self, images: Tensor) -> Tensor:
         """The deepest feature map, ``[B, F, h, w]``, as the network gives it.
@@ -114,6 +127,7 @@ class EfficientNetLite0Features(FeatureNetwork):
 
     name = "efficientnet-lite0"
     num_features = 1280
+    num_classes = 1000
     _stages = (0, 2, 4, 10, 15)
 
     def __init__(self) -> None:
@@ -147,6 +161,11 @@ class EfficientNetLite0Features(FeatureNetwork):
         network = self.network
         x = network._swish(network._bn1(network._conv_head(self._blocks(images)[1])))
         return x.mean(dim=(2, 3))
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits of ImageNet's classes, ``[B, 1000]``."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.network._fc(features.float())
 
 
 class LPIPSFeatures(FeatureNetwork):
@@ -196,6 +215,7 @@ class InceptionFeatures(FeatureNetwork):
 
     name = "inception"
     num_features = 2048
+    num_classes = 1008
 
     def __init__(self, weights: str | Path | None = None) -> None:
         super().__init__()
@@ -222,6 +242,11 @@ class InceptionFeatures(FeatureNetwork):
     def _pooled(self, images: Tensor) -> Tensor:
         levels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         return self.network(levels)[0]
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits without their bias, ``[B, 1008]``, as the Inception score takes them."""
+        with torch.autocast(features.device.type, enabled=False):
+            return features.float() @ self.network.fc.weight.mT
 
 
 class RadImageNetFeatures(FeatureNetwork):
