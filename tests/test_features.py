@@ -141,7 +141,11 @@ def test_inception_loads_a_state_dictionary_of_its_shape(tmp_path: Path) -> None
         FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
     torch.save(captured, path)
     network = feature_network("inception", path)
-    assert network.pooled(images(0, 3)).shape == (2, 2048)
+    pooled = network.pooled(images(0, 3))
+    assert pooled.shape == (2, 2048)
+    levels = ((images(0, 3) + 1) * 127.5).round().to(torch.uint8)
+    network.network.features_list = ["logits_unbiased"]
+    torch.testing.assert_close(network.logits(pooled), network.network(levels)[0])
     with pytest.raises(VaevqMedError, match="no perceptual distance"):
         network.layers(images())
     torch.save({"a": torch.zeros(1)}, path)
