@@ -34,6 +34,7 @@ BRATS_ONLY := demo
 
 overlays:
 	cp $(filter-out $(BRATS_ONLY:%=bundles/brats/overlays/%.json),$(wildcard bundles/brats/overlays/*.json)) bundles/imagenet/overlays
+	cp bundles/brats/overlays_generation/*.json bundles/imagenet/overlays_generation
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -18,10 +18,14 @@ MAKEFILE = BUNDLE.parents[1] / "Makefile"
 BRATS_ONLY = {"demo"}
 IMAGENET_ONLY = {"random_resized_crop"}
 SHARED = {"bundle_root", "dataset_dir", "output_dir"}
+GENERATION = {"bundle_root", "tokens_dir", "output_dir", "experiment"}
 DIFFERENT = {
     "train.json": SHARED
     | {"_notes_", "experiment", "in_channels", "train#preprocessing#transforms", "validate#preprocessing#transforms"},
     "evaluate.json": SHARED | {"experiment", "split", "image_size", "preprocessing#transforms"},
+    "train_autoregressive.json": GENERATION,
+    "train_diffusion.json": GENERATION,
+    "generate.json": {"bundle_root", "output_dir", "tokenizer_path"},
     "inference.json": SHARED | {"_notes_", "split", "image_size", "preprocessing#transforms"},
     "metadata.json": {
         *("changelog", "required_packages_version", "name", "task", "description", "data_source", "data_type"),
@@ -74,6 +78,14 @@ def test_the_overlays_are_copies() -> None:
 def test_the_makefile_names_the_same_exceptions() -> None:
     (names,) = re.findall(r"^BRATS_ONLY := (.*)$", MAKEFILE.read_text(), re.MULTILINE)
     assert set(names.split()) == BRATS_ONLY
+
+
+def test_the_overlays_of_the_generators_are_copies() -> None:
+    brats, imagenet = (
+        {path.name: path.read_bytes() for path in (bundle / "overlays_generation").iterdir()}
+        for bundle in (BRATS, IMAGENET)
+    )
+    assert brats == imagenet, "run: make overlays"
 
 
 @pytest.mark.parametrize("name", sorted(overlays(IMAGENET)))

@@ -18,8 +18,9 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from vaevq_med import __version__
+from vaevq_med.data.tokens import TokenDataset
 from vaevq_med.engines import distributed
-from vaevq_med.engines.trainer import TokenizerTrainer, _plain
+from vaevq_med.engines.base_trainer import BaseTrainer, _plain
 from vaevq_med.errors import VaevqMedError
 
 FORMAT = 1
@@ -89,6 +90,8 @@ def load_state(module: nn.Module, state: Mapping[str, Any], path: Path, name: st
 
 def _identity(dataset: Any) -> dict[str, Any]:
     """What a checkpoint says of the data it was trained on."""
+    if isinstance(dataset, TokenDataset):
+        return _store_identity(dataset)
     manifest = getattr(dataset, "manifest", None)
     if manifest is None:
         return {}
@@ -96,6 +99,18 @@ def _identity(dataset: Any) -> dict[str, Any]:
         "split_hash": manifest.split_hash,
         "content_hash": manifest.content_hash,
         "patients": sorted({str(e["patient"]) for e in manifest.entries(dataset.split) if "patient" in e}),
+    }
+
+
+def _store_identity(dataset: TokenDataset) -> dict[str, Any]:
+    """What a generator's checkpoint says of its tokens, of the tokenizer and of the images behind them."""
+    store = dataset.store
+    described = ("content_hash", "kind", "tokenizer", "grid", "image_size", "in_channels", "label")
+    return {
+        "split_hash": store.content["data"]["split_hash"],
+        "content_hash": store.content["data"]["content_hash"],
+        "patients": sorted({str(item["patient"]) for item in dataset.items if "patient" in item}),
+        "tokens": {key: store.content[key] for key in described},
     }
 
 
@@ -110,7 +125,7 @@ def _load_scheduler(scheduler: Any, state: Mapping[str, Any]) -> None:
 
 
 class TrainingCheckpoint:
-    """Save and resume a :class:`TokenizerTrainer`: nothing is lost to a kill but the last few iterations.
+    """Save and resume a :class:`BaseTrainer`: nothing is lost to a kill but the last few iterations.
 
     ``last.pt`` is written every ``interval`` iterations, at the end of each epoch after its validation, and on
     SIGINT or SIGTERM (which end the run after the current iteration); ``best.pt`` when the validation metric
@@ -164,7 +179,7 @@ class TrainingCheckpoint:
         """The newest checkpoint."""
         return self.directory / "last.pt"
 
-    def attach(self, engine: TokenizerTrainer) -> None:
+    def attach(self, engine: BaseTrainer) -> None:
         """Resume if there is something to resume, and register the events.
 
         Raises:
@@ -193,7 +208,7 @@ class TrainingCheckpoint:
                 "write to; name another with --output_dir"
             ) from None
 
-    def state_dict(self, engine: TokenizerTrainer) -> dict[str, Any]:
+    def state_dict(self, engine: BaseTrainer) -> dict[str, Any]:
         """Everything a resumed run needs, as tensors and plain values."""
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         state: dict[str, Any] = {
@@ -201,7 +216,7 @@ class TrainingCheckpoint:
             "version": __version__,
             "network": engine.network.state_dict(),
             "optimizer": engine.optimizer.state_dict(),
-            "objective": engine.objective.control_state(),
+            "objective": engine.control_state(),
             "schedulers": [scheduler.state_dict() for scheduler in engine.schedulers],
             "iteration": engine.state.iteration,
             "epoch_length": engine.state.epoch_length,
@@ -220,13 +235,19 @@ class TrainingCheckpoint:
             state["d_optimizer"] = engine.d_optimizer.state_dict()
         return state
 
-    def load(self, engine: TokenizerTrainer, path: Path) -> None:
+    def load(self, engine: BaseTrainer, path: Path) -> None:
         """Put a checkpoint's state into the engine and everything it holds."""
         state = read_checkpoint(path)
         missing = [key for key in _REQUIRED if key not in state]
         if missing:
             raise CheckpointError(f"{path}: found no {', '.join(missing)}, expected a checkpoint to resume from")
         stored = json.loads(state.get("config") or "{}")
+        tokens, wanted = (data.get("tokens", {}).get("content_hash") for data in (state.get("data", {}), self.data))
+        if tokens != wanted:
+            raise CheckpointError(
+                f"{path}: found a run on another token store ({str(tokens)[:19]}...), expected {str(wanted)[:19]}...; "
+                "choose another output_dir, or start anew with --resume False"
+            )
         known, current = state.get("data", {}).get("split_hash"), self.data.get("split_hash")
         if known and current and known != current:
             raise CheckpointError(
@@ -254,7 +275,7 @@ class TrainingCheckpoint:
         engine.optimizer.load_state_dict(state["optimizer"])
         if engine.d_optimizer is not None and "d_optimizer" in state:
             engine.d_optimizer.load_state_dict(state["d_optimizer"])
-        engine.objective.load_control_state(state["objective"])
+        engine.load_control_state(state["objective"])
         for scheduler, scheduler_state in zip(engine.schedulers, state["schedulers"], strict=True):
             _load_scheduler(scheduler, scheduler_state)
         torch.set_rng_state(state["rng"]["torch"])
@@ -268,7 +289,7 @@ class TrainingCheckpoint:
         self.sampler.start = state["iteration"]
         engine.logger.warning("Resuming from %s at iteration %d", path, state["iteration"])
 
-    def save(self, engine: TokenizerTrainer, name: str = "last.pt") -> None:
+    def save(self, engine: BaseTrainer, name: str = "last.pt") -> None:
         """Write a checkpoint, on the main process."""
         if distributed.is_main():
             atomic_save(self.state_dict(engine), self.directory / name)
@@ -276,13 +297,13 @@ class TrainingCheckpoint:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.interrupted_by = signal.Signals(number).name
 
-    def _started(self, engine: TokenizerTrainer) -> None:
+    def _started(self, engine: BaseTrainer) -> None:
         self.interrupted_by = None
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._old_handlers[number] = signal.signal(number, self._on_signal)
 
-    def _iteration_completed(self, engine: TokenizerTrainer) -> None:
+    def _iteration_completed(self, engine: BaseTrainer) -> None:
         at_epoch_end = engine.state.iteration % engine.state.epoch_length == 0
         if self.interrupted_by is not None:
             engine.state.interrupted = True
@@ -292,7 +313,7 @@ class TrainingCheckpoint:
         elif engine.state.iteration % self.interval == 0 and not at_epoch_end:
             self.save(engine)
 
-    def _epoch_completed(self, engine: TokenizerTrainer) -> None:
+    def _epoch_completed(self, engine: BaseTrainer) -> None:
         metrics = self.evaluator.state.metrics if self.evaluator is not None else {}
         fresh = self.evaluator is not None and self.evaluator.state.epoch > 0
         value: Any = metrics.get(self.metric) if fresh else None
@@ -306,7 +327,7 @@ class TrainingCheckpoint:
         if self.interrupted_by is not None:
             engine.terminate()
 
-    def _finished(self, engine: TokenizerTrainer, *error: BaseException) -> None:
+    def _finished(self, engine: BaseTrainer, *error: BaseException) -> None:
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
         self._old_handlers.clear()

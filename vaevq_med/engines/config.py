@@ -27,7 +27,7 @@ from vaevq_med.engines import distributed
 from vaevq_med.errors import VaevqMedError, root_cause
 
 ENTRY_POINTS = frozenset(
-    {"imports", "initialize", "run", "training", "evaluating", "finalize", "_meta_", "_mode_", "_notes_"}
+    {"imports", "initialize", "run", "training", "evaluating", "generating", "finalize", "_meta_", "_mode_", "_notes_"}
 )
 _REFERENCE = re.compile(r"@(\w+)")
 
@@ -131,10 +131,14 @@ def plain_config(parser: ConfigParser) -> dict[str, Any]:
     return json.loads(json.dumps(config, default=str))
 
 
-def current_config() -> dict[str, Any]:
-    """The configuration of the running bundle; empty outside one."""
+def current_config(**values: Any) -> dict[str, Any]:
+    """The configuration of the running bundle; empty outside one.
+
+    Args:
+        **values: what stands in place of the expressions of those ids, so that a checkpoint holds plain values.
+    """
     parser = running_parser()
-    return {} if parser is None else plain_config(parser)
+    return {} if parser is None else {**plain_config(parser), **json.loads(json.dumps(values))}
 
 
 def _stop(error: BaseException) -> None:

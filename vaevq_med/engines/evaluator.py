@@ -12,7 +12,7 @@ from monai.engines import SupervisedEvaluator
 from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor
 
-from vaevq_med.engines.trainer import PRECISIONS, reraise
+from vaevq_med.engines.base_trainer import PRECISIONS, reraise
 from vaevq_med.errors import VaevqMedError
 from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.tokenizer import VisualTokenizer

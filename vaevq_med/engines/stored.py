@@ -1,4 +1,4 @@
-"""A tokenizer as its checkpoint describes it, so that evaluation needs neither overlays nor overrides.
+"""A network as its checkpoint describes it, so that what uses it needs neither overlays nor overrides.
 
 A checkpoint holds the merged configuration. Only its plain values and components of
 ``vaevq_med.networks`` are read back: an expression in a file must not run as code.
@@ -19,7 +19,8 @@ from torch import nn
 
 from vaevq_med import networks
 from vaevq_med.engines.checkpoint import CheckpointError, file_sha256, load_state, read_checkpoint
-from vaevq_med.networks import quantizers
+from vaevq_med.engines.generators import check_fit
+from vaevq_med.networks import LatentDiffusionUNet, LlamaGen, quantizers
 from vaevq_med.networks.tokenizer import VisualTokenizer
 from vaevq_med.networks.weights import read_weights
 
@@ -62,13 +63,12 @@ def _plain(value: Any, config: Mapping[str, Any], path: Path, depth: int = 0) ->
     return value
 
 
-class StoredTokenizer:
-    """A trained tokenizer and the settings it was trained with.
+class StoredNetwork:
+    """A trained network and the settings it was trained with.
 
     Args:
         path: checkpoint written by training.
         weights: ``ema`` for the averaged weights (the raw ones where none were kept), or ``network``.
-        readout: which of the quantizer's ways to decode is used, or None for the one that it was trained with.
         config: settings of the training run, where ``path`` is a plain state dictionary as in a packed bundle.
 
     Attributes:
@@ -85,14 +85,12 @@ class StoredTokenizer:
         path: str | Path,
         *,
         weights: str = "ema",
-        readout: str | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
         if weights not in ("ema", "network"):
             raise CheckpointError(f"weights: found {weights!r}, expected 'ema' or 'network'")
         self.path = Path(path)
         self.weights = weights
-        self._readout = readout
         if config is not None:
             self._state: dict[str, Any] = {"network": read_weights(self.path)}
             self.config = dict(config)
@@ -120,13 +118,11 @@ class StoredTokenizer:
         return int(self._state.get("iteration", 0))
 
     @property
-    def readout(self) -> str | None:
-        """How the quantizer is decoded, or None where that is not said."""
-        return self._readout or self.value("network_def")["quantizer"].get("readout")
-
-    @property
     def data(self) -> Mapping[str, Any]:
-        """The data set it was trained on: ``split_hash``, ``content_hash``, ``patients``; empty if unknown."""
+        """The data set it was trained on: ``split_hash``, ``content_hash``, ``patients``; empty if unknown.
+
+        A generator's has ``tokens`` too, the description of its token store.
+        """
         return self._state.get("data", {})
 
     @property
@@ -153,15 +149,123 @@ class StoredTokenizer:
         """The weights that are used."""
         return self._state.get(self.weights) or self._state["network"]
 
+    def _build(self, *kinds: type[nn.Module]) -> Any:
+        """The network of one of these kinds, with its weights, in evaluation mode."""
+        names = [f"vaevq_med.networks.{kind.__name__}" for kind in kinds]
+        definition = self.value("network_def")
+        network = ConfigParser({"network_def": definition}).get_parsed_content("network_def")
+        if not isinstance(network, kinds):
+            found = definition.get("_target_") if isinstance(definition, Mapping) else definition
+            raise CheckpointError(f"{self.path}: found a checkpoint of {found}, expected that of {' or '.join(names)}")
+        load_state(network, self._chosen, self.path, "network")
+        return network.eval()
+
+
+class StoredTokenizer(StoredNetwork):
+    """A trained tokenizer and the settings it was trained with.
+
+    Args:
+        path: checkpoint written by training.
+        weights: ``ema`` for the averaged weights (the raw ones where none were kept), or ``network``.
+        readout: which of the quantizer's ways to decode is used, or None for the one that it was trained with.
+        config: settings of the training run, where ``path`` is a plain state dictionary as in a packed bundle.
+
+    Raises:
+        CheckpointError: see :class:`StoredNetwork`.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        weights: str = "ema",
+        readout: str | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(path, weights=weights, config=config)
+        self._readout = readout
+
+    @property
+    def readout(self) -> str | None:
+        """How the quantizer is decoded, or None where that is not said."""
+        return self._readout or self.value("network_def")["quantizer"].get("readout")
+
     def network(self) -> VisualTokenizer:
         """Build the tokenizer and load its weights.
 
         Raises:
-            VaevqMedError: the quantizer has no such read-out.
+            VaevqMedError: the checkpoint is another network's, or the quantizer has no such read-out.
         """
-        parser = ConfigParser({"network_def": self.value("network_def")})
-        network: VisualTokenizer = parser.get_parsed_content("network_def")
-        load_state(network, self._chosen, self.path, "network")
+        network: VisualTokenizer = self._build(VisualTokenizer)
         if self._readout is not None:
             network.quantizer.select_readout(self._readout)
-        return network.eval()
+        return network
+
+
+class StoredGenerator(StoredNetwork):
+    """A trained generator, and what its checkpoint says of the tokens that it was trained on.
+
+    Args:
+        path: checkpoint written by training.
+        weights: ``ema`` for the averaged weights, or ``network``.
+
+    Raises:
+        CheckpointError: see :class:`StoredNetwork`.
+    """
+
+    @property
+    def tokens(self) -> Mapping[str, Any]:
+        """``content_hash``, ``kind``, ``tokenizer``, ``grid``, ``image_size``, ``in_channels`` and ``label``.
+
+        Raises:
+            CheckpointError: the checkpoint is no generator's.
+        """
+        if "tokens" not in self.data:
+            raise CheckpointError(
+                f"{self.path}: found a checkpoint that no token store belongs to, expected a generator's "
+                "(python -m monai.bundle run training --config_file bundles/brats/train_autoregressive.json)"
+            )
+        return self.data["tokens"]
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Names of the labels by number; empty where there are none."""
+        return tuple(self.tokens["label"]["names"])
+
+    def provenance(self, **further: Any) -> dict[str, Any]:
+        """What a generated image depends on: the generator's weights, its tokenizer, and ``further``."""
+        return {"generator": self.content_hash, "tokenizer": self.tokens["tokenizer"]["content_hash"], **further}
+
+    def network(self) -> LlamaGen | LatentDiffusionUNet:
+        """Build the generator and load its weights.
+
+        Raises:
+            VaevqMedError: the checkpoint is another network's, or the network does not fit its tokens, or has no scale
+                factor.
+        """
+        tokens = self.tokens
+        network: LlamaGen | LatentDiffusionUNet = self._build(LlamaGen, LatentDiffusionUNet)
+        check_fit(network, tokens, str(self.path))
+        if isinstance(network, LatentDiffusionUNet):
+            network.measured_scale_factor()
+        return network
+
+    def tokenizer(self, path: str | Path) -> VisualTokenizer:
+        """The tokenizer that made the tokens, with the weights and the read-out that it made them with.
+
+        Args:
+            path: its checkpoint.
+
+        Raises:
+            VaevqMedError: it is another tokenizer.
+        """
+        described = self.tokens["tokenizer"]
+        for weights in ("ema", "network"):
+            stored = StoredTokenizer(path, weights=weights, readout=described["readout"])
+            if stored.content_hash == described["content_hash"]:
+                return stored.network()
+        StoredTokenizer(path).network()
+        raise CheckpointError(
+            f"{path}: found another tokenizer ({StoredTokenizer(path).content_hash[:19]}...), expected "
+            f"{described['content_hash'][:19]}..., which made the tokens of {self.path}"
+        )

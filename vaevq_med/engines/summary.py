@@ -10,13 +10,11 @@ from typing import Any
 
 import torch
 from ignite.engine import Events
-from monai.utils.enums import CommonKeys as Keys
 
 from vaevq_med.data.manifest import atomic_write_text
 from vaevq_med.engines import distributed
+from vaevq_med.engines.base_trainer import BaseTrainer
 from vaevq_med.engines.checkpoint import TrainingCheckpoint
-from vaevq_med.engines.trainer import TokenizerTrainer
-from vaevq_med.networks.tokenizer import VisualTokenizer
 
 _KEY = "run_summary"
 
@@ -46,10 +44,10 @@ class RunSummary:
     Speed counts the time from asking for a batch to the end of its step, and neither validation nor checkpoints; the
     first step of each process, which warms up, is left out. A resumed run goes on counting where its checkpoint stood.
 
-    The file holds ``parameters`` (those that the tokenizer trains; the discriminator's are not counted),
-    ``bits_per_position``, ``bits_per_pixel``, ``iterations``, ``images``, ``images_per_second`` (None after a single
-    step), ``peak_memory_bytes`` (of the main process), ``peak_memory_of`` (``cuda`` or ``process``), ``processes`` and
-    ``device``.
+    The file holds ``parameters`` (those that are trained; a discriminator's are not counted), of a tokenizer
+    ``bits_per_position`` and ``bits_per_pixel``, ``iterations``, ``images``, ``images_per_second`` (None after a
+    single step), ``peak_memory_bytes`` (of the main process), ``peak_memory_of`` (``cuda`` or ``process``),
+    ``processes`` and ``device``.
 
     Args:
         path: JSON file to write, atomically.
@@ -64,7 +62,7 @@ class RunSummary:
         self._asked = 0.0
         self._first = True
 
-    def attach(self, engine: TokenizerTrainer) -> None:
+    def attach(self, engine: BaseTrainer) -> None:
         """Register the events, on the main process."""
         if not distributed.is_main():
             return
@@ -73,16 +71,16 @@ class RunSummary:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
         engine.add_event_handler(Events.EPOCH_COMPLETED | Events.COMPLETED | Events.TERMINATE, self._write)
 
-    def _started(self, engine: TokenizerTrainer) -> None:
+    def _started(self, engine: BaseTrainer) -> None:
         stored = self.checkpoint.extra.get(_KEY, {}) if self.checkpoint is not None else {}
         self._counts = {"images": 0, "timed_images": 0, "timed_seconds": 0.0, "peak_memory": 0, **stored}
         self._first = True
 
-    def _batch_asked(self, engine: TokenizerTrainer) -> None:
+    def _batch_asked(self, engine: BaseTrainer) -> None:
         self._asked = time.perf_counter()
 
-    def _iteration_completed(self, engine: TokenizerTrainer) -> None:
-        images = len(engine.state.batch[Keys.IMAGE]) * distributed.world_size()
+    def _iteration_completed(self, engine: BaseTrainer) -> None:
+        images = engine.state.batch_images * distributed.world_size()
         counts = self._counts
         counts["images"] += images
         if not self._first:
@@ -93,14 +91,12 @@ class RunSummary:
         if self.checkpoint is not None:
             self.checkpoint.extra[_KEY] = dict(counts)
 
-    def _write(self, engine: TokenizerTrainer) -> None:
-        network: VisualTokenizer = engine.network  # type: ignore[assignment]
-        device, counts, bits = engine.state.device, self._counts, network.quantizer.bits_per_position
+    def _write(self, engine: BaseTrainer) -> None:
+        device, counts = engine.state.device, self._counts
         timed = counts["timed_images"] and counts["timed_seconds"]
         record = {
-            "parameters": sum(p.numel() for p in network.parameters() if p.requires_grad),
-            "bits_per_position": bits,
-            "bits_per_pixel": bits / network.encoder.downsampling_factor**2,
+            "parameters": sum(p.numel() for p in engine.network.parameters() if p.requires_grad),
+            **engine.summary(),
             "iterations": engine.state.iteration,
             "images": counts["images"],
             "images_per_second": counts["timed_images"] / counts["timed_seconds"] if timed else None,

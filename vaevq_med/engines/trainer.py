@@ -2,45 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 import time
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from ignite.engine import Engine, Events
 from monai.engines import SupervisedTrainer
 from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from vaevq_med.engines.base_trainer import BaseTrainer, _plain
 from vaevq_med.errors import VaevqMedError
 from vaevq_med.losses import KLLoss, TokenizerObjective
 from vaevq_med.networks.tokenizer import TrainingForward, VisualTokenizer
 from vaevq_med.outputs import LossOutput, TokenizerOutput
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 
-
-class TrainingError(VaevqMedError):
-    """Training cannot go on; the message names the loss term and the iteration."""
-
-
-def reraise(engine: Engine, error: BaseException) -> None:
-    """A handler that passes an exception on."""
-    raise error
-
-
-def _plain(module: nn.Module) -> nn.Module:
-    return module.module if isinstance(module, DistributedDataParallel) else module
-
-
-class TokenizerTrainer(SupervisedTrainer):
+class TokenizerTrainer(BaseTrainer):
     """Alternate a generator and a discriminator step on each batch.
 
     ``engine.state.output`` holds the batch (``image``), its quantized reconstruction (``pred``), and the
@@ -98,28 +79,23 @@ class TokenizerTrainer(SupervisedTrainer):
         train_handlers: Sequence[Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if precision not in PRECISIONS:
-            raise VaevqMedError(f"precision: found {precision!r}, expected one of {', '.join(PRECISIONS)}")
-        if accumulation_steps < 1:
-            raise VaevqMedError(f"accumulation_steps: found {accumulation_steps}, expected 1 or more")
-        if max_epochs < 1:
-            raise VaevqMedError(f"max_epochs: found {max_epochs}, expected 1 or more")
         if objective.adversarial is not None and (discriminator is None or d_optimizer is None):
             raise VaevqMedError("objective.adversarial is set: found no discriminator or no d_optimizer, expected both")
         super().__init__(
-            device=torch.device(device),
+            device=device,
             max_epochs=max_epochs,
             train_data_loader=train_data_loader,
             epoch_length=epoch_length,
             network=network,
             optimizer=optimizer,
             loss_function=objective.generator,
-            train_handlers=None,
-            decollate=False,
+            schedulers=schedulers,
+            ema=ema,
+            precision=precision,
+            accumulation_steps=accumulation_steps,
+            max_grad_norm=max_grad_norm,
             **kwargs,
         )
-        # MONAI's class keeps 1: an iteration is one optimizer step here, whatever the number of chunks.
-        self.num_chunks = accumulation_steps
         for term in objective.terms.values():
             if isinstance(term, KLLoss):
                 term.calls_per_step = accumulation_steps
@@ -127,10 +103,6 @@ class TokenizerTrainer(SupervisedTrainer):
         self.objective = objective
         self.discriminator = discriminator
         self.d_optimizer = d_optimizer
-        self.schedulers = list(schedulers)
-        self.ema = ema
-        self.autocast_dtype = PRECISIONS[precision]
-        self.max_grad_norm = max_grad_norm
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         if channels_last:
             for module in (network, discriminator):
@@ -141,60 +113,27 @@ class TokenizerTrainer(SupervisedTrainer):
             network.decoder.compile()
             if discriminator is not None:
                 _plain(discriminator).compile()
-        self.state.terms = {}
-        self.state.images_seen = 0
-        self._register_handlers(train_handlers or [])
-        # Last of all: ignite swallows an exception once any handler listens for it.
-        self.add_event_handler(Events.EXCEPTION_RAISED, reraise)
+        self._attach(train_handlers)
 
-    def run(self) -> None:  # type: ignore[override]
-        """Train to ``max_epochs``; a run that already has ends at once."""
-        if self.state.iteration >= self.state.max_epochs * self.state.epoch_length:
-            self.logger.warning(
-                "This run is finished (%d of %d epochs). Raise --max_epochs, choose another --output_dir, or pass "
-                "--resume False to start anew.",
-                self.state.iteration // self.state.epoch_length,
-                self.state.max_epochs,
-            )
-            return
-        super().run()
+    def control_state(self) -> dict[str, Tensor]:
+        """That of the objective."""
+        return self.objective.control_state()
+
+    def load_control_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what :meth:`control_state` gave."""
+        self.objective.load_control_state(state)
+
+    def summary(self) -> dict[str, Any]:
+        """Bits of the indices."""
+        network: VisualTokenizer = self.network  # type: ignore[assignment]
+        bits = network.quantizer.bits_per_position
+        return {"bits_per_position": bits, "bits_per_pixel": bits / network.encoder.downsampling_factor**2}
 
     @property
     def is_adversarial(self) -> bool:
         """Whether this iteration trains the discriminator."""
         adversarial = self.objective.adversarial
         return adversarial is not None and self.state.iteration - 1 >= adversarial.start_step
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.autocast_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.state.device.type, dtype=self.autocast_dtype)
-
-    def _no_sync(self, module: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
-        if isinstance(module, DistributedDataParallel) and not last:
-            return module.no_sync()
-        return contextlib.nullcontext()
-
-    def _check_finite(self, terms: dict[str, float]) -> None:
-        bad = [name for name, value in terms.items() if not math.isfinite(value)]
-        if bad:
-            raise TrainingError(
-                f"iteration {self.state.iteration}: found {', '.join(f'{n} = {terms[n]}' for n in bad)}, expected "
-                "finite numbers; the weights of the last checkpoint are untouched. Try a lower learning rate, "
-                "max_grad_norm, fp32, or a smaller weight for that term."
-            )
-
-    def _step(
-        self, module: nn.Module, optimizer: Optimizer, terms: dict[str, Tensor], norm_name: str
-    ) -> dict[str, float]:
-        """Clip, check every term, step; one synchronization with the device."""
-        limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
-        terms[norm_name] = nn.utils.clip_grad_norm_(module.parameters(), limit)
-        values = torch.stack([value.detach().float().reshape(()) for value in terms.values()]).tolist()
-        floats = dict(zip(terms, values, strict=True))
-        self._check_finite(floats)
-        optimizer.step()
-        return floats
 
     def _accumulate(self, total: dict[str, Tensor], loss: LossOutput, share: float, name: str) -> None:
         for key, value in {name: loss.total.detach(), **loss.terms}.items():
@@ -267,20 +206,7 @@ class TokenizerTrainer(SupervisedTrainer):
         outputs, terms = self._generator_step(chunks, batch_size)
         if self.is_adversarial:
             terms |= self._discriminator_step(chunks, outputs, batch_size)
-        rates = {"learning_rate": self.optimizer.param_groups[0]["lr"]}
-        if self.d_optimizer is not None:
-            rates["discriminator_learning_rate"] = self.d_optimizer.param_groups[0]["lr"]
-        with warnings.catch_warnings():
-            # The discriminator's rate follows the schedule before its first step, too.
-            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-            for scheduler in self.schedulers:
-                scheduler.step()
-        engine.state.images_seen = engine.state.iteration * batch_size
-        engine.state.terms = {
-            **terms,
-            **rates,
-            "images_per_second": batch_size / (time.perf_counter() - started),
-        }
+        self._end_iteration(engine, terms, batch_size, started)
         return {
             Keys.IMAGE: images,
             Keys.PRED: torch.cat([output.reconstruction for output in outputs]),

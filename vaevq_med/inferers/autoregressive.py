@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -54,17 +54,22 @@ def filter_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tens
     return logits
 
 
-def draw_indices(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def draw_indices(logits: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
     """One draw from ``softmax(logits)`` of each row of ``[..., K]``, without waiting for the device.
 
     The index of the least of K exponential variables whose rates are the probabilities.
 
     Args:
         logits: fp32; what is ``-inf`` is not drawn.
-        generator: it draws on its own device, K numbers for each row in order; the global one when absent.
+        generator: it draws on its own device, K numbers for each row in order; or one for each entry of the first
+            dimension; the global one when absent.
     """
-    device = logits.device if generator is None else generator.device
-    waits = torch.empty(logits.shape, device=device).exponential_(generator=generator).to(logits.device)
+    if isinstance(generator, Sequence):
+        rows = [torch.empty(logits.shape[1:], device=g.device).exponential_(generator=g) for g in generator]
+        waits = torch.stack(rows).to(logits.device)
+    else:
+        device = logits.device if generator is None else generator.device
+        waits = torch.empty(logits.shape, device=device).exponential_(generator=generator).to(logits.device)
     return (logits.softmax(dim=-1) / waits.clamp_min(torch.finfo(waits.dtype).tiny)).argmax(dim=-1)
 
 
@@ -81,7 +86,7 @@ def generate_indices(
     known: Tensor | None = None,
     mask: Tensor | None = None,
     dtype: torch.dtype | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Indices of new images.
@@ -94,7 +99,8 @@ def generate_indices(
     may show there.
 
     All draws come from one generator, token by token for the whole batch, so that a sample depends on the batch's size
-    and its place in it, but not on the labels or the known tokens of its companions.
+    and its place in it, but not on the labels or the known tokens of its companions. With a generator for each sample
+    it depends on neither.
 
     Args:
         network: on the device where it is to run; its mode is left as it was.
@@ -108,7 +114,7 @@ def generate_indices(
         mask: booleans ``[B, h, w, G]`` or ``[B, h, w]``, true where ``known`` is kept.
         dtype: type of weights, keys and values while it runs, such as ``torch.bfloat16``, in a copy of the network; the
             network's own when absent.
-        generator: of the draws; the global one when absent.
+        generator: of the draws, or one for each sample; the global one when absent.
         progress: called with the tokens done and all tokens of an image after each.
 
     Returns:
@@ -122,6 +128,8 @@ def generate_indices(
     if not temperature > 0:
         raise VaevqMedError(f"temperature is {temperature}; expected above 0 (top_k 1 takes the likeliest)")
     batch = _batch_size(labels, num_samples)
+    if isinstance(generator, Sequence) and len(generator) != batch:
+        raise VaevqMedError(f"found {len(generator)} generators; expected one, or one for each of {batch} samples")
     classes = network.check_labels(labels, batch)
     kept = _kept(network, known, mask, batch)
     if guidance_scale != 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from monai.inferers import LatentDiffusionInferer
 from monai.networks.schedulers import DDIMScheduler
@@ -55,7 +57,7 @@ def generate_images(
     num_steps: int = 250,
     guidance_scale: float = 1.5,
     quantize: bool = True,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Tensor:
     """Draw images: noise, ``num_steps`` of DDIM (eta = 0), the scale factor undone, the codebook, the decoder.
 
@@ -70,7 +72,7 @@ def generate_images(
         guidance_scale: s in ``u + s (c - u)`` of the predictions u without and c with the class; 1 takes c alone, at
             half the cost. Without labels it is not used.
         quantize: replace each generated vector by its codeword before decoding, as LDM does.
-        generator: of the noise, on the CPU; the global one when absent.
+        generator: of the noise, on the CPU, or one for each image; the global one when absent.
 
     Returns:
         Images ``[B, C, H, W]``, not clamped.
@@ -92,7 +94,13 @@ def generate_images(
         )
     device = next(network.parameters()).device
     count = len(labels) if labels is not None else num_images or 1
-    noise = torch.randn(count, network.in_channels, *grid_size, generator=generator).to(device)
+    shape = (network.in_channels, *grid_size)
+    if isinstance(generator, Sequence):
+        if len(generator) != count:
+            raise VaevqMedError(f"found {len(generator)} generators; expected one, or one for each of {count} images")
+        noise = torch.stack([torch.randn(shape, generator=g) for g in generator]).to(device)
+    else:
+        noise = torch.randn(count, *shape, generator=generator).to(device)
     guided = labels is not None and guidance_scale != 1
     set_ddim_steps(scheduler, num_steps, device)
     inferer = LatentDiffusionInferer(scheduler, scale_factor=network.measured_scale_factor())

@@ -4,6 +4,7 @@ from vaevq_med.losses.adversarial import AdversarialTerm, adaptive_weight, discr
 from vaevq_med.losses.base import LossTerm
 from vaevq_med.losses.dcr import DCRLoss, gaussian_wasserstein2_to_standard
 from vaevq_med.losses.diffusion import DenoisingLoss
+from vaevq_med.losses.generation import GeneratorLoss, LatentLoss, TokenLoss
 from vaevq_med.losses.kl import KLLoss, kl_per_token, kl_to_standard_normal
 from vaevq_med.losses.objective import TokenizerObjective
 from vaevq_med.losses.quantizer import QuantizerLoss
@@ -14,11 +15,14 @@ __all__ = [
     "AdversarialTerm",
     "DCRLoss",
     "DenoisingLoss",
+    "GeneratorLoss",
     "KLLoss",
+    "LatentLoss",
     "LossTerm",
     "QuantizerLoss",
     "RCSLoss",
     "ReconstructionLoss",
+    "TokenLoss",
     "TokenizerObjective",
     "adaptive_weight",
     "calibrated_likelihood",

@@ -1,0 +1,577 @@
+"""Both generators as their bundle files train them and draw from them, at toy size."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import BUNDLE, MODALITIES
+from ignite.engine import Events
+from monai.bundle import ConfigParser, ConfigWorkflow
+from PIL import Image
+from test_bundle import states_equal
+from test_tokens import encode, write_checkpoint
+
+from vaevq_med.data import TokenDataset, load_token_store
+from vaevq_med.engines import GeneratorEvaluator, ImageSampler, StoredGenerator, check_config, read_checkpoint
+from vaevq_med.engines.generators import check_fit, decay_groups, evenly_spaced, tokens_validation_split
+from vaevq_med.engines.samples import picture_grid
+from vaevq_med.errors import VaevqMedError
+from vaevq_med.inferers import generate_images, generate_indices, ldm_scheduler
+from vaevq_med.networks import LatentDiffusionUNet, LlamaGen
+
+KINDS = ("autoregressive", "diffusion")
+STORES = {"autoregressive": "indices", "diffusion": "latents"}
+TOY: dict[str, dict[str, Any]] = {
+    "autoregressive": {"network_def#width": 32, "network_def#depth": 1, "network_def#num_heads": 2},
+    "diffusion": {
+        "network_def#num_channels": 32,
+        "network_def#channel_mult": [1, 1],
+        "network_def#num_res_blocks": 1,
+        "network_def#cross_attention_dim": 8,
+    },
+}
+
+
+def workflow_of(file: str, overrides: dict[str, Any], run_id: str = "run") -> ConfigWorkflow:
+    workflow = ConfigWorkflow(
+        config_file=str(BUNDLE / file),
+        meta_file=str(BUNDLE / "metadata.json"),
+        logging_file=str(BUNDLE / "logging.conf"),
+        run_id=run_id,
+        workflow_type="train" if file.startswith("train") else "infer",
+        **overrides,
+    )
+    workflow.initialize()
+    return workflow
+
+
+def run_bundle(file: str, overrides: dict[str, Any], run_id: str = "run") -> ConfigParser:
+    workflow = workflow_of(file, overrides, run_id)
+    workflow.run()
+    workflow.finalize()
+    return workflow.parser
+
+
+def refusal(file: str, overrides: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that the bundle ends with."""
+    with pytest.raises(SystemExit) as stopped:
+        run_bundle(file, overrides)
+    assert stopped.value.code == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("vaevq-med:"))
+    return line
+
+
+def toy(kind: str, tokens_dir: Path, output_dir: Path) -> dict[str, Any]:
+    return {
+        "tokens_dir": str(tokens_dir),
+        "output_dir": str(output_dir),
+        "tracking_uri": "none",
+        "device": "cpu",
+        "max_epochs": 2,
+        "batch_size": 4,
+        "accumulation_steps": 1,
+        "num_workers": 0,
+        "learning_rate": 3e-3,
+        "precision": "fp32",
+        "checkpoint_interval": 3,
+        **TOY[kind],
+    }
+
+
+@pytest.fixture(scope="module")
+def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("tokenizer") / "best.pt")
+
+
+@pytest.fixture(scope="module")
+def stores(tokenizer_path: Path, slice_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Indices and latents of the toy slices: 8x8 positions, K = 32, D = 4, 16 training images in two views."""
+    root = tmp_path_factory.mktemp("stores")
+    for kind, what in STORES.items():
+        encode(tokenizer_path, slice_dataset, root / kind, kind=what)
+    return {kind: root / kind for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def trained(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, ConfigParser]:
+    """A toy run of each kind; the autoregressive one is tracked."""
+    root = tmp_path_factory.mktemp("trained")
+    overrides = {kind: toy(kind, stores[kind], root / kind) for kind in KINDS}
+    overrides["autoregressive"]["tracking_uri"] = f"sqlite:///{root / 'mlflow.db'}"
+    return {kind: run_bundle(f"train_{kind}.json", overrides[kind], "training") for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(trained: dict[str, ConfigParser]) -> dict[str, Path]:
+    return {kind: Path(parser["output_dir"]) / "checkpoints" / "best.pt" for kind, parser in trained.items()}
+
+
+@pytest.fixture
+def drawing(checkpoints: dict[str, Path], tokenizer_path: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Overrides of ``generate.json`` for a kind."""
+
+    def overrides(kind: str, **further: Any) -> dict[str, Any]:
+        settings: dict[str, Any] = {"num_steps": 3} if kind == "diffusion" else {}
+        return {
+            "checkpoint_path": str(checkpoints[kind]),
+            "tokenizer_path": str(tokenizer_path),
+            "generated_dir": str(tmp_path / "generated"),
+            "device": "cpu",
+            "num_samples": 5,
+            "batch_size": 3,
+            **settings,
+            **further,
+        }
+
+    return overrides
+
+
+def pictures(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+# --- training ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_keeps_what_generation_needs(
+    kind: str, trained: dict[str, ConfigParser], stores: dict[str, Path], tokenizer_path: Path
+) -> None:
+    parser = trained[kind]
+    trainer = parser.get_parsed_content("train#trainer")
+    assert (trainer.state.epoch, trainer.state.iteration) == (2, 8)
+    assert {"loss", "gradient_norm", "learning_rate"} < set(trainer.state.terms)
+    folder = Path(parser["output_dir"])
+    state = read_checkpoint(folder / "checkpoints" / "last.pt")
+    described, store = state["data"]["tokens"], load_token_store(stores[kind])
+    assert described["kind"] == STORES[kind]
+    assert described["content_hash"] == store.content_hash
+    assert described["label"]["names"] == list(MODALITIES)
+    assert (described["grid"], described["image_size"], described["in_channels"]) == ([8, 8], 32, 1)
+    tokenizer = described["tokenizer"]
+    assert [tokenizer[key] for key in ("num_embeddings", "num_codebooks", "embedding_dim")] == [32, 1, 4]
+    assert state["data"]["patients"] == ["BraTS-GLI-00000"]
+    stored = StoredGenerator(folder / "checkpoints" / "last.pt")
+    assert stored.network().num_classes == 4
+    assert stored.tokenizer(tokenizer_path).num_embeddings == 32
+    summary = json.loads((folder / "run.json").read_text())
+    assert not [key for key in summary if key.startswith("bits")]
+    assert (summary["images"], summary["parameters"]) == (32, sum(p.numel() for p in trainer.network.parameters()))
+
+
+def test_mlflow_holds_the_run(trained: dict[str, ConfigParser], stores: dict[str, Path]) -> None:
+    from mlflow import MlflowClient
+
+    parser = trained["autoregressive"]
+    client = MlflowClient(parser["tracking_uri"])
+    (experiment,) = (e for e in client.search_experiments() if e.name == "vaevq_med brats generation")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["num_embeddings"] == "32"
+    assert run.data.tags["tokens.content_hash"] == load_token_store(stores["autoregressive"]).content_hash
+    assert len(client.get_metric_history(run.info.run_id, "train/loss")) == 8
+    losses, perplexities = (
+        [point.value for point in client.get_metric_history(run.info.run_id, f"val/{name}")]
+        for name in ("loss", "perplexity")
+    )
+    assert len(losses) == 2
+    assert perplexities == pytest.approx([math.exp(loss) for loss in losses])
+
+
+@pytest.mark.parametrize("file", ["train_autoregressive.json", "train_diffusion.json", "generate.json"])
+def test_monai_finds_every_property(
+    file: str, stores: dict[str, Path], drawing: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    kind = "diffusion" if "diffusion" in file else "autoregressive"
+    overrides = drawing(kind) if file == "generate.json" else toy(kind, stores[kind], tmp_path / "run")
+    assert not workflow_of(file, overrides).check_properties()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_resumed_run_ends_bit_identical(kind: str, stores: dict[str, Path], tmp_path: Path) -> None:
+    whole = {**toy(kind, stores[kind], tmp_path / "whole"), "accumulation_steps": 2}
+    run_bundle(f"train_{kind}.json", whole)
+    broken = {**whole, "output_dir": str(tmp_path / "broken")}
+    workflow = workflow_of(f"train_{kind}.json", broken)
+    trainer = workflow.parser.get_parsed_content("train#trainer")
+
+    class Killed(BaseException):
+        pass
+
+    def kill(engine: Any) -> None:
+        if engine.state.iteration == 4:
+            raise Killed
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, kill)
+    with pytest.raises(Killed):
+        workflow.run()
+    # Iteration 4 is lost: the checkpoint is that of iteration 3.
+    assert read_checkpoint(tmp_path / "broken" / "checkpoints" / "last.pt")["iteration"] == 3
+    run_bundle(f"train_{kind}.json", broken)
+    first, second = (read_checkpoint(tmp_path / name / "checkpoints" / "last.pt") for name in ("whole", "broken"))
+    assert {key for key in first if not states_equal(first[key], second[key])} <= {"config", "extra"}
+    assert first["iteration"] == 8
+    assert not states_equal(first["network"], first["ema"])
+
+
+@pytest.mark.parametrize(("kind", "epochs", "share"), [("autoregressive", 15, 0.4), ("diffusion", 5, 0.6)])
+def test_the_loss_falls_on_images_that_are_all_alike(
+    kind: str, epochs: int, share: float, stores: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(stores[kind], tmp_path / "tokens")
+    file = tmp_path / "tokens" / "training.npy"
+    values = np.load(file)
+    np.save(file, np.broadcast_to(values[:1, :1], values.shape).copy())
+    overrides = {**toy(kind, tmp_path / "tokens", tmp_path / "run"), "max_epochs": epochs, "val_interval": 100}
+    workflow = workflow_of(f"train_{kind}.json", overrides)
+    losses: list[float] = []
+    trainer = workflow.parser.get_parsed_content("train#trainer")
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: losses.append(engine.state.terms["loss"]))
+    workflow.run()
+    assert np.mean(losses[-10:]) < share * losses[0]
+
+
+def test_best_is_the_lowest_loss(stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = iter([3.0, 1.0, 2.0])
+    monkeypatch.setattr(GeneratorEvaluator, "_summarize", lambda self: self.state.metrics.update(loss=next(said)))
+    overrides = {**toy("autoregressive", stores["autoregressive"], tmp_path / "run"), "max_epochs": 3}
+    run_bundle("train_autoregressive.json", overrides)
+    best = read_checkpoint(tmp_path / "run" / "checkpoints" / "best.pt")
+    assert best["best"] == {"metric": "loss", "value": 1.0, "epoch": 2}
+    assert best["iteration"] == 8
+
+
+def test_validation_is_the_cross_entropy_of_the_averaged_weights(
+    trained: dict[str, ConfigParser], stores: dict[str, Path]
+) -> None:
+    parser = trained["autoregressive"]
+    network = parser.get_parsed_content("ema").module
+    items = TokenDataset(tokens_dir=stores["autoregressive"], split="validation")
+    batch = [items[number] for number in range(len(items))]
+    indices = torch.stack([item["indices"] for item in batch])
+    logits = network.eval()(indices, torch.tensor([item["label"] for item in batch]))
+    expected = F.cross_entropy(logits.flatten(0, -2).double(), indices.flatten())
+    metrics = parser.get_parsed_content("validate#evaluator").state.metrics
+    assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_validation_draws_the_same_noise_each_time(trained: dict[str, ConfigParser]) -> None:
+    evaluator = trained["diffusion"].get_parsed_content("validate#evaluator")
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        evaluator.run()
+        found.append(evaluator.state.metrics["loss"])
+        assert torch.initial_seed() == seed
+    assert found[0] == found[1]
+    evaluator.seed += 1
+    evaluator.run()
+    evaluator.seed -= 1
+    assert evaluator.state.metrics["loss"] != found[0]
+
+
+def test_the_scale_factor_is_that_of_the_training_latents(
+    checkpoints: dict[str, Path], stores: dict[str, Path]
+) -> None:
+    items = TokenDataset(tokens_dir=stores["diffusion"], split="training")
+    latents = np.stack([items[number]["latent"].numpy() for number in range(16)]).astype(np.float64)
+    state = read_checkpoint(checkpoints["diffusion"])
+    for weights in ("network", "ema"):
+        assert state[weights]["scale_factor"].item() == pytest.approx(1 / latents.std(ddof=1), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_refuses_what_does_not_fit(
+    kind: str, stores: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, overrides = f"train_{kind}.json", toy(kind, stores[kind], tmp_path / "run")
+    other = next(path for name, path in stores.items() if name != kind)
+    assert "kind" in refusal(file, {**overrides, "tokens_dir": str(other)}, capsys)
+    assert "encode-tokens" in refusal(file, {**overrides, "tokens_dir": str(tmp_path)}, capsys)
+    assert "number of labels 4" in refusal(file, {**overrides, "network_def#num_classes": 7}, capsys)
+    assert "fp32, bf16" in refusal(file, {**overrides, "precision": "fp8"}, capsys)
+    if kind == "autoregressive":
+        assert "num_embeddings 32" in refusal(file, {**overrides, "network_def#num_embeddings": 64}, capsys)
+        assert "grid [8, 8]" in refusal(file, {**overrides, "network_def#grid_size": [4, 4]}, capsys)
+    else:
+        deep = {**overrides, "network_def#channel_mult": [1] * 5}
+        assert "grid of 8x8, expected multiples of 16" in refusal(file, deep, capsys)
+
+
+def test_a_resume_with_another_token_store_is_refused(
+    stores: dict[str, Path],
+    tokenizer_path: Path,
+    slice_dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    overrides = {**toy("autoregressive", stores["autoregressive"], tmp_path / "run"), "max_epochs": 1}
+    run_bundle("train_autoregressive.json", overrides)
+    encode(tokenizer_path, slice_dataset, tmp_path / "other", flip=False)
+    changed = {**overrides, "max_epochs": 2, "tokens_dir": str(tmp_path / "other")}
+    assert "another token store" in refusal("train_autoregressive.json", changed, capsys)
+
+
+# --- parts ------------------------------------------------------------------------------------------
+
+
+def test_only_matrices_decay() -> None:
+    network = LatentDiffusionUNet(in_channels=4, num_channels=32, channel_mult=(1, 1), num_res_blocks=1)
+    decayed, others = decay_groups(network, 0.05)
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.05, 0.0)
+    assert {p.ndim for p in decayed["params"]} == {2, 4}
+    assert {p.ndim for p in others["params"]} == {1}
+    assert len(decayed["params"]) + len(others["params"]) == len(list(network.parameters()))
+    # LlamaGen: the scales of its norms, two a block and the last one.
+    llama = LlamaGen(num_embeddings=8, grid_size=2, width=8, depth=3, num_heads=2)
+    assert len(decay_groups(llama, 0.05)[1]["params"]) == 7
+
+
+def test_items_are_evenly_spaced() -> None:
+    assert evenly_spaced(10, None) == list(range(10))
+    assert evenly_spaced(3, 7) == [0, 1, 2]
+    assert evenly_spaced(11, 3) == [0, 5, 10]
+    with pytest.raises(VaevqMedError, match="max_items"):
+        evenly_spaced(3, 0)
+
+
+def test_without_validation_images_training_images_are_validated_on(
+    tokenizer_path: Path, slice_dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    encode(tokenizer_path, slice_dataset, tmp_path / "tokens", splits=["training"])
+    assert tokens_validation_split(tmp_path / "tokens") == "training"
+    assert "training images are validated on" in caplog.text
+
+
+def test_a_foreign_network_fits_no_tokens(stores: dict[str, Path]) -> None:
+    with pytest.raises(VaevqMedError, match="found a Linear"):
+        check_fit(torch.nn.Linear(1, 1), load_token_store(stores["diffusion"]).content, "store")
+
+
+def test_a_grid_of_pictures_places_each() -> None:
+    found = picture_grid([np.full((1, 2), value, np.uint8) for value in (1, 2, 3)], columns=2, gap=1)
+    assert found.tolist() == [[1, 1, 255, 2, 2], [255] * 5, [3, 3, 255, 255, 255]]
+
+
+OVERLAYS = [
+    *[(f"train_{kind}.json", f"{kind}_small_cpu") for kind in KINDS],
+    *[(f"train_{kind}.json", "generator_multi_gpu") for kind in KINDS],
+]
+
+
+@pytest.mark.parametrize(("file", "overlay"), OVERLAYS)
+def test_every_overlay_is_read(file: str, overlay: str) -> None:
+    for bundle in (BUNDLE, BUNDLE.parent / "imagenet"):
+        parser = ConfigParser()
+        path = bundle / "overlays_generation" / f"{overlay}.json"
+        parser.read_config([str(bundle / file), str(path)])
+        check_config(parser.get())
+        for key in json.loads(path.read_text()):
+            assert key == "_notes_" or parser[key] is not None
+    assert {path.stem for path in (BUNDLE / "overlays_generation").iterdir()} == {name for _, name in OVERLAYS}
+
+
+def test_the_defaults_are_the_published_sizes() -> None:
+    config = {kind: json.loads((BUNDLE / f"train_{kind}.json").read_text())["network_def"] for kind in KINDS}
+    with torch.device("meta"):
+        options = {k: v for k, v in config["autoregressive"].items() if not str(v).startswith("@") and k[0] != "_"}
+        llama = LlamaGen(num_embeddings=16384, grid_size=16, num_classes=1000, **options)
+        options = {k: v for k, v in config["diffusion"].items() if not str(v).startswith("@") and k[0] != "_"}
+        unet = LatentDiffusionUNet(in_channels=3, num_classes=1000, **options)
+    sizes = [sum(p.numel() for p in network.parameters()) / 1e6 for network in (llama, unet.unet)]
+    assert sizes == pytest.approx([110.9, 400.9], abs=0.05)
+
+
+# --- generation -------------------------------------------------------------------------------------
+
+
+def drawn_by_hand(kind: str, checkpoint: Path, tokenizer_path: Path, rows: list[dict[str, str]]) -> torch.Tensor:
+    """The averaged network's samples, each drawn by itself from the seed in the table."""
+    stored = StoredGenerator(checkpoint)
+    network, tokenizer = stored.network(), stored.tokenizer(tokenizer_path)
+    images = []
+    for row in rows:
+        label, generator = torch.tensor([int(row["label"])]), torch.Generator().manual_seed(int(row["seed"]))
+        if isinstance(network, LlamaGen):
+            indices = generate_indices(network, labels=label, guidance_scale=2.0, generator=[generator])
+            images.append(tokenizer.decode_indices(indices))
+        else:
+            images.append(
+                generate_images(
+                    network,
+                    tokenizer,
+                    label,
+                    grid_size=(8, 8),
+                    scheduler=ldm_scheduler(),
+                    num_steps=3,
+                    guidance_scale=1.5,
+                    generator=[generator],
+                )
+            )
+    return torch.cat(images).detach().clamp(-1, 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_depend_on_seed_and_number_alone(
+    kind: str,
+    drawing: Callable[..., dict[str, Any]],
+    checkpoints: dict[str, Path],
+    tokenizer_path: Path,
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "generated"
+    run_bundle("generate.json", drawing(kind, write=["png", "npz"]), "generating")
+    with (folder / "samples.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == [f"{number:06d}.png" for number in range(5)]
+    assert [row["name"] for row in rows] == [*MODALITIES, MODALITIES[0]]
+    expected = drawn_by_hand(kind, checkpoints[kind], tokenizer_path, rows)
+    for number, row in enumerate(rows):
+        levels = np.asarray(Image.open(folder / row["file"])).astype(int)
+        assert np.abs(levels - ((expected[number, 0].numpy() + 1) * 127.5)).max() <= 1
+        with np.load(folder / f"{number:06d}.npz") as arrays:
+            np.testing.assert_allclose(arrays["image"], expected[number].numpy(), atol=1e-4)
+            assert arrays["label"] == int(row["label"])
+    # Five pictures of 32 pixels in four columns, one a label.
+    assert Image.open(folder / "grid.png").size == (4 * 34 - 2, 2 * 34 - 2)
+    raw = tmp_path / "raw"
+    run_bundle("generate.json", drawing(kind, weights="network", generated_dir=str(raw)))
+    assert (raw / "000000.png").read_bytes() != (folder / "000000.png").read_bytes()
+
+
+def test_generation_goes_on_where_it_stood(
+    drawing: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "generated"
+    overrides = drawing("autoregressive")
+    run_bundle("generate.json", overrides)
+    before = pictures(folder)
+    (folder / "000003.png").unlink()
+    drawn: list[int] = []
+    original = ImageSampler.sample
+
+    def counted(self: ImageSampler, labels: torch.Tensor, *rest: Any) -> torch.Tensor:
+        drawn.append(len(labels))
+        return original(self, labels, *rest)
+
+    monkeypatch.setattr(ImageSampler, "sample", counted)
+    run_bundle("generate.json", overrides)
+    assert (drawn, pictures(folder)) == ([1], before)
+    run_bundle("generate.json", overrides)
+    assert (drawn, pictures(folder)) == ([1], before)
+    run_bundle("generate.json", {**overrides, "num_samples": 6})
+    assert drawn == [1, 1]
+    said = refusal("generate.json", {**overrides, "seed": 1}, capsys)
+    assert "seed 0, expected seed 1" in said
+    run_bundle("generate.json", {**overrides, "seed": 1, "overwrite": True})
+    assert not (folder / "000005.png").exists()
+    assert (folder / "000000.png").read_bytes() != before["000000.png"]
+
+
+def test_inpainting_keeps_what_the_box_does_not_touch(
+    drawing: Callable[..., dict[str, Any]],
+    stores: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from vaevq_med.networks import VisualTokenizer
+
+    found: list[torch.Tensor] = []
+    original = VisualTokenizer.decode_indices
+
+    def decode(self: VisualTokenizer, indices: torch.Tensor) -> torch.Tensor:
+        found.append(indices)
+        return original(self, indices)
+
+    monkeypatch.setattr(VisualTokenizer, "decode_indices", decode)
+    # Positions are 4 pixels wide: rows 2 to 4 and columns 1 and 2 are touched.
+    inpaint = {"inpaint_tokens": str(stores["autoregressive"]), "inpaint_box": [8, 7, 17, 12]}
+    run_bundle("generate.json", drawing("autoregressive", **inpaint))
+    items = TokenDataset(tokens_dir=stores["autoregressive"], split="test")
+    known = torch.stack([items[number]["indices"] for number in range(5)])
+    touched = torch.zeros(8, 8, dtype=torch.bool)
+    touched[2:5, 1:3] = True
+    indices = torch.cat(found)
+    assert torch.equal(indices[:, ~touched], known[:, ~touched])
+    assert not torch.equal(indices[:, touched], known[:, touched])
+    with (tmp_path / "generated" / "samples.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["source"] for row in rows] == [items[number]["id"] for number in range(5)]
+    assert [int(row["label"]) for row in rows] == [items[number]["label"] for number in range(5)]
+    for box in ([8, 7, 8, 12], [0, 0, 33, 8], [1, 2, 3]):
+        changed = drawing("autoregressive", **{**inpaint, "inpaint_box": box})
+        assert "inpaint_box" in refusal("generate.json", changed, capsys)
+    assert "both or neither" in refusal("generate.json", drawing("autoregressive", inpaint_box=[0, 0, 8, 8]), capsys)
+    assert "diffusion" in refusal("generate.json", drawing("diffusion", **inpaint), capsys)
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides", "said"),
+    [
+        ("autoregressive", {"labels": ["t1x"]}, "did you mean 't1n'"),
+        ("autoregressive", {"labels": 4}, "0 to 3"),
+        ("autoregressive", {"labels": []}, "empty list"),
+        ("autoregressive", {"num_steps": 10}, "num_steps"),
+        ("diffusion", {"temperature": 0.9}, "temperature"),
+        ("diffusion", {"num_steps": 1000}, "1 to 999"),
+        ("autoregressive", {"top_p": 0.0}, "top_p"),
+        ("autoregressive", {"num_samples": 0}, "num_samples"),
+        ("autoregressive", {"write": ["jpg"]}, "png"),
+        ("autoregressive", {"weights": "best"}, "'ema' or 'network'"),
+        ("autoregressive", {"checkpoint_path": "nowhere.pt"}, "no checkpoint"),
+    ],
+)
+def test_generation_refuses_settings(
+    kind: str,
+    overrides: dict[str, Any],
+    said: str,
+    drawing: Callable[..., dict[str, Any]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert said in refusal("generate.json", drawing(kind, **overrides), capsys)
+
+
+def test_generation_refuses_the_wrong_checkpoints(
+    drawing: Callable[..., dict[str, Any]],
+    checkpoints: dict[str, Path],
+    tokenizer_path: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    changed = read_checkpoint(tokenizer_path)
+    changed["network"]["quant_conv.bias"] += 1
+    torch.save(changed, tmp_path / "other.pt")
+    other = drawing("autoregressive", tokenizer_path=str(tmp_path / "other.pt"))
+    assert "found another tokenizer" in refusal("generate.json", other, capsys)
+    swapped = drawing("autoregressive", checkpoint_path=str(tokenizer_path))
+    assert "expected a generator's" in refusal("generate.json", swapped, capsys)
+    swapped = drawing("autoregressive", tokenizer_path=str(checkpoints["diffusion"]))
+    assert "expected that of vaevq_med.networks.VisualTokenizer" in refusal("generate.json", swapped, capsys)
+    unscaled = read_checkpoint(checkpoints["diffusion"])
+    unscaled["ema"]["scale_factor"].fill_(math.nan)
+    torch.save(unscaled, tmp_path / "unscaled.pt")
+    missing = drawing("diffusion", checkpoint_path=str(tmp_path / "unscaled.pt"))
+    assert "no scale factor" in refusal("generate.json", missing, capsys)
+    misfit = read_checkpoint(checkpoints["autoregressive"])
+    misfit["data"]["tokens"]["grid"] = [4, 4]
+    torch.save(misfit, tmp_path / "misfit.pt")
+    refused = drawing("autoregressive", checkpoint_path=str(tmp_path / "misfit.pt"))
+    assert "found tokens of grid [4, 4], expected grid [8, 8]" in refusal("generate.json", refused, capsys)
+    folder = tmp_path / "generated"
+    folder.mkdir(exist_ok=True)
+    (folder / "notes.txt").write_text("mine")
+    assert "notes.txt" in refusal("generate.json", drawing("autoregressive"), capsys)

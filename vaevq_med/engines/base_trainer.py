@@ -1,0 +1,185 @@
+"""What the trainers share: an iteration is one optimizer step, whatever the number of chunks, checked beforehand."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from monai.engines import SupervisedTrainer
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from vaevq_med.errors import VaevqMedError
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
+
+
+class TrainingError(VaevqMedError):
+    """Training cannot go on; the message names the loss term and the iteration."""
+
+
+def reraise(engine: Engine, error: BaseException) -> None:
+    """A handler that passes an exception on."""
+    raise error
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+class BaseTrainer(SupervisedTrainer):
+    """A trainer that handlers of this package can follow, checkpoint and resume.
+
+    A subclass ends its constructor with :meth:`_attach`, and its ``_iteration`` with :meth:`_end_iteration`, which
+    publishes ``engine.state.terms`` (floats by name), ``engine.state.batch_images`` and ``engine.state.images_seen``.
+
+    Args:
+        device: where to train.
+        max_epochs: epochs to train.
+        train_data_loader: yields dictionaries of batch-first tensors.
+        epoch_length: iterations an epoch.
+        network: what is trained, stored and averaged.
+        optimizer: of its parameters.
+        loss_function: what MONAI's class keeps as such.
+        schedulers: learning-rate schedulers, each stepped once an iteration.
+        ema: averaged copy of the network, updated after each step.
+        precision: ``fp32``, or ``bf16`` for autocast.
+        accumulation_steps: chunks that each batch is split into; the step sees their mean gradient.
+        max_grad_norm: clip gradient norms to this; None does not clip.
+        **kwargs: passed on to ``SupervisedTrainer``.
+
+    Attributes:
+        discriminator: a second network that is trained against the first, or None.
+        d_optimizer: its optimizer, or None.
+    """
+
+    discriminator: nn.Module | None = None
+    d_optimizer: Optimizer | None = None
+
+    def __init__(
+        self,
+        *,
+        device: torch.device | str,
+        max_epochs: int,
+        train_data_loader: Iterable[Any],
+        epoch_length: int,
+        network: nn.Module,
+        optimizer: Optimizer,
+        loss_function: Callable[..., Any],
+        schedulers: Sequence[Any] = (),
+        ema: AveragedModel | None = None,
+        precision: str = "fp32",
+        accumulation_steps: int = 1,
+        max_grad_norm: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if precision not in PRECISIONS:
+            raise VaevqMedError(f"precision: found {precision!r}, expected one of {', '.join(PRECISIONS)}")
+        if accumulation_steps < 1:
+            raise VaevqMedError(f"accumulation_steps: found {accumulation_steps}, expected 1 or more")
+        if max_epochs < 1:
+            raise VaevqMedError(f"max_epochs: found {max_epochs}, expected 1 or more")
+        super().__init__(
+            device=torch.device(device),
+            max_epochs=max_epochs,
+            train_data_loader=train_data_loader,
+            epoch_length=epoch_length,
+            network=network,
+            optimizer=optimizer,
+            loss_function=loss_function,
+            train_handlers=None,
+            decollate=False,
+            **kwargs,
+        )
+        # MONAI's class keeps 1: an iteration is one optimizer step here, whatever the number of chunks.
+        self.num_chunks = accumulation_steps
+        self.schedulers = list(schedulers)
+        self.ema = ema
+        self.autocast_dtype = PRECISIONS[precision]
+        self.max_grad_norm = max_grad_norm
+        self.state.terms = {}
+        self.state.batch_images = 0
+        self.state.images_seen = 0
+
+    def _attach(self, handlers: Sequence[Any] | None) -> None:
+        """Attach the handlers, one of which may resume a run: nothing is constructed after this."""
+        self._register_handlers(handlers or [])
+        # Last of all: ignite swallows an exception once any handler listens for it.
+        self.add_event_handler(Events.EXCEPTION_RAISED, reraise)
+
+    def run(self) -> None:  # type: ignore[override]
+        """Train to ``max_epochs``; a run that already has ends at once."""
+        if self.state.iteration >= self.state.max_epochs * self.state.epoch_length:
+            self.logger.warning(
+                "This run is finished (%d of %d epochs). Raise --max_epochs, choose another --output_dir, or pass "
+                "--resume False to start anew.",
+                self.state.iteration // self.state.epoch_length,
+                self.state.max_epochs,
+            )
+            return
+        super().run()
+
+    def control_state(self) -> dict[str, Tensor]:
+        """What steers the loss, for checkpoints; no network weights."""
+        return {}
+
+    def load_control_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what :meth:`control_state` gave."""
+
+    def summary(self) -> dict[str, Any]:
+        """What a run's summary says of this kind of network."""
+        return {}
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.state.device.type, dtype=self.autocast_dtype)
+
+    def _no_sync(self, module: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
+        if isinstance(module, DistributedDataParallel) and not last:
+            return module.no_sync()
+        return contextlib.nullcontext()
+
+    def _check_finite(self, terms: dict[str, float]) -> None:
+        bad = [name for name, value in terms.items() if not math.isfinite(value)]
+        if bad:
+            raise TrainingError(
+                f"iteration {self.state.iteration}: found {', '.join(f'{n} = {terms[n]}' for n in bad)}, expected "
+                "finite numbers; the weights of the last checkpoint are untouched. Try a lower learning rate, "
+                "max_grad_norm, fp32, or a smaller weight for that term."
+            )
+
+    def _step(
+        self, module: nn.Module, optimizer: Optimizer, terms: dict[str, Tensor], norm_name: str
+    ) -> dict[str, float]:
+        """Clip, check every term, step; one synchronization with the device."""
+        limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
+        terms[norm_name] = nn.utils.clip_grad_norm_(module.parameters(), limit)
+        values = torch.stack([value.detach().float().reshape(()) for value in terms.values()]).tolist()
+        floats = dict(zip(terms, values, strict=True))
+        self._check_finite(floats)
+        optimizer.step()
+        return floats
+
+    def _end_iteration(self, engine: Engine, terms: Mapping[str, float], batch_size: int, started: float) -> None:
+        """Step the schedules and publish what the iteration gave; the rates are those that it was trained with."""
+        state: Any = engine.state
+        rates = {"learning_rate": self.optimizer.param_groups[0]["lr"]}
+        if self.d_optimizer is not None:
+            rates["discriminator_learning_rate"] = self.d_optimizer.param_groups[0]["lr"]
+        with warnings.catch_warnings():
+            # The discriminator's rate follows the schedule before its first step, too.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            for scheduler in self.schedulers:
+                scheduler.step()
+        state.batch_images = batch_size
+        state.images_seen = state.iteration * batch_size
+        state.terms = {**terms, **rates, "images_per_second": batch_size / (time.perf_counter() - started)}

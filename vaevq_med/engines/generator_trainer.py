@@ -1,0 +1,113 @@
+"""Training of a second-stage generator on MONAI's ``SupervisedTrainer``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from monai.engines import SupervisedTrainer
+from monai.utils.enums import CommonKeys as Keys
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from vaevq_med.engines import distributed
+from vaevq_med.engines.base_trainer import BaseTrainer, _plain
+from vaevq_med.errors import VaevqMedError
+from vaevq_med.losses import GeneratorLoss
+
+
+class GeneratorTrainer(BaseTrainer):
+    """Minimize a :class:`GeneratorLoss` over the batches of a token store.
+
+    ``engine.state.output`` holds the batch's labels (``label``) and the loss (``loss``); ``engine.state.terms`` holds
+    loss, gradient norm and learning rate of the iteration as floats. Times, noise and dropped labels come from torch's
+    global generators, which checkpoints store.
+
+    Args:
+        device: where to train.
+        max_epochs: epochs to train.
+        train_data_loader: yields dictionaries of a ``TokenDataset``.
+        epoch_length: iterations an epoch.
+        network: the generator.
+        optimizer: of its parameters.
+        loss: of the same network, or its DDP wrapper.
+        schedulers: learning-rate schedulers, each stepped once an iteration.
+        ema: averaged copy of the network, updated after each step.
+        precision: ``fp32``, or ``bf16`` for autocast.
+        accumulation_steps: chunks that each batch is split into; the step sees their mean gradient.
+        max_grad_norm: clip the gradient's norm to this; None does not clip.
+        train_handlers: ignite handlers.
+        inferer: MONAI inferer that calls ``loss``.
+        **kwargs: passed on to ``SupervisedTrainer``.
+
+    Raises:
+        VaevqMedError: there are several processes, and ``loss`` is not wrapped.
+        TrainingError: while running, the loss or gradient norm is not finite; no parameter has been changed by that
+            iteration.
+    """
+
+    def __init__(
+        self,
+        *,
+        device: torch.device | str,
+        max_epochs: int,
+        train_data_loader: Iterable[Any],
+        epoch_length: int,
+        network: nn.Module,
+        optimizer: Optimizer,
+        loss: nn.Module,
+        schedulers: Sequence[Any] = (),
+        ema: AveragedModel | None = None,
+        precision: str = "fp32",
+        accumulation_steps: int = 1,
+        max_grad_norm: float | None = 1.0,
+        train_handlers: Sequence[Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if distributed.world_size() > 1 and _plain(loss) is loss:
+            raise VaevqMedError(
+                f"loss: found {type(loss).__name__} in {distributed.world_size()} processes, expected it in a "
+                "DistributedDataParallel; pass the overlay generator_multi_gpu"
+            )
+        super().__init__(
+            device=device,
+            max_epochs=max_epochs,
+            train_data_loader=train_data_loader,
+            epoch_length=epoch_length,
+            network=network,
+            optimizer=optimizer,
+            loss_function=loss,
+            schedulers=schedulers,
+            ema=ema,
+            precision=precision,
+            accumulation_steps=accumulation_steps,
+            max_grad_norm=max_grad_norm,
+            **kwargs,
+        )
+        self.loss = loss
+        self._attach(train_handlers)
+
+    def _iteration(self, engine: SupervisedTrainer, batchdata: dict[str, Any]) -> dict[str, Any]:
+        started = time.perf_counter()
+        inner: GeneratorLoss = _plain(self.loss)  # type: ignore[assignment]
+        values, labels = (batchdata[key].to(engine.state.device, non_blocking=True) for key in (inner.key, Keys.LABEL))
+        batch_size = values.shape[0]
+        count = min(self.num_chunks, batch_size)
+        self.loss.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=values.device)
+        chunks: list[tuple[Tensor, Tensor]] = list(zip(values.chunk(count), labels.chunk(count), strict=True))
+        for number, (part, part_labels) in enumerate(chunks, start=1):
+            with self._no_sync(self.loss, last=number == len(chunks)):
+                with self._autocast():
+                    loss = self.inferer(part, self.loss, part_labels) * (part.shape[0] / batch_size)
+                loss.backward()
+            total = total + loss.detach()
+        terms = self._step(self.network, self.optimizer, {"loss": total}, "gradient_norm")
+        if self.ema is not None:
+            self.ema.update_parameters(self.network)
+        self._end_iteration(engine, terms, batch_size, started)
+        return {Keys.LABEL: labels, Keys.LOSS: terms["loss"]}
