@@ -23,8 +23,10 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def gradients(processes: int, overrides: dict[str, Any], overlays: list[str], output: Path) -> dict[str, Any]:
-    files = [str(BUNDLE / "train.json"), *(str(BUNDLE / "overlays" / f"{name}.json") for name in overlays)]
+def gradients(
+    processes: int, overrides: dict[str, Any], overlays: list[str], output: Path, *, file: str = "train.json"
+) -> dict[str, Any]:
+    files = [str(BUNDLE / file), *(str(BUNDLE / "overlays" / f"{name}.json") for name in overlays)]
     command = [sys.executable, str(SCRIPT), json.dumps([files, overrides, str(output)])]
     if processes > 1:
         launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]

@@ -19,6 +19,7 @@ from ignite.engine import Events
 from monai.bundle import ConfigParser, ConfigWorkflow
 from PIL import Image
 from test_bundle import states_equal
+from test_distributed import gradients
 from test_tokens import encode, write_checkpoint
 
 from vaevq_med.data import TokenDataset, load_token_store
@@ -26,7 +27,7 @@ from vaevq_med.engines import GeneratorEvaluator, ImageSampler, StoredGenerator,
 from vaevq_med.engines.generators import check_fit, decay_groups, evenly_spaced, tokens_validation_split
 from vaevq_med.engines.samples import picture_grid
 from vaevq_med.errors import VaevqMedError
-from vaevq_med.inferers import generate_images, generate_indices, ldm_scheduler
+from vaevq_med.inferers import draw_indices, generate_images, generate_indices, ldm_scheduler
 from vaevq_med.networks import LatentDiffusionUNet, LlamaGen
 
 KINDS = ("autoregressive", "diffusion")
@@ -322,6 +323,39 @@ def test_a_resume_with_another_token_store_is_refused(
     assert "another token store" in refusal("train_autoregressive.json", changed, capsys)
 
 
+@pytest.mark.slow
+def test_two_processes_have_the_gradients_of_one(stores: dict[str, Path], tmp_path: Path) -> None:
+    dropouts = {f"network_def#{part}_dropout": 0.0 for part in ("token", "residual", "ffn", "label")}
+    overrides = {
+        **toy("autoregressive", stores["autoregressive"], tmp_path / "one"),
+        **dropouts,
+        "max_epochs": 1,
+        "epoch_length": 1,
+        "val_interval": 100,
+        "max_grad_norm": None,
+    }
+    found = []
+    for processes in (1, 2):
+        overrides |= {"batch_size": 4 // processes, "output_dir": str(tmp_path / f"of{processes}")}
+        overlays = ["../overlays_generation/generator_multi_gpu"] if processes > 1 else []
+        output = tmp_path / f"{processes}.pt"
+        found.append(gradients(processes, overrides, overlays, output, file="train_autoregressive.json"))
+    one, two = (result["network"] for result in found)
+    assert one.keys() == two.keys()
+    # The heads start at zero, so that nothing below them has a gradient yet.
+    assert one["heads.0.weight"].abs().max() > 1e-3
+    for name, gradient in one.items():
+        torch.testing.assert_close(two[name], gradient, atol=1e-7, rtol=1e-4)
+
+
+def test_several_processes_need_ddp(
+    stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("vaevq_med.engines.distributed.world_size", lambda: 2)
+    overrides = toy("autoregressive", stores["autoregressive"], tmp_path / "run")
+    assert "generator_multi_gpu" in refusal("train_autoregressive.json", overrides, capsys)
+
+
 # --- parts ------------------------------------------------------------------------------------------
 
 
@@ -517,6 +551,49 @@ def test_inpainting_keeps_what_the_box_does_not_touch(
         assert "inpaint_box" in refusal("generate.json", changed, capsys)
     assert "both or neither" in refusal("generate.json", drawing("autoregressive", inpaint_box=[0, 0, 8, 8]), capsys)
     assert "diffusion" in refusal("generate.json", drawing("diffusion", **inpaint), capsys)
+
+
+def test_two_codebooks_four_channels_and_no_labels(
+    slice_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantizer = {
+        "_target_": "vaevq_med.networks.quantizers.FactorizedQuantizer",
+        "num_embeddings": 8,
+        "embedding_dim": 4,
+        "num_codebooks": 2,
+    }
+    tokenizer = write_checkpoint(tmp_path / "tokenizer.pt", quantizer, in_channels=4, stack_modalities=True)
+    encode(tokenizer, slice_dataset, tmp_path / "tokens")
+    training = {**toy("autoregressive", tmp_path / "tokens", tmp_path / "run"), "batch_size": 2, "max_epochs": 1}
+    parser = run_bundle("train_autoregressive.json", training)
+    network = parser.get_parsed_content("network")
+    assert (network.num_codebooks, network.num_classes, network.sequence_length) == (2, 0, 128)
+    drawing = {
+        "output_dir": str(tmp_path / "run"),
+        "tokenizer_path": str(tokenizer),
+        "device": "cpu",
+        "num_samples": 2,
+    }
+    run_bundle("generate.json", drawing)
+    folder = tmp_path / "run" / "generated"
+    names = [f"{number:06d}-channel{channel}.png" for number in range(2) for channel in range(4)]
+    assert sorted(path.name for path in folder.glob("0*.png")) == names
+    with (folder / "samples.csv").open() as file:
+        assert [row["label"] for row in csv.DictReader(file)] == ["", ""]
+    # Two samples in a row, the four channels of each side by side.
+    assert Image.open(folder / "grid.png").size == (2 * 4 * 32 + 2, 32)
+    assert "without labels" in refusal("generate.json", {**drawing, "guidance_scale": 2.0}, capsys)
+    assert "without labels" in refusal("generate.json", {**drawing, "labels": 0}, capsys)
+
+
+def test_a_generator_for_each_sample_draws_its_row() -> None:
+    logits = torch.randn(3, 11, generator=torch.Generator().manual_seed(0))
+    together = draw_indices(logits, [torch.Generator().manual_seed(seed) for seed in (5, 6, 7)])
+    alone = [draw_indices(logits[i], torch.Generator().manual_seed(5 + i)) for i in range(3)]
+    assert together.tolist() == [int(index) for index in alone]
+    network = LlamaGen(num_embeddings=8, grid_size=2, width=8, depth=1, num_heads=2)
+    with pytest.raises(VaevqMedError, match="found 1 generators"):
+        generate_indices(network, num_samples=2, generator=[torch.Generator()])
 
 
 @pytest.mark.parametrize(
