@@ -97,7 +97,7 @@ def check_fit(network: nn.Module, tokens: Mapping[str, Any], where: str) -> None
             )
     else:
         raise VaevqMedError(f"found a {type(network).__name__}, expected LlamaGen or LatentDiffusionUNet")
-    sizes |= {"kind": (tokens["kind"], kind), "number of labels": (classes, network.num_classes)}
+    sizes |= {"kind": (tokens["kind"], kind), "num_classes": (classes, network.num_classes)}
     for name, (found, expected) in sizes.items():
         if found != expected:
             raise VaevqMedError(

@@ -87,7 +87,7 @@ def resolve_labels(labels: Any, names: Sequence[str]) -> list[int]:
         The numbers; that of the null class, 0, where there are no labels.
 
     Raises:
-        VaevqMedError: there is no such label.
+        VaevqMedError: there is no such label, or several.
 
     >>> resolve_labels(["t2f", 0], ["t1n", "t2f"]), resolve_labels(None, ["t1n", "t2f"])
     ([1, 0], [0, 1])
@@ -98,6 +98,9 @@ def resolve_labels(labels: Any, names: Sequence[str]) -> list[int]:
         raise VaevqMedError(f"labels: found {labels} for a generator without labels, expected null")
     found = []
     for label in labels if isinstance(labels, list | tuple) else [labels]:
+        if list(names).count(label) > 1:
+            numbers = ", ".join(str(number) for number, name in enumerate(names) if name == label)
+            raise VaevqMedError(f"labels: found {label!r}, the name of several, expected one of the numbers {numbers}")
         if label in names:
             found.append(list(names).index(label))
         elif isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(names):
