@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import shlex
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -155,6 +156,14 @@ def test_a_comparison_from_rows_to_tables(runner: Runner, slice_dataset: Path, t
     before = len(runner.commands)
     again = command.run()
     assert [state.status for state in again.states] == ["kept", "kept"]
+    # Figures of weights that are gone are not kept.
+    shutil.rmtree(tmp_path / "moved" / "softvq")
+    metrics = tmp_path / "moved/softvq_hard/seed_0/evaluation/metrics.json"
+    record = json.loads(metrics.read_text())
+    record["provenance"]["checkpoint_sha256"] = "of other weights"
+    metrics.write_text(json.dumps(record))
+    again = toy(slice_dataset, tmp_path / "moved", methods="softvq").run_row(0)
+    assert [state.status for state in again.states] == ["finished", "finished"]
     assert len(runner.commands) == before
     assert again.table == report.table
     assert len(client.search_runs([experiment.experiment_id])) == 3
@@ -599,12 +608,22 @@ def test_every_readout_of_a_quantizer_has_a_row_and_one_training(
     assert readouts == {"softvq": "soft", "softvq_hard": "hard"}
     assert table["softvq"]["psnr"] != table["softvq_hard"]["psnr"]
     assert table["softvq"]["parameters"] == table["softvq_hard"]["parameters"]
-    assert "SoftVQ (soft)" in report.table
-    assert "SoftVQ (hard)" in report.table
+    assert (table["softvq"]["bits_per_position"], table["softvq_hard"]["bits_per_position"]) == ("", "5.0")
+    (soft,) = (line for line in report.table.splitlines() if line.startswith("| SoftVQ (soft) "))
+    assert "**" not in soft
+    assert "SoftVQ (soft): continuous" in report.table
     # One task of an array job does both; what is there is kept, also in a folder that was moved.
     (tmp_path / "out").rename(tmp_path / "moved")
     again = toy(slice_dataset, tmp_path / "moved", methods="softvq").run_row(0)
     assert [state.status for state in again.states] == ["kept", "kept"]
+    # Figures of weights that are gone are not kept.
+    shutil.rmtree(tmp_path / "moved" / "softvq")
+    metrics = tmp_path / "moved/softvq_hard/seed_0/evaluation/metrics.json"
+    record = json.loads(metrics.read_text())
+    record["provenance"]["checkpoint_sha256"] = "of other weights"
+    metrics.write_text(json.dumps(record))
+    again = toy(slice_dataset, tmp_path / "moved", methods="softvq").run_row(0)
+    assert [state.status for state in again.states] == ["finished", "finished"]
 
 
 def test_a_readout_waits_for_its_training(runner: Runner, slice_dataset: Path, tmp_path: Path) -> None:
@@ -612,13 +631,54 @@ def test_a_readout_waits_for_its_training(runner: Runner, slice_dataset: Path, t
     report = toy(slice_dataset, tmp_path / "out", methods="softvq", pictures=0).run()
     assert [state.detail for state in report.failed] == [
         "training ended with exit code 2: no",
-        "softvq seed 0 is not finished, expected its checkpoint",
+        "softvq seed 0 is not finished, which this row decodes",
+    ]
+    record = json.loads((tmp_path / "out/softvq_hard/seed_0/row.json").read_text())
+    assert (record["status"], record["error"]) == ("failed", report.failed[1].detail)
+
+
+def titles(dataset: Path, *assignments: str, methods: str = "softvq", **options: Any) -> dict[str, str]:
+    """Title of each row by its name."""
+    command = Compare(
+        output=Path("out"), methods=methods, assignments=assignments, dataset_dir=dataset, **options
+    )  # fmt: skip
+    return {method.name: method.title for method in command.plan.methods}
+
+
+def test_which_readouts_have_rows(slice_dataset: Path) -> None:
+    both = {"softvq": "SoftVQ (soft)", "softvq_hard": "SoftVQ (hard)"}
+    assert titles(slice_dataset) == both
+    assert titles(slice_dataset, methods="simvq") == {"simvq": "SimVQ"}
+    assert titles(slice_dataset, "softvq:readout=hard") == {"softvq": "SoftVQ (hard)"}
+    # Trained on the hard read-out: the soft one is the other.
+    hard = "softvq:network_def#quantizer#readout=hard"
+    assert titles(slice_dataset, hard) == {"softvq": "SoftVQ (hard)", "softvq_soft": "SoftVQ (soft)"}
+    # Another quantizer in the overlay's place, and the overlay shared by all.
+    other = "softvq:network_def#quantizer#_target_=vaevq_med.networks.quantizers.SimVQ"
+    assert titles(slice_dataset, other) == {"softvq": "SoftVQ"}
+    assert list(titles(slice_dataset, methods="x=small_cpu", overlays=("softvq",))) == ["x", "x_hard"]
+    # Named by hand, as two trainings.
+    assert list(titles(slice_dataset, "b:readout=hard", methods="a=softvq,b=softvq")) == ["a", "b"]
+    given = titles(slice_dataset, "softvq_hard:readout=hard", methods="softvq,softvq_hard=softvq")
+    assert list(given) == ["softvq", "softvq_hard"]
+
+
+def test_a_sweep_has_a_line_for_each_readout(slice_dataset: Path) -> None:
+    command = Compare(
+        kind="sweep", output=Path("out"), methods="softvq", num_embeddings="64,128", dataset_dir=slice_dataset
+    )  # fmt: skip
+    assert [(method.family, method.title) for method in command.plan.methods] == [
+        ("softvq", "SoftVQ (soft), K = 64"),
+        ("softvq_hard", "SoftVQ (hard), K = 64"),
+        ("softvq", "SoftVQ (soft), K = 128"),
+        ("softvq_hard", "SoftVQ (hard), K = 128"),
     ]
 
 
-def test_a_chosen_readout_is_one_row(slice_dataset: Path, tmp_path: Path) -> None:
-    chosen = ("softvq:readout=hard",)
-    (row,) = Compare(output=tmp_path, methods="softvq", assignments=chosen, dataset_dir=slice_dataset).plan.rows()
-    assert flags(row.commands()["evaluating"])["readout"] == "hard"
-    with pytest.raises(VaevqMedError, match=r"softvq_hard.*a read-out of softvq"):
-        _ = Compare(output=tmp_path, methods="softvq,softvq_hard=vqgan", dataset_dir=slice_dataset).plan
+def test_a_bundle_without_readouts_is_compared(slice_dataset: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(BUNDLE, own)
+    evaluate = json.loads((own / "evaluate.json").read_text())
+    del evaluate["readout"]
+    (own / "evaluate.json").write_text(json.dumps(evaluate))
+    assert list(titles(slice_dataset, bundle=str(own))) == ["softvq"]

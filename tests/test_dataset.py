@@ -94,7 +94,7 @@ def test_an_empty_split_names_the_command_that_fills_it(
         if not patients:
             content[split] = [{"image": entry["image"]} for entry in content[split]]
     (tmp_path / "dataset.json").write_text(json.dumps(content))
-    with pytest.raises(DataError, match=rf"empty split 'test' .*vaevq-med {command} "):
+    with pytest.raises(DataError, match=rf"empty split 'test' .*vaevq-med {command}"):
         SliceDataset(dataset_dir=tmp_path, split="test")
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy.special import entr, softmax
 from test_quantizers import LargestTensor
+from torch import Tensor
 
 from vaevq_med.errors import VaevqMedError
 from vaevq_med.networks.quantizers.soft_assignment import assignment_entropy, assignment_statistics, soft_codes
@@ -144,3 +145,24 @@ def test_a_trace_gives_the_same() -> None:
 def test_what_does_not_fit_is_refused(shapes: Any, options: dict[str, Any], said: str) -> None:
     with pytest.raises(VaevqMedError, match=said):
         soft_codes(*(torch.zeros(shape) for shape in shapes), **{"temperature": 1.0, **options})
+
+
+def test_the_entropys_gradient_keeps_its_digits_where_logits_are_large() -> None:
+    """At T = 0.01 logits reach thousands; probabilities that do not sum to 1 would push every latent at random."""
+    torch.manual_seed(0)
+    latents, keys = torch.randn(128, 64), torch.randn(512, 64)
+
+    def gradient(dtype: torch.dtype) -> Tensor:
+        z = latents.to(dtype).requires_grad_()
+        logs = torch.log_softmax(z @ keys.to(dtype).T / 0.01, dim=1)
+        mean = logs.exp().mean(dim=0).clamp_min(torch.finfo(torch.float32).tiny)
+        (-(logs.exp() * logs).sum(dim=1).mean() + (mean * mean.log()).sum()).backward()
+        assert z.grad is not None
+        return z.grad.double()
+
+    z = latents.clone().requires_grad_()
+    assignment_entropy(z, keys, temperature=0.01).backward()
+    assert z.grad is not None
+    exact, plain = gradient(torch.float64), gradient(torch.float32)
+    error, rounding = (z.grad.double() - exact).norm(), (plain - exact).norm()
+    assert float(error) < 3 * float(rounding)

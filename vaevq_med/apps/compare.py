@@ -121,7 +121,7 @@ class Compare:
             if self.kind == "sweep" and text.partition("=")[0].split(":")[-1].strip() == "num_embeddings":
                 raise VaevqMedError(f"set: found {text!r}, which the sweep sets itself; expected --num-embeddings")
         overrides, methods = parse_overrides(self.assignments, methods)
-        methods = with_readouts(methods, bundle, overrides)
+        methods = with_readouts(methods, bundle, self.overlays, overrides)
         plan = Plan(
             kind=self.kind,
             bundle=bundle,

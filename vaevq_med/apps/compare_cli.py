@@ -40,9 +40,11 @@ Published = Annotated[bool, typer.Option("--published", help="Set the paper's fi
 Pictures = Annotated[int, typer.Option(min=0, help="Images of the figure of reconstructions; 0 leaves it out.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the commands of every row and end.")]
 Slurm = Annotated[
-    Path | None, typer.Option(help="Write a SLURM array script with a task a row ('-' prints it) and end.")
+    Path | None, typer.Option(help="Write a SLURM array script with a task a training ('-' prints it) and end.")
 ]
-RowNumber = Annotated[int | None, typer.Option("--row", help="Run this row only, as a task of an array job.")]
+RowNumber = Annotated[
+    int | None, typer.Option("--row", help="Do this training only, from 0, and its evaluations: a task of an array job.")
+]
 
 _SQLITE = "sqlite:///mlflow.db"
 _METHODS = "vqgan,simvq,vaevq"

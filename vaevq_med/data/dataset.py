@@ -242,8 +242,8 @@ def _select(
     if not entries:
         counts = ", ".join(f"{s} {len(manifest.entries(s))}" for s in SPLITS)
         raise DataError(
-            f"{where}: found an empty split {split!r} ({counts}), expected at least one image; make one with "
-            + manifest.splitting_command()
+            f"{where}: found an empty split {split!r} ({counts}), expected at least one image; "
+            + manifest.splitting_advice()
         )
     return entries
 

@@ -55,12 +55,14 @@ class Manifest:
         """Hash of the recipe, the entries and the images."""
         return str(self.content.get("content_hash", ""))
 
-    def splitting_command(self) -> str:
-        """The command that decides the splits."""
+    def splitting_advice(self) -> str:
+        """How images come into an empty split."""
         firsts = [entry for split in SPLITS for entry in self.entries(split)[:1]]
         if firsts and not any("patient" in entry for entry in firsts):
-            return "vaevq-med imagenet-prepare INPUT OUTPUT --holdout 0.1"
-        return "vaevq-med slice-extract INPUT OUTPUT --split-file FILE"
+            return (
+                "sort the images into folders train, val and test for vaevq-med imagenet-prepare, or see its --holdout"
+            )
+        return "name the patients of each split with: vaevq-med slice-extract INPUT OUTPUT --split-file FILE"
 
     def tags(self) -> dict[str, str]:
         """What an experiment tracker notes of the data set."""

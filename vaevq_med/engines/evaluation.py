@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from vaevq_med.errors import VaevqMedError
 from vaevq_med.metrics import EvaluationReport, ReconstructionEvaluation
 from vaevq_med.metrics.pictures import reconstruction_grid, usage_histogram
 from vaevq_med.networks.features import feature_network
+from vaevq_med.networks.tokenizer import VisualTokenizer
 
 logger = logging.getLogger(__name__)
 _METADATA = ("index", "path", "patient", "case", "modality", "slice")
@@ -45,10 +46,9 @@ def validation_split(dataset_dir: str | Path) -> str:
         return "validation"
     if distributed.is_main():
         logger.warning(
-            "%s: the validation split is empty, so training images are validated on; make one with %s, or pass "
-            "--val_split test",
+            "%s: the validation split is empty, so training images are validated on; %s, or pass --val_split test",
             dataset_dir,
-            manifest.splitting_command(),
+            manifest.splitting_advice(),
         )
     return "training"
 
@@ -119,7 +119,7 @@ class EvaluationHandler:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._completed)
 
-    def _provenance(self) -> dict[str, Any]:
+    def _provenance(self, network: VisualTokenizer) -> dict[str, Any]:
         record: dict[str, Any] = {}
         manifest = getattr(self.dataset, "manifest", None)
         if manifest is not None:
@@ -130,6 +130,7 @@ class EvaluationHandler:
             }
         if self.stored is not None:
             record |= {
+                "is_discrete": network.quantizer.is_discrete,
                 "checkpoint": self.stored.path.name,
                 "checkpoint_sha256": self.stored.sha256,
                 "iteration": self.stored.iteration,
@@ -174,7 +175,7 @@ class EvaluationHandler:
             lpips=self.lpips,
             fid=self.fid,
             uint8=self.uint8,
-            provenance={**self._provenance(), "quantize": engine.quantize},
+            provenance={**self._provenance(cast(VisualTokenizer, engine.network)), "quantize": engine.quantize},
             device=engine.state.device,
         )
 

@@ -78,13 +78,22 @@ def artifact_location(tracking_uri: str) -> str | None:
 
 @contextlib.contextmanager
 def one_at_a_time(tracking_uri: str) -> Iterator[None]:
-    """Let one process of this machine at a time make and migrate a SQLite file, which MLflow's own lock leaves open."""
+    """Let one process at a time make and migrate a SQLite file, which MLflow's own lock leaves open.
+
+    The lock is a file beside it, or in the temporary folder where that folder takes none.
+    """
     if not tracking_uri.startswith("sqlite:///"):
         yield
         return
     path = Path(tracking_uri.removeprefix("sqlite:///")).resolve()
-    name = hashlib.sha256(f"{os.getuid() if hasattr(os, 'getuid') else ''} {path}".encode()).hexdigest()[:16]
-    with FileLock(Path(tempfile.gettempdir()) / f"vaevq_med_mlflow_{name}.lock", timeout=300):
+    name = f".{path.name}.lock"
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(FileLock(path.with_name(name), timeout=300))
+        except OSError:
+            user = os.getuid() if hasattr(os, "getuid") else ""
+            own = hashlib.sha256(f"{user} {path}".encode()).hexdigest()[:16]
+            stack.enter_context(FileLock(Path(tempfile.gettempdir()) / f"vaevq_med_{own}{name}", timeout=300))
         yield
 
 
@@ -170,7 +179,8 @@ class MLflowTracker:
 
         with one_at_a_time(self.tracking_uri):
             client = MlflowClient(tracking_uri=self.tracking_uri)
-            client.search_experiments(max_results=1)
+            if self.tracking_uri.startswith("sqlite:///"):
+                client.search_experiments(max_results=1)
         return client
 
     def start_run(self, resumed_id: str | None = None, *, resume: bool = True) -> None:
@@ -195,18 +205,28 @@ class MLflowTracker:
                 return
             except MlflowException:
                 logger.warning("MLflow has no run %s any more; a new one is made", resumed_id)
-        found = client.get_experiment_by_name(self.experiment)
-        experiment_id = (
-            found.experiment_id
-            if found
-            else client.create_experiment(self.experiment, artifact_location=artifact_location(self.tracking_uri))
-        )
+        experiment_id = self._experiment(client)
         tags = {**self.tags, **{f"version.{name}": value for name, value in versions().items()}}
         if self.parent_run_id is not None:
             tags["mlflow.parentRunId"] = self.parent_run_id
         run = client.create_run(experiment_id, run_name=self.run_name, tags=tags)
         self.run_id = run.info.run_id
         self.log_config(self.config)
+
+    def _experiment(self, client: MlflowClient) -> str:
+        """Id of the experiment, which another process may make at the same moment."""
+        from mlflow.exceptions import MlflowException
+
+        found = client.get_experiment_by_name(self.experiment)
+        if found is not None:
+            return found.experiment_id
+        try:
+            return client.create_experiment(self.experiment, artifact_location=artifact_location(self.tracking_uri))
+        except MlflowException:
+            found = client.get_experiment_by_name(self.experiment)
+            if found is None:
+                raise
+            return found.experiment_id
 
     def log_config(self, config: Mapping[str, Any]) -> None:
         """Log a configuration as parameters and as the artifact ``config.json``."""

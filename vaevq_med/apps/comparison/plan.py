@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from pydoc import locate
+from pydoc import ErrorDuringImport, locate
 from typing import Any
 
 from vaevq_med.data.manifest import load_manifest
@@ -214,45 +214,61 @@ def parse_overrides(assignments: Sequence[str], methods: Sequence[Method]) -> tu
     return shared, tuple(replace(m, overrides={**own[m.family], **m.overrides}) for m in methods)
 
 
-def with_readouts(methods: Sequence[Method], bundle: Bundle, overrides: Mapping[str, str]) -> tuple[Method, ...]:
+def with_readouts(
+    methods: Sequence[Method], bundle: Bundle, overlays: Sequence[str], overrides: Mapping[str, str]
+) -> tuple[Method, ...]:
     """The methods, and after each whose quantizer can be decoded in other ways a row for every other way.
+
+    A read-out that ``readout`` chooses, or that another of the methods is, gets no row of its own.
 
     Args:
         methods: as parsed, with their own overrides.
         bundle: where the overlays are.
-        overrides: those of every row; where one of them chooses the read-out, no row is added.
-
-    Raises:
-        VaevqMedError: a row that would be added has the name of another.
+        overlays: those of every row.
+        overrides: those of every row.
     """
+    if "readout" not in bundle.read("evaluate.json"):
+        return tuple(methods)
+    given = {method.name for method in methods}
+    settings = [(method.overlays, method.overrides) for method in methods]
     found: list[Method] = []
     for method in methods:
-        found.append(method)
-        if "readout" in {**overrides, **method.overrides}:
-            continue
-        quantizer = bundle.read("train.json", method.overlays).get("network_def", {}).get("quantizer", {})
-        target = quantizer.get("_target_") if isinstance(quantizer, dict) else None
-        readouts = getattr(locate(target), "readouts", ()) if isinstance(target, str) else ()
+        values = {**overrides, **method.overrides}
+        readouts, trained = _readouts(bundle.read("train.json", (*overlays, *method.overlays)), values)
+        chosen = values.get("readout", "None")
         if not readouts:
+            found.append(method)
             continue
-        own = str(quantizer.get("readout", readouts[0]))
-        found[-1] = replace(method, title=f"{method.title} ({own})")
+        if chosen not in ("None", "null"):
+            found.append(replace(method, title=_qualified(method.title, chosen)))
+            continue
+        found.append(replace(method, title=_qualified(method.title, trained)))
         for readout in readouts:
-            if readout != own:
-                name = f"{method.name}_{readout}"
-                if name in {other.name for other in methods}:
-                    raise VaevqMedError(f"methods: found {name!r}, which is a read-out of {method.name}; rename it")
-                found.append(
-                    replace(
-                        method,
-                        name=name,
-                        title=f"{method.title} ({readout})",
-                        family=name,
-                        overrides={**method.overrides, "readout": readout},
-                        decodes=method.name,
-                    )
-                )
+            name, own = f"{method.name}_{readout}", {**method.overrides, "readout": readout}
+            if readout != trained and name not in given and (method.overlays, own) not in settings:
+                title, family = _qualified(method.title, readout), f"{method.family}_{readout}"
+                found.append(replace(method, name=name, title=title, family=family, overrides=own, decodes=method.name))
     return tuple(found)
+
+
+def _readouts(config: Mapping[str, Any], overrides: Mapping[str, str]) -> tuple[tuple[str, ...], str]:
+    """Ways to decode the quantizer of a configuration, and the one it is trained with; none where that is not known."""
+    network = config.get("network_def")
+    quantizer = network.get("quantizer") if isinstance(network, Mapping) else None
+    if not isinstance(quantizer, Mapping) or {"network_def", "network_def#quantizer"} & {*overrides}:
+        return (), ""
+    own = {key: overrides.get(f"network_def#quantizer#{key}", quantizer.get(key)) for key in ("_target_", "readout")}
+    try:
+        readouts = tuple(getattr(locate(str(own["_target_"])), "readouts", ()))
+    except ErrorDuringImport:
+        return (), ""
+    return readouts, str(own["readout"] or next(iter(readouts), ""))
+
+
+def _qualified(title: str, readout: str) -> str:
+    """``SoftVQ, K = 64`` as ``SoftVQ (hard), K = 64``."""
+    name, comma, size = title.partition(", K = ")
+    return f"{name} ({readout}){comma}{size}"
 
 
 @dataclass(frozen=True)
@@ -484,12 +500,12 @@ class Row:
 
         dataset = {} if plan.dataset_dir is None else {"dataset_dir": str(plan.dataset_dir)}
         shared = {**dataset, "output_dir": str(self.folder), "tracking_uri": plan.tracking_uri}
-        up = f"/../../{self.method.decodes}/{self.folder.name}" if self.method.decodes else ""
         paths = {
-            # Not by its full path: a folder of results can be moved.
-            "checkpoint_path": f"$@output_dir + '{up}/checkpoints/{plan.checkpoint}.pt'",
+            "checkpoint_path": f"$@output_dir + '/checkpoints/{plan.checkpoint}.pt'",
             "evaluation_dir": "$@output_dir + '/evaluation'",
         }
+        if self.method.decodes:
+            paths["checkpoint_path"] = str(self.checkpoint)
         training = {**shared, "seed": str(self.seed), **plan.budget.overrides(), **select(train)}
         return training, {**shared, **paths, **select(evaluate)}
 
@@ -525,6 +541,8 @@ class Row:
         plan = self.plan
         training, evaluation = self._split()
         overlays = plan.composed(self.method)
+        if self.method.decodes:  # a folder of results can be moved
+            evaluation["checkpoint_path"] = f"{plan.checkpoint} of {self.trained.label}"
         return {
             "train": _decisive(plan.bundle.read("train.json", overlays), training),
             "evaluate": _decisive(plan.bundle.read("evaluate.json"), evaluation),

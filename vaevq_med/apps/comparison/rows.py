@@ -72,8 +72,15 @@ class RowResult:
     run: Mapping[str, Any]
     images: list[dict[str, str]]
 
+    @property
+    def is_discrete(self) -> bool:
+        """Whether what was decoded is given by indices."""
+        return bool(self.provenance.get("is_discrete", True))
+
     def value(self, name: str) -> float | None:
-        """A figure of the evaluation or of the training, None where there is none."""
+        """A figure of the evaluation or of the training, None where there is none; no bits of what has no indices."""
+        if name.startswith("bits_") and not self.is_discrete:
+            return None
         found = self.metrics[name]["value"] if name in self.metrics else self.run.get(name)
         return None if found is None else float(found)
 
@@ -156,7 +163,15 @@ def is_finished(row: Row) -> bool:
     stored = _read_json(row.folder / _ROW_RECORD, "hash", "status", "settings")
     if stored is None or stored["status"] != "finished" or stored["hash"] != settings_hash(row.settings()):
         return False
+    if row.method.decodes and _evaluated(row) != _evaluated(row.trained):
+        return False
     return (row.evaluation / "metrics.json").is_file()
+
+
+def _evaluated(row: Row) -> str | None:
+    """Hash of the checkpoint that a row's figures are of."""
+    record = _read_json(row.evaluation / "metrics.json") or {}
+    return record.get("provenance", {}).get("checkpoint_sha256")
 
 
 def call(command: list[str], log: Path, on_line: Callable[[str], None]) -> int:
@@ -262,9 +277,13 @@ def _run_row(state: RowState, parent_run_id: str | None, on_update: Callable[[],
         state.detail, state.seconds = line, time.monotonic() - began
         on_update()
 
-    if row.method.decodes and not is_finished(row.trained):
+    def fail(detail: str) -> None:
         state.status = "failed"
-        show(f"{row.trained.label} is not finished, expected its checkpoint")
+        show(detail)
+        atomic_write_text(target, json.dumps({**record, "status": "failed", "error": detail}, indent=1) + "\n")
+
+    if row.method.decodes and not is_finished(row.trained):
+        fail(f"{row.trained.label} is not finished, which this row decodes")
         return
     for status, command in row.commands(parent_run_id).items():
         state.status, state.log = status, row.folder / f"{status}.log"
@@ -272,10 +291,7 @@ def _run_row(state: RowState, parent_run_id: str | None, on_update: Callable[[],
         start = state.log.stat().st_size if state.log.is_file() else 0
         code = call(command, state.log, show)
         if code != 0:
-            state.status = "failed"
-            show(f"{status} ended with exit code {code}: {error_line(state.log, start)}")
-            record |= {"status": "failed", "error": state.detail}
-            atomic_write_text(target, json.dumps(record, indent=1) + "\n")
+            fail(f"{status} ended with exit code {code}: {error_line(state.log, start)}")
             return
     record |= {"status": "finished"}
     atomic_write_text(target, json.dumps(record, indent=1) + "\n")

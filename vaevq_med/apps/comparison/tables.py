@@ -92,12 +92,14 @@ class MethodResult:
         seeds: seeds that finished.
         figures: by name.
         images: its per-image figures, averaged over the seeds.
+        is_discrete: whether what was decoded is given by indices; otherwise it is shown, but never the best.
     """
 
     method: Method
     seeds: tuple[int, ...]
     figures: Mapping[str, Figure]
     images: Images
+    is_discrete: bool = True
 
 
 def summarize(results: Sequence[RowResult]) -> MethodResult:
@@ -118,7 +120,8 @@ def summarize(results: Sequence[RowResult]) -> MethodResult:
             low, high = bootstrap_interval(images.values[column.name], unit_of)
         mean, std = mean_and_spread(values)
         figures[column.name] = Figure(mean, std if column.varies else math.nan, low, high)
-    return MethodResult(results[0].row.method, tuple(result.row.seed for result in results), figures, images)
+    seeds = tuple(result.row.seed for result in results)
+    return MethodResult(results[0].row.method, seeds, figures, images, results[0].is_discrete)
 
 
 @dataclass(frozen=True)
@@ -157,10 +160,11 @@ class Table:
     def _sources(self) -> list[str]:
         return [] if self.published is None else [f"Paper: {self.published.source}", *self.published.notes]
 
-    def _is_best(self, column: Column, figure: Figure) -> bool:
-        if column.name not in HIGHER_IS_BETTER or len(self.methods) < 2:
+    def _is_best(self, column: Column, result: MethodResult) -> bool:
+        figure, rivals = result.figures.get(column.name), [m for m in self.methods if m.is_discrete]
+        if figure is None or column.name not in HIGHER_IS_BETTER or len(rivals) < 2 or not result.is_discrete:
             return False
-        means = [m.figures[column.name].mean for m in self.methods if column.name in m.figures]
+        means = [m.figures[column.name].mean for m in rivals if column.name in m.figures]
         return figure.mean == (max(means) if HIGHER_IS_BETTER[column.name] else min(means))
 
     def _head(self) -> list[str]:
@@ -180,7 +184,7 @@ class Table:
             for column in self.columns:
                 figure = result.figures.get(column.name)
                 text = "" if figure is None else _cell(column, figure, "±")
-                cells.append(f"**{text}**" if figure is not None and self._is_best(column, figure) else text)
+                cells.append(f"**{text}**" if self._is_best(column, result) else text)
             lines.append(_row([*cells, *(self._paper(result, column) for column in self._paper_columns())]))
         notes = [*self.notes, *(_sentence(test, self._titles()) for test in self.tests), *self._sources()]
         return "\n".join([*lines, "", *(f"- {_markdown_text(note)}" for note in notes)]) + "\n"
@@ -223,7 +227,7 @@ class Table:
             for column in self.columns:
                 figure = result.figures.get(column.name)
                 text = "" if figure is None else _cell(column, figure, r"$\pm$")
-                cells.append(rf"\textbf{{{text}}}" if figure is not None and self._is_best(column, figure) else text)
+                cells.append(rf"\textbf{{{text}}}" if self._is_best(column, result) else text)
             cells += [latex_text(self._paper(result, column)) for column in self._paper_columns()]
             body.append(" & ".join(cells) + r" \\")
         lines = [
@@ -294,7 +298,7 @@ def make_table(plan: Plan, results: Sequence[RowResult], published: Published | 
         own = [result for result in results if result.row.method.name == method.name]
         if own:
             methods.append(summarize(own))
-    images = {result.method.name: result.images for result in methods}
+    images = {result.method.name: result.images for result in methods if result.is_discrete}
     tests = tuple(test for metric in PER_IMAGE for test in best_against_next(metric, images))
     return Table(tuple(methods), tests, tuple(_notes(plan, results, methods)), published)
 
@@ -346,6 +350,11 @@ def _notes(plan: Plan, results: Sequence[RowResult], methods: Sequence[MethodRes
             {kinds[str(result.run["peak_memory_of"])] for result in results if "peak_memory_of" in result.run}
         )
         notes.append(f"Trained on {', '.join(devices)}; peak memory: {', '.join(memory)}.")
+    continuous = [result.method.title for result in methods if not result.is_discrete]
+    if continuous:
+        notes.append(
+            f"{', '.join(continuous)}: continuous, no indices hold what is decoded; left out of the tests and the bold."
+        )
     notes += _stage_notes(methods)
     missing = [row.label for row in plan.rows() if row.label not in {result.row.label for result in results}]
     if missing:

@@ -41,7 +41,8 @@ def nearest_codeword(
 
     ``argmin_k sum_i w_i (e_ki - z_i)^2`` with ``w = 1``, or ``w = precision``: with ``precision = 1 / std**2``
     it is the codeword of highest posterior density. The result is the exact argmin (as direct differences in
-    float64 give it), equal distances going to the lowest index. Computed outside autocast and TF32; no gradient.
+    float64 give it), equal distances going to the lowest index, where no product of two values leaves fp32's normal
+    range. Computed outside autocast and TF32; no gradient.
 
     Args:
         latents: ``[N, D]``, any floating type; half precision is widened to fp32 first.

@@ -1,7 +1,8 @@
 """Soft assignment of latents to codewords, ``p_n = softmax_k(z_n . e_k / T)``, without the N x K probabilities.
 
 Both the forward and the backward pass take a few latents at a time; the backward pass computes their probabilities
-again, so that what is kept between the two is of size N x D and K x D. Everything runs outside autocast and TF32: at
+again, so that what is kept between the two is of size N x D and K x D. Of each latent's normalization the largest logit
+and the logarithm of the rest are kept apart: their rounded sum would leave probabilities that do not sum to 1. Everything runs outside autocast and TF32: at
 the temperatures in use (0.01 to 1) rounding of the products would be multiplied by up to 100.
 """
 
@@ -66,7 +67,7 @@ def soft_codes(
 def assignment_statistics(
     latents: Tensor, keys: Tensor, *, temperature: float, chunk_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Entropy of each ``p_n = softmax_k(z_n . e_k / T)``, and the mean of them all.
+    """Entropy of each ``p_n = softmax_k(z_n . e_k / T)``, and the mean of them all; NaN without latents.
 
     Differentiable once in both tensors; arguments as for :func:`soft_codes`.
 
@@ -153,7 +154,7 @@ class _Mixture(torch.autograd.Function):
     def forward(ctx: Any, latents: Tensor, keys: Tensor, values: Tensor, step: int) -> tuple[Tensor, Tensor]:
         mixture = values.new_empty(len(latents), values.shape[1])
         index = torch.empty(len(latents), dtype=torch.int64, device=latents.device)
-        norms = latents.new_empty(len(latents), 1)
+        norms = latents.new_empty(len(latents), 2)
         buffer = latents.new_empty(min(step, len(latents)), len(keys))
         with full_precision(latents.device.type):
             for chunk in _chunks(len(latents), step):
@@ -163,7 +164,7 @@ class _Mixture(torch.autograd.Function):
                 index[chunk] = best.squeeze(1)
                 total = weights.sub_(peak).clamp_(min=_FLOOR).exp_().sum(dim=1, keepdim=True)
                 torch.mm(weights, values, out=mixture[chunk]).div_(total)
-                norms[chunk] = peak + total.log()
+                norms[chunk] = torch.cat([peak, total.log()], dim=1)
         ctx.save_for_backward(latents, keys, values, mixture, norms)
         ctx.step = step
         ctx.mark_non_differentiable(index)
@@ -182,7 +183,7 @@ class _Mixture(torch.autograd.Function):
             for chunk in _chunks(len(latents), ctx.step):
                 part, outer = latents[chunk], gradient[chunk]
                 probabilities = torch.mm(part, keys.T, out=first[: len(part)])
-                probabilities.sub_(norms[chunk]).clamp_(min=_FLOOR).exp_()
+                probabilities.sub_(norms[chunk, :1]).sub_(norms[chunk, 1:]).clamp_(min=_FLOOR).exp_()
                 if to_values is not None:
                     to_values.addmm_(probabilities.T, outer)
                 if to_latents is None and to_keys is None:
@@ -203,7 +204,7 @@ class _Statistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, latents: Tensor, keys: Tensor, step: int) -> tuple[Tensor, Tensor]:
         entropy = latents.new_empty(len(latents))
-        norms = latents.new_empty(len(latents), 1)
+        norms = latents.new_empty(len(latents), 2)
         total = keys.new_zeros(len(keys))
         shape = min(step, len(latents)), len(keys)
         first, second = latents.new_empty(shape), latents.new_empty(shape)
@@ -217,7 +218,7 @@ class _Statistics(torch.autograd.Function):
                 probabilities.div_(mass)
                 total += probabilities.sum(dim=0)
                 entropy[chunk] = -logs.sub_(mass.log()).mul_(probabilities).sum(dim=1)
-                norms[chunk] = peak + mass.log()
+                norms[chunk] = torch.cat([peak, mass.log()], dim=1)
         ctx.save_for_backward(latents, keys, norms)
         ctx.step = step
         return entropy, total / len(latents)
@@ -233,7 +234,8 @@ class _Statistics(torch.autograd.Function):
         with full_precision(latents.device.type):
             for chunk in _chunks(len(latents), ctx.step):
                 part = latents[chunk]
-                slope = torch.mm(part, keys.T, out=first[: len(part)]).sub_(norms[chunk])
+                slope = torch.mm(part, keys.T, out=first[: len(part)])
+                slope.sub_(norms[chunk, :1]).sub_(norms[chunk, 1:])
                 probabilities = torch.clamp(slope, min=_FLOOR, out=second[: len(part)]).exp_()
                 # With a = dL/dp, dropping what is the same for all k: d logit_k = p_k (a_k - sum_j p_j a_j).
                 slope.mul_(-of_entropy[chunk].unsqueeze(1)).add_(of_mean / len(latents))
