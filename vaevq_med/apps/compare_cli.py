@@ -43,7 +43,7 @@ Slurm = Annotated[
     Path | None, typer.Option(help="Write a SLURM array script with a task a training ('-' prints it) and end.")
 ]
 RowNumber = Annotated[
-    int | None, typer.Option("--row", help="Do this training only, from 0, and its evaluations: a task of an array job.")
+    int | None, typer.Option("--row", help="Do this training only, from 0, and evaluate it: a task of an array job.")
 ]
 
 _SQLITE = "sqlite:///mlflow.db"

@@ -2,8 +2,9 @@
 
 Both the forward and the backward pass take a few latents at a time; the backward pass computes their probabilities
 again, so that what is kept between the two is of size N x D and K x D. Of each latent's normalization the largest logit
-and the logarithm of the rest are kept apart: their rounded sum would leave probabilities that do not sum to 1. Everything runs outside autocast and TF32: at
-the temperatures in use (0.01 to 1) rounding of the products would be multiplied by up to 100.
+and the logarithm of the rest are kept apart: their rounded sum would leave probabilities that do not sum to 1.
+Everything runs outside autocast and TF32: at the temperatures in use (0.01 to 1) rounding of the products would be
+multiplied by up to 100.
 """
 
 from __future__ import annotations
