@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from vaevq_med.apps.comparison.command import CompareReport, Comparison, Update
 from vaevq_med.apps.comparison.plan import (
     ABLATION,
     Budget,
@@ -22,7 +24,6 @@ from vaevq_med.apps.comparison.plan import (
     with_readouts,
 )
 from vaevq_med.apps.comparison.rows import (
-    STATE,
     RowResult,
     RowState,
     check_settings,
@@ -31,11 +32,11 @@ from vaevq_med.apps.comparison.rows import (
     run_row,
     write_plan_record,
 )
-from vaevq_med.apps.workplace import Workplace
-from vaevq_med.data.manifest import atomic_write_text
 from vaevq_med.errors import VaevqMedError
 
-Update = Callable[[Sequence[RowState]], None]
+if TYPE_CHECKING:
+    from vaevq_med.apps.comparison.tables import Table
+
 _FIXED = {
     "FSQ": "levels and embedding_dim",
     "IFSQ": "levels and embedding_dim",
@@ -45,29 +46,7 @@ _FIXED = {
 
 
 @dataclass(frozen=True)
-class CompareReport:
-    """What a comparison ends with.
-
-    Attributes:
-        output: folder of everything that was written.
-        states: how each row ended.
-        files: tables, figures and the record; empty where no row finished.
-        table: the table as Markdown; empty where no row finished.
-    """
-
-    output: Path
-    states: tuple[RowState, ...]
-    files: tuple[Path, ...] = ()
-    table: str = ""
-
-    @property
-    def failed(self) -> list[RowState]:
-        """Rows without figures."""
-        return [state for state in self.states if not state.done]
-
-
-@dataclass(frozen=True)
-class Compare:
+class Compare(Comparison):
     """Methods times seeds, each row the real bundle in a process of its own.
 
     Args:
@@ -193,22 +172,13 @@ class Compare:
         words += [word for text in self.assignments for word in ("--set", text)]
         return [*words, *(["--published"] if self.published else [])]
 
-    def dry_run(self) -> list[tuple[str, list[str]]]:
-        """Label and commands, as shell lines, of every row; nothing is written.
-
-        Raises:
-            VaevqMedError: an option that cannot be, or an output folder of other settings.
-        """
-        check_settings(self.plan)
-        return [(row.label, [shlex.join(command) for command in row.commands().values()]) for row in self.plan.rows()]
-
     def script(self) -> str:
         """A SLURM array script with a task a row; notes settings and MLflow run, so that the tasks share them.
 
         Raises:
             VaevqMedError: an option that cannot be, or an output folder of other settings.
         """
-        self._open()
+        self.open()
         tasks = self.plan.tasks()
         command = shlex.join(self.words())
         return "\n".join(
@@ -247,16 +217,6 @@ class Compare:
         escaped = folder.replace("%", "%%").replace('"', '\\"')
         return f'"{escaped}/slurm_%A_%a.log"'
 
-    def _open(self) -> str | None:
-        """Check the output folder and note the shared settings; the id of the MLflow run."""
-        from vaevq_med.apps.comparison.tracking import ParentRun
-
-        check_settings(self.plan)
-        known = read_plan_record(self.output).get("parent_run_id")
-        run_id = known or ParentRun(self.plan).open()
-        write_plan_record(self.plan, run_id)
-        return run_id
-
     def run_row(self, number: int) -> CompareReport:
         """Run one row that trains and those that decode it, as a task of an array job does.
 
@@ -277,69 +237,26 @@ class Compare:
             run_row(state, record.get("parent_run_id"), lambda: self.on_update(states))
         return CompareReport(self.output, tuple(states))
 
-    def run(self) -> CompareReport:
-        """Run what is not done, then write tables and figures over what is.
+    def read(self, state: RowState) -> RowResult:
+        """The figures of a finished row.
 
         Raises:
-            VaevqMedError: an option that cannot be, or an output folder of other settings.
-            BusyError: another call is at work in the output folder.
-            KeyboardInterrupt: on Ctrl-C or SIGTERM; the same call goes on.
+            VaevqMedError: its record is damaged.
         """
-        check_settings(self.plan)
-        with Workplace(self.output, STATE, self.kind, "rows").lock():
-            return self._run()
+        return read_result(state.row)
 
-    def _run(self) -> CompareReport:
-        from vaevq_med.apps.comparison.tracking import ParentRun
-
-        parent = ParentRun(self.plan, self._open())
-        run_id = parent.open()
-        states = [RowState(row) for row in self.plan.rows()]
-        try:
-            for state in states:
-                run_row(state, run_id, lambda: self.on_update(states))
-            results = [read_result(state.row) for state in states if state.done]
-            files, table, figures = self._write(results)
-        except KeyboardInterrupt:
-            parent.close("KILLED", {})
-            raise
-        except Exception:
-            parent.close("FAILED", {})
-            raise
-        report = CompareReport(self.output, tuple(states), tuple(files), table)
-        parent.close("FAILED" if report.failed else "FINISHED", figures, files)
-        return report
-
-    def _write(self, results: Sequence[RowResult]) -> tuple[list[Path], str, dict[str, float]]:
-        from vaevq_med.apps.comparison.figures import reconstructions, sweep_curves, utilization_bars
+    def tabulate(self, results: Sequence[RowResult]) -> Table:
+        """The table over finished rows, at least one."""
         from vaevq_med.apps.comparison.published import load_published
         from vaevq_med.apps.comparison.tables import make_table
 
-        if not results:
-            return [], "", {}
-        table = make_table(self.plan, results, load_published(self.plan.bundle.name) if self.published else None)
-        texts = {"table.md": table.markdown(), "table.csv": table.csv(), "table.tex": table.latex()}
-        record = {
-            "comparison": self.plan.shared(),
-            "command": shlex.join(self.words()[1:]),
-            "table": table.record(),
-            "rows": [
-                {
-                    "method": result.row.method.name,
-                    "seed": result.row.seed,
-                    "folder": str(result.row.folder.relative_to(self.output)),
-                    "metrics": dict(result.metrics),
-                    "provenance": dict(result.provenance),
-                    "run": dict(result.run),
-                }
-                for result in results
-            ],
-        }
-        texts["results.json"] = json.dumps(record, indent=2) + "\n"
+        return make_table(self.plan, results, load_published(self.plan.bundle.name) if self.published else None)
+
+    def draw(self, table: Table, results: Sequence[RowResult]) -> list[Path]:
+        """Draw the utilization, a sweep's curves and reconstructions; their files."""
+        from vaevq_med.apps.comparison.figures import reconstructions, sweep_curves, utilization_bars
+
         files = []
-        for name, text in texts.items():
-            atomic_write_text(self.output / name, text)
-            files.append(self.output / name)
         if utilization_bars(table.methods, self.output / "utilization.png"):
             files.append(self.output / "utilization.png")
         if self.kind == "sweep" and sweep_curves(table.methods, self.output / "sweep.png"):
@@ -349,4 +266,4 @@ class Compare:
             rows = [first[method.name] for method in self.plan.methods if method.name in first]
             reconstructions(rows, self.pictures, self.output / "reconstructions.png")
             files.append(self.output / "reconstructions.png")
-        return files, table.markdown(), table.flat()
+        return files

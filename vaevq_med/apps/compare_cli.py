@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -15,7 +15,8 @@ from vaevq_med.errors import VaevqMedError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from vaevq_med.apps.compare import Compare, CompareReport
+    from vaevq_med.apps.compare import Compare
+    from vaevq_med.apps.comparison.command import CompareReport, Comparison
     from vaevq_med.apps.comparison.rows import RowState
 
 Bundle = Annotated[str, typer.Option(help="Name of an installed bundle, or a bundle's folder.")]
@@ -185,10 +186,7 @@ def _execute(
         return Compare(kind=kind, budget=Budget(*budget), on_update=update, **options)
 
     if dry_run:
-        for label, lines in make(lambda states: None).dry_run():
-            typer.echo(f"# {label}")
-            for line in lines:
-                typer.echo(line)
+        print_commands(make(lambda states: None))
         return
     if slurm is not None:
         text = make(lambda states: None).script()
@@ -204,10 +202,35 @@ def _execute(
                 f"{slurm}: submit it with sbatch; then, for tables and figures, the same command without --slurm"
             )
         return
+    execute(make, lambda command: command.run() if row is None else command.run_row(row))
+
+
+def print_commands(command: Comparison) -> None:
+    """Print what each row would run."""
+    for label, lines in command.dry_run():
+        typer.echo(f"# {label}")
+        for line in lines:
+            typer.echo(line)
+
+
+_Command = TypeVar("_Command", bound="Comparison")
+
+
+def execute(
+    make: Callable[[Callable[[Sequence[RowState]], None]], _Command], run: Callable[[_Command], CompareReport]
+) -> None:
+    """Run a comparison under a live table of its rows, print what it found, and end with its exit code.
+
+    Args:
+        make: the comparison that tells a function of its rows.
+        run: run it.
+
+    Raises:
+        typer.Exit: with 0, or 1 where a row failed, or 130 on an interrupt.
+    """
     try:
         with _live_rows() as update:
-            command = make(update)
-            report = command.run() if row is None else command.run_row(row)
+            report = run(make(update))
     except KeyboardInterrupt:
         typer.echo("vaevq-med: interrupted; finished rows are kept, and the same command goes on", err=True)
         raise typer.Exit(130) from None
@@ -252,7 +275,8 @@ def _status_table(states: Sequence[RowState], width: int) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    colors = {"waiting": "dim", "training": "cyan", "evaluating": "cyan", "failed": "red"}
+    colors = {"waiting": "dim", "failed": "red"}
+    colors |= dict.fromkeys(("encoding", "training", "generating", "evaluating"), "cyan")
     table = Table(box=None, pad_edge=False)
     for title in ("row", "status", "time", ""):
         table.add_column(title, no_wrap=True)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pydoc import ErrorDuringImport, locate
@@ -71,6 +71,7 @@ class Method:
         family: the method that a sweep's point belongs to; otherwise the name.
         num_embeddings: K of a sweep's point.
         decodes: the method whose checkpoints it evaluates by another read-out of the quantizer, without training.
+        group: methods of one group compete for the best figure.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Method:
     family: str = ""
     num_embeddings: int | None = None
     decodes: str = ""
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -110,26 +112,31 @@ class Bundle:
     @property
     def overlays(self) -> list[str]:
         """Names of its overlays."""
-        return sorted(path.stem for path in (self.path / "overlays").glob("*.json"))
+        return self.overlays_of("overlays")
 
-    def overlay(self, name: str) -> Path:
+    def overlays_of(self, folder: str) -> list[str]:
+        """Names of the overlays in a folder of it."""
+        return sorted(path.stem for path in (self.path / folder).glob("*.json"))
+
+    def overlay(self, name: str, folder: str = "overlays") -> Path:
         """File of an overlay.
 
         Raises:
             VaevqMedError: there is none of that name; the message names the nearest.
         """
-        if name in self.overlays:
-            return self.path / "overlays" / f"{name}.json"
-        close = difflib.get_close_matches(name, self.overlays, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(self.overlays)}"
-        raise VaevqMedError(f"bundle {self.name}: found no overlay {name!r}, expected a file of overlays/; {hint}")
+        known = self.overlays_of(folder)
+        if name in known:
+            return self.path / folder / f"{name}.json"
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+        raise VaevqMedError(f"bundle {self.name}: found no overlay {name!r}, expected a file of {folder}/; {hint}")
 
-    def read(self, file: str, overlays: Sequence[str] = ()) -> dict[str, Any]:
+    def read(self, file: str, overlays: Sequence[str] = (), folder: str = "overlays") -> dict[str, Any]:
         """A configuration merged with overlays, unresolved."""
         from monai.bundle import ConfigParser
 
         parser = ConfigParser()
-        parser.read_config([str(self.path / file), *(str(self.overlay(name)) for name in overlays)])
+        parser.read_config([str(self.path / file), *(str(self.overlay(name, folder)) for name in overlays)])
         return parser.get()
 
 
@@ -197,21 +204,41 @@ def parse_overrides(assignments: Sequence[str], methods: Sequence[Method]) -> tu
     Raises:
         VaevqMedError: there is no ``=``, or no such method.
     """
+    shared, own = parse_assignments(assignments, [method.family for method in methods])
+    return shared, tuple(replace(m, overrides={**own[m.family], **m.overrides}) for m in methods)
+
+
+def parse_assignments(
+    assignments: Sequence[str], names: Sequence[str], option: str = "set"
+) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+    """``ID=VALUE`` and ``NAME:ID=VALUE``.
+
+    Args:
+        assignments: as on the command line.
+        names: what may stand before the colon.
+        option: what the command line calls them.
+
+    Returns:
+        The values of the former, and by name those of the latter.
+
+    Raises:
+        VaevqMedError: there is no ``=``, or no such name.
+    """
     shared: dict[str, str] = {}
-    own: dict[str, dict[str, str]] = {method.family: {} for method in methods}
+    own: dict[str, dict[str, str]] = {name: {} for name in names}
     for text in assignments:
         key, equals, value = text.partition("=")
         key = key.strip()
         if not equals or not key:
-            raise VaevqMedError(f"set: found {text!r}, expected ID=VALUE, e.g. learning_rate=2e-4")
+            raise VaevqMedError(f"{option}: found {text!r}, expected ID=VALUE, e.g. learning_rate=2e-4")
         name, colon, rest = key.partition(":")
         if not colon or rest.startswith(":"):
             shared[key] = value
         elif name in own:
             own[name][rest] = value
         else:
-            raise VaevqMedError(f"set: found {text!r} for the method {name!r}, expected one of {', '.join(own)}")
-    return shared, tuple(replace(m, overrides={**own[m.family], **m.overrides}) for m in methods)
+            raise VaevqMedError(f"{option}: found {text!r} for the method {name!r}, expected one of {', '.join(own)}")
+    return shared, own
 
 
 def with_readouts(
@@ -369,21 +396,9 @@ class Plan:
         evaluation = self.bundle.read("evaluate.json")
         configs = {m.name: (self.bundle.read("train.json", self.composed(m)), evaluation) for m in self.methods}
         everywhere = [config for pair in configs.values() for config in pair]
-        known = {name for config in everywhere for name in config}
         chosen = [(key, everywhere) for key in self.overrides]
         chosen += [(key, [*configs[m.name]]) for m in self.methods for key in m.overrides]
-        for key, places in chosen:
-            root = key.split("#")[0].split("::")[0]
-            if root in own:
-                raise VaevqMedError(f"set: found {root!r}, which the comparison sets itself; expected its own option")
-            if root not in known:
-                close = difflib.get_close_matches(root, sorted(known), n=1)
-                hint = f"did you mean {close[0]!r}?" if close else "neither file has it"
-                raise VaevqMedError(
-                    f"set: found the unknown id {root!r}, expected one of train.json or evaluate.json; {hint}"
-                )
-            if not any(_has_id(config, key) for config in places):
-                raise VaevqMedError(f"set: found {key!r}, which neither train.json nor evaluate.json has a place for")
+        check_ids("set", chosen, own, ("train.json", "evaluate.json"))
 
     def _check_methods(self) -> None:
         """Refuse two methods that would train the same."""
@@ -415,6 +430,11 @@ class Plan:
         except ValueError as error:
             raise VaevqMedError(f"launch: found {self.launch!r} ({error}), expected words of a shell") from None
 
+    def experiment(self) -> str:
+        """MLflow's experiment."""
+        default = self.bundle.read("train.json", self.overlays).get("experiment", "vaevq_med")
+        return self.overrides.get("experiment", str(default))
+
     def data(self) -> Path:
         """Folder of the data set."""
         return self.dataset_dir or Path(str(self.bundle.read("train.json", self.overlays)["dataset_dir"]))
@@ -437,7 +457,7 @@ class Plan:
             "data": {"content_hash": manifest.content_hash, "split_hash": manifest.split_hash},
         }
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> Sequence[Row]:
         """Seeds outermost, so that each method has a first figure early."""
         return [Row(self, method, seed) for seed in self.seeds for method in self.methods]
 
@@ -496,7 +516,7 @@ class Row:
         both = {**plan.overrides, **self.method.overrides}
 
         def select(config: Mapping[str, Any]) -> dict[str, str]:
-            return {key: value for key, value in both.items() if _has_id(config, key)}
+            return {key: value for key, value in both.items() if has_id(config, key)}
 
         dataset = {} if plan.dataset_dir is None else {"dataset_dir": str(plan.dataset_dir)}
         shared = {**dataset, "output_dir": str(self.folder), "tracking_uri": plan.tracking_uri}
@@ -526,9 +546,9 @@ class Row:
             training |= {"parent_run_id": parent_run_id, "run_name": self.label}
         start = [*(plan.launch_words() or [sys.executable]), "-m", "monai.bundle", "run"]
         config = str([str(plan.bundle.path / file) for file in files])
-        train = [*start, "training", "--config_file", config, *_flags(training)]
+        train = [*start, "training", "--config_file", config, *flags(training)]
         evaluate = [*start, "evaluating", "--config_file", str(plan.bundle.path / "evaluate.json")]
-        both = {"training": train, "evaluating": [*evaluate, *_flags(evaluation)]}
+        both = {"training": train, "evaluating": [*evaluate, *flags(evaluation)]}
         return {name: words for name, words in both.items() if name == "evaluating" or not self.method.decodes}
 
     @property
@@ -544,12 +564,46 @@ class Row:
         if self.method.decodes:  # a folder of results can be moved
             evaluation["checkpoint_path"] = f"{plan.checkpoint} of {self.trained.label}"
         return {
-            "train": _decisive(plan.bundle.read("train.json", overlays), training),
-            "evaluate": _decisive(plan.bundle.read("evaluate.json"), evaluation),
+            "train": decisive(plan.bundle.read("train.json", overlays), training),
+            "evaluate": decisive(plan.bundle.read("evaluate.json"), evaluation),
         }
 
 
-def _has_id(config: Mapping[str, Any], key: str) -> bool:
+def check_ids(
+    option: str,
+    chosen: Sequence[tuple[str, Sequence[Mapping[str, Any]]]],
+    own: Collection[str],
+    files: Sequence[str],
+) -> None:
+    """Refuse overrides that no configuration has a place for.
+
+    Args:
+        option: what the command line calls them.
+        chosen: ids, and the configurations of which one has to have it.
+        own: top-level ids that the comparison sets.
+        files: names of the configurations.
+
+    Raises:
+        VaevqMedError: naming the first such id, and the nearest known one.
+    """
+    known = {name for _, places in chosen for config in places for name in config}
+    for key, places in chosen:
+        root = key.split("#")[0].split("::")[0]
+        if root in own:
+            raise VaevqMedError(f"{option}: found {root!r}, which the comparison sets itself; expected its own option")
+        if root not in known:
+            close = difflib.get_close_matches(root, sorted(known), n=1)
+            missing = "neither file has it" if len(files) > 1 else "the file has no such id"
+            hint = f"did you mean {close[0]!r}?" if close else missing
+            raise VaevqMedError(
+                f"{option}: found the unknown id {root!r}, expected one of {' or '.join(files)}; {hint}"
+            )
+        if not any(has_id(config, key) for config in places):
+            where = f"neither {' nor '.join(files)} has" if len(files) > 1 else f"{files[0]} does not have"
+            raise VaevqMedError(f"{option}: found {key!r}, which {where} a place for")
+
+
+def has_id(config: Mapping[str, Any], key: str) -> bool:
     """Whether a configuration has a place for an override: its top-level id, and mappings or lists on the way down."""
     first, *others = key.replace("::", "#").split("#")
     if first not in config:
@@ -565,11 +619,12 @@ def _has_id(config: Mapping[str, Any], key: str) -> bool:
     return True
 
 
-def _flags(overrides: Mapping[str, str]) -> list[str]:
+def flags(overrides: Mapping[str, str]) -> list[str]:
+    """Overrides as MONAI's command line has them."""
     return [word for key, value in overrides.items() for word in (f"--{key}", value)]
 
 
-def _decisive(config: Mapping[str, Any], overrides: Mapping[str, str]) -> dict[str, Any]:
+def decisive(config: Mapping[str, Any], overrides: Mapping[str, str]) -> dict[str, Any]:
     """A configuration's values that change figures, with the overrides beside them."""
     kept = {key: value for key, value in config.items() if key not in _NOT_SETTINGS}
     return {

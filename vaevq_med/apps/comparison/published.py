@@ -28,15 +28,16 @@ class Published:
     def metrics(self, methods: list[str]) -> list[str]:
         """The metrics that at least one of the methods has a figure of, in the file's order."""
         found = [metric for method in methods for metric in self.figures.get(method, {})]
-        return [metric for metric in ("psnr", "ssim", "rfid", "utilization") if metric in found]
+        return [metric for metric in ("psnr", "ssim", "rfid", "utilization", "gfid") if metric in found]
 
 
-def load_published(bundle: str) -> Published:
+def load_published(bundle: str, table: str = "reconstruction") -> Published:
     """The paper's figures for a bundle's data; none for a bundle of another name.
 
     Args:
         bundle: name of the bundle, ``brats`` or ``imagenet``.
+        table: ``reconstruction``, or ``generation`` for generators over a method's tokens.
     """
-    content: dict[str, Any] = json.loads(_FILE.read_text(encoding="utf-8"))
+    content: dict[str, Any] = json.loads(_FILE.read_text(encoding="utf-8"))[table]
     data = content["bundles"].get(bundle, {"figures": {}, "notes": []})
     return Published(content["source"], data["figures"], tuple(data["notes"]))

@@ -18,7 +18,10 @@ from numpy.typing import NDArray
 from vaevq_med.errors import VaevqMedError
 
 PER_IMAGE = ("psnr", "ssim", "lpips")
-HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "rfid": False, "lpips": False, "utilization": True, "perplexity": True}
+HIGHER_IS_BETTER = {
+    **{"psnr": True, "ssim": True, "rfid": False, "lpips": False, "utilization": True, "perplexity": True},
+    **{"gfid": False, "precision": True, "recall": True, "inception_score": True},
+}
 RESAMPLES = 10_000
 LEVEL = 0.05
 Array = NDArray[np.float64]

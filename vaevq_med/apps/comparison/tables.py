@@ -63,7 +63,18 @@ COLUMNS = (
     Column("images_per_second", "Training images/s", 1),
     Column("peak_memory_bytes", "Peak memory (GB)", 2, 1e-9),
 )
-_BY_NAME = {column.name: column for column in COLUMNS}
+GENERATION_COLUMNS = (
+    Column("gfid", "gFID", 2),
+    Column("precision", "Precision", 3),
+    Column("recall", "Recall", 3),
+    Column("inception_score", "Inception score", 2),
+    Column("memorized_feature", "Memorized, features (%)", 1, 100),
+    Column("memorized_pixel", "Memorized, pixels (%)", 1, 100),
+    Column("parameters", "Parameters (M)", 2, 1e-6, varies=False),
+    Column("images_per_second", "Training images/s", 1),
+    Column("n", "N", 0, varies=False),
+)
+_BY_NAME = {column.name: column for column in (*COLUMNS, *GENERATION_COLUMNS)}
 
 
 @dataclass(frozen=True)
@@ -102,16 +113,17 @@ class MethodResult:
     is_discrete: bool = True
 
 
-def summarize(results: Sequence[RowResult]) -> MethodResult:
+def summarize(results: Sequence[RowResult], columns: Sequence[Column] = COLUMNS) -> MethodResult:
     """Put the seeds of one method together.
 
     Args:
         results: its finished rows, at least one.
+        columns: figures to look for.
     """
     images = over_seeds([result.images for result in results])
     unit_of = images.units()[1]
     figures = {}
-    for column in COLUMNS:
+    for column in columns:
         values = [value for result in results if (value := result.value(column.name)) is not None]
         if not values:
             continue
@@ -133,17 +145,19 @@ class Table:
         tests: best against next.
         notes: what was compared and on what, in sentences; the caption in LaTeX.
         published: the paper's figures, or None.
+        candidates: columns that it may have.
     """
 
     methods: tuple[MethodResult, ...]
     tests: tuple[PairedTest, ...]
     notes: tuple[str, ...]
     published: Published | None = None
+    candidates: tuple[Column, ...] = COLUMNS
 
     @property
     def columns(self) -> list[Column]:
         """Those that at least one method has a figure of."""
-        return [column for column in COLUMNS if any(column.name in m.figures for m in self.methods)]
+        return [column for column in self.candidates if any(column.name in m.figures for m in self.methods)]
 
     def _paper_columns(self) -> list[Column]:
         if self.published is None:
@@ -161,7 +175,8 @@ class Table:
         return [] if self.published is None else [f"Paper: {self.published.source}", *self.published.notes]
 
     def _is_best(self, column: Column, result: MethodResult) -> bool:
-        figure, rivals = result.figures.get(column.name), [m for m in self.methods if m.is_discrete]
+        figure = result.figures.get(column.name)
+        rivals = [m for m in self.methods if m.is_discrete and m.method.group == result.method.group]
         if figure is None or column.name not in HIGHER_IS_BETTER or len(rivals) < 2 or not result.is_discrete:
             return False
         means = [m.figures[column.name].mean for m in rivals if column.name in m.figures]
@@ -292,7 +307,7 @@ def make_table(plan: Plan, results: Sequence[RowResult], published: Published | 
     Raises:
         VaevqMedError: rows were evaluated with different feature networks or on different data.
     """
-    _check_alike(results)
+    check_alike(results, ("split", "split_hash", "dataset_hash", "n", "lpips_weights_sha256", "fid_weights_sha256"))
     methods = []
     for method in plan.methods:
         own = [result for result in results if result.row.method.name == method.name]
@@ -303,9 +318,16 @@ def make_table(plan: Plan, results: Sequence[RowResult], published: Published | 
     return Table(tuple(methods), tests, tuple(_notes(plan, results, methods)), published)
 
 
-def _check_alike(results: Sequence[RowResult]) -> None:
-    """Figures of different feature networks or data never share a column."""
-    keys = ("split", "split_hash", "dataset_hash", "n", "lpips_weights_sha256", "fid_weights_sha256")
+def check_alike(results: Sequence[RowResult], keys: Sequence[str]) -> None:
+    """Figures of different feature networks or data never share a column.
+
+    Args:
+        results: finished rows.
+        keys: of their provenance, which have to agree.
+
+    Raises:
+        VaevqMedError: naming two rows that differ.
+    """
     for key in keys:
         found = {str(result.provenance.get(key, "")): result.row.label for result in results}
         if len(found) > 1:

@@ -18,11 +18,10 @@ class ParentRun:
     """
 
     def __init__(self, plan: Plan, run_id: str | None = None) -> None:
-        merged = plan.bundle.read("train.json", plan.overlays)
         families = dict.fromkeys(method.family or method.name for method in plan.methods)
         self._tracker = MLflowTracker(
             tracking_uri=plan.tracking_uri,
-            experiment=plan.overrides.get("experiment", str(merged.get("experiment", "vaevq_med"))),
+            experiment=plan.experiment(),
             run_name=f"{plan.kind} {', '.join(families)}",
             config=plan.shared(),
             tags={"vaevq_med.comparison": plan.kind},
