@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from monai.data import MetaTensor
 from quantizer_cases import CASES, Case
 
 from vaevq_med.errors import VaevqMedError
@@ -48,6 +49,16 @@ def test_shapes_types_and_ranges(quantizer: Quantizer) -> None:
         assert output.quantized.shape == output.codes.shape == z.shape
         assert output.quantized.dtype == output.codes.dtype == torch.float32
         assert all(loss.ndim == 0 and bool(loss.isfinite()) for loss in output.losses.values())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_latents_of_monais_own_type_are_taken(quantizer: Quantizer, training: bool) -> None:
+    z, posterior = latent(quantizer)
+    meta = DiagonalGaussian(MetaTensor(posterior.mean), MetaTensor(posterior.logvar))
+    assert torch.equal(quantizer.eval()(MetaTensor(z), meta).indices, quantizer(z, posterior).indices)
+    if training:
+        output = quantizer.train()(MetaTensor(z).requires_grad_(), meta)
+        (output.quantized.sum() + sum(output.losses.values())).backward()
 
 
 def test_indices_give_the_codes_back(quantizer: Quantizer, case: Case) -> None:
