@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vaevq_med.apps import compare_cli
+from vaevq_med.apps import compare_cli, compare_generation_cli
 from vaevq_med.errors import VaevqMedError
 
 if TYPE_CHECKING:
@@ -614,6 +614,7 @@ def demo(
 
 for _command in (compare_cli.compare, compare_cli.ablate, compare_cli.sweep):
     app.command()(_command)
+app.command("compare-generation")(compare_generation_cli.compare_generation)
 
 
 def main() -> None:

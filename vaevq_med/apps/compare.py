@@ -158,7 +158,7 @@ class Compare(Comparison):
             "--methods": "" if self.kind == "ablate" else self.methods,
             "--num-embeddings": self.num_embeddings,
             "--seeds": self.seeds,
-            **{f"--{n.replace('_', '-')}": "" if v is None else str(v) for n, v in vars(self.budget).items()},
+            **self.budget.options(),
             "--dataset-dir": "" if self.dataset_dir is None else str(self.dataset_dir),
             "--output-dir": str(self.output),
             "--tracking-uri": self.tracking_uri,

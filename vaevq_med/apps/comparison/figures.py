@@ -1,4 +1,4 @@
-"""Pictures of a comparison: utilization bars, reconstructions side by side, and curves over K."""
+"""Pictures of a comparison: utilization bars, curves over K, reconstructions or generated images side by side."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 from vaevq_med.apps.comparison.plan import Row
 from vaevq_med.apps.comparison.tables import COLUMNS, MethodResult
+from vaevq_med.data.samples import find_samples
 from vaevq_med.errors import VaevqMedError
 from vaevq_med.metrics.pictures import comparison_grid, save_figure
 
@@ -95,6 +97,34 @@ def _value(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+
+
+def sample_grid(rows: Sequence[Row], generated: Sequence[Path], count: int, path: Path) -> None:
+    """A row a method, a column a sample number: the same numbers, which are of the same labels, for all.
+
+    Args:
+        rows: a finished row of each method.
+        generated: folder of each one's samples.
+        count: samples of each.
+        path: PNG file to write.
+
+    Raises:
+        DataError: the samples are not there any more.
+    """
+    samples = [find_samples(folder)[:count] for folder in generated]
+    columns = max(len(found) for found in samples)
+    figure = Figure(figsize=(1.6 * columns + 1.4, 1.85 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for row, folder, found, line in zip(rows, generated, samples, axes, strict=True):
+        for axis in line:
+            axis.set_xticks([])
+            axis.set_yticks([])
+        for axis, sample in zip(line, found, strict=False):
+            with Image.open(folder / sample.name) as image:
+                axis.imshow(np.asarray(image), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axis.set_title(" ".join(filter(None, (sample.label, Path(sample.name).stem))), fontsize=7)
+        line[0].set_ylabel(row.method.title.replace(", ", "\n"), fontsize=8)
+    save_figure(figure, path)
 
 
 @torch.no_grad()

@@ -340,6 +340,10 @@ class Budget:
             "epoch_length": f"$max(1, {steps} // @max_epochs)",
         }
 
+    def options(self) -> dict[str, str]:
+        """As on the command line of a comparison, empty where not given."""
+        return {f"--{n.replace('_', '-')}": "" if v is None else str(v) for n, v in vars(self).items()}
+
     def words(self) -> str:
         """For a reader."""
         for name, value in vars(self).items():

@@ -34,7 +34,7 @@ class RowState:
 
     Attributes:
         row: which.
-        status: ``waiting``, ``training``, ``evaluating``, ``finished``, ``kept`` (finished before) or ``failed``.
+        status: ``waiting``, the name of the command at work, ``finished``, ``kept`` (finished before) or ``failed``.
         seconds: spent on it by this call.
         detail: the last line of its log while it runs; the error once it failed.
         log: its log file.
@@ -91,7 +91,7 @@ def read_result(row: Row) -> RowResult:
     Raises:
         VaevqMedError: it is damaged.
     """
-    run = _read_json(row.trained.folder / "run.json") or {}
+    run = read_json(row.trained.folder / "run.json") or {}
     try:
         record = json.loads((row.evaluation / "metrics.json").read_text(encoding="utf-8"))
         with (row.evaluation / "per_image.csv").open(newline="", encoding="utf-8") as file:
@@ -106,7 +106,12 @@ def read_result(row: Row) -> RowResult:
         ) from None
 
 
-def _read_json(path: Path, *names: str) -> dict[str, Any] | None:
+def read_json(path: Path, *names: str) -> dict[str, Any] | None:
+    """A JSON object, None where there is no such file.
+
+    Raises:
+        VaevqMedError: it is unreadable, or lacks one of ``names``.
+    """
     if not path.is_file():
         return None
     try:
@@ -120,7 +125,7 @@ def _read_json(path: Path, *names: str) -> dict[str, Any] | None:
 
 def read_plan_record(output: Path) -> dict[str, Any]:
     """What an output folder says of itself; empty for a new one."""
-    return _read_json(output / RECORD, "shared") or {}
+    return read_json(output / RECORD, "shared") or {}
 
 
 def write_plan_record(plan: Plan, parent_run_id: str | None) -> None:
@@ -149,7 +154,7 @@ def check_settings(plan: Plan) -> None:
         if difference is not None:
             raise VaevqMedError(f"{plan.output}: found a comparison with {difference}; {advice}")
     for row in plan.rows():
-        stored = _read_json(row.folder / _ROW_RECORD, "hash", "status", "settings")
+        stored = read_json(row.folder / _ROW_RECORD, "hash", "status", "settings")
         if stored is None:
             continue
         settings = row.settings()
@@ -160,7 +165,7 @@ def check_settings(plan: Plan) -> None:
 
 def is_finished(row: Row) -> bool:
     """Whether the row was trained and evaluated with these settings."""
-    stored = _read_json(row.folder / _ROW_RECORD, "hash", "status", "settings")
+    stored = read_json(row.folder / _ROW_RECORD, "hash", "status", "settings")
     if stored is None or stored["status"] != "finished" or stored["hash"] != settings_hash(row.settings()):
         return False
     if row.method.decodes and _evaluated(row) != _evaluated(row.trained):
@@ -170,7 +175,7 @@ def is_finished(row: Row) -> bool:
 
 def _evaluated(row: Row) -> str | None:
     """Hash of the checkpoint that a row's figures are of."""
-    record = _read_json(row.evaluation / "metrics.json") or {}
+    record = read_json(row.evaluation / "metrics.json") or {}
     return record.get("provenance", {}).get("checkpoint_sha256")
 
 
