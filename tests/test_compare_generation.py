@@ -114,6 +114,7 @@ class Faked(Real):
             folder = Path(flags(command)["output_dir"]) / "generated"
             folder.mkdir(exist_ok=True)
             Image.fromarray(np.zeros((8, 8), np.uint8)).save(folder / "000000.png")
+            (folder / "samples.csv").write_text("file,number,label,name\n000000.png,0,1,t1c\n")
         else:
             evaluation = Path(command[command.index("--output-dir") + 1])
             evaluation.mkdir(exist_ok=True)
@@ -158,7 +159,7 @@ def command(tokenizers: str, slice_dataset: Path, tmp_path: Path) -> Callable[..
             "tracking_uri": "none",
             "budget": Budget(steps=2),
             "num_samples": 8,
-            "encode": "--workers 0 --device cpu --no-flip",
+            "encode": ("--workers 0 --device cpu --no-flip",),
             "evaluate": "--workers 0 --device cpu",
             "assignments": (
                 *(f"{key}={value}" for key, value in small.items()),
@@ -238,9 +239,11 @@ def test_finished_rows_are_kept_and_a_failing_one_does_not_stop_the_others(
     assert "Missing: vqgan_llamagen seed 0, vqgan_llamagen seed 1." in report.table.replace("\\_", "_")
     # Both generators over both tokenizers: four token stores, whatever the seeds.
     assert faked.steps().count("encode-tokens") == 4
-    assert sorted(
-        path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("tokens.json")
-    ) == [f"tokens/{name}/{kind}/tokens.json" for name in ("vaevq", "vqgan") for kind in ("indices", "latents")]
+    root = tmp_path / "out" / "tokens"
+    stores = [path.parent.relative_to(root).as_posix() for path in root.rglob("tokens.json")]
+    assert sorted(store.split("_")[0] for store in stores) == [
+        f"{name}/{kind}" for name in ("vaevq", "vqgan") for kind in ("indices", "latents")
+    ]
 
     faked.fail = ""
     faked.commands.clear()
@@ -265,7 +268,7 @@ def test_finished_rows_are_kept_and_a_failing_one_does_not_stop_the_others(
     assert faked.commands == []
     for changed, said in (
         ({"num_samples": 9}, "num_samples 8, expected 9"),
-        ({"encode": "--no-flip"}, "encode .*, expected"),
+        ({"encode": ("--no-flip",)}, "a row with encode --workers 0 --device cpu --no-flip, expected --no-flip"),
         ({"sampling": ("ldm:num_steps=3",)}, "num_steps 2, expected 3"),
         ({"budget": Budget(steps=3)}, "2 steps, expected 3 steps"),
     ):
@@ -299,6 +302,18 @@ def test_what_cannot_be_trained_is_a_reason_and_the_other_rows_go_on(
     assert real.steps() == ["encode-tokens", "encode-tokens", "training"]
 
 
+def test_a_hard_read_out_for_one_tokenizer_makes_its_indices(
+    faked: Faked, command: Callable[..., CompareGeneration], tokenizers: str, tmp_path: Path
+) -> None:
+    soft = write_checkpoint(tmp_path / "soft.pt", SOFTVQ)
+    encode = (*command().encode, "soft: --readout hard")
+    comparison = command(
+        tokenizers=f"soft={soft},{tokenizers.split(',')[0]}", generators="llamagen", seeds="0,1", encode=encode
+    )
+    assert comparison.run().failed == []
+    assert faked.steps().count("encode-tokens") == 2
+
+
 def test_another_tokenizer_in_the_same_place_is_refused(
     faked: Faked, command: Callable[..., CompareGeneration], tmp_path: Path
 ) -> None:
@@ -321,7 +336,7 @@ def test_a_comparison_of_tokenizers_gives_each_seed_its_own(
         folder.mkdir(parents=True)
         shutil.copy(sources[original], folder / "last.pt")
     (source / "comparison.json").write_text('{"shared": {"checkpoint": "last"}}')
-    comparison = command(source=source, methods="vqgan", generators="ldm", seeds="0,1")
+    comparison = command(source=source, methods="vqgan", generators="ldm", seeds="0,1", encode=())
     report = comparison.run()
     assert report.failed == []
     out = tmp_path / "out"
@@ -342,7 +357,8 @@ def test_commands_are_those_of_the_documentation(
 ) -> None:
     options = {"launch": "torchrun --nproc_per_node=2", "checkpoint": "last", "overlays": ("small_cpu",)}
     sampling = ("device=cpu", "llamagen:top_k=5", "vqgan:guidance_scale=3")
-    comparison = command(**options, sampling=sampling, seeds="3,4")
+    encode = ("--workers 0", "vaevq: --dtype float32", "llamagen: --ten-crop")
+    comparison = command(**options, sampling=sampling, seeds="3,4", encode=encode)
     rows = {row.label: row.commands("parent") for row in comparison.plan.rows()}
     commands = rows["vqgan_llamagen seed 3"]
     assert list(commands) == ["encoding", "training", "generating", "evaluating"]
@@ -365,6 +381,22 @@ def test_commands_are_those_of_the_documentation(
     assert "top_k" not in other
     assert "guidance_scale" not in other
     assert any("diffusion_small_cpu" in file for file in flags(rows["vaevq_ldm seed 4"]["training"])["config_file"])
+    plain = rows["vqgan_ldm seed 3"]["encoding"]
+    assert plain[3:] == [
+        *("encode-tokens", tokenizers.split(",")[0].removeprefix("vqgan=")),
+        *(str(comparison.dataset_dir), plain[6], "--kind", "latents", "--workers", "0"),
+    ]
+    assert commands["encoding"][-3:] == ["--workers", "0", "--ten-crop"]
+    assert rows["vaevq_ldm seed 4"]["encoding"][-2:] == ["--dtype", "float32"]
+    assert (
+        plain[6] == rows["vqgan_ldm seed 4"]["encoding"][6] == flags(rows["vqgan_ldm seed 3"]["training"])["tokens_dir"]
+    )
+    # Stores of other options are others.
+    other_words = command(**options, seeds="3", encode=()).plan.rows()[2].commands()["encoding"]
+    assert (other_words[6], plain[6].startswith(f"{other_words[6]}_")) == (
+        str(tmp_path / "out/tokens/vqgan/latents"),
+        True,
+    )
     # What is typed again is this comparison.
     words = comparison.words()
     done = CliRunner().invoke(app, [*words[3:], "--dry-run"])
@@ -397,7 +429,8 @@ def test_commands_are_those_of_the_documentation(
         ({"sampling": ("seven",)}, "generate-set: found 'seven'"),
         ({"overlays": ("small_gpu",)}, "found no overlay 'small_gpu'"),
         ({"overlays": ("diffusion_small_cpu",), "generators": "llamagen"}, "one of a generator that is compared"),
-        ({"encode": "--kind latents"}, "encode: found --kind, which the comparison sets itself"),
+        ({"encode": ("--kind latents",)}, "encode: found --kind, which the comparison sets itself"),
+        ({"encode": ("ldn: --no-flip",)}, "encode: found 'ldn: --no-flip' for 'ldn', expected one of llamagen"),
         ({"evaluate": "--output-dir=a"}, "evaluate: found --output-dir"),
         ({"evaluate": "'"}, "expected words of a shell"),
         ({"checkpoint": "first"}, "expected 'best' or 'last'"),

@@ -40,7 +40,7 @@ class CompareGeneration(Comparison):
         assignments: ``ID=VALUE`` overrides of every training, ``NAME:ID=VALUE`` of a generator's or tokenizer's.
         sampling: the same of ``generate.json``.
         num_samples: drawn by each row.
-        encode: further words of ``encode-tokens``.
+        encode: further words of ``encode-tokens``, after ``NAME:`` those for a generator or tokenizer alone.
         evaluate: further words of ``evaluate-samples``.
         dataset_dir: data set of images; None takes the bundle's.
         tracking_uri: MLflow; ``none`` turns it off.
@@ -63,7 +63,7 @@ class CompareGeneration(Comparison):
     assignments: tuple[str, ...] = ()
     sampling: tuple[str, ...] = ()
     num_samples: int = 5000
-    encode: str = ""
+    encode: tuple[str, ...] = ()
     evaluate: str = ""
     dataset_dir: Path | None = None
     tracking_uri: str = "sqlite:///mlflow.db"
@@ -100,7 +100,7 @@ class CompareGeneration(Comparison):
         plan = GenerationPlan(
             kind="compare-generation",
             bundle=bundle,
-            methods=combine(tokenizers, generators, bundle, self.overlays, training, sampling),
+            methods=combine(tokenizers, generators, bundle, self.overlays, training, sampling, self._encode(names)),
             seeds=seeds,
             output=self.output,
             budget=self.budget,
@@ -111,11 +111,21 @@ class CompareGeneration(Comparison):
             launch=self.launch,
             checkpoint=self.checkpoint,
             num_samples=self.num_samples,
-            encode=_words("encode", self.encode),
             evaluate=_words("evaluate", self.evaluate),
         )
         plan.check()
         return plan
+
+    def _encode(self, names: Sequence[str]) -> dict[str, list[str]]:
+        """Words of ``encode-tokens`` by name of a generator or tokenizer, those for all under an empty one."""
+        found: dict[str, list[str]] = {name: [] for name in ("", *names)}
+        for text in self.encode:
+            words = _words("encode", text)
+            name = words[0].removesuffix(":") if words and words[0].endswith(":") else ""
+            if name not in found:
+                raise VaevqMedError(f"encode: found {text!r} for {name!r}, expected one of {', '.join(names)}")
+            found[name] += words[1:] if name else words
+        return found
 
     def words(self) -> list[str]:
         """The command line that makes this comparison."""
@@ -128,8 +138,6 @@ class CompareGeneration(Comparison):
             "--seeds": self.seeds,
             **self.budget.options(),
             "--num-samples": str(self.num_samples),
-            "--encode": self.encode,
-            "--evaluate": self.evaluate,
             "--dataset-dir": "" if self.dataset_dir is None else str(self.dataset_dir),
             "--output-dir": str(self.output),
             "--tracking-uri": self.tracking_uri,
@@ -141,6 +149,9 @@ class CompareGeneration(Comparison):
         words += [word for name, value in options.items() if value for word in (name, value)]
         repeated = {"--overlay": self.overlays, "--set": self.assignments, "--generate-set": self.sampling}
         words += [word for name, values in repeated.items() for value in values for word in (name, value)]
+        # A value that begins with dashes would be read as an option.
+        words += [f"--encode={text}" for text in self.encode]
+        words += [f"--evaluate={self.evaluate}"] if self.evaluate else []
         return [*words, *(["--published"] if self.published else [])]
 
     def dry_run(self) -> list[tuple[str, list[str]]]:

@@ -53,7 +53,12 @@ def compare_generation(
         typer.Option(metavar="[NAME:]ID=VALUE", help="Override of generate.json, e.g. ldm:num_steps=50; repeat."),
     ] = None,
     num_samples: Annotated[int, typer.Option(min=1, help="Images that each row draws.")] = 5000,
-    encode: Annotated[str, typer.Option(help="Further options of encode-tokens, in quotes.")] = "",
+    encode: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="'[NAME:] OPTIONS'", help="Further options of encode-tokens, e.g. 'llamagen: --ten-crop'."
+        ),
+    ] = None,
     evaluate: Annotated[str, typer.Option(help="Further options of evaluate-samples, in quotes.")] = "",
     dataset_dir: Annotated[Path | None, typer.Option(help="Folder of dataset.json; by default the bundle's.")] = None,
     output_dir: OutputDir = Path("outputs/compare-generation"),
@@ -88,7 +93,7 @@ def compare_generation(
             assignments=tuple(assignments or ()),
             sampling=tuple(generate_set or ()),
             num_samples=num_samples,
-            encode=encode,
+            encode=tuple(encode or ()),
             evaluate=evaluate,
             dataset_dir=dataset_dir,
             tracking_uri=tracking_uri,

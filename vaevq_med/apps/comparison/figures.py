@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image
 
 from vaevq_med.apps.comparison.plan import Row
 from vaevq_med.apps.comparison.tables import COLUMNS, MethodResult
-from vaevq_med.data.samples import find_samples
+from vaevq_med.data.samples import LIST_NAME, find_samples
 from vaevq_med.errors import VaevqMedError
 from vaevq_med.metrics.pictures import comparison_grid, save_figure
 
@@ -116,13 +117,15 @@ def sample_grid(rows: Sequence[Row], generated: Sequence[Path], count: int, path
     figure = Figure(figsize=(1.6 * columns + 1.4, 1.85 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for row, folder, found, line in zip(rows, generated, samples, axes, strict=True):
+        with (folder / LIST_NAME).open(newline="", encoding="utf-8") as file:
+            names = {entry["file"]: f"{entry['name']} {entry['number']}".strip() for entry in csv.DictReader(file)}
         for axis in line:
             axis.set_xticks([])
             axis.set_yticks([])
         for axis, sample in zip(line, found, strict=False):
             with Image.open(folder / sample.name) as image:
                 axis.imshow(np.asarray(image), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            axis.set_title(" ".join(filter(None, (sample.label, Path(sample.name).stem))), fontsize=7)
+            axis.set_title(names.get(sample.name, sample.name), fontsize=7)
         line[0].set_ylabel(row.method.title.replace(", ", "\n"), fontsize=8)
     save_figure(figure, path)
 

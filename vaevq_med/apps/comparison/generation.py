@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,11 +38,13 @@ class GenerationMethod(Method):
         tokenizer: whose tokens.
         generator: what is trained.
         sampling: overrides of ``generate.json``.
+        encode: further words of ``encode-tokens``.
     """
 
     tokenizer: Tokenizer = field(kw_only=True)
     generator: Generator = field(kw_only=True)
     sampling: Mapping[str, str] = field(default_factory=dict)
+    encode: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,13 +54,11 @@ class GenerationPlan(Plan):
     Attributes:
         methods: generators over tokenizers.
         num_samples: drawn by each row.
-        encode: further words of ``encode-tokens``.
         evaluate: further words of ``evaluate-samples``.
     """
 
     methods: tuple[GenerationMethod, ...]
     num_samples: int = 5000
-    encode: tuple[str, ...] = ()
     evaluate: tuple[str, ...] = ()
 
     def check(self) -> None:
@@ -77,7 +79,7 @@ class GenerationPlan(Plan):
                 self.bundle.overlay(name, FOLDER)
                 raise VaevqMedError(f"overlay: found {name!r}, expected one of a generator that is compared")
         for option, words, own in (
-            ("encode", self.encode, ("--kind", "--overwrite")),
+            ("encode", [word for m in self.methods for word in m.encode], ("--kind", "--overwrite")),
             ("evaluate", self.evaluate, ("--output-dir", "--json")),
         ):
             taken = [word for word in words if word.partition("=")[0] in own]
@@ -121,8 +123,7 @@ class GenerationPlan(Plan):
         Raises:
             DataError: the data set is missing or damaged.
         """
-        own = {"num_samples": self.num_samples, "encode": list(self.encode), "evaluate": list(self.evaluate)}
-        return {**super().shared(), **own}
+        return {**super().shared(), "num_samples": self.num_samples, "evaluate": list(self.evaluate)}
 
     def rows(self) -> Sequence[GenerationRow]:
         """Seeds outermost, so that each method has a first figure early."""
@@ -155,10 +156,11 @@ class GenerationRow(Row):
 
     @property
     def tokens(self) -> Path:
-        """The token store, which rows of the same tokenizer and kind share."""
-        tokenizer = self.method.tokenizer
+        """The token store, which rows of the same tokenizer, kind and words of ``encode-tokens`` share."""
+        tokenizer, words = self.method.tokenizer, self.method.encode
         seed = () if tokenizer.shared else (f"seed_{self.seed}",)
-        return self.plan.output.joinpath("tokens", tokenizer.name, *seed, self.method.generator.kind)
+        mark = f"_{hashlib.sha256(shlex.join(words).encode()).hexdigest()[:8]}" if words else ""
+        return self.plan.output.joinpath("tokens", tokenizer.name, *seed, self.method.generator.kind + mark)
 
     @property
     def generated(self) -> Path:
@@ -205,7 +207,7 @@ class GenerationRow(Row):
         config = ["--config_file", str(plan.bundle.path / _GENERATE)]
         evaluate = [*app, "evaluate-samples", str(self.generated), data, "--output-dir", str(self.evaluation)]
         return {
-            **({} if self.is_encoded else {"encoding": [*encode, *plan.encode]}),
+            **({} if self.is_encoded else {"encoding": [*encode, *self.method.encode]}),
             "training": train,
             "generating": [*start, *run, "generating", *config, *flags(generating)],
             "evaluating": [*evaluate, *plan.evaluate],
@@ -215,6 +217,7 @@ class GenerationRow(Row):
         """Everything that decides the row's figures, as JSON-ready values."""
         return {
             "tokenizer": self.plan.hashes[self.tokenizer],
+            "encode": shlex.join(self.method.encode),
             "train": decisive(self.plan.training_config(self.method), self._training()),
             "generate": decisive(self.plan.bundle.read(_GENERATE), self._generating()),
         }
@@ -227,6 +230,7 @@ def combine(
     overlays: Sequence[str],
     training: tuple[Mapping[str, str], Mapping[str, Mapping[str, str]]],
     sampling: tuple[Mapping[str, str], Mapping[str, Mapping[str, str]]],
+    encode: Mapping[str, Sequence[str]],
 ) -> tuple[GenerationMethod, ...]:
     """Each generator over each tokenizer.
 
@@ -237,6 +241,7 @@ def combine(
         overlays: as given, see :meth:`Generator.overlays`.
         training: overrides of ``--set``: of all, which the plan has, and by name of a tokenizer or generator.
         sampling: those of ``--generate-set``.
+        encode: words of ``--encode`` by name of a tokenizer or generator, those for all under an empty one.
     """
 
     def own(chosen: Mapping[str, Mapping[str, str]], names: Iterable[str]) -> dict[str, str]:
@@ -253,6 +258,7 @@ def combine(
             tokenizer=tokenizer,
             generator=generator,
             sampling={**sampling[0], **own(sampling[1], (generator.name, tokenizer.name))},
+            encode=tuple(word for name in ("", generator.name, tokenizer.name) for word in encode[name]),
         )
         for generator in generators
         for tokenizer in tokenizers
