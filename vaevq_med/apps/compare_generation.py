@@ -138,6 +138,7 @@ class CompareGeneration(Comparison):
             "--seeds": self.seeds,
             **self.budget.options(),
             "--num-samples": str(self.num_samples),
+            "--evaluate": self.evaluate,
             "--dataset-dir": "" if self.dataset_dir is None else str(self.dataset_dir),
             "--output-dir": str(self.output),
             "--tracking-uri": self.tracking_uri,
@@ -147,11 +148,9 @@ class CompareGeneration(Comparison):
         }
         words = [sys.executable, "-m", "vaevq_med.apps.cli", "compare-generation"]
         words += [word for name, value in options.items() if value for word in (name, value)]
-        repeated = {"--overlay": self.overlays, "--set": self.assignments, "--generate-set": self.sampling}
+        repeated = {"--overlay": self.overlays, "--set": self.assignments}
+        repeated |= {"--generate-set": self.sampling, "--encode": self.encode}
         words += [word for name, values in repeated.items() for value in values for word in (name, value)]
-        # A value that begins with dashes would be read as an option.
-        words += [f"--encode={text}" for text in self.encode]
-        words += [f"--evaluate={self.evaluate}"] if self.evaluate else []
         return [*words, *(["--published"] if self.published else [])]
 
     def dry_run(self) -> list[tuple[str, list[str]]]:
