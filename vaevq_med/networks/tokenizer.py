@@ -176,8 +176,8 @@ class VisualTokenizer(nn.Module):
         if getattr(self.quantizer, "assignment", "euclidean") == "posterior":
             # A generated latent has no posterior: unit deviations make the rule Euclidean.
             unit = DiagonalGaussian(z, torch.zeros_like(z))
-            return self.decode(self.quantize(z, unit).quantized)
-        return self.decode(self.quantize(z).quantized)
+            return self._decode_alike(self.quantize(z, unit).quantized)
+        return self._decode_alike(self.quantize(z).quantized)
 
     def index_quantize(self, images: Tensor) -> Tensor:
         """Indices ``[B, h, w]`` of a tokenizer with one codebook.

@@ -61,11 +61,13 @@ def nearest_codeword(
     """
     _check(latents, codebook, precision, chunk_size)
     dtype = torch.promote_types(torch.promote_types(latents.dtype, codebook.dtype), torch.float32)
-    # MONAI's MetaTensor costs time in every operation, and takes no sizes one by one.
-    latents, codebook = latents.to(dtype).as_subclass(Tensor), codebook.to(dtype).as_subclass(Tensor)
-    precision = None if precision is None else precision.to(dtype).as_subclass(Tensor)
+    latents, codebook = latents.to(dtype), codebook.to(dtype)
+    precision = None if precision is None else precision.to(dtype)
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         return _scores(latents, codebook, precision).argmin(dim=1)
+    # MONAI's MetaTensor costs time in every operation, and takes no sizes one by one.
+    latents, codebook = latents.as_subclass(Tensor), codebook.as_subclass(Tensor)
+    precision = None if precision is None else precision.as_subclass(Tensor)
     if chunk_size is None:
         chunk_size = _DEFAULT_CHUNK.get(latents.device.type, _DEFAULT_CHUNK["other"])
     with full_precision(latents.device.type):

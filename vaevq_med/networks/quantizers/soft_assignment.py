@@ -145,8 +145,10 @@ def _prepare(
     if chunk_size < 1:
         raise VaevqMedError(f"chunk_size is {chunk_size}; expected at least 1")
     dtype = torch.promote_types(torch.promote_types(latents.dtype, keys.dtype), torch.float32)
-    # MONAI's MetaTensor takes no sizes one by one.
-    latents, keys, values = (tensor.to(dtype).as_subclass(Tensor) for tensor in (latents, keys, values))
+    latents, keys, values = (tensor.to(dtype) for tensor in (latents, keys, values))
+    if not (torch.jit.is_tracing() or torch.compiler.is_exporting()):
+        # MONAI's MetaTensor takes no sizes one by one.
+        latents, keys, values = (tensor.as_subclass(Tensor) for tensor in (latents, keys, values))
     return latents / temperature, keys, values, max(1, chunk_size // keys.shape[0])
 
 
