@@ -19,6 +19,7 @@ from scipy.linalg import sqrtm
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import cdist
 from scipy.stats import linregress
+from test_metrics import Pixels
 from torch import Tensor
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
@@ -48,7 +49,7 @@ from vaevq_med.metrics.memorization import (
     summarize_distances,
     threshold_of,
 )
-from vaevq_med.networks.features import FeatureNetwork, feature_network
+from vaevq_med.networks.features import feature_network
 
 SIZE = 32
 COUNTS = {"training": 14, "validation": 6, "test": 6}
@@ -270,23 +271,13 @@ def test_the_cache_gives_back_what_it_got_and_nothing_damaged(tmp_path: Path) ->
 # --- the command ------------------------------------------------------------------------------------
 
 
-class Flat(FeatureNetwork):
-    """Means over a grid of cells; counts the images that it sees."""
+class Flat(Pixels):
+    """Means over a finer grid of cells."""
 
     name = "flat"
     weights_sha256 = "cd" * 32
     num_features = 64
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.images = 0
-
-    def _layers(self, images: Tensor) -> list[Tensor]:
-        return [images]
-
-    def _pooled(self, images: Tensor) -> Tensor:
-        self.images += len(images)
-        return torch.nn.functional.adaptive_avg_pool2d(images[:, :1], 8).flatten(1)
+    cells = 8
 
 
 class Classifying(Flat):

@@ -106,6 +106,7 @@ class Pixels(FeatureNetwork):
     name = "pixels"
     weights_sha256 = "ab" * 32
     num_features = 4
+    cells = 2
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,7 +117,7 @@ class Pixels(FeatureNetwork):
 
     def _pooled(self, images: Tensor) -> Tensor:
         self.images += len(images)
-        return torch.nn.functional.adaptive_avg_pool2d(images[:, :1], 2).flatten(1)
+        return torch.nn.functional.adaptive_avg_pool2d(images[:, :1], self.cells).flatten(1)
 
 
 @pytest.fixture

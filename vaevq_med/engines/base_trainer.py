@@ -26,6 +26,11 @@ class TrainingError(VaevqMedError):
     """Training cannot go on; the message names the loss term and the iteration."""
 
 
+def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    """Autocast to a type of ``PRECISIONS``, or nothing for None."""
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
 def reraise(engine: Engine, error: BaseException) -> None:
     """A handler that passes an exception on."""
     raise error
@@ -139,9 +144,7 @@ class BaseTrainer(SupervisedTrainer):
         return {}
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.autocast_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.state.device.type, dtype=self.autocast_dtype)
+        return autocast(self.state.device, self.autocast_dtype)
 
     def _no_sync(self, module: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
         if isinstance(module, DistributedDataParallel) and not last:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from ignite.engine import Events
 from monai.engines import SupervisedEvaluator
 from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor
 
-from vaevq_med.engines.base_trainer import PRECISIONS, reraise
+from vaevq_med.engines.base_evaluator import BaseEvaluator
 from vaevq_med.errors import VaevqMedError
 from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.tokenizer import VisualTokenizer
 
 
-class TokenizerEvaluator(SupervisedEvaluator):
+class TokenizerEvaluator(BaseEvaluator):
     """Reconstruct each batch through the codebook, and, for a variational tokenizer, without it.
 
     ``engine.state.output`` holds ``image``, ``pred`` (the quantized path), ``indices`` ``[B, h, w, G]`` and, for a
@@ -48,34 +46,24 @@ class TokenizerEvaluator(SupervisedEvaluator):
         val_handlers: Sequence[Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if precision not in PRECISIONS:
-            raise VaevqMedError(f"precision: found {precision!r}, expected one of {', '.join(PRECISIONS)}")
         if quantize not in ("mode", "sample"):
             raise VaevqMedError(f"quantize: found {quantize!r}, expected 'mode' or 'sample'")
         super().__init__(
-            device=torch.device(device),
+            device=device,
             val_data_loader=val_data_loader,
             network=network,
+            precision=precision,
+            seed=seed,
             val_handlers=val_handlers,
-            decollate=False,
             **kwargs,
         )
         self.quantize = quantize
-        self.autocast_dtype = PRECISIONS[precision]
-        self.seed = seed
         self.generator: torch.Generator | None = None
-        # Last of all: ignite swallows an exception once any handler listens for it.
-        self.add_event_handler(Events.EXCEPTION_RAISED, reraise)
 
     def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
         """Evaluate once; the samples are the same at every call."""
         self.generator = torch.Generator(self.state.device).manual_seed(self.seed)
         super().run(global_epoch)
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.autocast_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.state.device.type, dtype=self.autocast_dtype)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor) -> dict[str, Tensor]:

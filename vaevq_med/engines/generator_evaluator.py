@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,14 +10,13 @@ import torch
 from ignite.engine import Events
 from monai.engines import SupervisedEvaluator
 from monai.utils.enums import CommonKeys as Keys
-from torch import nn
 
-from vaevq_med.engines.base_trainer import PRECISIONS, reraise
+from vaevq_med.engines.base_evaluator import BaseEvaluator
 from vaevq_med.errors import VaevqMedError
 from vaevq_med.losses import GeneratorLoss
 
 
-class GeneratorEvaluator(SupervisedEvaluator):
+class GeneratorEvaluator(BaseEvaluator):
     """Average a :class:`GeneratorLoss` over a split.
 
     ``engine.state.metrics`` receives the loss's figures: ``loss``, and of an autoregressive model ``perplexity``. In
@@ -49,36 +47,25 @@ class GeneratorEvaluator(SupervisedEvaluator):
         val_handlers: Sequence[Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if precision not in PRECISIONS:
-            raise VaevqMedError(f"precision: found {precision!r}, expected one of {', '.join(PRECISIONS)}")
-        network: nn.Module = loss
         super().__init__(
-            device=torch.device(device),
+            device=device,
             val_data_loader=val_data_loader,
-            network=network,
+            network=loss,
+            precision=precision,
+            seed=seed,
             val_handlers=val_handlers,
-            decollate=False,
             **kwargs,
         )
         self.loss = loss
-        self.autocast_dtype = PRECISIONS[precision]
-        self.seed = seed
         self.generator = torch.Generator()
         self._sum, self._count = 0.0, 0
         self.add_event_handler(Events.EPOCH_COMPLETED, self._summarize)
-        # Last of all: ignite swallows an exception once any handler listens for it.
-        self.add_event_handler(Events.EXCEPTION_RAISED, reraise)
 
     def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
         """Evaluate once; times and noise are the same at every call."""
         self.generator.manual_seed(self.seed)
         self._sum, self._count = 0.0, 0
         super().run(global_epoch)
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.autocast_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.state.device.type, dtype=self.autocast_dtype)
 
     def _iteration(self, engine: SupervisedEvaluator, batchdata: dict[str, Any]) -> dict[str, Any]:
         values, labels = (

@@ -178,10 +178,7 @@ class MLflowTracker:
         from mlflow import MlflowClient
 
         with one_at_a_time(self.tracking_uri):
-            client = MlflowClient(tracking_uri=self.tracking_uri)
-            if self.tracking_uri.startswith("sqlite:///"):
-                client.search_experiments(max_results=1)
-        return client
+            return MlflowClient(tracking_uri=self.tracking_uri)  # makes the file's tables
 
     def start_run(self, resumed_id: str | None = None, *, resume: bool = True) -> None:
         """Open the run: a new one, or the one that a checkpoint names.

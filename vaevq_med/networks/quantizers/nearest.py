@@ -26,6 +26,8 @@ _FEW_CODES = 512
 # Rows with more candidate blocks than this go through one search in float64 instead.
 _MAX_CANDIDATE_BLOCKS = 4
 _FEW_LATENTS = 64
+# In place of an index that fp32 cannot settle.
+_OPEN = -1
 
 
 @torch.compiler.disable
@@ -134,6 +136,10 @@ def _search(latents: Tensor, codebook: Tensor, precision: Tensor | None, chunk_s
         result[start:stop] = _search_rows(
             latents[start:stop], codebook, weights, squared_norms, block, columns, chunk_size, tile
         )
+    left = (result == _OPEN).nonzero().squeeze(1)
+    if left.numel() > 0:
+        weights = None if precision is None else precision[left].double()
+        result[left] = _search_double(latents[left].double(), codebook, weights, chunk_size)
     return result
 
 
@@ -179,7 +185,7 @@ def _search_rows(
             scale = row_scale.squeeze(1) * column_scale.max()
             if precision is None:
                 scale = scale + 0.5 * norms.max()
-            return _settle_few(latents, codebook, precision, tile, 2 * relative_error * scale, chunk_size)
+            return _clear_winners(tile, 2 * relative_error * scale)
         minima = tile.view(-1, block, columns).amin(dim=1)
         scale = row_scale * column_scale.view(block, columns).amax(dim=0)
         if precision is None:
@@ -192,16 +198,11 @@ def _search_rows(
     return _settle(latents, codebook, precision, candidates, block, columns, chunk_size)
 
 
-def _settle_few(
-    latents: Tensor, codebook: Tensor, precision: Tensor | None, scores: Tensor, tolerance: Tensor, chunk_size: int
-) -> Tensor:
-    """The exact argmin where the scores of all codewords are at hand, ``[rows, K]``: most rows have a clear one."""
+def _clear_winners(scores: Tensor, tolerance: Tensor) -> Tensor:
+    """The argmin of all codewords' scores ``[rows, K]``; ``_OPEN`` where another is within rounding of it."""
     least, index = scores.min(dim=1)
-    rows = ((scores <= (least + tolerance).unsqueeze(1)).sum(dim=1) > 1).nonzero().squeeze(1)
-    if rows.numel() > 0:
-        weights = None if precision is None else precision[rows].double()
-        index[rows] = _search_double(latents[rows].double(), codebook, weights, chunk_size)
-    return index
+    near = (scores <= (least + tolerance).unsqueeze(1)).sum(dim=1)
+    return index.masked_fill_(near > 1, _OPEN)
 
 
 def _settle(
@@ -213,7 +214,7 @@ def _settle(
     columns: int,
     chunk_size: int,
 ) -> Tensor:
-    """The exact argmin over the candidate blocks ``[rows, blocks]`` of each row."""
+    """The exact argmin over the candidate blocks ``[rows, blocks]`` of each row; ``_OPEN`` where there are many."""
 
     def evaluate(rows: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """Distance and index of the nearest codeword of one block a row, in float64."""
@@ -232,10 +233,7 @@ def _settle(
     distance, index = evaluate(torch.arange(len(first), device=latents.device), first)
     if rows.numel() == 0:
         return index
-    many = rows[count[rows] >= _MAX_CANDIDATE_BLOCKS]
-    if many.numel() > 0:
-        weights = None if precision is None else precision[many].double()
-        index[many] = _search_double(latents[many].double(), codebook, weights, chunk_size)
+    index[rows[count[rows] >= _MAX_CANDIDATE_BLOCKS]] = _OPEN
     rows = rows[count[rows] < _MAX_CANDIDATE_BLOCKS]
     while rows.numel() > 0:
         blocks = candidates[rows].to(torch.uint8).argmax(dim=1)
