@@ -6,15 +6,14 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vaevq_med.apps.comparison.command import CompareReport, Comparison, Update
+from vaevq_med.apps.comparison.command import CompareReport, Comparison
 from vaevq_med.apps.comparison.plan import (
     ABLATION,
-    Budget,
     Bundle,
     Method,
     Plan,
@@ -45,45 +44,19 @@ _FIXED = {
 """Quantizers whose K follows from other settings, which a sweep would leave as they are."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Compare(Comparison):
-    """Methods times seeds, each row the real bundle in a process of its own.
+    """Methods times seeds, each row the real bundle. The arguments of every comparison, and these.
 
     Args:
-        output: folder of everything that is written.
         kind: ``compare``; ``ablate``, whose methods are the ablation's rows; or ``sweep``, over ``num_embeddings``.
-        bundle: name of an installed bundle, or its folder.
         methods: overlay names, or ``name=overlay+overlay``, separated by commas.
         num_embeddings: values of K of a sweep, separated by commas.
-        seeds: separated by commas.
-        budget: how long each row trains.
-        overlays: overlays of every row, before the method's.
-        assignments: ``ID=VALUE`` overrides of every row, ``METHOD:ID=VALUE`` of one method's.
-        dataset_dir: slice data set; None takes the bundle's.
-        tracking_uri: MLflow; ``none`` turns it off.
-        launch: words before ``-m monai.bundle``, e.g. ``torchrun --nproc_per_node=8``.
-        checkpoint: ``best`` or ``last``, which is evaluated.
-        published: set the paper's figures beside the measured ones.
-        pictures: images of the figure of reconstructions; 0 leaves it out.
-        on_update: called with all rows whenever one has changed.
     """
 
-    output: Path
     kind: str = "compare"
-    bundle: str = "brats"
     methods: str = ",".join(ABLATION)
     num_embeddings: str = ""
-    seeds: str = "0"
-    budget: Budget = field(default_factory=Budget)
-    overlays: tuple[str, ...] = ()
-    assignments: tuple[str, ...] = ()
-    dataset_dir: Path | None = None
-    tracking_uri: str = "sqlite:///mlflow.db"
-    launch: str = ""
-    checkpoint: str = "best"
-    published: bool = False
-    pictures: int = 6
-    on_update: Update = field(default=lambda states: None)
 
     @cached_property
     def plan(self) -> Plan:

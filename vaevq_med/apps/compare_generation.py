@@ -5,14 +5,14 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vaevq_med.apps.comparison.command import Comparison, Update
+from vaevq_med.apps.comparison.command import Comparison
 from vaevq_med.apps.comparison.generation import GenerationPlan, combine, read_generation
-from vaevq_med.apps.comparison.plan import Budget, Bundle, parse_assignments, parse_integers
+from vaevq_med.apps.comparison.plan import Bundle, parse_assignments, parse_integers
 from vaevq_med.apps.comparison.rows import RowResult, RowState
 from vaevq_med.apps.comparison.stages import GENERATORS, compared_tokenizers, parse_generators, parse_tokenizers
 from vaevq_med.errors import VaevqMedError
@@ -23,55 +23,33 @@ if TYPE_CHECKING:
 METHODS = "vqgan,vaevq"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CompareGeneration(Comparison):
-    """Generators times tokenizers times seeds, each row the real commands in processes of their own.
+    """Generators times tokenizers times seeds, each row the real commands.
+
+    Overlays are those of ``overlays_generation/``; the part of a name that says whose it is may be left out. The
+    arguments of every comparison, and these.
 
     Args:
-        output: folder of everything that is written.
         tokenizers: ``name=checkpoint``, separated by commas.
         source: output folder of ``vaevq-med compare``, in place of ``tokenizers``.
         methods: which of its methods; empty takes VQGAN and VAEVQ.
         generators: ``llamagen``, ``ldm``, separated by commas.
-        bundle: name of an installed bundle, or its folder.
-        seeds: separated by commas.
-        budget: how long each generator trains.
-        overlays: of ``overlays_generation/``; the part of a name that says whose it is may be left out.
-        assignments: ``ID=VALUE`` overrides of every training, ``NAME:ID=VALUE`` of a generator's or tokenizer's.
-        sampling: the same of ``generate.json``.
+        sampling: the same overrides of ``generate.json``.
         num_samples: drawn by each row.
         encode: further words of ``encode-tokens``, after ``NAME:`` those for a generator or tokenizer alone.
         evaluate: further words of ``evaluate-samples``.
-        dataset_dir: data set of images; None takes the bundle's.
-        tracking_uri: MLflow; ``none`` turns it off.
-        launch: words before ``-m monai.bundle`` of a training.
-        checkpoint: ``best`` or ``last``, which draws.
-        published: set the paper's figures beside the measured ones.
-        pictures: samples of each row of the figure; 0 leaves it out.
-        on_update: called with all rows whenever one has changed.
     """
 
-    output: Path
     tokenizers: str = ""
     source: Path | None = None
     methods: str = ""
     generators: str = ",".join(GENERATORS)
-    bundle: str = "brats"
-    seeds: str = "0"
-    budget: Budget = field(default_factory=Budget)
-    overlays: tuple[str, ...] = ()
-    assignments: tuple[str, ...] = ()
     sampling: tuple[str, ...] = ()
     num_samples: int = 5000
     encode: tuple[str, ...] = ()
     evaluate: str = ""
-    dataset_dir: Path | None = None
-    tracking_uri: str = "sqlite:///mlflow.db"
-    launch: str = ""
-    checkpoint: str = "best"
-    published: bool = False
     pictures: int = 8
-    on_update: Update = field(default=lambda states: None)
 
     @cached_property
     def plan(self) -> GenerationPlan:

@@ -6,11 +6,11 @@ import json
 import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vaevq_med.apps.comparison.plan import Plan
+from vaevq_med.apps.comparison.plan import Budget, Plan
 from vaevq_med.apps.comparison.rows import (
     STATE,
     RowResult,
@@ -51,11 +51,39 @@ class CompareReport:
         return [state for state in self.states if not state.done]
 
 
+@dataclass(frozen=True, kw_only=True)
 class Comparison(ABC):
-    """Rows of a plan, one after the other, and the table over them."""
+    """Rows of a plan, each in processes of its own, one after the other, and the table over them.
+
+    Args:
+        output: folder of everything that is written.
+        bundle: name of an installed bundle, or its folder.
+        seeds: separated by commas.
+        budget: how long each row trains.
+        overlays: overlays of every row.
+        assignments: ``ID=VALUE`` overrides of every training, ``NAME:ID=VALUE`` of those of that name.
+        dataset_dir: data set of images; None takes the bundle's.
+        tracking_uri: MLflow; ``none`` turns it off.
+        launch: words before ``-m monai.bundle`` of a training, e.g. ``torchrun --nproc_per_node=8``.
+        checkpoint: ``best`` or ``last``, which is evaluated.
+        published: set the paper's figures beside the measured ones.
+        pictures: images of each row or method in the figure; 0 leaves it out.
+        on_update: called with all rows whenever one has changed.
+    """
 
     output: Path
-    on_update: Update
+    bundle: str = "brats"
+    seeds: str = "0"
+    budget: Budget = field(default_factory=Budget)
+    overlays: tuple[str, ...] = ()
+    assignments: tuple[str, ...] = ()
+    dataset_dir: Path | None = None
+    tracking_uri: str = "sqlite:///mlflow.db"
+    launch: str = ""
+    checkpoint: str = "best"
+    published: bool = False
+    pictures: int = 6
+    on_update: Update = field(default=lambda states: None)
 
     @property
     @abstractmethod
