@@ -86,6 +86,15 @@ def test_frechet_distance_of_fewer_images_than_features() -> None:
     assert frechet_distance(FeatureStatistics.of(b), FeatureStatistics.of(b)) == pytest.approx(0, abs=1e-9)
 
 
+def test_frechet_distance_where_torch_finds_no_eigenvectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stops(matrix: torch.Tensor) -> None:
+        raise torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", stops)
+    test_frechet_distance_equals_scipy_and_the_streamed_one(monkeypatch)
+    test_frechet_distance_of_fewer_images_than_features()
+
+
 def test_frechet_distance_refuses_what_it_cannot_compare() -> None:
     with pytest.raises(VaevqMedError, match="found 1 images, expected at least 2"):
         FeatureStatistics.of(torch.zeros(1, 4))

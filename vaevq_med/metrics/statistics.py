@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -51,8 +52,22 @@ class FeatureStatistics:
         return cls(mean, scatter / (count - 1), count)
 
 
+def _eigenvectors(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues ``[F]`` and eigenvectors ``[F, F]``, also where the faster method gives up.
+
+    The divide and conquer of torch's MKL stops in several threads where the covariance of fewer images than features
+    has a thousand eigenvalues of 0; the implicit QR method does not.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(covariance)
+    except torch.linalg.LinAlgError:
+        found = scipy.linalg.eigh(covariance.cpu().numpy(), driver="ev")
+        values, vectors = (torch.from_numpy(array).to(covariance.device) for array in found)
+    return values, vectors
+
+
 def _square_root(covariance: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(covariance)
+    values, vectors = _eigenvectors(covariance)
     return (vectors * values.clamp_min(0).sqrt()) @ vectors.mT
 
 
