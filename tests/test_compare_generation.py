@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import BUNDLE
 from monai.bundle import ConfigWorkflow
 from PIL import Image
@@ -110,6 +111,8 @@ class Faked(Real):
                 sys.stderr.write("vaevq-med: iteration 3: found loss = nan, expected finite numbers\n")
                 return 2
             (folder / "run.json").write_text('{"parameters": 2500000, "images_per_second": 8, "device": "cpu"}')
+            (folder / "checkpoints").mkdir(exist_ok=True)
+            (folder / "checkpoints" / "best.pt").touch()
         elif step == "generating":
             folder = Path(flags(command)["output_dir"]) / "generated"
             folder.mkdir(exist_ok=True)
@@ -220,6 +223,19 @@ def test_a_comparison_from_tokenizers_to_the_table(
     assert parent.data.metrics["vaevq_ldm/gfid"] == pytest.approx(float(table["vaevq_ldm"]["gfid"]))
     assert set(runs) == {"vaevq_llamagen seed 0", "vaevq_ldm seed 0"}
     assert {run.data.tags["mlflow.parentRunId"] for run in runs.values()} == {parent.info.run_id}
+    # More samples are drawn beside those that are there; with other settings all are drawn again.
+    folders = {name: out / name / "seed_0" / "generated" for name in table}
+    before = {name: (folder / "000000.png").stat().st_mtime_ns for name, folder in folders.items()}
+    real.commands.clear()
+    sampling = ("device=cpu", "ldm:num_steps=3")
+    again = command(tokenizers=comparison.tokenizers, tracking_uri=uri, num_samples=10, sampling=sampling).run()
+    assert again.failed == []
+    assert real.steps() == ["generating", "evaluate-samples"] * 2
+    after = {name: (folder / "000000.png").stat().st_mtime_ns for name, folder in folders.items()}
+    assert after["vaevq_llamagen"] == before["vaevq_llamagen"]
+    assert after["vaevq_ldm"] > before["vaevq_ldm"]
+    assert {len(list(folder.glob("0*.png"))) for folder in folders.values()} == {10}
+    assert {row["n"] for row in table_of(out).values()} == {"10.0"}
 
 
 def test_finished_rows_are_kept_and_a_failing_one_does_not_stop_the_others(
@@ -267,14 +283,81 @@ def test_finished_rows_are_kept_and_a_failing_one_does_not_stop_the_others(
     assert {state.status for state in command(seeds="0,1").run().states} == {"kept"}
     assert faked.commands == []
     for changed, said in (
-        ({"num_samples": 9}, "num_samples 8, expected 9"),
         ({"encode": ("--no-flip",)}, "a row with encode --workers 0 --device cpu --no-flip, expected --no-flip"),
-        ({"sampling": ("ldm:num_steps=3",)}, "num_steps 2, expected 3"),
+        ({"assignments": (*command().assignments, "max_grad_norm=2")}, "set#max_grad_norm unset, expected 2"),
         ({"budget": Budget(steps=3)}, "2 steps, expected 3 steps"),
     ):
         with pytest.raises(VaevqMedError, match=said) as refused:
             command(seeds="0,1", **changed).run()
         assert "\n" not in str(refused.value)
+
+
+def test_other_samples_or_figures_need_no_other_training(
+    faked: Faked, command: Callable[..., CompareGeneration], tmp_path: Path
+) -> None:
+    def steps(**options: Any) -> list[str]:
+        faked.commands.clear()
+        report = command(generators="llamagen", pictures=0, **options).run()
+        assert report.failed == []
+        return faked.steps()
+
+    drawn, evaluated = ["generating", "evaluate-samples"], ["evaluate-samples"]
+    faked.interrupt_at = 4  # encode, train, draw; evaluate
+    with pytest.raises(KeyboardInterrupt):
+        steps(evaluate="--neighbors 5")
+    faked.interrupt_at = 0
+    assert steps() == [*evaluated, "encode-tokens", "training", *drawn]
+    assert steps(num_samples=9) == drawn * 2
+    assert {flags(line)["overwrite"] for line in faked.commands if step_of(line) == "generating"} == {True}
+    assert steps(num_samples=9, sampling=("vaevq:top_k=5",)) == drawn
+    assert steps(num_samples=9, sampling=("device=cpu", "vaevq:top_k=5")) == []
+    own = {"num_samples": 9, "sampling": ("vaevq:top_k=5",)}
+    assert steps(**own, evaluate="--neighbors 2 --workers 0") == evaluated * 2
+    assert steps(**own, evaluate="--workers 2 --device cpu --batch-size 8 --neighbors 2") == []
+    row = tmp_path / "out/vqgan_llamagen/seed_0"
+    shutil.rmtree(row / "evaluation")
+    assert steps(**own, evaluate="--neighbors 2") == evaluated
+    # A checkpoint that is gone is trained again, with all that follows from it.
+    (row / "checkpoints/best.pt").unlink()
+    shutil.rmtree(row / "evaluation")
+    assert steps(**own, evaluate="--neighbors 2") == ["training", *drawn]
+    record = json.loads((tmp_path / "out/comparison.json").read_text())["shared"]
+    assert (record["num_samples"], record["evaluate"]) == (9, ["--neighbors", "2"])
+    with pytest.raises(VaevqMedError, match="max_grad_norm unset, expected 2"):
+        steps(**own, assignments=(*command(generators="llamagen").assignments, "max_grad_norm=2"))
+    assert faked.commands == []
+
+
+def test_the_reason_of_a_failure_is_not_the_frame_around_it(tmp_path: Path) -> None:
+    log = tmp_path / "evaluating.log"
+    done = CliRunner().invoke(app, ["evaluate-samples", "a", "b", "--output-dir", "c", "--bogus"])
+    assert done.exit_code == 2
+    log.write_text(f"$ vaevq-med evaluate-samples\n{done.output}")
+    assert rows_module.error_line(log) == "No such option: --bogus"
+    log.write_text("╭─ Error ─╮\n│ No such option: --bogus │\n╰─────────╯\n")
+    assert rows_module.error_line(log) == "No such option: --bogus"
+
+
+def test_a_tokenizer_that_rows_cannot_use_is_found_before_they_are_trained(
+    command: Callable[..., CompareGeneration], tmp_path: Path
+) -> None:
+    def said(path: Path) -> str:
+        with pytest.raises(VaevqMedError) as refused:
+            command(tokenizers=f"a={path}").dry_run()
+        assert str(path) in str(refused.value)
+        assert "\n" not in str(refused.value)
+        return str(refused.value)
+
+    text = tmp_path / "text.pt"
+    text.write_text("no checkpoint")
+    assert "expected a checkpoint" in said(text)
+    generator = read_checkpoint(write_checkpoint(tmp_path / "generator.pt"))
+    generator["config"] = json.dumps({"network_def": {"_target_": "vaevq_med.networks.LlamaGen"}, "in_channels": 1})
+    torch.save(generator, tmp_path / "generator.pt")
+    assert "found a checkpoint of vaevq_med.networks.LlamaGen" in said(tmp_path / "generator.pt")
+    stacked = write_checkpoint(tmp_path / "stacked.pt", in_channels=3, stack_modalities=True)
+    assert "found a tokenizer of 3 stacked contrasts" in said(stacked)
+    assert "found a tokenizer of 2 stacked contrasts" in said(write_checkpoint(tmp_path / "two.pt", in_channels=2))
 
 
 def test_an_interrupted_comparison_goes_on(faked: Faked, command: Callable[..., CompareGeneration]) -> None:
@@ -357,7 +440,7 @@ def test_commands_are_those_of_the_documentation(
 ) -> None:
     options = {"launch": "torchrun --nproc_per_node=2", "checkpoint": "last", "overlays": ("small_cpu",)}
     sampling = ("device=cpu", "llamagen:top_k=5", "vqgan:guidance_scale=3")
-    encode = ("--workers 0", "vaevq: --dtype float32", "llamagen: --ten-crop")
+    encode = ("--workers 0", "vaevq: --dtype float32", "llamagen:--ten-crop")
     comparison = command(**options, sampling=sampling, seeds="3,4", encode=encode)
     rows = {row.label: row.commands("parent") for row in comparison.plan.rows()}
     commands = rows["vqgan_llamagen seed 3"]
@@ -433,6 +516,17 @@ def test_commands_are_those_of_the_documentation(
         ({"encode": ("ldn: --no-flip",)}, "encode: found 'ldn: --no-flip' for 'ldn', expected one of llamagen"),
         ({"evaluate": "--output-dir=a"}, "evaluate: found --output-dir"),
         ({"evaluate": "'"}, "expected words of a shell"),
+        ({"evaluate": "--bogus x"}, "evaluate: found '--bogus x' (No such option: --bogus)"),
+        ({"evaluate": "--neighbors two"}, "expected options of evaluate-samples"),
+        ({"evaluate": "--help"}, "evaluate: found --help"),
+        ({"evaluate": "--feature-network inceptoin"}, "feature network: found 'inceptoin'"),
+        ({"encode": ("--bogus",)}, "encode: found '--bogus' (No such option: --bogus)"),
+        ({"encode": ("llamagen:--ten-crops",)}, "No such option: --ten-crops"),
+        ({"sampling": ("ldm:top_k=5",)}, "generate-set: found top_k for vqgan_ldm"),
+        ({"sampling": ("num_steps=5",)}, "num_steps for vqgan_llamagen, expected guidance_scale, temperature"),
+        ({"num_samples": 3}, "num-samples: found 3 to evaluate, expected more than the 3 neighbors"),
+        ({"evaluate": "--max-items 3"}, "num-samples: found 3 to evaluate"),
+        ({"evaluate": "--fid-infinity"}, "num-samples: found 8 to evaluate, expected at least"),
         ({"checkpoint": "first"}, "expected 'best' or 'last'"),
         ({"num_samples": 0}, "num-samples: found 0"),
         ({"seeds": "x"}, "seeds: found 'x'"),

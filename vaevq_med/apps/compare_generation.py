@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from vaevq_med.apps.comparison.generation import GenerationPlan, combine, read_g
 from vaevq_med.apps.comparison.plan import Bundle, parse_assignments, parse_integers
 from vaevq_med.apps.comparison.rows import RowResult, RowState
 from vaevq_med.apps.comparison.stages import GENERATORS, compared_tokenizers, parse_generators, parse_tokenizers
+from vaevq_med.apps.comparison.words import split_words
 from vaevq_med.errors import VaevqMedError
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class CompareGeneration(Comparison):
             launch=self.launch,
             checkpoint=self.checkpoint,
             num_samples=self.num_samples,
-            evaluate=_words("evaluate", self.evaluate),
+            evaluate=split_words("evaluate", self.evaluate),
         )
         plan.check()
         return plan
@@ -98,11 +98,11 @@ class CompareGeneration(Comparison):
         """Words of ``encode-tokens`` by name of a generator or tokenizer, those for all under an empty one."""
         found: dict[str, list[str]] = {name: [] for name in ("", *names)}
         for text in self.encode:
-            words = _words("encode", text)
-            name = words[0].removesuffix(":") if words and words[0].endswith(":") else ""
+            head, colon, rest = text.partition(":")
+            name = head.strip() if colon and not head.lstrip().startswith("-") else ""
             if name not in found:
                 raise VaevqMedError(f"encode: found {text!r} for {name!r}, expected one of {', '.join(names)}")
-            found[name] += words[1:] if name else words
+            found[name] += split_words("encode", rest if name else text)
         return found
 
     def words(self) -> list[str]:
@@ -171,10 +171,3 @@ class CompareGeneration(Comparison):
         path = self.output / "samples.png"
         sample_grid(rows, [row.folder / "generated" for row in rows], self.pictures, path)
         return [path]
-
-
-def _words(option: str, text: str) -> tuple[str, ...]:
-    try:
-        return tuple(shlex.split(text))
-    except ValueError as error:
-        raise VaevqMedError(f"{option}: found {text!r} ({error}), expected words of a shell") from None

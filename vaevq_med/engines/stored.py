@@ -20,6 +20,7 @@ from torch import nn
 from vaevq_med import networks
 from vaevq_med.engines.checkpoint import CheckpointError, file_sha256, load_state, read_checkpoint
 from vaevq_med.engines.generators import check_fit
+from vaevq_med.errors import VaevqMedError
 from vaevq_med.networks import LatentDiffusionUNet, LlamaGen, quantizers
 from vaevq_med.networks.tokenizer import VisualTokenizer
 from vaevq_med.networks.weights import read_weights
@@ -29,7 +30,16 @@ _ALLOWED = frozenset(
     for module in (networks, quantizers)
     for name in module.__all__
     if isinstance(getattr(module, name), type) and issubclass(getattr(module, name), nn.Module)
-)
+) | {"vaevq_med.networks.LlamaGen.preset"}
+
+
+def _name(kind: type[nn.Module]) -> str:
+    return f"vaevq_med.networks.{kind.__name__}"
+
+
+def _target(definition: Any) -> Any:
+    """What a network's definition names, or the definition where it is none."""
+    return definition.get("_target_") if isinstance(definition, Mapping) else definition
 
 
 def _plain(value: Any, config: Mapping[str, Any], path: Path, depth: int = 0) -> Any:
@@ -151,12 +161,13 @@ class StoredNetwork:
 
     def _build(self, *kinds: type[nn.Module]) -> Any:
         """The network of one of these kinds, with its weights, in evaluation mode."""
-        names = [f"vaevq_med.networks.{kind.__name__}" for kind in kinds]
         definition = self.value("network_def")
         network = ConfigParser({"network_def": definition}).get_parsed_content("network_def")
         if not isinstance(network, kinds):
-            found = definition.get("_target_") if isinstance(definition, Mapping) else definition
-            raise CheckpointError(f"{self.path}: found a checkpoint of {found}, expected that of {' or '.join(names)}")
+            expected = " or ".join(map(_name, kinds))
+            raise CheckpointError(
+                f"{self.path}: found a checkpoint of {_target(definition)}, expected that of {expected}"
+            )
         load_state(network, self._chosen, self.path, "network")
         return network.eval()
 
@@ -184,6 +195,16 @@ class StoredTokenizer(StoredNetwork):
     ) -> None:
         super().__init__(path, weights=weights, config=config)
         self._readout = readout
+
+    def check_target(self) -> None:
+        """Refuse, without building it, another network's checkpoint.
+
+        Raises:
+            CheckpointError: naming what was found.
+        """
+        target, expected = _target(self.value("network_def")), _name(VisualTokenizer)
+        if target != expected:
+            raise CheckpointError(f"{self.path}: found a checkpoint of {target}, expected that of {expected}")
 
     @property
     def readout(self) -> str | None:
@@ -244,10 +265,15 @@ class StoredGenerator(StoredNetwork):
                 factor.
         """
         tokens = self.tokens
+        if tokens["kind"] == "latents" and "scale_factor" not in self._chosen:
+            raise CheckpointError(f"{self.path}: found no scale factor; expected one measured in training, above 0")
         network: LlamaGen | LatentDiffusionUNet = self._build(LlamaGen, LatentDiffusionUNet)
         check_fit(network, tokens, str(self.path))
         if isinstance(network, LatentDiffusionUNet):
-            network.measured_scale_factor()
+            try:
+                network.measured_scale_factor()
+            except VaevqMedError as error:
+                raise CheckpointError(f"{self.path}: {error}") from None
         return network
 
     def tokenizer(self, path: str | Path) -> VisualTokenizer:

@@ -115,11 +115,12 @@ class LatentDiffusionUNet(nn.Module):
         """The factor that was measured.
 
         Raises:
-            VaevqMedError: none was.
+            VaevqMedError: none was, or it is not above 0.
         """
         factor = float(self.scale_factor)
-        if not math.isfinite(factor):
-            raise VaevqMedError("the diffusion model has no scale factor; expected one measured in training")
+        if not (math.isfinite(factor) and factor > 0):
+            found = "no scale factor" if math.isnan(factor) else f"the scale factor {factor:g}"
+            raise VaevqMedError(f"found {found}; expected one measured in training, above 0")
         return factor
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from vaevq_med.apps.comparison.plan import (
     Bundle,
@@ -23,7 +23,9 @@ from vaevq_med.apps.comparison.plan import (
     has_id,
 )
 from vaevq_med.apps.comparison.rows import RowResult, read_json
-from vaevq_med.apps.comparison.stages import BOTH, FOLDER, Generator, Tokenizer
+from vaevq_med.apps.comparison.stages import BOTH, FOLDER, Generator, Tokenizer, tokenizer_hash
+from vaevq_med.apps.comparison.words import Words
+from vaevq_med.data.samples import LIST_NAME
 from vaevq_med.data.tokens import FILE_NAME
 from vaevq_med.errors import VaevqMedError
 
@@ -58,6 +60,8 @@ class GenerationPlan(Plan):
     """
 
     methods: tuple[GenerationMethod, ...]
+    changeable: ClassVar[frozenset[str]] = frozenset({"num_samples", "evaluate"})
+
     num_samples: int = 5000
     evaluate: tuple[str, ...] = ()
 
@@ -69,8 +73,6 @@ class GenerationPlan(Plan):
         """
         if self.checkpoint not in ("best", "last"):
             raise VaevqMedError(f"checkpoint: found {self.checkpoint!r}, expected 'best' or 'last'")
-        if self.num_samples < 1:
-            raise VaevqMedError(f"num-samples: found {self.num_samples}, expected 1 or more")
         for file in dict.fromkeys([*(m.generator.file for m in self.methods), _GENERATE]):
             if not (self.bundle.path / file).is_file():
                 raise VaevqMedError(f"{self.bundle.path}: found no {file}, expected a bundle that trains generators")
@@ -79,8 +81,8 @@ class GenerationPlan(Plan):
                 self.bundle.overlay(name, FOLDER)
                 raise VaevqMedError(f"overlay: found {name!r}, expected one of a generator that is compared")
         for option, words, own in (
-            ("encode", [word for m in self.methods for word in m.encode], ("--kind", "--overwrite")),
-            ("evaluate", self.evaluate, ("--output-dir", "--json")),
+            ("encode", [word for m in self.methods for word in m.encode], ("--kind", "--overwrite", "--help")),
+            ("evaluate", self.evaluate, ("--output-dir", "--json", "--help")),
         ):
             taken = [word for word in words if word.partition("=")[0] in own]
             if taken:
@@ -96,6 +98,40 @@ class GenerationPlan(Plan):
         own_ids = {"output_dir", "checkpoint_path", "tokenizer_path", "generated_dir", "num_samples", "seed"}
         own_ids |= {"overwrite", "inpaint_tokens", "dataset_dir"}
         check_ids("generate-set", [(k, [generate]) for m in self.methods for k in m.sampling], own_ids, (_GENERATE,))
+        for method in self.methods:
+            method.generator.check_sampling(method.sampling, method.name)
+        for row in self.rows():
+            row.check_encoding()
+        self._check_evaluation()
+        _ = self.hashes
+
+    def _check_evaluation(self) -> None:
+        """Refuse what the evaluation of every row would refuse after the training."""
+        from vaevq_med.metrics.statistics import MIN_EXTRAPOLATED
+        from vaevq_med.networks.features import feature_network
+
+        words = self.evaluation
+        count = min(self.num_samples, words.values["max_items"] or self.num_samples)
+        if self.num_samples < 1 or count <= words.values["neighbors"]:
+            raise VaevqMedError(
+                f"num-samples: found {count} to evaluate, expected more than the {words.values['neighbors']} neighbors "
+                "that precision and recall look at"
+            )
+        if words.values["fid_infinity"] and count < MIN_EXTRAPOLATED:
+            raise VaevqMedError(
+                f"num-samples: found {count} to evaluate, expected at least {MIN_EXTRAPOLATED} for --fid-infinity"
+            )
+        if {"feature_network", "feature_weights"} & {*words.given}:
+            feature_network(words.values["feature_network"], words.values["feature_weights"])
+
+    @cached_property
+    def evaluation(self) -> Words:
+        """The words of ``evaluate-samples``, as that reads them.
+
+        Raises:
+            VaevqMedError: it would refuse them.
+        """
+        return Words.of("evaluate", [*self.rows()[0].evaluating(), *self.evaluate], self.evaluate)
 
     def composed(self, method: Method) -> tuple[str, ...]:
         """Overlays of a method's training, ``generator_multi_gpu`` under torchrun among them."""
@@ -134,17 +170,18 @@ class GenerationPlan(Plan):
         """Content hash of each tokenizer.
 
         Raises:
-            CheckpointError: a file is no checkpoint.
+            CheckpointError: a file is no tokenizer's checkpoint.
+            VaevqMedError: a tokenizer's images are several contrasts at once.
         """
-        from vaevq_med.engines import StoredTokenizer
-
         paths = dict.fromkeys(path for method in self.methods for path in method.tokenizer.checkpoints.values())
-        return {path: StoredTokenizer(path).content_hash for path in paths}
+        return {path: tokenizer_hash(path) for path in paths}
 
 
 @dataclass(frozen=True)
 class GenerationRow(Row):
     """One generator over one tokenizer's tokens, under one seed."""
+
+    redone: ClassVar[Mapping[str, str]] = {"generate": "generating", "evaluate": "evaluating"}
 
     plan: GenerationPlan
     method: GenerationMethod
@@ -194,8 +231,7 @@ class GenerationRow(Row):
         """
         plan, generator = self.plan, self.method.generator
         start, app = [sys.executable], [sys.executable, "-m", "vaevq_med.apps.cli"]
-        data, paths = str(plan.data()), {"output_dir": str(self.folder)}
-        encode = [*app, "encode-tokens", str(self.tokenizer), data, str(self.tokens), "--kind", generator.kind]
+        paths = {"output_dir": str(self.folder)}
         files = [generator.file, *(f"{FOLDER}/{name}.json" for name in plan.composed(self.method))]
         training = {"tokens_dir": str(self.tokens), **paths, "tracking_uri": plan.tracking_uri, **self._training()}
         if parent_run_id is not None:
@@ -203,14 +239,40 @@ class GenerationRow(Row):
         run = ["-m", "monai.bundle", "run"]
         config = ["--config_file", str([str(plan.bundle.path / file) for file in files])]
         train = [*(plan.launch_words() or start), *run, "training", *config, *flags(training)]
-        generating = {**paths, "tokenizer_path": str(self.tokenizer), **self._generating()}
+        # The folder is the comparison's own; samples of the same settings are kept.
+        generating = {**paths, "tokenizer_path": str(self.tokenizer), "overwrite": "True", **self._generating()}
         config = ["--config_file", str(plan.bundle.path / _GENERATE)]
-        evaluate = [*app, "evaluate-samples", str(self.generated), data, "--output-dir", str(self.evaluation)]
         return {
-            **({} if self.is_encoded else {"encoding": [*encode, *self.method.encode]}),
+            **({} if self.is_encoded else {"encoding": [*app, *self.encoding(), *self.method.encode]}),
             "training": train,
             "generating": [*start, *run, "generating", *config, *flags(generating)],
-            "evaluating": [*evaluate, *plan.evaluate],
+            "evaluating": [*app, *self.evaluating(), *plan.evaluate],
+        }
+
+    def encoding(self) -> list[str]:
+        """``encode-tokens``, without the further words."""
+        data, store = str(self.plan.data()), str(self.tokens)
+        return ["encode-tokens", str(self.tokenizer), data, store, "--kind", self.method.generator.kind]
+
+    def evaluating(self) -> list[str]:
+        """``evaluate-samples``, without the further words."""
+        return ["evaluate-samples", str(self.generated), str(self.plan.data()), "--output-dir", str(self.evaluation)]
+
+    def check_encoding(self) -> None:
+        """Refuse words that ``encode-tokens`` would refuse.
+
+        Raises:
+            VaevqMedError: naming the first.
+        """
+        if self.method.encode:
+            Words.of("encode", [*self.encoding(), *self.method.encode], self.method.encode)
+
+    def outputs(self) -> dict[str, Path]:
+        """What training, drawing and evaluation leave behind."""
+        return {
+            "training": self.checkpoint,
+            "generating": self.generated / LIST_NAME,
+            "evaluating": self.evaluation / "metrics.json",
         }
 
     def settings(self) -> dict[str, Any]:
@@ -220,6 +282,7 @@ class GenerationRow(Row):
             "encode": shlex.join(self.method.encode),
             "train": decisive(self.plan.training_config(self.method), self._training()),
             "generate": decisive(self.plan.bundle.read(_GENERATE), self._generating()),
+            "evaluate": self.plan.evaluation.decisive(),
         }
 
 

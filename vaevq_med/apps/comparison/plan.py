@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pydoc import ErrorDuringImport, locate
-from typing import Any
+from typing import Any, ClassVar
 
 from vaevq_med.data.manifest import load_manifest
 from vaevq_med.errors import VaevqMedError
@@ -370,7 +370,10 @@ class Plan:
         tracking_uri: MLflow.
         launch: words before ``-m monai.bundle``, e.g. ``torchrun --nproc_per_node=8``; empty runs one process.
         checkpoint: ``best`` or ``last``, which of a run's checkpoints is evaluated.
+        changeable: entries of :meth:`shared` that may change from one call to the next in the same output folder.
     """
+
+    changeable: ClassVar[frozenset[str]] = frozenset()
 
     kind: str
     bundle: Bundle
@@ -483,7 +486,11 @@ class Row:
         plan: what it is part of.
         method: trained method.
         seed: of the initialization, the noise and the order of the data.
+        redone: entries of :meth:`settings` that may change in the same output folder, and the command of each from
+            which on the row is run again then.
     """
+
+    redone: ClassVar[Mapping[str, str]] = {}
 
     plan: Plan
     method: Method
@@ -559,6 +566,14 @@ class Row:
     def evaluation(self) -> Path:
         """Where its evaluation goes, whatever the split."""
         return self.folder / "evaluation"
+
+    def outputs(self) -> dict[str, Path]:
+        """By name of a command, the last in order, a file that it leaves behind: what has ended is not run again.
+
+        Commands that are not named here are run again until the row is finished; a training that has ended ends at
+        once.
+        """
+        return {}
 
     def settings(self) -> dict[str, Any]:
         """Everything that decides the row's figures, as JSON-ready values."""

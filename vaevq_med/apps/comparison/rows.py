@@ -11,8 +11,9 @@ import os
 import shlex
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ STATE = ".comparison"
 """Folder of the lock of a comparison, and of each of its rows."""
 _ROW_RECORD = "row.json"
 _ERROR_TAIL = 65_536
+_BORDERS = ("╭", "╰", "┏", "┗")
+"""What the first and last lines of a frame begin with, which rich draws around errors."""
 
 
 @dataclass
@@ -147,10 +150,11 @@ def check_settings(plan: Plan) -> None:
         VaevqMedError: naming the first setting that differs.
         DataError: the data set is missing or damaged.
     """
-    shared, record = plan.shared(), read_plan_record(plan.output)
+    record = read_plan_record(plan.output)
     advice = "choose another --output-dir"
+    found, expected = (_without(settings, plan.changeable) for settings in (record.get("shared", {}), plan.shared()))
     if record:
-        difference = first_difference(record["shared"], shared)
+        difference = first_difference(found, expected)
         if difference is not None:
             raise VaevqMedError(f"{plan.output}: found a comparison with {difference}; {advice}")
     for row in plan.rows():
@@ -159,8 +163,13 @@ def check_settings(plan: Plan) -> None:
             continue
         settings = row.settings()
         if stored["hash"] != settings_hash(settings):
-            difference = first_difference(stored["settings"], settings)
-            raise VaevqMedError(f"{row.folder}: found a row with {difference}; {advice}")
+            difference = first_difference(_without(stored["settings"], row.redone), _without(settings, row.redone))
+            if difference is not None:
+                raise VaevqMedError(f"{row.folder}: found a row with {difference}; {advice}")
+
+
+def _without(settings: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in names}
 
 
 def is_finished(row: Row) -> bool:
@@ -171,6 +180,17 @@ def is_finished(row: Row) -> bool:
     if row.method.decodes and _evaluated(row) != _evaluated(row.trained):
         return False
     return (row.evaluation / "metrics.json").is_file()
+
+
+def _kept_commands(row: Row, settings: Mapping[str, Any]) -> list[str]:
+    """Commands of an unfinished row that ended with these settings in an earlier call, and left their files."""
+    stored = read_json(row.folder / _ROW_RECORD, "hash", "status", "settings")
+    if stored is None:
+        return []
+    outputs = row.outputs()
+    ended = stored.get("ended", [*outputs] if stored["status"] == "finished" else [])
+    changed = {name for key, name in row.redone.items() if stored["settings"].get(key) != settings[key]}
+    return [*takewhile(lambda name: name in ended and name not in changed and outputs[name].is_file(), outputs)]
 
 
 def _evaluated(row: Row) -> str | None:
@@ -236,13 +256,13 @@ def last_line(log: Path) -> str:
 
 
 def error_line(log: Path, start: int = 0) -> str:
-    """What a failed command said: its last ``vaevq-med:`` line, or its last line.
+    """What a failed command said: its last ``vaevq-med:`` line, or its last line, without the frame around it.
 
     Args:
         log: file of its output.
         start: byte at which this attempt begins.
     """
-    lines = [line for line in _tail(log, start) if not line.startswith("$ ")]
+    lines = [line.strip("│┃ ") for line in _tail(log, start) if not line.startswith(("$ ", *_BORDERS))]
     known = [line.removeprefix("vaevq-med:").strip() for line in lines if line.startswith("vaevq-med:")]
     return (known or lines or ["no output"])[-1]
 
@@ -273,7 +293,10 @@ def _run_row(state: RowState, parent_run_id: str | None, on_update: Callable[[],
         on_update()
         return
     settings = row.settings()
+    kept = _kept_commands(row, settings)
     record: dict[str, Any] = {"hash": settings_hash(settings), "status": "started", "settings": settings}
+    if row.outputs():
+        record["ended"] = kept
     target = row.folder / _ROW_RECORD
     atomic_write_text(target, json.dumps(record, indent=1) + "\n")
     began = time.monotonic()
@@ -290,7 +313,10 @@ def _run_row(state: RowState, parent_run_id: str | None, on_update: Callable[[],
     if row.method.decodes and not is_finished(row.trained):
         fail(f"{row.trained.label} is not finished, which this row decodes")
         return
-    for status, command in row.commands(parent_run_id).items():
+    commands = row.commands(parent_run_id)
+    # What comes before a command that has ended, e.g. the encoding, was for that alone.
+    skipped = [*commands].index(kept[-1]) + 1 if kept else 0
+    for status, command in [*commands.items()][skipped:]:
         state.status, state.log = status, row.folder / f"{status}.log"
         show("")
         start = state.log.stat().st_size if state.log.is_file() else 0
@@ -298,6 +324,9 @@ def _run_row(state: RowState, parent_run_id: str | None, on_update: Callable[[],
         if code != 0:
             fail(f"{status} ended with exit code {code}: {error_line(state.log, start)}")
             return
+        if status in row.outputs():
+            kept.append(status)
+            atomic_write_text(target, json.dumps(record, indent=1) + "\n")
     record |= {"status": "finished"}
     atomic_write_text(target, json.dumps(record, indent=1) + "\n")
     state.status = "finished"

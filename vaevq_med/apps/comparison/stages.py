@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +41,28 @@ class Generator:
             forms = (name, f"{self.prefix}_{name}", f"{BOTH}_{name}")
             found += [form for form in forms if form in known and form.startswith((f"{self.prefix}_", f"{BOTH}_"))][:1]
         return tuple(found)
+
+    def check_sampling(self, ids: Iterable[str], row: str) -> None:
+        """Refuse settings of ``generate.json`` that are those of the other kind of generator.
+
+        Args:
+            ids: that are chosen.
+            row: name of what they are chosen for.
+
+        Raises:
+            VaevqMedError: naming the first.
+        """
+        from vaevq_med.engines.sampling import _AUTOREGRESSIVE, _DIFFUSION
+
+        settings = {"indices": _AUTOREGRESSIVE, "latents": _DIFFUSION}
+        own = settings[self.kind]
+        wrong = [name for name in ids if name not in own and any(name in others for others in settings.values())]
+        if wrong:
+            other = next(name for name, known in GENERATORS.items() if wrong[0] in settings[known.kind])
+            raise VaevqMedError(
+                f"generate-set: found {wrong[0]} for {row}, expected {', '.join(own)}; {other}:{wrong[0]}=VALUE is for "
+                "those that have it"
+            )
 
 
 GENERATORS = {
@@ -116,6 +138,29 @@ def compared_tokenizers(folder: Path, methods: str, seeds: Sequence[int]) -> tup
     for name in (part.strip() for part in methods.split(",") if part.strip()):
         _add(found, Tokenizer(name, {s: folder / name / f"seed_{s}" / file for s in seeds}, shared=False))
     return tuple(found.values())
+
+
+def tokenizer_hash(path: Path) -> str:
+    """Content hash of a tokenizer whose tokens a comparison can use.
+
+    Args:
+        path: its checkpoint.
+
+    Raises:
+        CheckpointError: it is no tokenizer's checkpoint.
+        VaevqMedError: the tokenizer's images are several contrasts at once.
+    """
+    from vaevq_med.engines import StoredTokenizer
+
+    stored = StoredTokenizer(path)
+    stored.check_target()
+    channels = int(stored.value("in_channels"))
+    if stored.value("stack_modalities", False) or channels not in (1, 3):
+        raise VaevqMedError(
+            f"{path}: found a tokenizer of {channels} stacked contrasts, expected one of single contrasts or "
+            "photographs, which evaluate-samples can compare"
+        )
+    return stored.content_hash
 
 
 def _add(found: dict[str, Tokenizer], tokenizer: Tokenizer) -> None:
