@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,14 @@ from test_distributed import gradients
 from test_tokens import encode, write_checkpoint
 
 from vaevq_med.data import TokenDataset, load_token_store
-from vaevq_med.engines import GeneratorEvaluator, ImageSampler, StoredGenerator, check_config, read_checkpoint
+from vaevq_med.engines import (
+    GeneratorEvaluator,
+    ImageSampler,
+    SamplePlan,
+    StoredGenerator,
+    check_config,
+    read_checkpoint,
+)
 from vaevq_med.engines.generators import check_fit, decay_groups, evenly_spaced, tokens_validation_split
 from vaevq_med.engines.samples import picture_grid
 from vaevq_med.engines.sampling import resolve_labels
@@ -540,6 +548,111 @@ def test_generation_goes_on_where_it_stood(
     assert (folder / "000000.png").read_bytes() != before["000000.png"]
 
 
+class Interrupted:
+    """Draw some batches, then Ctrl-C."""
+
+    def __init__(self, batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.left = batches
+        original = ImageSampler.sample
+
+        def sample(sampler: ImageSampler, *arguments: Any) -> torch.Tensor:
+            if self.left == 0:
+                signal.raise_signal(signal.SIGINT)
+            self.left -= 1
+            return original(sampler, *arguments)
+
+        monkeypatch.setattr(ImageSampler, "sample", sample)
+
+    def run(self, overrides: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
+        try:
+            with pytest.raises(SystemExit) as stopped:
+                run_bundle("generate.json", overrides)
+        finally:
+            signal.signal(signal.SIGINT, before)
+        assert stopped.value.code == 130
+        said = capsys.readouterr().err
+        assert "vaevq-med: interrupted; the same command goes on\n" in said
+        assert "Traceback" not in said
+
+
+def test_an_interrupted_run_lists_what_is_drawn(
+    drawing: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder, whole = tmp_path / "generated", tmp_path / "whole"
+    overrides = drawing("autoregressive", write="png")
+    run_bundle("generate.json", {**overrides, "generated_dir": str(whole)})
+    with monkeypatch.context() as patched:
+        Interrupted(1, patched).run(overrides, capsys)
+    with (folder / "samples.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == list(MODALITIES[:3])
+    assert [row["file"] for row in rows] == sorted(path.name for path in folder.glob("0*.png"))
+    with monkeypatch.context() as patched:
+        Interrupted(0, patched).run({**overrides, "batch_size": 1}, capsys)
+        (folder / "000001.png").unlink()
+        Interrupted(1, patched).run({**overrides, "batch_size": 1}, capsys)
+    with (folder / "samples.csv").open() as file:
+        assert [row["number"] for row in csv.DictReader(file)] == ["0", "1", "2"]
+    run_bundle("generate.json", overrides)
+    assert pictures(folder) == pictures(whole)
+
+
+def test_an_overwrite_that_is_refused_loses_nothing(
+    drawing: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    overrides = drawing("autoregressive")
+    run_bundle("generate.json", overrides)
+    before = pictures(tmp_path / "generated")
+    overrides |= {"overwrite": True, "seed": 1}
+    for wrong in (
+        {"temperature": 0},
+        {"tokenizer_path": "nowhere.pt"},
+        {"batch_size": 0},
+        {"precision": "fp8"},
+        {"device": "nowhere"},
+        {"overwrite": "yes"},
+    ):
+        refusal("generate.json", {**overrides, **wrong}, capsys)
+        assert pictures(tmp_path / "generated") == before
+    with monkeypatch.context() as patched:
+        Interrupted(0, patched).run(overrides, capsys)
+    assert pictures(tmp_path / "generated") == before
+    run_bundle("generate.json", overrides)
+    after = pictures(tmp_path / "generated")
+    assert after.keys() == before.keys()
+    assert all(after[name] != before[name] for name in before)
+
+
+def test_inpainting_takes_the_image_itself(
+    checkpoints: dict[str, Path],
+    stores: dict[str, Path],
+    tokenizer_path: Path,
+    slice_dataset: Path,
+    tmp_path: Path,
+) -> None:
+    stored = StoredGenerator(checkpoints["autoregressive"])
+    inpaint: dict[str, Any] = {"inpaint_split": "training", "inpaint_box": [0, 0, 8, 8]}
+    plan = SamplePlan(stored=stored, num_samples=18, inpaint_tokens=stores["autoregressive"], **inpaint)
+    array = np.load(stores["autoregressive"] / "training.npy")
+    assert array.shape[:2] == (16, 2)
+    assert (array[:, 0] != array[:, 1]).any()
+    # After the last image comes the first again, with other random numbers.
+    known = torch.stack([plan[number]["known"] for number in range(18)])
+    np.testing.assert_array_equal(known, array[[*range(16), 0, 1], 0])
+    assert plan.entry(16)["source"] == plan.entry(0)["source"]
+    assert plan.entry(16)["seed"] != plan.entry(0)["seed"]
+    encode(tokenizer_path, slice_dataset, tmp_path / "crops", ten_crop=True)
+    with pytest.raises(VaevqMedError, match="expected that; make a store without --ten-crop"):
+        SamplePlan(stored=stored, num_samples=1, inpaint_tokens=tmp_path / "crops", **inpaint)
+
+
 def test_inpainting_keeps_what_the_box_does_not_touch(
     drawing: Callable[..., dict[str, Any]],
     stores: dict[str, Path],
@@ -571,7 +684,7 @@ def test_inpainting_keeps_what_the_box_does_not_touch(
         rows = list(csv.DictReader(file))
     assert [row["source"] for row in rows] == [items[number]["id"] for number in range(5)]
     assert [int(row["label"]) for row in rows] == [items[number]["label"] for number in range(5)]
-    for box in ([8, 7, 8, 12], [0, 0, 33, 8], [1, 2, 3]):
+    for box in ([8, 7, 8, 12], [0, 0, 33, 8], [1, 2, 3], 10, ["a", 0, 10, 10], [0.9, 0.9, 10.9, 10.9]):
         changed = drawing("autoregressive", **{**inpaint, "inpaint_box": box})
         assert "inpaint_box" in refusal("generate.json", changed, capsys)
     assert "both or neither" in refusal("generate.json", drawing("autoregressive", inpaint_box=[0, 0, 8, 8]), capsys)
@@ -639,9 +752,23 @@ def test_labels_are_found_by_name_and_number() -> None:
         ("autoregressive", {"num_steps": 10}, "num_steps"),
         ("diffusion", {"temperature": 0.9}, "temperature"),
         ("diffusion", {"num_steps": 1000}, "1 to 999"),
+        ("diffusion", {"num_steps": 300}, "expected e.g. 250 or 333"),
+        ("diffusion", {"num_steps": 2.5}, "num_steps: found 2.5, expected a whole number"),
+        ("diffusion", {"quantize": "no"}, 'quantize: found "no", expected True or False'),
+        ("diffusion", {"guidance_scale": "two"}, 'guidance_scale: found "two", expected a number'),
+        ("autoregressive", {"guidance_scale": -1}, "guidance_scale: found -1, expected a number of at least 0"),
+        ("autoregressive", {"temperature": 0}, "temperature: found 0, expected a number above 0"),
+        ("autoregressive", {"top_k": 2.5}, "top_k: found 2.5, expected a whole number"),
         ("autoregressive", {"top_p": 0.0}, "top_p"),
         ("autoregressive", {"num_samples": 0}, "num_samples"),
+        ("autoregressive", {"num_samples": "abc"}, 'num_samples: found "abc", expected a whole number'),
+        ("autoregressive", {"batch_size": 0}, "batch_size: found 0, expected a whole number from 1"),
+        ("autoregressive", {"seed": -1}, "seed: found -1, expected a whole number from 0"),
+        ("autoregressive", {"seed": "abc"}, 'seed: found "abc"'),
+        ("autoregressive", {"device": "foo"}, "--device: found 'foo'"),
+        ("autoregressive", {"device": "cuda:99"}, "--device: found 'cuda:99'"),
         ("autoregressive", {"write": ["jpg"]}, "png"),
+        ("autoregressive", {"write": "npz"}, "write: found \"npz\", expected ['png']"),
         ("autoregressive", {"weights": "best"}, "'ema' or 'network'"),
         ("autoregressive", {"checkpoint_path": "nowhere.pt"}, "no checkpoint"),
     ],

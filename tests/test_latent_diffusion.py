@@ -12,7 +12,7 @@ from test_networks import tokenizer
 from torch import Tensor
 
 from vaevq_med.errors import VaevqMedError
-from vaevq_med.inferers.diffusion import generate_images, ldm_scheduler
+from vaevq_med.inferers.diffusion import generate_images, ldm_scheduler, set_ddim_steps
 from vaevq_med.losses.diffusion import DenoisingLoss
 from vaevq_med.networks.latent_diffusion import LatentDiffusionUNet
 
@@ -165,6 +165,33 @@ def test_a_network_that_knows_the_noise_ends_where_ddim_says(num_steps: int) -> 
     torch.testing.assert_close(seen[0].double(), expected, rtol=1e-3, atol=1e-3)
 
 
+def test_every_number_of_steps_that_is_drawn_starts_near_the_end_of_the_schedule() -> None:
+    scheduler, drawn = ldm_scheduler(), []
+    for steps in range(1, 1000):
+        try:
+            set_ddim_steps(scheduler, steps)
+        except VaevqMedError:
+            continue
+        times = scheduler.timesteps.tolist()
+        # LDM's own times are range(0, T, T // S), plus one: one of them, the latest, may be left out.
+        published = [time + 1 for time in range(0, 1000, 1000 // steps)]
+        assert times[::-1] in (published, published[:-1])
+        drawn.append(steps)
+    assert {*range(1, 32), 50, 100, 200, 250, 333, 500, 999} <= set(drawn)
+
+
+def test_autocast_is_of_the_network_alone() -> None:
+    model, network = tokenizer(), small()
+    types: dict[str, list[torch.dtype]] = {"unet": [], "decoder": []}
+    network.unet.conv_in.register_forward_hook(lambda module, inputs, output: types["unet"].append(output.dtype))
+    model.post_quant_conv.register_forward_hook(lambda module, inputs, output: types["decoder"].append(output.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for dtype in (torch.bfloat16, None):
+            images = generate_images(network, model, num_images=1, grid_size=(8, 8), num_steps=1, dtype=dtype)
+            assert images.dtype == torch.float32
+    assert types == {"unet": [torch.bfloat16, torch.float32], "decoder": [torch.float32, torch.float32]}
+
+
 def test_guidance_contrasts_the_class_with_none_in_one_pass() -> None:
     def by_label(x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         assert y is not None
@@ -224,7 +251,13 @@ def test_the_same_generator_draws_the_same_images() -> None:
     [
         ({"num_steps": 0}, "num_steps is 0; expected 1 to 999"),
         ({"num_steps": 1000}, "num_steps is 1000"),
+        # Of T = 1000: steps of 3, 2 and 1 end at 898, 799, 600 and 501.
+        ({"num_steps": 300}, "starts at time 898 of 1000; expected e.g. 250 or 333"),
+        ({"num_steps": 400}, "starts at time 799 of 1000; expected e.g. 333 or 499"),
+        ({"num_steps": 600}, "starts at time 600 of 1000; expected e.g. 500 or 999"),
+        ({"num_steps": 501}, "starts at time 501 of 1000"),
         ({"guidance_scale": -1.0}, "guidance_scale is -1.0; expected at least 0"),
+        ({"guidance_scale": math.nan}, "guidance_scale is nan; expected at least 0"),
         ({"labels": torch.tensor([0]), "num_images": 2}, "num_images is 2 with 1 labels"),
         ({"labels": torch.tensor([7])}, "labels range from"),
         ({"grid_size": (7, 8)}, "multiples of 2"),

@@ -401,6 +401,7 @@ def test_indices_and_labels_that_do_not_fit(indices: Tensor, labels: Tensor | No
     [
         ({}, "num_samples is None without labels"),
         ({"num_samples": 2, "guidance_scale": 2.0}, "without labels; expected labels, or 1"),
+        ({"labels": torch.zeros(1).long(), "guidance_scale": -1.0}, "guidance_scale is -1.0; expected at least 0"),
         ({"num_samples": 2, "labels": torch.tensor([1])}, "num_samples is 2; expected"),
         ({"labels": torch.tensor([9])}, "labels range from 9 to 9"),
         ({"num_samples": 1, "temperature": 0.0}, "temperature is 0.0; expected above 0"),

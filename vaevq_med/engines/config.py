@@ -6,6 +6,7 @@ train for an hour with the default. :func:`initialize` is called by every bundle
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 import json
@@ -23,6 +24,7 @@ from monai.data import set_track_meta
 from monai.utils import set_determinism
 
 from vaevq_med.data.manifest import load_manifest
+from vaevq_med.data.recipes import expect, is_int
 from vaevq_med.engines import distributed
 from vaevq_med.errors import VaevqMedError, root_cause
 
@@ -141,26 +143,32 @@ def current_config(**values: Any) -> dict[str, Any]:
     return {} if parser is None else {**plain_config(parser), **json.loads(json.dumps(values))}
 
 
-def _stop(error: BaseException) -> None:
-    print(f"vaevq-med: {error}", file=sys.stderr)
-    raise SystemExit(2)
+@contextlib.contextmanager
+def _in_one_line() -> Iterator[None]:
+    """End the program with one line on standard error: after an expected error with 2, after Ctrl-C with 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("vaevq-med: interrupted; the same command goes on", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        cause = root_cause(error)
+        if not isinstance(cause, VaevqMedError):
+            raise
+        print(f"vaevq-med: {cause}", file=sys.stderr)
+        raise SystemExit(2) from error
 
 
 def run(engine: Any) -> None:
     """Run an engine; an expected error ends the program with one line on standard error and exit code 2.
 
-    A training run that a signal stopped ends it with exit code 130, its checkpoint written.
+    A run that Ctrl-C stopped ends it with exit code 130: training with its checkpoint written.
 
     Args:
         engine: trainer or evaluator.
     """
-    try:
+    with _in_one_line():
         engine.run()
-    except Exception as error:
-        cause = root_cause(error)
-        if isinstance(cause, VaevqMedError):
-            _stop(cause)
-        raise
     if getattr(engine.state, "interrupted", False):
         print(
             f"vaevq-med: interrupted at iteration {engine.state.iteration}; the same command goes on", file=sys.stderr
@@ -173,6 +181,7 @@ def initialize(
     seed: int,
     build: str,
     dataset_dir: str | None = None,
+    device: str | torch.device | None = None,
     deterministic: bool = False,
     tf32: bool = True,
     config: Mapping[str, Any] | None = None,
@@ -185,13 +194,16 @@ def initialize(
         seed: seed of the initialization and the noise; further processes draw noise of their own.
         build: id of the engine to build now, e.g. ``train#trainer``, so that its errors are one line too.
         dataset_dir: slice data set that has to exist.
+        device: device that has to exist.
         deterministic: ask PyTorch for deterministic algorithms.
         tf32: allow TF32 in matrix products and convolutions on GPUs that have it.
         config: configuration to check; by default the running bundle's.
     """
     parser = running_parser()
-    try:
+    with _in_one_line():
         check_config(parser.get() if parser is not None and config is None else config or {})
+        expect(is_int(seed, 0, 2**63 - 1), "seed", seed, "a whole number from 0")
+        distributed.named_device(device)
         if dataset_dir is not None:
             load_manifest(Path(dataset_dir))
         distributed.start_process_group()
@@ -207,10 +219,3 @@ def initialize(
             if distributed.rank() > 0:
                 # The networks were made alike; the noise of each process is its own, also after a resume.
                 torch.manual_seed(seed + 1_000_003 * distributed.rank() + engine.state.iteration)
-    except VaevqMedError as error:
-        _stop(error)
-    except Exception as error:
-        cause = root_cause(error)
-        if isinstance(cause, VaevqMedError):
-            _stop(cause)
-        raise

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,11 @@ from ignite.engine import Engine, Events
 from monai.utils.enums import CommonKeys as Keys
 from numpy.typing import NDArray
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from vaevq_med.data.manifest import atomic_write_text
+from vaevq_med.data.recipes import expect, is_int
+from vaevq_med.data.samples import LIST_NAME
 from vaevq_med.engines.sampling import SamplePlan
 from vaevq_med.errors import VaevqMedError
 
@@ -60,15 +65,16 @@ class SampleWriter:
 
     ``000000.png`` and so on hold 8 bits (of two or four channels each is a file of its own, ``000000-channel0.png``),
     ``000000.npz``, if asked for, ``image`` float32 ``[C, H, W]`` in [-1, 1] and ``label``. ``samples.csv`` (file,
-    number, label, name of the label, seed, and the inpainted image) and ``grid.png`` (the first 64) come at the end,
-    ``generation.json``, what the samples depend on, at the start.
+    number, label, name of the label, seed, and the inpainted image) lists those that are there, after each batch.
+    ``generation.json``, what the samples depend on, is written with the first batch, and ``grid.png``, the first 64, at
+    the end. Until the first batch is drawn nothing changes in the folder.
 
     Args:
         output_dir: folder of these files and no others.
         plan: what is drawn.
         settings: how it is drawn.
         provenance: what else the samples depend on: generator, tokenizer, precision.
-        write: some of ``png`` and ``npz``; the former is always among them.
+        write: some of ``png`` and ``npz``, or one of them; the former is always among them.
         overwrite: replace samples of other settings.
 
     Raises:
@@ -82,28 +88,40 @@ class SampleWriter:
         plan: SamplePlan,
         settings: Mapping[str, Any],
         provenance: Mapping[str, Any],
-        write: Sequence[str] = ("png",),
+        write: str | Sequence[str] = ("png",),
         overwrite: bool = False,
     ) -> None:
-        unknown = [kind for kind in write if kind not in KINDS]
-        if unknown or "png" not in write:
-            raise VaevqMedError(f"write: found {list(write)}, expected ['png'] or ['png', 'npz']")
+        kinds = [write] if isinstance(write, str) else write
+        valid = isinstance(kinds, list | tuple) and "png" in kinds and all(kind in KINDS for kind in kinds)
+        expect(valid, "write", write, "['png'] or ['png', 'npz']")
+        expect(isinstance(overwrite, bool), "overwrite", overwrite, "True or False")
         self.output_dir = Path(output_dir)
         self.plan = plan
-        self.write = tuple(write)
+        self.write = tuple(kinds)
         self.record = json.loads(json.dumps({**provenance, **plan.describe(), **settings}))
         channels = int(plan.stored.tokens["in_channels"])
         self.suffixes = [".png"] if channels in (1, 3) else [f"-channel{number}.png" for number in range(channels)]
+        self._rows: dict[int, list[Any]] = {}
+        self._begun = False
+        with self._writing():
+            self._replaces = self._check(overwrite)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
-            self._open(overwrite)
+            yield
         except OSError as error:
             raise VaevqMedError(
-                f"{self.output_dir}: found it not writable ({error.strerror}), expected a folder with room to write"
+                f"{self.output_dir}: found it not writable ({error.strerror or error}), expected a folder with room to "
+                "write"
             ) from None
 
-    def _open(self, overwrite: bool) -> None:
+    def _check(self, overwrite: bool) -> bool:
+        """Whether what the folder holds is of other settings, and may be replaced."""
         folder, path = self.output_dir, self.output_dir / SETTINGS
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
         foreign = sorted(file.name for file in folder.iterdir() if not _OWN.fullmatch(file.name))
         if foreign:
             raise VaevqMedError(f"{folder}: found {foreign[0]}, expected generated samples or nothing")
@@ -114,16 +132,26 @@ class SampleWriter:
             except ValueError:
                 known = {"generation.json": "unreadable"}
         changed = [key for key in sorted({*known, *self.record}) if known.get(key) != self.record.get(key)]
-        if known != self.record:
-            if not overwrite and any(file.suffix in (".png", ".npz") for file in folder.iterdir()):
-                key = changed[0]
-                raise VaevqMedError(
-                    f"{folder}: found samples of {key} {known.get(key)}, expected {key} {self.record.get(key)}; choose "
-                    "another --generated_dir, or replace them with --overwrite True"
-                )
-            for file in folder.iterdir():
-                file.unlink()
-        atomic_write_text(path, json.dumps(self.record, indent=2) + "\n")
+        if changed and not overwrite and any(file.suffix in (".png", ".npz") for file in folder.iterdir()):
+            key = changed[0]
+            raise VaevqMedError(
+                f"{folder}: found samples of {key} {known.get(key)}, expected {key} {self.record.get(key)}; choose "
+                "another --generated_dir, or replace them with --overwrite True"
+            )
+        return bool(changed)
+
+    def _begin(self) -> None:
+        """Remove samples of other settings and take up those of the same."""
+        if self._replaces:
+            # The old settings go last, so that a half-emptied folder is still of them.
+            for file in self.output_dir.iterdir():
+                if file.name != SETTINGS:
+                    file.unlink()
+            atomic_write_text(self.output_dir / SETTINGS, json.dumps(self.record, indent=2) + "\n")
+            self._replaces = False
+        missing = set(self.missing())
+        self._rows = {number: self._row(number) for number in range(len(self.plan)) if number not in missing}
+        self._begun = True
 
     def _paths(self, number: int) -> list[Path]:
         names = [*self.suffixes, *([".npz"] if "npz" in self.write else [])]
@@ -131,7 +159,20 @@ class SampleWriter:
 
     def missing(self) -> list[int]:
         """Numbers of the samples that are still to be drawn."""
-        return [n for n in range(len(self.plan)) if not all(path.is_file() for path in self._paths(n))]
+        numbers = range(len(self.plan))
+        return [n for n in numbers if self._replaces or not all(path.is_file() for path in self._paths(n))]
+
+    def loader(self, batch_size: int) -> DataLoader[dict[str, Any]]:
+        """Batches of the plan's items that are :meth:`missing`.
+
+        Args:
+            batch_size: samples drawn at once.
+
+        Raises:
+            VaevqMedError: it is no whole number from 1.
+        """
+        expect(is_int(batch_size, 1, 2**31 - 1), "batch_size", batch_size, "a whole number from 1")
+        return DataLoader(self.plan, batch_size=batch_size, sampler=self.missing())
 
     def attach(self, engine: Engine) -> None:
         """Register the events."""
@@ -139,8 +180,14 @@ class SampleWriter:
         engine.add_event_handler(Events.COMPLETED, self._completed)
 
     def _iteration_completed(self, engine: Engine) -> None:
+        with self._writing():
+            self._write_batch(engine)
+
+    def _write_batch(self, engine: Engine) -> None:
         output: Any = engine.state.output
         batch: Any = engine.state.batch
+        if not self._begun:
+            self._begin()
         images = output[Keys.PRED].cpu().numpy().astype(np.float32)
         for number, label, image in zip(batch["number"].tolist(), batch[Keys.LABEL].tolist(), images, strict=True):
             levels = ((image + 1) * 127.5).round().astype(np.uint8)
@@ -152,18 +199,29 @@ class SampleWriter:
                 buffer = io.BytesIO()
                 np.savez(buffer, image=image, label=np.int64(label))
                 _atomic(paths[-1], buffer.getvalue())
+            self._rows[number] = self._row(number)
+        self._write_list()
 
-    def _completed(self, engine: Engine) -> None:
-        names = self.plan.stored.label_names
+    def _row(self, number: int) -> list[Any]:
+        entry, names = self.plan.entry(number), self.plan.stored.label_names
+        label = [entry["label"], names[entry["label"]]] if names else ["", ""]
+        return [self._paths(number)[0].name, number, *label, entry["seed"], entry.get("source", "")]
+
+    def _write_list(self) -> None:
         text = io.StringIO()
         rows = csv.writer(text, lineterminator="\n")
         rows.writerow(["file", "number", "label", "name", "seed", "source"])
-        for number in range(len(self.plan)):
-            item = self.plan[number]
-            name = names[item["label"]] if names else ""
-            file = self._paths(number)[0].name
-            rows.writerow([file, number, item["label"] if names else "", name, item["seed"], item.get("source", "")])
-        atomic_write_text(self.output_dir / "samples.csv", text.getvalue())
+        rows.writerows(self._rows[number] for number in sorted(self._rows))
+        atomic_write_text(self.output_dir / LIST_NAME, text.getvalue())
+
+    def _completed(self, engine: Engine) -> None:
+        with self._writing():
+            if not self._begun:
+                self._begin()
+            self._write_list()
+            self._write_grid()
+
+    def _write_grid(self) -> None:
         shown = range(min(_GRID_SAMPLES, len(self.plan)))
         pictures = [np.concatenate([np.asarray(Image.open(p)) for p in self._pngs(n)], axis=1) for n in shown]
         turns = len(self.plan.labels or ())

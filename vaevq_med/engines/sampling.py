@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from ignite.engine import Events
 from monai.engines import SupervisedEvaluator
@@ -17,17 +18,29 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vaevq_med.data.dataset import _mix
+from vaevq_med.data.recipes import expect, is_int, is_number
 from vaevq_med.data.tokens import TokenDataset
+from vaevq_med.data.views import View
 from vaevq_med.engines.base_trainer import PRECISIONS, reraise
 from vaevq_med.engines.generators import Generator
 from vaevq_med.engines.stored import StoredGenerator
 from vaevq_med.errors import VaevqMedError
-from vaevq_med.inferers import generate_images, generate_indices, ldm_scheduler
+from vaevq_med.inferers import check_ddim_steps, generate_images, generate_indices, ldm_scheduler
 from vaevq_med.networks.llamagen import LlamaGen
 from vaevq_med.networks.tokenizer import VisualTokenizer
 
 _AUTOREGRESSIVE = {"guidance_scale": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 _DIFFUSION = {"guidance_scale": 1.5, "num_steps": 250, "quantize": True}
+_WHOLE = 2**63 - 1
+_LEAST, _MOST = sys.float_info.min, sys.float_info.max
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "guidance_scale": (lambda value: is_number(value, 0, _MOST), "a number of at least 0"),
+    "temperature": (lambda value: is_number(value, _LEAST, _MOST), "a number above 0 (top_k 1 takes the likeliest)"),
+    "top_k": (lambda value: is_int(value, 0, _WHOLE), "a whole number, 0 to keep all"),
+    "top_p": (lambda value: is_number(value, _LEAST, 1), "a number above 0 and at most 1"),
+    "num_steps": (lambda value: is_int(value, 1, _WHOLE), "a whole number from 1"),
+    "quantize": (lambda value: isinstance(value, bool), "True or False"),
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +67,7 @@ class SamplingSettings:
         """Every setting that this network has, by name.
 
         Raises:
-            VaevqMedError: a setting of the other kind, or guidance without labels.
+            VaevqMedError: a setting of the other kind, or out of its range, or guidance without labels.
         """
         kind = "autoregressive" if isinstance(network, LlamaGen) else "diffusion"
         chosen = dict(_AUTOREGRESSIVE if isinstance(network, LlamaGen) else _DIFFUSION)
@@ -68,6 +81,8 @@ class SamplingSettings:
                     f"{name}: found {value} for a generator of kind {kind!r}, expected none; its settings are "
                     f"{', '.join(chosen)}"
                 )
+            valid, expected = _RANGES[name]
+            expect(valid(value), name, value, expected)
             chosen[name] = value
         if network.num_classes == 0 and chosen["guidance_scale"] != 1:
             raise VaevqMedError(
@@ -118,14 +133,14 @@ class SamplePlan(Dataset[dict[str, Any]]):
     """Number, label and seed of each image to draw, and with ``inpaint_tokens`` what is known of it.
 
     Sample ``i`` has the label ``labels[i % len(labels)]`` and a seed made of ``seed`` and ``i`` alone. To inpaint, it
-    is image ``i`` of a token store's split, with the positions that the box touches drawn anew and, without
-    ``labels``, the image's own label.
+    is image ``i % N`` of the N of a token store's split, whole and not mirrored, with the positions that the box
+    touches drawn anew and, without ``labels``, the image's own label.
 
     Args:
         stored: the generator.
         num_samples: how many.
         labels: names or numbers, see :func:`resolve_labels`.
-        seed: of the samples.
+        seed: of the samples, from 0.
         inpaint_tokens: token store, of the generator's own tokenizer, whose images are inpainted.
         inpaint_split: its split.
         inpaint_box: rows and columns of the image, ``(top, left, bottom, right)`` in pixels, the last two exclusive.
@@ -137,7 +152,8 @@ class SamplePlan(Dataset[dict[str, Any]]):
     ``[h, w]``, true where known, and ``source``, the image's path in its data set.
 
     Raises:
-        VaevqMedError: a label, a count, or the box is out of range, or the store is not the generator's tokenizer's.
+        VaevqMedError: a label, a count, the seed or the box is out of range, or the store is not the generator's
+            tokenizer's, or has crops only.
     """
 
     def __init__(
@@ -151,18 +167,19 @@ class SamplePlan(Dataset[dict[str, Any]]):
         inpaint_split: str = "test",
         inpaint_box: Sequence[int] | None = None,
     ) -> None:
-        if num_samples < 1:
-            raise VaevqMedError(f"num_samples: found {num_samples}, expected 1 or more")
+        expect(is_int(num_samples, 1, _WHOLE), "num_samples", num_samples, "a whole number from 1")
+        expect(is_int(seed, 0, _WHOLE), "seed", seed, "a whole number from 0")
         if (inpaint_tokens is None) != (inpaint_box is None):
             raise VaevqMedError("inpainting: found one of inpaint_tokens and inpaint_box, expected both or neither")
         self.stored = stored
         self.num_samples = num_samples
         self.seed = seed
-        self.box = None if inpaint_box is None else [int(side) for side in inpaint_box]
+        self.box = inpaint_box
         self.known: TokenDataset | None = None
         self.labels: list[int] | None = resolve_labels(labels, stored.label_names)
         if inpaint_tokens is not None:
             self.known = self._known(Path(inpaint_tokens), inpaint_split)
+            self.view = self._whole(self.known)
             self.mask = self._mask()
             if labels is None:
                 self._check_names(self.known)
@@ -180,14 +197,27 @@ class SamplePlan(Dataset[dict[str, Any]]):
             tokenizer_hash=tokens["tokenizer"]["content_hash"],
         )
 
+    def _whole(self, known: TokenDataset) -> int:
+        """Which of the views is the image itself."""
+        views = known.store.views(known.split)
+        if View().name not in views:
+            raise VaevqMedError(
+                f"{known.store.root}: found split {known.split!r} in {len(views)} views, such as {views[0]!r}, but not "
+                f"{View().name!r}, expected that; make a store without --ten-crop"
+            )
+        return views.index(View().name)
+
     def _mask(self) -> Tensor:
         """Where tokens are kept: outside of the positions that the box touches."""
         size, (height, width) = int(self.stored.tokens["image_size"]), self.stored.tokens["grid"]
-        box = self.box or []
-        if len(box) != 4 or not (0 <= box[0] < box[2] <= size and 0 <= box[1] < box[3] <= size):
-            raise VaevqMedError(
-                f"inpaint_box: found {box}, expected [top, left, bottom, right] in pixels within 0 to {size}"
-            )
+        box: Any = self.box
+        valid = isinstance(box, list | tuple) and len(box) == 4 and all(is_int(side, 0, size) for side in box)
+        expect(
+            valid and box[0] < box[2] and box[1] < box[3],
+            "inpaint_box",
+            box,
+            f"[top, left, bottom, right], whole pixels within 0 to {size}",
+        )
         row, column = size // height, size // width
         mask = torch.ones(height, width, dtype=torch.bool)
         mask[box[0] // row : -(-box[2] // row), box[1] // column : -(-box[3] // column)] = False
@@ -214,14 +244,22 @@ class SamplePlan(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return self.num_samples
 
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        item: dict[str, Any] = {"number": number, "seed": _mix(self.seed, number)}
+    def entry(self, number: int) -> dict[str, Any]:
+        """``number``, ``label``, ``seed`` and, to inpaint, ``source`` of a sample."""
+        entry: dict[str, Any] = {"number": number, "seed": _mix(self.seed, number)}
         if self.known is None:
             assert self.labels is not None
-            return {**item, "label": self.labels[number % len(self.labels)]}
-        image = self.known[number % len(self.known)]
-        label = image["label"] if self.labels is None else self.labels[number % len(self.labels)]
-        return {**item, "label": label, "known": image["indices"], "mask": self.mask, "source": image["id"]}
+            return {**entry, "label": self.labels[number % len(self.labels)]}
+        image = number % len(self.known)
+        label = self.known.labels[image] if self.labels is None else self.labels[number % len(self.labels)]
+        return {**entry, "label": label, "source": str(self.known.items[image]["id"])}
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        entry = self.entry(number)
+        if self.known is None:
+            return entry
+        values = self.known.store.array(self.known.split)[number % len(self.known), self.view]
+        return {**entry, "known": torch.from_numpy(values.astype(np.int64)), "mask": self.mask}
 
 
 class ImageSampler(SupervisedEvaluator):
@@ -237,7 +275,8 @@ class ImageSampler(SupervisedEvaluator):
         tokenizer: in evaluation mode, on the same device.
         stored: what the network was built from.
         settings: how to draw.
-        precision: ``fp32``; or ``bf16``, weights and cache of an autoregressive model, autocast of a diffusion model.
+        precision: ``fp32``; or ``bf16``, weights and cache of an autoregressive model, autocast of a diffusion model;
+            the tokenizer decodes in fp32.
         val_handlers: ignite handlers.
         **kwargs: passed on to ``SupervisedEvaluator``.
 
@@ -266,6 +305,7 @@ class ImageSampler(SupervisedEvaluator):
         self.grid = (int(stored.tokens["grid"][0]), int(stored.tokens["grid"][1]))
         if not isinstance(network, LlamaGen):
             self.scheduler = ldm_scheduler(int(stored.value("num_train_timesteps")))
+            check_ddim_steps(self.settings["num_steps"], self.scheduler.num_train_timesteps)
         super().__init__(
             device=torch.device(device),
             val_data_loader=val_data_loader,
@@ -301,18 +341,17 @@ class ImageSampler(SupervisedEvaluator):
                 **self.settings,
             )
             return self.tokenizer.decode_indices(indices)
-        autocast = contextlib.nullcontext() if self.dtype is None else torch.autocast(device.type, dtype=self.dtype)
-        with autocast:
-            return generate_images(
-                self.network,  # type: ignore[arg-type]
-                self.tokenizer,
-                classes,
-                num_images=None if classes is not None else len(labels),
-                grid_size=self.grid,
-                scheduler=self.scheduler,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                **self.settings,
-            )
+        return generate_images(
+            self.network,  # type: ignore[arg-type]
+            self.tokenizer,
+            classes,
+            num_images=None if classes is not None else len(labels),
+            grid_size=self.grid,
+            scheduler=self.scheduler,
+            dtype=self.dtype,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            **self.settings,
+        )
 
     def _iteration(self, engine: SupervisedEvaluator, batchdata: dict[str, Any]) -> dict[str, Any]:
         labels, seeds = batchdata[Keys.LABEL].to(engine.state.device), batchdata["seed"].tolist()

@@ -1,9 +1,10 @@
 """Sampling from trained second-stage networks."""
 
 from vaevq_med.inferers.autoregressive import draw_indices, filter_logits, generate_indices, guided_logits
-from vaevq_med.inferers.diffusion import generate_images, ldm_scheduler, set_ddim_steps
+from vaevq_med.inferers.diffusion import check_ddim_steps, generate_images, ldm_scheduler, set_ddim_steps
 
 __all__ = [
+    "check_ddim_steps",
     "draw_indices",
     "filter_logits",
     "generate_images",

@@ -26,6 +26,16 @@ def guided_logits(conditional: Tensor, unconditional: Tensor, scale: float) -> T
     return unconditional + scale * (conditional - unconditional)
 
 
+def check_guidance(scale: float) -> None:
+    """Refuse a scale that no guidance has: below 0, which leads away from the label, or not finite.
+
+    Raises:
+        VaevqMedError: it is such a scale.
+    """
+    if not 0 <= scale < math.inf:
+        raise VaevqMedError(f"guidance_scale is {scale}; expected at least 0")
+
+
 def filter_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Logits with those that are not to be drawn at ``-inf``; first top-k, then top-p (arXiv 1904.09751) of the rest.
 
@@ -123,6 +133,7 @@ def generate_indices(
     Raises:
         VaevqMedError: an argument is out of its range or does not fit the others, or guidance has no labels.
     """
+    check_guidance(guidance_scale)
     if labels is None and guidance_scale != 1:
         raise VaevqMedError(f"guidance_scale is {guidance_scale} without labels; expected labels, or 1")
     if not temperature > 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from monai.inferers import LatentDiffusionInferer
@@ -10,6 +10,7 @@ from monai.networks.schedulers import DDIMScheduler
 from torch import Tensor
 
 from vaevq_med.errors import VaevqMedError
+from vaevq_med.inferers.autoregressive import check_guidance
 from vaevq_med.networks.latent_diffusion import LatentDiffusionUNet
 from vaevq_med.networks.tokenizer import VisualTokenizer
 
@@ -34,15 +35,58 @@ def ldm_scheduler(num_train_timesteps: int = 1000) -> DDIMScheduler:
     )
 
 
-def set_ddim_steps(scheduler: DDIMScheduler, num_steps: int, device: torch.device) -> None:
+def check_ddim_steps(num_steps: int, num_train_timesteps: int) -> None:
+    """Refuse an S whose S times, ``T // S`` apart, end two steps or more before T: noise is not the start of those.
+
+    Args:
+        num_steps: S.
+        num_train_timesteps: T.
+
+    Raises:
+        VaevqMedError: S is not below T, or is such a number; the nearest others are named.
+
+    >>> check_ddim_steps(250, 1000), check_ddim_steps(30, 1000)
+    (None, None)
+    """
+    if not 1 <= num_steps < num_train_timesteps:
+        raise VaevqMedError(f"num_steps is {num_steps}; expected 1 to {num_train_timesteps - 1}")
+
+    def fits(steps: int) -> bool:
+        return num_train_timesteps % steps <= num_train_timesteps // steps
+
+    if not fits(num_steps):
+        lower = next(filter(fits, range(num_steps, 0, -1)))
+        higher = next(filter(fits, range(num_steps, num_train_timesteps)))
+        last = (num_steps - 1) * (num_train_timesteps // num_steps) + 1
+        raise VaevqMedError(
+            f"num_steps is {num_steps}, which starts at time {last} of {num_train_timesteps}; expected e.g. {lower} or "
+            f"{higher}, which start near its end"
+        )
+
+
+def set_ddim_steps(scheduler: DDIMScheduler, num_steps: int) -> None:
     """Choose S of the T times as LDM does: 1, 1 + c, 1 + 2c, ... with ``c = T // S``, from the last to the first.
 
     MONAI's own choice spreads them over the whole schedule, while its steps go back by ``T // S`` each: the two agree
-    only here.
+    only here. Where S does not divide T, LDM's goes on by the same steps up to T, and so takes more than S.
+
+    Raises:
+        VaevqMedError: see :func:`check_ddim_steps`.
     """
-    scheduler.set_timesteps(num_steps, device=device)
+    check_ddim_steps(num_steps, scheduler.num_train_timesteps)
+    scheduler.set_timesteps(num_steps)
     interval = scheduler.num_train_timesteps // num_steps
-    scheduler.timesteps = (torch.arange(num_steps, device=device) * interval).flip(0) + scheduler.steps_offset
+    scheduler.timesteps = (torch.arange(num_steps) * interval).flip(0) + scheduler.steps_offset
+
+
+def _in_type(network: LatentDiffusionUNet, device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """The network under autocast to a type, its output in fp32."""
+
+    def predict(*args: Tensor, **kwargs: Tensor | None) -> Tensor:
+        with torch.autocast(device.type, dtype=dtype):
+            return network(*args, **kwargs).float()
+
+    return predict
 
 
 @torch.no_grad()
@@ -57,6 +101,7 @@ def generate_images(
     num_steps: int = 250,
     guidance_scale: float = 1.5,
     quantize: bool = True,
+    dtype: torch.dtype | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Tensor:
     """Draw images: noise, ``num_steps`` of DDIM (eta = 0), the scale factor undone, the codebook, the decoder.
@@ -68,10 +113,11 @@ def generate_images(
         num_images: B, where there are no labels.
         grid_size: h and w of the latent.
         scheduler: the schedule trained with; :func:`ldm_scheduler` when absent.
-        num_steps: S, at least 1 and fewer than the schedule's.
+        num_steps: S, at least 1 and fewer than the schedule's; see :func:`check_ddim_steps`.
         guidance_scale: s in ``u + s (c - u)`` of the predictions u without and c with the class; 1 takes c alone, at
             half the cost. Without labels it is not used.
         quantize: replace each generated vector by its codeword before decoding, as LDM does.
+        dtype: type that the network is autocast to, such as ``torch.bfloat16``; the decoder never is.
         generator: of the noise, on the CPU, or one for each image; the global one when absent.
 
     Returns:
@@ -81,10 +127,8 @@ def generate_images(
         VaevqMedError: an argument out of range, or a network without its scale factor.
     """
     scheduler = scheduler or ldm_scheduler()
-    if not 1 <= num_steps < scheduler.num_train_timesteps:
-        raise VaevqMedError(f"num_steps is {num_steps}; expected 1 to {scheduler.num_train_timesteps - 1}")
-    if guidance_scale < 0:
-        raise VaevqMedError(f"guidance_scale is {guidance_scale}; expected at least 0")
+    set_ddim_steps(scheduler, num_steps)
+    check_guidance(guidance_scale)
     if labels is not None and num_images not in (None, len(labels)):
         raise VaevqMedError(f"num_images is {num_images} with {len(labels)} labels; expected one of the two")
     if network.in_channels != tokenizer.embedding_dim:
@@ -102,16 +146,16 @@ def generate_images(
     else:
         noise = torch.randn(count, *shape, generator=generator).to(device)
     guided = labels is not None and guidance_scale != 1
-    set_ddim_steps(scheduler, num_steps, device)
     inferer = LatentDiffusionInferer(scheduler, scale_factor=network.measured_scale_factor())
-    images = inferer.sample(
-        input_noise=noise,
-        autoencoder_model=tokenizer if quantize else _WithoutCodebook(tokenizer),  # type: ignore[arg-type]
-        diffusion_model=network,  # type: ignore[arg-type]
-        conditioning=None if labels is None else labels.to(device),
-        cfg=guidance_scale if guided else None,
-        cfg_fill_value=network.null_class,
-        verbose=False,
-    )
+    with torch.autocast(device.type, enabled=False):
+        images = inferer.sample(
+            input_noise=noise,
+            autoencoder_model=tokenizer if quantize else _WithoutCodebook(tokenizer),  # type: ignore[arg-type]
+            diffusion_model=network if dtype is None else _in_type(network, device, dtype),  # type: ignore[arg-type]
+            conditioning=None if labels is None else labels.to(device),
+            cfg=guidance_scale if guided else None,
+            cfg_fill_value=network.null_class,
+            verbose=False,
+        )
     assert isinstance(images, Tensor)
     return images
