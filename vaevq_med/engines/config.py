@@ -167,6 +167,8 @@ def run(engine: Any) -> None:
     Args:
         engine: trainer or evaluator.
     """
+    # ignite logs every exception that it passes on, which would stand above the one line, or twice with a traceback.
+    engine.logger.addFilter(lambda record: "terminating due to exception" not in record.getMessage())
     with _in_one_line():
         engine.run()
     if getattr(engine.state, "interrupted", False):
