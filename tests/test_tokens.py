@@ -435,6 +435,9 @@ def test_damaged_stores_are_refused(tmp_path: Path) -> None:
     (tmp_path / "test.npy").write_bytes(whole[:-1])
     with pytest.raises(VaevqMedError, match=r"truncated array \(.*\), expected uint8 of 2x1x2x2x1"):
         opened()
+    (tmp_path / "test.npy").write_bytes(whole + b"\0")
+    with pytest.raises(VaevqMedError, match=f"found {len(whole) + 1} bytes, expected {len(whole)} for uint8 of"):
+        opened()
     np.save(tmp_path / "test.npy", np.zeros((2, 1, 2, 2, 1), np.uint16))
     with pytest.raises(VaevqMedError, match="found uint16 of 2x1x2x2x1, expected uint8 of"):
         opened()
@@ -457,6 +460,34 @@ def test_damaged_stores_are_refused(tmp_path: Path) -> None:
             opened()
 
 
+@pytest.mark.parametrize(
+    ("items", "said"),
+    [
+        (
+            {"test": [{"id": "0.png", "label": 0}, {"id": "1.png", "label": 1}]},
+            "items of split 'test' that were changed",
+        ),
+        ({"test": [{"id": "0.png", "label": 1}, {"id": "1.png"}]}, "items of split 'test' that were changed"),
+        ({"test": [{"id": "0.png", "label": 1}, {"label": 1}]}, "items of split 'test' that were changed"),
+        ({"test": [{"id": "0.png", "label": "1"}, {"id": "1.png", "label": 1}]}, "that were changed"),
+        ({"test": [{"id": "0.png", "label": 1}, None]}, "that were changed"),
+        ({"test": [{"id": "0.png", "label": 1}]}, "found 1 items of split 'test', expected 2"),
+        ({"test": None}, "found 0 items of split 'test', expected 2"),
+        (None, "found 0 items of split 'test', expected 2"),
+    ],
+)
+def test_changed_items_are_refused(items: Any, said: str, tmp_path: Path) -> None:
+    write_store(tmp_path, np.zeros((2, 1, 2, 2, 1)), 20, label=1)
+    content = json.loads((tmp_path / "tokens.json").read_text())
+    kept = content["items"]
+    (tmp_path / "tokens.json").write_text(json.dumps({**content, "items": items}))
+    with pytest.raises(VaevqMedError, match=said) as refused:
+        load_token_store(tmp_path)
+    assert "\n" not in str(refused.value)
+    (tmp_path / "tokens.json").write_text(json.dumps({**content, "items": kept}))
+    assert load_token_store(tmp_path).items("test") == kept["test"]
+
+
 def refuse(said: str, checkpoint: Path, dataset: Path, output: Path, **options: Any) -> None:
     with pytest.raises(VaevqMedError, match=said) as refused:
         encode(checkpoint, dataset, output, **options)
@@ -468,6 +499,7 @@ def test_options_out_of_range_are_refused(checkpoint: Path, slice_dataset: Path,
     for options, said in (
         ({"kind": "codes"}, "--kind: found 'codes', expected one of indices, latents"),
         ({"batch_size": 0}, "--batch-size: found 0"),
+        ({"workers": -1}, "workers: found -1, expected 0 to 512"),
         ({"splits": ["train"]}, "--split: found 'train', expected one of training"),
         ({"dtype": "float16"}, "--dtype: found 'float16' for indices"),
         ({"kind": "latents", "dtype": "int8"}, "--dtype: found 'int8', expected one of float16, float32"),

@@ -28,7 +28,6 @@ from vaevq_med.errors import DataError, VaevqMedError
 from vaevq_med.networks import VisualTokenizer
 
 LATENT_TYPES = ("float16", "float32")
-_TOKENIZER = "vaevq_med.networks.VisualTokenizer"
 _SAVE_EVERY = 10.0
 """Seconds of work that a killed run loses at most, but for the batch at hand."""
 
@@ -146,7 +145,7 @@ class EncodeTokens:
         return EncodeReport(store=store, written=total - reused, reused=reused)
 
     def _check(self) -> None:
-        check_workers(self.workers if self.workers else None)
+        check_workers(self.workers, least=0)
         if self.kind not in KINDS:
             raise VaevqMedError(f"--kind: found {self.kind!r}, expected one of {', '.join(KINDS)}")
         if self.batch_size < 1:
@@ -160,10 +159,7 @@ class EncodeTokens:
             raise VaevqMedError(f"--split: found {unknown[0]!r}, expected one of {', '.join(SPLITS)}")
 
     def _network(self, stored: StoredTokenizer) -> VisualTokenizer:
-        definition = stored.value("network_def")
-        target = definition.get("_target_") if isinstance(definition, Mapping) else definition
-        if target != _TOKENIZER:
-            raise VaevqMedError(f"{self.checkpoint}: found a checkpoint of {target}, expected that of {_TOKENIZER}")
+        stored.check_target()
         network = stored.network()
         quantizer = network.quantizer
         if self.kind == "indices" and not quantizer.is_discrete:

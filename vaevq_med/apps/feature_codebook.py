@@ -228,7 +228,7 @@ class FeatureCodebook:
         )
 
     def _check(self) -> None:
-        check_workers(self.workers if self.workers else None)
+        check_workers(self.workers, least=0)
         if self.output.suffix != ".npz":
             raise VaevqMedError(f"output {self.output}: found the suffix {self.output.suffix!r}, expected .npz")
         counts = {"num-embeddings": self.num_embeddings, "grid": self.grid, "batch-size": self.batch_size}

@@ -38,14 +38,18 @@ class Problem:
     fatal: bool = False
 
 
-def check_workers(workers: int | None) -> None:
+def check_workers(workers: int | None, *, least: int = 1) -> None:
     """Refuse a number of processes out of range.
 
+    Args:
+        workers: found; None is what suits the machine.
+        least: 0 where this process can do the work by itself.
+
     Raises:
-        DataError: ``workers`` is neither None nor 1 to 512.
+        DataError: ``workers`` is neither None nor ``least`` to 512.
     """
-    if workers is not None and not 1 <= workers <= _MAX_WORKERS:
-        raise DataError(f"workers: found {workers}, expected 1 to {_MAX_WORKERS}")
+    if workers is not None and not least <= workers <= _MAX_WORKERS:
+        raise DataError(f"workers: found {workers}, expected {least} to {_MAX_WORKERS}")
 
 
 def attempt(work: Callable[..., T], kind: str, *arguments: Any) -> T | Problem:

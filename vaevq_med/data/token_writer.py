@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaevq_med.data.manifest import SPLITS, atomic_write_text
-from vaevq_med.data.tokens import FILE_NAME, TokenStore, header_hash, load_token_store, stored_type
+from vaevq_med.data.tokens import FILE_NAME, TokenStore, header_hash, items_hash, load_token_store, stored_type
 from vaevq_med.errors import DataError
 
 STATE = ".encode-tokens"
@@ -115,7 +115,7 @@ class TokenWriter:
         self.items = items
         self.header: dict[str, Any] = json.loads(json.dumps(header))
         for split, described in self.header["splits"].items():
-            described["items_sha256"] = hashlib.sha256(json.dumps(items[split]).encode()).hexdigest()
+            described["items_sha256"] = items_hash(items[split])
         self.dtype = stored_type(self.header["dtype"])
         self.state = root / STATE
         self._files: dict[str, BinaryIO] = {}

@@ -53,6 +53,11 @@ def header_hash(header: Mapping[str, Any]) -> str:
     return "sha256:" + hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
+def items_hash(items: Sequence[Mapping[str, Any]]) -> str:
+    """SHA-256 of what a store says of a split's images, as hexadecimal digits."""
+    return hashlib.sha256(json.dumps(items).encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class TokenStore:
     """A finished store.
@@ -118,7 +123,7 @@ class TokenStore:
         """A split's array, mapped into memory.
 
         Raises:
-            DataError: the split is not there, or its file is missing, truncated or another than described.
+            DataError: the split is not there, or its file is missing, truncated, too long or another than described.
         """
         self._check_split(split)
         path = self.root / f"{split}.npy"
@@ -136,6 +141,9 @@ class TokenStore:
             raise DataError(
                 f"{path}: found {array.dtype.name} of {'x'.join(map(str, array.shape))}, expected {expected}"
             )
+        size, whole = path.stat().st_size, array.offset + array.nbytes
+        if size != whole:
+            raise DataError(f"{path}: found {size:,} bytes, expected {whole:,} for {expected}")
         return array
 
     def _check_split(self, split: str) -> None:
@@ -150,7 +158,7 @@ def load_token_store(tokens_dir: str | Path) -> TokenStore:
         tokens_dir: folder of ``tokens.json``.
 
     Raises:
-        DataError: there is none, it is unfinished, or it is no such description.
+        DataError: there is none, it is unfinished, it is no such description, or the items are not those written.
     """
     root = Path(tokens_dir)
     path = root / FILE_NAME
@@ -169,9 +177,15 @@ def load_token_store(tokens_dir: str | Path) -> TokenStore:
             f"{path}: found a description that was changed or is not whole, expected that of: {COMMAND} {root}"
         )
     for split, described in content["splits"].items():
-        count = len(content["items"].get(split, ()))
-        if split not in SPLITS or count != described["shape"][0]:
-            raise DataError(f"{path}: found {count} items of split {split!r}, expected {described['shape'][0]}")
+        found = content["items"].get(split) if isinstance(content["items"], dict) else None
+        items = found if isinstance(found, list) else []
+        if split not in SPLITS or len(items) != described["shape"][0]:
+            raise DataError(f"{path}: found {len(items)} items of split {split!r}, expected {described['shape'][0]}")
+        if items_hash(items) != described.get("items_sha256"):
+            raise DataError(
+                f"{path}: found items of split {split!r} that were changed, expected those written; make it anew with: "
+                f"{COMMAND} {root} --overwrite"
+            )
     return TokenStore(root, content)
 
 
