@@ -25,7 +25,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from vaevq_med.apps import cli
-from vaevq_med.apps.evaluate_samples import EvaluateSamples
+from vaevq_med.apps.evaluate_samples import EvaluateSamples, table
 from vaevq_med.apps.sample_neighbors import SampleNeighbors
 from vaevq_med.errors import VaevqMedError
 from vaevq_med.metrics import (
@@ -37,6 +37,7 @@ from vaevq_med.metrics import (
     extrapolate_frechet_distance,
     frechet_distance,
     inception_score,
+    memorization,
     neighbors,
     precision_recall,
     statistics,
@@ -44,8 +45,8 @@ from vaevq_med.metrics import (
 from vaevq_med.metrics.inception_score import score_splits
 from vaevq_med.metrics.memorization import (
     Neighbors,
+    PixelSearch,
     cosine_neighbors,
-    pixel_neighbors,
     summarize_distances,
     threshold_of,
 )
@@ -216,10 +217,15 @@ def test_nearest_neighbors_equal_brute_force() -> None:
     distances = cdist(queries.double().numpy(), references.double().numpy())
     assert search.indices.tolist() == distances.argmin(axis=1).tolist()
     np.testing.assert_allclose(search.squared.sqrt().numpy(), distances.min(axis=1), rtol=1e-9)
-    found = cosine_neighbors(queries, references)
-    cosine = cdist(queries.double().numpy(), references.double().numpy(), "cosine")
-    assert found.index.tolist() == cosine.argmin(axis=1).tolist()
-    np.testing.assert_allclose(found.distance.numpy(), cosine.min(axis=1), atol=1e-12)
+    mirrored = draw(12, 5, seed=2)
+    found = cosine_neighbors(queries, mirrored, references)
+    plain, other = (cdist(x.double().numpy(), references.double().numpy(), "cosine") for x in (queries, mirrored))
+    nearer = other.min(axis=1) < plain.min(axis=1)
+    assert 0 < nearer.sum() < 12
+    assert found.mirrored.tolist() == nearer.tolist()
+    assert found.index.tolist() == np.where(nearer, other.argmin(axis=1), plain.argmin(axis=1)).tolist()
+    np.testing.assert_allclose(found.distance.numpy(), np.minimum(plain, other).min(axis=1), atol=1e-12)
+    assert not cosine_neighbors(queries, queries, references).mirrored.any()
 
 
 def test_pixel_distances_are_exact() -> None:
@@ -227,25 +233,50 @@ def test_pixel_distances_are_exact() -> None:
     images = torch.randint(1, 255, (3, 128 * 128), dtype=torch.uint8, generator=generator)
     queries = images[[2, 0]].clone()
     queries[1, 77] += 1
-    search = NearestNeighbors(queries)
+    search = PixelSearch(queries, width=128)
     search.update(images)
-    found = pixel_neighbors(search)
+    found = search.neighbors()
     assert found.index.tolist() == [2, 0]
     assert found.distance.tolist() == [0, math.sqrt(1 / 128**2) / 255]
+    assert found.mirrored.tolist() == [False, False]
+
+
+@pytest.mark.parametrize("block", [1, 5 * 2 * 24, 2**24])
+def test_pixels_are_searched_either_way_round(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memorization, "BLOCK_ELEMENTS", block)
+    rng = np.random.default_rng(0)
+    training = rng.integers(0, 256, (11, 3, 2, 4), dtype=np.uint8)
+    training[4, :, :, 2:] = training[4, :, :, 1::-1]  # its own mirror image
+    queries = rng.integers(0, 256, (9, 3, 2, 4), dtype=np.uint8)
+    queries[:3] = training[7, :, :, ::-1], training[6], training[4]
+    search = PixelSearch(torch.from_numpy(queries).flatten(1), width=4)
+    for first in range(0, 11, 3):
+        search.update(torch.from_numpy(training[first : first + 3]).flatten(1))
+    found = search.neighbors()
+    flat = queries.reshape(9, -1) / 255
+    plain, other = (cdist(flat, x.reshape(11, -1) / 255) / math.sqrt(24) for x in (training, training[..., ::-1]))
+    assert found.mirrored.tolist() == (other.min(axis=1) < plain.min(axis=1)).tolist()
+    assert found.mirrored[:3].tolist() == [True, False, False]
+    assert found.index.tolist() == np.minimum(plain, other).argmin(axis=1).tolist()
+    assert found.index[:3].tolist() == [7, 6, 4]
+    np.testing.assert_allclose(found.distance.numpy(), np.minimum(plain, other).min(axis=1), rtol=1e-9)
 
 
 def test_shares_by_hand() -> None:
-    held_out = Neighbors(torch.tensor([0.2, 0.3, 0.4, 0.6, 1.0]).double(), torch.zeros(5, dtype=torch.int64))
-    sample = Neighbors(torch.tensor([0.0, 0.1, 0.25, 0.9]).double(), torch.zeros(4, dtype=torch.int64))
+    def at(*distances: float, mirrored: tuple[int, ...] = ()) -> Neighbors:
+        turned = torch.tensor([i in mirrored for i in range(len(distances))])
+        return Neighbors(torch.tensor(distances).double(), torch.zeros(len(distances), dtype=torch.int64), turned)
+
+    held_out, sample = at(0.2, 0.3, 0.4, 0.6, 1.0), at(0.0, 0.1, 0.25, 0.9, mirrored=(1, 2, 3))
     assert threshold_of(held_out.distance, 0.1) == pytest.approx(np.quantile(held_out.distance.numpy(), 0.1))
     found = summarize_distances(sample, held_out, quantile=0.1)
     assert (found["threshold"], found["count"], found["share"]) == (pytest.approx(0.24), 2, 0.5)
+    assert (found["mirrored"], found["count_mirrored"]) == (3, 1)
     assert (found["share_held_out"], found["n_held_out"], found["median_held_out"]) == (0.2, 5, pytest.approx(0.4))
     given = summarize_distances(sample, held_out, threshold=0.5)
     assert (given["count"], given["share_held_out"], given["threshold_from"]) == (3, 0.6, "given")
     assert "share" not in summarize_distances(sample, None)
-    black = Neighbors(torch.zeros(5).double(), held_out.index)
-    assert summarize_distances(sample, black)["count"] == 1
+    assert summarize_distances(sample, at(0, 0, 0, 0, 0))["count"] == 1
     with pytest.raises(VaevqMedError, match="found no held-out images"):
         threshold_of(held_out.distance[:0])
 
@@ -346,7 +377,7 @@ def command(folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.Monk
     def make(network: Flat | None = None, *, draw_pairs: bool = False, **options: Any) -> tuple[EvaluateSamples, Flat]:
         used = network or Flat()
         if not draw_pairs:
-            monkeypatch.setattr(SampleNeighbors, "write_picture", lambda self, path, *images: path.touch())
+            monkeypatch.setattr(SampleNeighbors, "write_picture", lambda self, path, generated: path.touch())
         monkeypatch.setattr("vaevq_med.apps.evaluate_samples.feature_network", lambda name, weights: used)
         data, samples = folders
         settings = {"samples": samples, "dataset": data, "output": tmp_path / "out", "workers": 0, "device": "cpu"}
@@ -362,7 +393,7 @@ def rows_of(output: Path) -> dict[str, dict[str, str]]:
 def test_planted_copies_are_found_and_new_images_are_not(command: Use) -> None:
     evaluate, network = command(draw_pairs=True, batch_size=5)
     report = evaluate.run()
-    assert network.images == 10 + sum(COUNTS.values())
+    assert network.images == 2 * 10 + COUNTS["training"] + 2 * (COUNTS["validation"] + COUNTS["test"])
     rows = rows_of(report.output)
     assert list(rows)[:2] == ["copy.png", "noisy.png"]
     for name, i in (("copy.png", 3), ("noisy.png", 10)):
@@ -370,6 +401,7 @@ def test_planted_copies_are_found_and_new_images_are_not(command: Use) -> None:
             assert rows[name][f"{space}_nearest"] == f"images/training/{i}.png"
             assert rows[name][f"{space}_patient"] == f"training-{i // 2}"
             assert rows[name][f"{space}_near"] == "1"
+            assert rows[name][f"{space}_mirrored"] == "0"
     assert float(rows["copy.png"]["pixel_rmse"]) == 0
     assert float(rows["noisy.png"]["pixel_rmse"]) == pytest.approx(3 / 255, rel=0.1)
     assert {row["feature_near"] + row["pixel_near"] for name, row in rows.items() if "new" in name} == {"00"}
@@ -382,6 +414,49 @@ def test_planted_copies_are_found_and_new_images_are_not(command: Use) -> None:
         assert (found[space]["count"], found[space]["share"], found[space]["n_held_out"]) == (2, 0.2, 12)
     with Image.open(report.output / "memorization.png") as grid:
         assert np.asarray(grid).std() > 10
+
+
+def test_mirrored_copies_are_found_and_shown_so(
+    command: Use, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, samples = folders
+    original = Image.open(data / "images/training/7.png")
+    turned = original.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    turned.save(samples / "turned.png")
+    shown: dict[str, Any] = {}
+
+    def keep(columns: dict[str, Tensor], *, titles: list[tuple[str, ...]], path: Path) -> None:
+        path.touch()
+        shown.update(columns=columns, titles=titles)
+
+    monkeypatch.setattr("vaevq_med.apps.sample_neighbors.neighbor_grid", keep)
+    report = command(draw_pairs=True)[0].run()
+    row = rows_of(report.output)["turned.png"]
+    for space in ("feature", "pixel"):
+        assert row[f"{space}_nearest"] == "images/training/7.png"
+        assert (row[f"{space}_mirrored"], row[f"{space}_near"]) == ("1", "1")
+        found = report.record["memorization"][space]
+        assert (found["count"], found["count_mirrored"]) == (3, 1)
+    assert (float(row["pixel_rmse"]), float(row["feature_distance"])) == (0, pytest.approx(0, abs=1e-6))
+    pixel = report.record["memorization"]["pixel"]
+    assert (pixel["identical"], pixel["identical_mirrored"]) == (2, 1)
+    place = [lines[0] for lines in shown["titles"]].index("turned.png")
+    assert all("7.png (mirrored)\n" in line for line in shown["titles"][place][1:])
+    assert "mirrored" not in shown["titles"][[lines[0] for lines in shown["titles"]].index("copy.png")][1]
+    for images in shown["columns"].values():
+        np.testing.assert_allclose(images[place, 0].numpy(), np.asarray(turned) / 255, atol=1e-6)
+
+
+def test_copies_of_another_contrast_are_found(command: Use) -> None:
+    evaluate, network = command(modalities=["t1n"])
+    report = evaluate.run()
+    # Of t1n and without labels: all samples, half of each other split, but all training images beside the reference.
+    assert network.images == 2 * 10 + 7 + 14 + 2 * 6
+    found = report.record["memorization"]
+    assert (found["n_training"], found["pixel"]["n_held_out"], found["pixel"]["identical"]) == (14, 6, 1)
+    assert report.record["provenance"]["n_reference"] == 7
+    row = rows_of(report.output)["copy.png"]  # of image 3, a t2f
+    assert (row["pixel_nearest"], row["feature_nearest"]) == ("images/training/3.png",) * 2
 
 
 def test_distances_and_figures_are_those_of_the_images(command: Use, folders: tuple[Path, Path]) -> None:
@@ -400,12 +475,18 @@ def test_distances_and_figures_are_those_of_the_images(command: Use, folders: tu
         return (2 * images - 1).reshape(-1, 8, 4, 8, 4).mean(axis=(2, 4)).reshape(-1, 64)
 
     rows = rows_of(report.output)
-    pixels = cdist(generated.reshape(len(names), -1), real["training"].reshape(14, -1)) / SIZE
-    cosine = cdist(features(generated), features(real["training"]), "cosine")
+
+    def nearest_features(images: np.ndarray) -> np.ndarray:
+        ways = [cdist(features(x), features(real["training"]), "cosine") for x in (images, images[..., ::-1])]
+        return np.minimum(*ways).min(axis=1)
+
+    both = np.concatenate([real["training"], real["training"][..., ::-1]])
+    pixels = cdist(generated.reshape(len(names), -1), both.reshape(28, -1)) / SIZE
+    cosine = nearest_features(generated)
     for i, name in enumerate(names):
         assert float(rows[name]["pixel_rmse"]) == pytest.approx(pixels[i].min(), rel=1e-7)
-        assert float(rows[name]["feature_distance"]) == pytest.approx(cosine[i].min(), abs=1e-6)
-    reference = cdist(features(held_out), features(real["training"]), "cosine").min(axis=1)
+        assert float(rows[name]["feature_distance"]) == pytest.approx(cosine[i], abs=1e-6)
+    reference = nearest_features(held_out)
     threshold = report.record["memorization"]["feature"]["threshold"]
     assert threshold == pytest.approx(np.quantile(reference, 0.01), abs=1e-6)
     overall = report.record["summary"]["overall"]
@@ -429,7 +510,7 @@ def test_the_cache_is_used_and_the_command_repeats_itself(command: Use, folders:
     assert sorted(before) == ["memorization.csv", "memorization.png", "metrics.json"]
     network.images = 0
     second = evaluate.run()
-    assert network.images == 10
+    assert network.images == 2 * 10
     assert sorted(second.cached) == sorted(COUNTS)
     assert {path.name: path.read_bytes() for path in second.output.iterdir()} == before
     # Other data, in the place of the former.
@@ -438,7 +519,7 @@ def test_the_cache_is_used_and_the_command_repeats_itself(command: Use, folders:
     path.write_text(path.read_text().replace("sha256:one", "sha256:other"))
     network.images = 0
     third = evaluate.run()
-    assert (network.images, list(third.cached)) == (10 + sum(COUNTS.values()), [])
+    assert (network.images, list(third.cached)) == (2 * 10 + COUNTS["training"] + 2 * 12, [])
     assert third.record["summary"]["overall"]["gfid"] != second.record["summary"]["overall"]["gfid"]
     # A damaged file is made anew.
     files = folders[0].with_name("data.features").glob("training-*")
@@ -451,8 +532,15 @@ def test_the_cache_is_used_and_the_command_repeats_itself(command: Use, folders:
 
 def test_features_of_other_settings_are_not_taken(command: Use) -> None:
     command()[0].run()
-    for options in ({"image_size": 40}, {"max_items": 5}, {"modalities": ["t1n"]}, {"network": Classifying()}):
+    for options in ({"image_size": 40}, {"max_items": 5}, {"network": Classifying()}):
         assert list(command(**options)[0].run().cached) == []
+    # The copies are looked for among all contrasts, whose features are there; not so the reference's and the held-out.
+    assert list(command(modalities=["t1n"])[0].run().cached) == ["training"]
+    # Features of images as they are do not stand for those of their mirror images.
+    for path in (command()[0].dataset.with_name("data.features")).glob("test-*"):
+        path.unlink()
+    command(memorization=False, split="test")[0].run()
+    assert sorted(command()[0].run().cached) == ["training", "validation"]
 
 
 def test_without_memorization_only_the_reference_is_read(command: Use) -> None:
@@ -534,6 +622,7 @@ def test_the_extrapolation_has_a_name_of_its_own(command: Use, folders: tuple[Pa
         ({"feature_threshold": 0.1, "memorization": False}, "--feature-threshold: found it with --no-memorization"),
         ({"modalities": ["flair"]}, "found no modality flair"),
         ({"device": "cuda:99"}, "--device: found 'cuda:99'"),
+        ({"workers": -1}, "workers: found -1, expected 0 to 512"),
     ],
 )
 def test_bad_options_are_one_line(command: Use, options: dict[str, Any], message: str) -> None:
@@ -557,6 +646,16 @@ def test_bad_samples_are_one_line(command: Use, folders: tuple[Path, Path], tmp_
         with pytest.raises(VaevqMedError, match=message):
             evaluate.run()
     listed.unlink()
+    (samples / "copy.png").rename(samples / "000000-channel0.png")
+    for text in ("file,label\n000000-channel0.png,\n", None):
+        if text:
+            listed.write_text(text)
+        with pytest.raises(
+            VaevqMedError, match=r"found 000000-channel0\.png, one channel of stacked contrasts, expected"
+        ):
+            evaluate.run()
+        listed.unlink(missing_ok=True)
+    (samples / "000000-channel0.png").rename(samples / "copy.png")
     with pytest.raises(VaevqMedError, match="in the folder of the samples"):
         replace(evaluate, output=samples / "out").run()
     with pytest.raises(VaevqMedError, match="found no folder"):
@@ -567,6 +666,38 @@ def test_bad_samples_are_one_line(command: Use, folders: tuple[Path, Path], tmp_
     (samples / "odd.png").write_bytes(b"no image")
     with pytest.raises(VaevqMedError, match=r"odd.png: found an unreadable image"):
         replace(evaluate, image_size=SIZE).run()
+
+
+def test_color_against_gray_data_is_refused(command: Use, folders: tuple[Path, Path]) -> None:
+    gray = np.asarray(Image.open(folders[1] / "new-0.png"))
+    alike = np.stack([gray, np.clip(gray.astype(int) + 9, 0, 255).astype(np.uint8), gray], axis=-1)
+    for pixels in (np.stack([gray] * 3, axis=-1), alike, np.zeros_like(alike) + np.array([0, 0, 9], np.uint8)):
+        write(folders[1] / "new-0.png", pixels)
+        assert command(memorization=False)[0].run().record["provenance"]["n"] == 10
+    write(folders[1] / "new-0.png", np.stack([gray, gray[::-1], gray.T], axis=-1))
+    with pytest.raises(VaevqMedError, match=r"new-0.png: found a color image \(saturation 0\.\d\d\), expected a gray"):
+        command()[0].run()
+    path = folders[0] / "dataset.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "channels_per_image": 3}))
+    assert command()[0].run().record["provenance"]["channels"] == 3
+
+
+def test_unfinished_samples_are_told_or_refused(command: Use, folders: tuple[Path, Path]) -> None:
+    settings = folders[1] / "generation.json"
+    settings.write_text(json.dumps({"seed": 0, "num_samples": 64}))
+    with pytest.raises(VaevqMedError, match=r"found generation\.json without samples\.csv, expected both"):
+        command()[0].run()
+    names = [f"new-{i}.png" for i in range(8)]
+    (folders[1] / "samples.csv").write_text("\n".join(["file,label", *(f"{name},{0}" for name in names)]) + "\n")
+    for planned, notes in ((64, ["note: 8 of 64 samples are drawn; generate draws the others"]), (8, [])):
+        settings.write_text(json.dumps({"seed": 0, "num_samples": planned}))
+        record = command(max_items=5)[0].run().record
+        told = record["provenance"]
+        assert (told["n"], told["n_drawn"], told["n_planned"]) == (5, 8, planned)
+        assert [line for line in table(record) if " drawn" in line] == notes
+    settings.write_text("{")
+    with pytest.raises(VaevqMedError, match=r"generation\.json: found an unreadable file"):
+        command()[0].run()
 
 
 def test_on_the_command_line(
@@ -590,7 +721,7 @@ def test_on_the_command_line(
     assert code == 0
     assert "10 samples" in out
     assert "2 samples (20.0%) below" in out
-    assert "identical to a training image: 1" in out
+    assert "identical to a training image: 1, 0 of them in mirror image" in out
     assert "biased upward" in out
     code, out, _ = call("--json", "--no-memorization")
     assert code == 0

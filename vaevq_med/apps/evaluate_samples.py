@@ -10,25 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vaevq_med.apps.device import named_device
-from vaevq_med.apps.image_features import ImageReader, RealImages
+from vaevq_med.apps.image_features import ImageReader, RealImages, SplitPass
 from vaevq_med.apps.pool import check_workers
-from vaevq_med.apps.sample_neighbors import SampleNeighbors
+from vaevq_med.apps.sample_neighbors import NeighborSearch, SampleNeighbors
 from vaevq_med.data.manifest import SPLITS, Manifest, atomic_write_text, load_manifest
-from vaevq_med.data.samples import Sample, SampleDataset, find_samples, image_side
+from vaevq_med.data.samples import Sample, SampleDataset, find_samples, image_side, planned_samples
 from vaevq_med.data.token_items import label_of
 from vaevq_med.errors import DataError, VaevqMedError
 from vaevq_med.metrics.generation import measure_generation
-from vaevq_med.metrics.memorization import cosine_neighbors, pixel_neighbors
-from vaevq_med.metrics.neighbors import NearestNeighbors
 from vaevq_med.metrics.reference import ReferenceCache, ReferenceFeatures
 from vaevq_med.metrics.statistics import MIN_EXTRAPOLATED, FeatureStatistics
 from vaevq_med.networks.features import FeatureNetwork, feature_network
 
 METRICS, TABLE, PICTURE = "metrics.json", "memorization.csv", "memorization.png"
-_TRAINING, _HELD_OUT = "training", ("validation", "test")
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ class SamplesReport:
         output: folder of what was written.
         record: as ``metrics.json`` holds it: ``summary``, ``memorization`` (absent where not asked for), ``provenance``
             and ``conventions``.
-        cached: splits whose features were in the cache.
+        cached: splits whose features, all that were needed, were in the cache.
     """
 
     output: Path
@@ -51,15 +47,17 @@ class SamplesReport:
 class EvaluateSamples:
     """Evaluate a folder of generated images against a data set.
 
-    Each image goes through the feature network once. In memory are the features of all images and, for the memorization
-    check, a byte a pixel of the samples and the held-out images.
+    Each image goes through the feature network once, the samples and the held-out images for the memorization check in
+    mirror image too. In memory are these features and, for that check, a byte a pixel of the samples and the held-out
+    images.
 
     Attributes:
         samples: folder of PNG files, see :func:`find_samples`.
         dataset: folder of ``dataset.json``.
         output: folder to write into.
         split: whose images are the reference.
-        modalities: contrasts of the reference and, where the samples have labels, of the samples; None takes all.
+        modalities: contrasts of the reference, the held-out images and, where they have labels, the samples; None takes
+            all. A sample's nearest training image is looked for among all contrasts.
         network: name of the feature network.
         weights: file of its weights, where it is not in a usual place.
         image_size: pixels that all images are brought to; None takes the samples' own size.
@@ -67,7 +65,7 @@ class EvaluateSamples:
         k: neighbor of precision and recall.
         fid_infinity: extrapolate gFID to infinitely many samples.
         score: compute the Inception score; None does where the data set has classes and the network a classifier.
-        memorization: look for each sample's nearest training image.
+        memorization: look for each sample's nearest training image, as it is or in mirror image.
         feature_threshold: cosine distance below which a sample counts as near; None takes the held-out images'.
         pixel_threshold: RMSE likewise.
         cache: folder of the real images' features; None takes ``DATASET.features`` beside the data set.
@@ -79,7 +77,7 @@ class EvaluateSamples:
     samples: Path
     dataset: Path
     output: Path
-    split: str = _TRAINING
+    split: str = "training"
     modalities: Sequence[str] | None = None
     network: str = "efficientnet-lite0"
     weights: Path | None = None
@@ -117,7 +115,9 @@ class EvaluateSamples:
         network = feature_network(self.network, self.weights).to(device)
         manifest = load_manifest(self.dataset)
         score = self._scored(network, manifest)
-        samples = self._labeled(manifest)
+        found = find_samples(self.samples)
+        planned = planned_samples(self.samples)
+        samples = self._labeled(found, manifest)
         reader = ImageReader(network, device, self.batch_size, self.workers, on_images)
         folder = self.dataset.resolve()
         real = RealImages(
@@ -128,32 +128,24 @@ class EvaluateSamples:
             modalities=self.modalities,
             max_items=self.max_items,
         )
-        generated = SampleDataset(self.samples, samples, real.transform, max_items=self.max_items)
+        generated = SampleDataset(
+            self.samples, samples, real.transform, max_items=self.max_items, gray=real.channels == 1
+        )
         self._check_numbers(len(generated), len(real.images(self.split)))
-        held_out = [split for split in _HELD_OUT if self.memorization and real.has(split)]
-        visited = [*held_out, _TRAINING] if self.memorization else []
-        splits = [*(split for split in [self.split] if split not in visited), *visited]
-        known = {split: real.cached(split) for split in splits}
-        read = [split for split in splits if known[split] is None or split in visited]
-        on_start(len(generated) + sum(len(real.images(split)) for split in read))
-
-        levels: list[Tensor] = []
-        features = reader.read(generated, visit=levels.append if self.memorization else None)
-        assert features is not None
-        references: dict[str, ReferenceFeatures] = {}
-        search: NearestNeighbors | None = None
-        for split in splits:
-            if split == _TRAINING and self.memorization:
-                search = NearestNeighbors(torch.cat(levels).to(reader.compute_device))
-                levels.clear()
-                references[split] = real.read(split, known[split], _on(reader.compute_device, search.update))
-            else:
-                references[split] = real.read(split, known[split], levels.append if split in held_out else None)
+        check = NeighborSearch(real) if self.memorization else None
+        visited = check.passes if check else []
+        own = [one for one in visited if one.images is real and one.split == self.split]
+        reference = own[0] if own else SplitPass(real, self.split)
+        passes = visited if own else [reference, *visited]
+        on_start(len(generated) + sum(len(one) for one in passes))
+        features = check.read(generated) if check else reader.read(generated)[0]
+        if not own:
+            reference.read()
 
         logits = network.logits(features.to(device)) if score else None
         figures, conventions = measure_generation(
             features.to(reader.compute_device),
-            _moved(references[self.split], reader.compute_device),
+            _moved(reference.features[0], reader.compute_device),
             network,
             k=self.k,
             fid_infinity=self.fid_infinity,
@@ -161,24 +153,19 @@ class EvaluateSamples:
         )
         record: dict[str, Any] = {"summary": {"overall": figures}}
         neighbors: SampleNeighbors | None = None
-        if search is not None:
-            queries = torch.cat([features, *(references[split].features for split in held_out)])
-            training = references[_TRAINING].features
-            neighbors = SampleNeighbors.of(
-                cosine_neighbors(queries.to(reader.compute_device), training.to(reader.compute_device)),
-                pixel_neighbors(search),
-                len(generated),
-                (self.feature_threshold, self.pixel_threshold),
-            )
-            record["memorization"] = neighbors.record(len(training))
+        if check:
+            neighbors = check.neighbors((self.feature_threshold, self.pixel_threshold))
+            record["memorization"] = neighbors.record()
             conventions = {**conventions, **neighbors.conventions(network.name)}
-        record["provenance"] = self._provenance(real, generated, references[self.split].statistics.count)
+        record["provenance"] = self._provenance(real, generated, reference.features[0].statistics.count)
+        if planned is not None:
+            record["provenance"] |= {"n_drawn": len(found), "n_planned": planned}
         record["conventions"] = {"images": "[0, 1], rounded to 256 levels", **conventions}
-        self._write(record, neighbors, generated, real)
-        return SamplesReport(self.output, record, [split for split in splits if known[split] is not None])
+        self._write(record, neighbors, generated)
+        return SamplesReport(self.output, record, [one.split for one in passes if one.cached])
 
     def _check(self) -> None:
-        check_workers(self.workers if self.workers else None)
+        check_workers(self.workers, least=0)
         if self.split not in SPLITS:
             raise VaevqMedError(f"--split: found {self.split!r}, expected one of {', '.join(SPLITS)}")
         counts = {"batch-size": self.batch_size, "neighbors": self.k, "max-items": self.max_items}
@@ -215,12 +202,12 @@ class EvaluateSamples:
             network.logits(torch.empty(0))
         return self.score
 
-    def _labeled(self, manifest: Manifest) -> list[Sample]:
-        """The samples, their labels by name; those of the chosen contrasts, where they have labels."""
+    def _labeled(self, found: Sequence[Sample], manifest: Manifest) -> list[Sample]:
+        """The samples found, their labels by name; those of the chosen contrasts, where they have labels."""
         label = label_of(manifest, stacked=False)
         names: list[str] = label["names"]
         samples = []
-        for sample in find_samples(self.samples):
+        for sample in found:
             name = sample.label
             if name and names and name not in names:
                 if not (name.isdecimal() and int(name) < len(names)):
@@ -259,24 +246,17 @@ class EvaluateSamples:
             "samples_sha256": digest.hexdigest(),
         }
 
-    def _write(
-        self, record: Mapping[str, Any], neighbors: SampleNeighbors | None, generated: SampleDataset, real: RealImages
-    ) -> None:
+    def _write(self, record: Mapping[str, Any], neighbors: SampleNeighbors | None, generated: SampleDataset) -> None:
         """Replace what an earlier run left; the figures last, so that they stand for a finished run."""
         try:
             for name in (METRICS, TABLE, PICTURE):
                 (self.output / name).unlink(missing_ok=True)
             if neighbors is not None:
-                training = real.images(_TRAINING)
-                neighbors.write_table(self.output / TABLE, generated.samples, training)
-                neighbors.write_picture(self.output / PICTURE, generated, training)
+                neighbors.write_table(self.output / TABLE, generated.samples)
+                neighbors.write_picture(self.output / PICTURE, generated)
             atomic_write_text(self.output / METRICS, json.dumps(record, indent=2, allow_nan=False) + "\n")
         except OSError as error:
             raise VaevqMedError(f"--output-dir {self.output}: found it not writable ({error.strerror})") from None
-
-
-def _on(device: torch.device, use: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
-    return lambda batch: use(batch.to(device))
 
 
 def _moved(reference: ReferenceFeatures, device: torch.device) -> ReferenceFeatures:
@@ -294,6 +274,8 @@ def table(record: Mapping[str, Any]) -> list[str]:
     told, words = record["provenance"], record["conventions"]
     against = f"{told['n_reference']:,} images of {told['split']}, {told['feature_network']}"
     lines = [f"against {against}"]
+    if told.get("n_drawn", 0) < told.get("n_planned", 0):
+        lines.append(f"note: {told['n_drawn']:,} of {told['n_planned']:,} samples are drawn; generate draws the others")
     for name, entry in record["summary"]["overall"].items():
         lines.append(f"{name:<16} {entry['value']:.4f}")
     lines.append(f"note: gfid is {words['gfid'].split('; ', 1)[1]}")
@@ -306,7 +288,10 @@ def table(record: Mapping[str, Any]) -> list[str]:
             line += f" (held-out images {figures['median_held_out']:.4f})"
         if "share" in figures:
             line += f"; {figures['count']:,} samples ({figures['share']:.1%}) below {figures['threshold']:.4g}"
+            line += f", {figures['count_mirrored']:,} of them in mirror image"
         lines.append(line)
     if "memorization" in record:
-        lines.append(f"identical to a training image: {record['memorization']['pixel']['identical']:,}")
+        pixel = record["memorization"]["pixel"]
+        line = f"identical to a training image: {pixel['identical']:,}"
+        lines.append(f"{line}, {pixel['identical_mirrored']:,} of them in mirror image")
     return lines

@@ -46,33 +46,38 @@ class ImageReader:
         return self.device if self.device.type == "cuda" else torch.device("cpu")
 
     def read(
-        self, images: Dataset[Any], *, extract: bool = True, visit: Callable[[Tensor], None] | None = None
-    ) -> Tensor | None:
+        self,
+        images: Dataset[Any],
+        *,
+        mirrored: Sequence[bool] = (False,),
+        visit: Callable[[Tensor], None] | None = None,
+    ) -> list[Tensor]:
         """Go through all images, in their order.
 
         Args:
             images: items with ``image``, ``[C, S, S]`` in [-1, 1].
-            extract: whether to run the network.
+            mirrored: what the network runs on: the images as they are (False), in mirror image (True), both or neither.
             visit: called with each batch as levels 0 to 255, uint8 ``[B, C*S*S]``.
 
         Returns:
-            float32 ``[N, F]`` on the CPU, or None if nothing is extracted. The network sees the rounded levels.
+            Of each of ``mirrored``, float32 ``[N, F]`` on the CPU. The network sees the rounded levels.
         """
         loader: Any = DataLoader(
             images,
             batch_size=self.batch_size,
             num_workers=(os.cpu_count() or 1) if self.workers is None else self.workers,
         )
-        parts = []
+        features: list[list[Tensor]] = [[] for _ in mirrored]
         for batch in loader:
             unit = to_unit(batch["image"])
-            if extract:
+            for parts, turned in zip(features, mirrored, strict=True):
+                shown = 2 * (unit.flip(-1) if turned else unit) - 1
                 with torch.inference_mode():
-                    parts.append(self.network.pooled((2 * unit - 1).to(self.device)).float().cpu())
+                    parts.append(self.network.pooled(shown.to(self.device)).float().cpu())
             if visit is not None:
                 visit((unit * 255).round().to(torch.uint8).flatten(1))
             self.on_images(len(unit))
-        return torch.cat(parts) if extract else None
+        return [torch.cat(parts) for parts in features]
 
 
 @dataclass(frozen=True)
@@ -142,10 +147,10 @@ class RealImages:
             )
         return self._splits[split]
 
-    def key(self, split: str) -> dict[str, Any]:
-        """All that the features of a split depend on."""
+    def key(self, split: str, *, mirrored: bool = False) -> dict[str, Any]:
+        """All that the features of a split, or of its mirror images, depend on."""
         content = self.manifest.content_hash or f"file:{hashlib.sha256(self.manifest.path.read_bytes()).hexdigest()}"
-        return {
+        key = {
             "content_hash": content,
             "split_hash": self.manifest.split_hash,
             "split": split,
@@ -157,31 +162,58 @@ class RealImages:
             "network": self.reader.network.name,
             "weights_sha256": self.reader.network.weights_sha256,
         }
+        return {**key, "mirrored": True} if mirrored else key
 
-    def cached(self, split: str) -> ReferenceFeatures | None:
+    def cached(self, split: str, *, mirrored: bool = False) -> ReferenceFeatures | None:
         """What the cache has of a split; None for another number of images than the split has now."""
-        found = self.cache.load(self.key(split))
+        found = self.cache.load(self.key(split, mirrored=mirrored))
         return found if found is not None and found.statistics.count == len(self.images(split)) else None
 
-    def read(
-        self, split: str, known: ReferenceFeatures | None, visit: Callable[[Tensor], None] | None = None
-    ) -> ReferenceFeatures:
-        """Features of a split, extracted and put into the cache where they are not known.
+
+class SplitPass:
+    """One pass over a split, for its features, its pixels, or both.
+
+    Args:
+        images: the data set.
+        split: whose images.
+        mirrored: whose features, as for :meth:`ImageReader.read`.
+        visited: whether the pixels are wanted.
+
+    Attributes:
+        cached: whether the cache had all of the features.
+    """
+
+    def __init__(
+        self, images: RealImages, split: str, *, mirrored: Sequence[bool] = (False,), visited: bool = False
+    ) -> None:
+        self.images = images
+        self.split = split
+        self.visited = visited
+        self._found = {way: images.cached(split, mirrored=way) for way in mirrored}
+        self.cached = None not in self._found.values()
+
+    def __len__(self) -> int:
+        """Number of images to read; 0 where the cache has all that is wanted."""
+        return len(self.images.images(self.split)) if self.visited or not self.cached else 0
+
+    @property
+    def features(self) -> list[ReferenceFeatures]:
+        """Of each of ``mirrored``, once :meth:`read` is done."""
+        return [found for found in self._found.values() if found is not None]
+
+    def read(self, visit: Callable[[Tensor], None] | None = None) -> None:
+        """Read what the cache does not have, and put it there.
 
         Args:
-            split: which.
-            known: what :meth:`cached` gave.
             visit: called with the levels of each batch, see :meth:`ImageReader.read`.
 
         Raises:
             DataError: an image cannot be read, or the cache not be written.
         """
-        if known is not None and visit is None:
-            return known
-        features = self.reader.read(self.images(split), extract=known is None, visit=visit)
-        if known is not None:
-            return known
-        assert features is not None
-        reference = ReferenceFeatures.of(features)
-        self.cache.store(self.key(split), reference)
-        return reference
+        if not len(self):
+            return
+        missing = [way for way, found in self._found.items() if found is None]
+        read = self.images.reader.read(self.images.images(self.split), mirrored=missing, visit=visit)
+        for way, features in zip(missing, read, strict=True):
+            self._found[way] = found = ReferenceFeatures.of(features)
+            self.images.cache.store(self.images.key(self.split, mirrored=way), found)

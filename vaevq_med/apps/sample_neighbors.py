@@ -6,21 +6,32 @@ import csv
 import io
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vaevq_med.apps.image_features import RealImages, SplitPass
 from vaevq_med.data import SliceDataset
 from vaevq_med.data.manifest import atomic_write_text
 from vaevq_med.data.samples import Sample, SampleDataset
-from vaevq_med.metrics.memorization import QUANTILE, Neighbors, flagged, summarize_distances
+from vaevq_med.metrics.memorization import (
+    QUANTILE,
+    Neighbors,
+    PixelSearch,
+    cosine_neighbors,
+    flagged,
+    summarize_distances,
+)
 from vaevq_med.metrics.pictures import neighbor_grid
 
 _PAIRS = 8
 _FEW = 100
+_TRAINING, _HELD_OUT = "training", ("validation", "test")
+_BOTH = (False, True)
+"""Images as they are, and in mirror image."""
 
 
 @dataclass(frozen=True)
@@ -31,17 +42,24 @@ class SampleNeighbors:
         feature: of the samples, cosine distance.
         pixel: of the samples, RMSE on [0, 1].
         feature_summary: figures, see :func:`summarize_distances`.
-        pixel_summary: likewise, with ``identical``.
+        pixel_summary: likewise, with ``identical`` and of those ``identical_mirrored``.
+        training: the training images.
     """
 
     feature: Neighbors
     pixel: Neighbors
     feature_summary: Mapping[str, Any]
     pixel_summary: Mapping[str, Any]
+    training: SliceDataset
 
     @classmethod
     def of(
-        cls, feature: Neighbors, pixel: Neighbors, count: int, thresholds: Sequence[float | None]
+        cls,
+        feature: Neighbors,
+        pixel: Neighbors,
+        count: int,
+        thresholds: Sequence[float | None],
+        training: SliceDataset,
     ) -> SampleNeighbors:
         """From the neighbors of samples and held-out images together.
 
@@ -50,24 +68,29 @@ class SampleNeighbors:
             pixel: likewise.
             count: number of samples.
             thresholds: of the feature and of the pixel distance, None for the held-out images'.
+            training: the training images.
         """
         summaries, parts = [], []
         for neighbors, threshold in zip((feature, pixel), thresholds, strict=True):
-            first = Neighbors(neighbors.distance[:count].cpu(), neighbors.index[:count].cpu())
-            rest = Neighbors(neighbors.distance[count:].cpu(), neighbors.index[count:].cpu())
+            first, rest = neighbors[:count].cpu(), neighbors[count:].cpu()
             parts.append(first)
             summaries.append(summarize_distances(first, rest if len(rest.distance) else None, threshold=threshold))
-        identical = int((parts[1].distance == 0).sum())
-        return cls(parts[0], parts[1], summaries[0], {**summaries[1], "identical": identical})
+        same = parts[1].distance == 0
+        identical = {"identical": int(same.sum()), "identical_mirrored": int((same & parts[1].mirrored).sum())}
+        return cls(parts[0], parts[1], summaries[0], {**summaries[1], **identical}, training)
 
-    def record(self, training: int) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
         """The figures, for ``metrics.json``."""
-        return {"n_training": training, "feature": dict(self.feature_summary), "pixel": dict(self.pixel_summary)}
+        figures = {"feature": dict(self.feature_summary), "pixel": dict(self.pixel_summary)}
+        return {"n_training": len(self.training), **figures}
 
     def conventions(self, network: str) -> dict[str, str]:
         """How the figures are defined, in words."""
         summary = self.feature_summary
-        words = f"nearest training image by cosine distance of {network} features, and by RMSE of pixels on [0, 1]"
+        words = (
+            "nearest training image of any contrast, as it is or in mirror image but not cropped, by cosine distance "
+            f"of {network} features, and by RMSE of pixels on [0, 1]"
+        )
         if "n_held_out" not in summary:
             words += "; no held-out images, so no threshold but a given one"
         else:
@@ -79,35 +102,47 @@ class SampleNeighbors:
                 words += f"; of {summary['n_held_out']} held-out images, the quantile is about the least distance"
         return {"memorization": words}
 
-    def write_table(self, path: Path, samples: Sequence[Sample], training: SliceDataset) -> None:
-        """A line a sample, closest in feature space first, as CSV; paths are relative to the data set."""
-        columns = []
+    def write_table(self, path: Path, samples: Sequence[Sample]) -> None:
+        """A line a sample, closest in feature space first, as CSV; paths are relative to the data set.
+
+        ``feature_mirrored`` and ``pixel_mirrored`` are 1 where a sample is nearest to that file in mirror image.
+        """
+        training, columns = self.training, []
         for name, neighbors, summary, distance in (
             ("feature", self.feature, self.feature_summary, "distance"),
             ("pixel", self.pixel, self.pixel_summary, "rmse"),
         ):
             near = flagged(neighbors, summary["threshold"]).tolist() if "threshold" in summary else None
-            columns.append((name, neighbors.distance.tolist(), neighbors.index.tolist(), near, distance))
+            columns.append((name, neighbors, near, distance))
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
-        heads = [[f"{n}_nearest", f"{n}_patient", f"{n}_{distance}", f"{n}_near"] for n, *_, distance in columns]
+        heads = [
+            [f"{name}_nearest", f"{name}_mirrored", f"{name}_patient", f"{name}_{distance}", f"{name}_near"]
+            for name, *_, distance in columns
+        ]
         writer.writerow(["file", "label", *heads[0], *heads[1]])
         for i in self.feature.distance.argsort(stable=True).tolist():
             row = [samples[i].name, samples[i].label]
-            for _, distances, indices, near, _ in columns:
-                entry = training.data[indices[i]]
-                row += [_relative(entry, training), entry.get("patient", ""), f"{distances[i]:.8g}"]
+            for _, neighbors, near, _ in columns:
+                entry = training.data[int(neighbors.index[i])]
+                row += [_relative(entry, training), int(neighbors.mirrored[i])]
+                row += [entry.get("patient", ""), f"{float(neighbors.distance[i]):.8g}"]
                 row.append("" if near is None else int(near[i]))
             writer.writerow(row)
         atomic_write_text(path, file.getvalue())
 
-    def write_picture(self, path: Path, generated: SampleDataset, training: SliceDataset) -> None:
-        """The samples closest in feature space, each beside its nearest training images, as PNG."""
+    def write_picture(self, path: Path, generated: SampleDataset) -> None:
+        """The samples closest in feature space, each beside its nearest training images, as PNG.
+
+        A training image that is nearest in mirror image is shown, and marked, so.
+        """
         rows = self.feature.distance.argsort(stable=True)[:_PAIRS].tolist()
-        titles = []
+        training, titles = self.training, []
         for i in rows:
-            near = [training.data[int(n.index[i])] for n in (self.feature, self.pixel)]
-            names = [Path(_relative(entry, training)).name for entry in near]
+            names = []
+            for neighbors in (self.feature, self.pixel):
+                name = Path(_relative(training.data[int(neighbors.index[i])], training)).name
+                names.append(f"{name} (mirrored)" if neighbors.mirrored[i] else name)
             titles.append(
                 (
                     generated.samples[i].name,
@@ -117,10 +152,70 @@ class SampleNeighbors:
             )
         columns = {
             "sample": _images(generated, rows),
-            "nearest by features": _images(training, [int(self.feature.index[i]) for i in rows]),
-            "nearest by pixel": _images(training, [int(self.pixel.index[i]) for i in rows]),
+            "nearest by features": _nearest(training, self.feature, rows),
+            "nearest by pixel": _nearest(training, self.pixel, rows),
         }
         neighbor_grid(columns, titles=titles, path=path)
+
+
+class NeighborSearch:
+    """Reads samples, held-out and training images, and looks for each one's nearest training image, either way round.
+
+    The training images are those of all contrasts; the held-out images those of the chosen ones, as the samples are.
+
+    Args:
+        real: the data set.
+
+    Attributes:
+        passes: what is read of the data set.
+    """
+
+    def __init__(self, real: RealImages) -> None:
+        searched = real if real.modalities is None else replace(real, modalities=None)
+        self._reader, self._image_size = real.reader, real.image_size
+        self._held_out = [
+            SplitPass(real, split, mirrored=_BOTH, visited=True) for split in _HELD_OUT if real.has(split)
+        ]
+        self._training = SplitPass(searched, _TRAINING, visited=True)
+        self.passes = [*self._held_out, self._training]
+
+    def read(self, generated: SampleDataset) -> Tensor:
+        """Read all, the training images last.
+
+        Args:
+            generated: the samples.
+
+        Returns:
+            Features of the samples as they are, float32 ``[N, F]`` on the CPU.
+        """
+        device, levels = self._reader.compute_device, list[Tensor]()
+        self._samples = self._reader.read(generated, mirrored=_BOTH, visit=levels.append)
+        for one in self._held_out:
+            one.read(levels.append)
+        self._pixels = PixelSearch(torch.cat(levels).to(device), self._image_size)
+        levels.clear()
+        self._training.read(lambda batch: self._pixels.update(batch.to(device)))
+        return self._samples[0]
+
+    def neighbors(self, thresholds: Sequence[float | None]) -> SampleNeighbors:
+        """What was found, once all is read.
+
+        Args:
+            thresholds: as for :meth:`SampleNeighbors.of`.
+        """
+        device = self._reader.compute_device
+        queries, mirrored = (
+            torch.cat([samples, *(one.features[way].features for one in self._held_out)]).to(device)
+            for way, samples in enumerate(self._samples)
+        )
+        training = self._training.features[0].features.to(device)
+        return SampleNeighbors.of(
+            cosine_neighbors(queries, mirrored, training),
+            self._pixels.neighbors(),
+            len(self._samples[0]),
+            thresholds,
+            self._training.images.images(_TRAINING),
+        )
 
 
 def _relative(entry: Mapping[str, Any], images: SliceDataset) -> str:
@@ -130,3 +225,9 @@ def _relative(entry: Mapping[str, Any], images: SliceDataset) -> str:
 def _images(images: SampleDataset | SliceDataset, rows: Sequence[int]) -> Tensor:
     """Images in [0, 1]."""
     return torch.stack([(torch.as_tensor(images[row]["image"]) + 1) / 2 for row in rows]).clamp(0, 1)
+
+
+def _nearest(training: SliceDataset, neighbors: Neighbors, rows: Sequence[int]) -> Tensor:
+    """The nearest training images of some samples, mirrored where they are nearer so."""
+    images = _images(training, neighbors.index[rows].tolist())
+    return torch.where(neighbors.mirrored[rows].view(-1, 1, 1, 1), images.flip(-1), images)

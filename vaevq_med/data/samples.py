@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +14,17 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from vaevq_med.data.images import read_image
 from vaevq_med.errors import DataError, ItemError, VaevqMedError, root_cause
 
 LIST_NAME = "samples.csv"
+SETTINGS_NAME = "generation.json"
+_CHANNEL = re.compile(r"-channel\d+\.png$")
+_COLORED, _DARK = 0.25, 0.1
+"""Saturation above which an image is in color, and brightness up to which a pixel does not count.
+
+A tokenizer of three equal channels decodes them almost equal; three stacked contrasts of BraTS are at 0.3 to 0.7.
+"""
 
 
 @dataclass(frozen=True)
@@ -38,19 +48,48 @@ def find_samples(folder: str | Path) -> list[Sample]:
             files that this names, in its order, and otherwise all, sorted.
 
     Raises:
-        DataError: there is no such folder, it has no PNG files, or the list is not what was expected.
+        DataError: there is no such folder, it has no PNG files, the list is not what was expected or missing beside a
+            ``generation.json``, or the files hold the channels of stacked contrasts.
     """
     root = Path(folder)
     if not root.is_dir():
         raise DataError(f"{root}: found no folder, expected one of generated PNG files")
     if (root / LIST_NAME).is_file():
         samples = _listed(root)
+    elif (root / SETTINGS_NAME).is_file():
+        raise DataError(
+            f"{root}: found {SETTINGS_NAME} without {LIST_NAME}, expected both; the same generate command goes on"
+        )
     else:
         names = (path.relative_to(root) for path in root.rglob("*.png") if path.is_file())
         samples = [Sample(name.as_posix()) for name in sorted(names) if name.name[0] != "."]
     if not samples:
         raise DataError(f"{root}: found no PNG files, expected generated images")
+    for sample in samples:
+        if _CHANNEL.search(sample.name):
+            raise DataError(
+                f"{root}: found {sample.name}, one channel of stacked contrasts, expected images, gray or in color"
+            )
     return samples
+
+
+def planned_samples(folder: str | Path) -> int | None:
+    """How many samples a ``generate`` run is to draw into a folder, or None where no ``generation.json`` says it.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    path = Path(folder) / SETTINGS_NAME
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path}: found an unreadable file ({error}), expected a JSON record of a generate run"
+        ) from None
+    number = record.get("num_samples") if isinstance(record, dict) else None
+    return number if isinstance(number, int) else None
 
 
 def _listed(root: Path) -> list[Sample]:
@@ -77,6 +116,15 @@ def _listed(root: Path) -> list[Sample]:
     return list(samples.values())
 
 
+def _header(path: Path) -> tuple[tuple[int, int], str]:
+    """Width and height of an image, and PIL's name of the mode of its pixels."""
+    try:
+        with Image.open(path) as image:
+            return image.size, image.mode
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: found an unreadable image ({error}), expected PNG") from error
+
+
 def image_side(folder: str | Path, samples: Sequence[Sample]) -> int:
     """Side in pixels of generated images, all squares of one size; only the files' headers are read.
 
@@ -85,17 +133,27 @@ def image_side(folder: str | Path, samples: Sequence[Sample]) -> int:
     """
     sizes: dict[tuple[int, int], str] = {}
     for sample in samples:
-        path = Path(folder) / sample.name
-        try:
-            with Image.open(path) as image:
-                sizes.setdefault(image.size, sample.name)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DataError(f"{path}: found an unreadable image ({error}), expected PNG") from error
+        size, _ = _header(Path(folder) / sample.name)
+        sizes.setdefault(size, sample.name)
     width, height = next(iter(sizes))
     if len(sizes) > 1 or width != height:
         found = ", ".join(f"{w}x{h} ({example})" for (w, h), example in list(sizes.items())[:3])
         raise DataError(f"{folder}: found images of {found}, expected squares of one size; name one with --image-size")
     return width
+
+
+def _check_gray(path: Path) -> None:
+    """Refuse an image in color; of a gray file only the header is read."""
+    if _header(path)[1] == "L":
+        return
+    pixels = read_image(path)
+    brightest = pixels.amax(0)
+    shown = brightest > _DARK
+    saturation = float((brightest - pixels.amin(0))[shown].sum() / brightest[shown].sum().clamp(min=_DARK))
+    if saturation > _COLORED:
+        raise DataError(
+            f"{path}: found a color image (saturation {saturation:.2f}), expected a gray one as the data set's are"
+        )
 
 
 class SampleDataset(Dataset[dict[str, Any]]):
@@ -106,6 +164,7 @@ class SampleDataset(Dataset[dict[str, Any]]):
         samples: which of them.
         transform: from an entry of a datalist to an item.
         max_items: keep at most this many, evenly spaced.
+        gray: refuse images in color.
     """
 
     def __init__(
@@ -115,8 +174,10 @@ class SampleDataset(Dataset[dict[str, Any]]):
         transform: Callable[[Mapping[str, Any]], Mapping[str, Any]],
         *,
         max_items: int | None = None,
+        gray: bool = False,
     ) -> None:
         self.folder = Path(folder)
+        self.gray = gray
         if max_items is not None and max_items < len(samples):
             samples = [samples[i] for i in np.linspace(0, len(samples) - 1, max_items).round().astype(int)]
         self.samples = list(samples)
@@ -130,10 +191,13 @@ class SampleDataset(Dataset[dict[str, Any]]):
         """``image`` of one file.
 
         Raises:
-            ItemError: it cannot be read.
+            ItemError: it cannot be read, or is in color where it is to be gray.
         """
+        path = self.folder / self.samples[index].name
         try:
-            item = self.transform({"image": str(self.folder / self.samples[index].name)})
+            if self.gray:
+                _check_gray(path)
+            item = self.transform({"image": str(path)})
         except Exception as error:
             cause = root_cause(error)
             if isinstance(cause, VaevqMedError):

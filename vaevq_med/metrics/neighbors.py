@@ -12,7 +12,7 @@ from vaevq_med.errors import VaevqMedError
 
 _ROWS = 1024
 _COLUMNS = 4096
-_ELEMENTS = 2**24
+BLOCK_ELEMENTS = 2**24
 """Numbers of a block of vectors at most; of very long ones fewer go at once."""
 _ROUNDING = 64 * torch.finfo(torch.float64).eps
 
@@ -30,7 +30,7 @@ def distance_blocks(first: Tensor, second: Tensor) -> Iterator[tuple[slice, slic
     Yields:
         Rows of ``first``, rows of ``second``, and their distances, at most 1024 x 4096.
     """
-    fit = max(1, _ELEMENTS // max(1, first.shape[1]))
+    fit = max(1, BLOCK_ELEMENTS // max(1, first.shape[1]))
     rows, columns = min(_ROWS, fit), min(_COLUMNS, fit)
     for top in range(0, len(first), rows):
         a = first[top : top + rows].double()
