@@ -18,7 +18,7 @@ MAKEFILE = BUNDLE.parents[1] / "Makefile"
 BRATS_ONLY = {"demo"}
 IMAGENET_ONLY = {"random_resized_crop"}
 SHARED = {"bundle_root", "dataset_dir", "output_dir"}
-GENERATION = {"bundle_root", "tokens_dir", "output_dir", "experiment"}
+GENERATION = {"bundle_root", "dataset_dir", "output_dir", "experiment"}
 DIFFERENT = {
     "train.json": SHARED
     | {"_notes_", "experiment", "in_channels", "train#preprocessing#transforms", "validate#preprocessing#transforms"},

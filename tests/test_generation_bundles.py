@@ -312,12 +312,64 @@ def test_training_refuses_what_does_not_fit(
     assert "encode-tokens" in refusal(file, {**overrides, "tokens_dir": str(tmp_path)}, capsys)
     assert "num_classes 4" in refusal(file, {**overrides, "network_def#num_classes": 7}, capsys)
     assert "fp32, bf16" in refusal(file, {**overrides, "precision": "fp8"}, capsys)
+    data = {key: value for key, value in overrides.items() if key != "tokens_dir"}
+    assert str(tmp_path / "nope") in refusal(file, {**data, "dataset_dir": str(tmp_path / "nope")}, capsys)
+    assert "val_interval: found 0, expected 1 or more" in refusal(file, {**overrides, "val_interval": 0}, capsys)
+    assert "learning_rate: found -1, expected a number" in refusal(file, {**overrides, "learning_rate": -1}, capsys)
+    assert "device: found 'foo'" in refusal(file, {**overrides, "device": "foo"}, capsys)
+    assert "max_epochs: found 'two', expected a whole" in refusal(file, {**overrides, "max_epochs": "two"}, capsys)
     if kind == "autoregressive":
         assert "num_embeddings 32" in refusal(file, {**overrides, "network_def#num_embeddings": 64}, capsys)
         assert "grid [8, 8]" in refusal(file, {**overrides, "network_def#grid_size": [4, 4]}, capsys)
     else:
         deep = {**overrides, "network_def#channel_mult": [1] * 5}
         assert "grid of 8x8, expected multiples of 16" in refusal(file, deep, capsys)
+        assert "num_train_timesteps: found 0" in refusal(file, {**overrides, "num_train_timesteps": 0}, capsys)
+        blocks = {**overrides, "network_def#num_res_blocks": "two"}
+        assert "num_res_blocks: found 'two', expected a whole number" in refusal(file, blocks, capsys)
+
+
+def test_a_resume_with_another_noise_schedule_is_refused(
+    stores: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = {**toy("diffusion", stores["diffusion"], tmp_path / "run"), "max_epochs": 1}
+    run_bundle("train_diffusion.json", overrides)
+    longer = {**overrides, "max_epochs": 2}
+    shorter = {**longer, "num_train_timesteps": 400}
+    assert "another num_train_timesteps" in refusal("train_diffusion.json", shorter, capsys)
+    other = {**longer, "scheduler#_target_": "monai.networks.schedulers.DDIMScheduler"}
+    assert "another scheduler" in refusal("train_diffusion.json", other, capsys)
+    run_bundle("train_diffusion.json", longer)
+    assert read_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["iteration"] == 8
+
+
+def test_a_preset_is_drawn_from(
+    stores: dict[str, Path], drawing: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    preset = {"network_def#_target_": "vaevq_med.networks.LlamaGen.preset", "network_def#name": "S"}
+    overrides = {**toy("autoregressive", stores["autoregressive"], tmp_path / "run"), **preset, "max_epochs": 1}
+    run_bundle("train_autoregressive.json", overrides)
+    checkpoint = tmp_path / "run" / "checkpoints" / "best.pt"
+    run_bundle("generate.json", drawing("autoregressive", checkpoint_path=str(checkpoint), num_samples=2))
+    assert len(list((tmp_path / "generated").glob("0*.png"))) == 2
+    # Without sizes of its own it has those of the preset.
+    state = read_checkpoint(checkpoint)
+    config = json.loads(state["config"])
+    for key in ("width", "depth", "num_heads"):
+        del config["network_def"][key]
+    definition = {**config["network_def"], "num_embeddings": 32, "num_codebooks": 1, "grid_size": [8, 8]}
+    small = LlamaGen.preset("S", num_embeddings=32, grid_size=(8, 8), num_classes=4)
+    torch.save(
+        {
+            **{key: value for key, value in state.items() if key not in ("ema", "optimizer")},
+            "network": small.state_dict(),
+            "config": json.dumps({**config, "network_def": definition}),
+        },
+        tmp_path / "small.pt",
+    )
+    network = StoredGenerator(tmp_path / "small.pt").network()
+    assert isinstance(network, LlamaGen)
+    assert (network.class_embedding.embedding_dim, len(network.blocks), network.num_heads) == (384, 12, 6)
 
 
 def test_a_resume_with_another_token_store_is_refused(
@@ -748,6 +800,8 @@ def test_labels_are_found_by_name_and_number() -> None:
     ("kind", "overrides", "said"),
     [
         ("autoregressive", {"labels": ["t1x"]}, "did you mean 't1n'"),
+        ("autoregressive", {"dataset_dir": "tokens"}, "one of inpaint_tokens and inpaint_box"),
+        ("autoregressive", {"inpaint_split": "test"}, "inpaint_split: found 'test' without inpaint_tokens"),
         ("autoregressive", {"labels": 4}, "0 to 3"),
         ("autoregressive", {"labels": []}, "empty list"),
         ("autoregressive", {"num_steps": 10}, "num_steps"),
@@ -801,10 +855,15 @@ def test_generation_refuses_the_wrong_checkpoints(
     swapped = drawing("autoregressive", tokenizer_path=str(checkpoints["diffusion"]))
     assert "expected that of vaevq_med.networks.VisualTokenizer" in refusal("generate.json", swapped, capsys)
     unscaled = read_checkpoint(checkpoints["diffusion"])
-    unscaled["ema"]["scale_factor"].fill_(math.nan)
-    torch.save(unscaled, tmp_path / "unscaled.pt")
     missing = drawing("diffusion", checkpoint_path=str(tmp_path / "unscaled.pt"))
-    assert "no scale factor" in refusal("generate.json", missing, capsys)
+    for factor, said in ((math.nan, "no scale factor"), (0.0, "the scale factor 0"), (-1.0, "the scale factor -1")):
+        unscaled["ema"]["scale_factor"].fill_(factor)
+        torch.save(unscaled, tmp_path / "unscaled.pt")
+        line = refusal("generate.json", missing, capsys)
+        assert line.startswith(f"vaevq-med: {tmp_path / 'unscaled.pt'}: found {said}; expected one")
+    del unscaled["ema"]["scale_factor"]
+    torch.save(unscaled, tmp_path / "unscaled.pt")
+    assert f"{tmp_path / 'unscaled.pt'}: found no scale factor" in refusal("generate.json", missing, capsys)
     misfit = read_checkpoint(checkpoints["autoregressive"])
     misfit["data"]["tokens"]["grid"] = [4, 4]
     torch.save(misfit, tmp_path / "misfit.pt")

@@ -26,6 +26,7 @@ from vaevq_med.engines.generator_evaluator import GeneratorEvaluator
 from vaevq_med.engines.generator_trainer import GeneratorTrainer
 from vaevq_med.engines.generators import (
     check_fit,
+    checked_learning_rate,
     decay_groups,
     evenly_spaced,
     prepared_generator,
@@ -67,6 +68,7 @@ __all__ = [
     "ValidationSummary",
     "check_config",
     "check_fit",
+    "checked_learning_rate",
     "cosine_with_warmup",
     "current_config",
     "decay_groups",

@@ -25,6 +25,11 @@ from vaevq_med.errors import VaevqMedError
 
 FORMAT = 1
 _REQUIRED = ("network", "optimizer", "objective", "schedulers", "iteration", "epoch_length", "rng", "best")
+_ALIKE = (
+    *("network_def", "discriminator_def", "image_size", "in_channels", "seed"),
+    *("num_train_timesteps", "scheduler"),
+)
+"""Settings that a run does not resume without."""
 
 
 class CheckpointError(VaevqMedError):
@@ -254,7 +259,7 @@ class TrainingCheckpoint:
                 f"{path}: found a run on another split of the data ({known[:19]}...), expected {current[:19]}...: "
                 "patients may have changed sides; choose another output_dir, or start anew with --resume False"
             )
-        for key in ("network_def", "discriminator_def", "image_size", "in_channels", "seed"):
+        for key in _ALIKE:
             if key in stored and key in self.config and stored[key] != json.loads(json.dumps(self.config[key])):
                 raise CheckpointError(
                     f"{path}: found a run of another {key}, expected this configuration's; choose another "

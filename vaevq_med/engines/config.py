@@ -32,6 +32,8 @@ ENTRY_POINTS = frozenset(
     {"imports", "initialize", "run", "training", "evaluating", "generating", "finalize", "_meta_", "_mode_", "_notes_"}
 )
 _REFERENCE = re.compile(r"@(\w+)")
+_SCALARS = {"int": (int,), "float": (int, float), "bool": (bool,)}
+_WORDS = {"int": "a whole number", "float": "a number", "bool": "True or False", "None": "null"}
 
 
 class ConfigError(VaevqMedError):
@@ -76,14 +78,31 @@ def _suggestion(name: str, valid: set[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"valid names: {', '.join(sorted(valid))}"
 
 
+def _check_type(name: str, value: Any, annotation: Any, config: Mapping[str, Any]) -> None:
+    """Refuse a plain value of another type than the argument's, where that is of numbers and truth values."""
+    kinds = {kind.strip() for kind in str(annotation).split("|")}
+    if not kinds <= {*_SCALARS, "None"}:
+        return
+    for _ in config:  # at most, where references go in a circle
+        if isinstance(value, str) and value[:1] == "@" and value[1:] in config:
+            name, value = value[1:], config[value[1:]]
+    if isinstance(value, str) and value[:1] in ("@", "$", "%"):
+        return
+    if not any(kind == "None" if value is None else type(value) in _SCALARS.get(kind, ()) for kind in kinds):
+        words = " or ".join(_WORDS[kind] for kind in _WORDS if kind in kinds)
+        raise ConfigError(f"{name}: found {value!r}, expected {words}")
+
+
 def check_config(config: Mapping[str, Any]) -> None:
-    """Refuse top-level ids that nothing refers to and arguments that a ``_target_`` does not take.
+    """Refuse top-level ids that nothing refers to, and arguments that a ``_target_`` does not take.
+
+    Arguments of this package's components that are numbers or truth values have to be such.
 
     Args:
         config: the merged, unresolved configuration.
 
     Raises:
-        ConfigError: naming the nearest valid name.
+        ConfigError: naming the nearest valid name, or what the value has to be.
     """
     properties: dict[str, Any] = {**TrainProperties, **InferProperties, **MetaProperties}
     # Where a run's folder is named by its parts, nothing may refer to output_dir.
@@ -105,6 +124,9 @@ def check_config(config: Mapping[str, Any]) -> None:
             parameters = inspect.signature(found).parameters  # type: ignore[arg-type]
         except (TypeError, ValueError):
             continue
+        if target.startswith("vaevq_med."):
+            for key in (key for key in component if key in parameters):
+                _check_type(f"{path}#{key}", component[key], parameters[key].annotation, config)
         if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
             continue
         for key in component:

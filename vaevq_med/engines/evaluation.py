@@ -246,9 +246,14 @@ class ValidationSummary:
     Args:
         evaluator: validation engine.
         interval: epochs between validations.
+
+    Raises:
+        VaevqMedError: the interval is below 1.
     """
 
     def __init__(self, *, evaluator: Engine, interval: int = 1) -> None:
+        if interval < 1:
+            raise VaevqMedError(f"val_interval: found {interval}, expected 1 or more")
         self.evaluator = evaluator
         self.interval = interval
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from vaevq_med.data.recipes import expect, is_number
 from vaevq_med.data.tokens import TokenDataset, load_token_store
 from vaevq_med.engines import distributed
 from vaevq_med.errors import VaevqMedError
@@ -121,6 +123,16 @@ def prepared_generator(network: Generator, dataset: TokenDataset, *, scale_items
         chosen = evenly_spaced(len(dataset), scale_items)
         network.set_scale_factor(torch.stack([dataset[number]["latent"] for number in chosen]))
     return network
+
+
+def checked_learning_rate(learning_rate: float) -> float:
+    """The rate.
+
+    Raises:
+        DataError: it is no finite number of at least 0.
+    """
+    expect(is_number(learning_rate, 0, sys.float_info.max), "learning_rate", learning_rate, "a number of at least 0")
+    return learning_rate
 
 
 def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -142,7 +142,7 @@ class SamplePlan(Dataset[dict[str, Any]]):
         labels: names or numbers, see :func:`resolve_labels`.
         seed: of the samples, from 0.
         inpaint_tokens: token store, of the generator's own tokenizer, whose images are inpainted.
-        inpaint_split: its split.
+        inpaint_split: its split; None takes ``test``.
         inpaint_box: rows and columns of the image, ``(top, left, bottom, right)`` in pixels, the last two exclusive.
 
     Attributes:
@@ -164,13 +164,17 @@ class SamplePlan(Dataset[dict[str, Any]]):
         labels: Any = None,
         seed: int = 0,
         inpaint_tokens: str | Path | None = None,
-        inpaint_split: str = "test",
+        inpaint_split: str | None = None,
         inpaint_box: Sequence[int] | None = None,
     ) -> None:
         expect(is_int(num_samples, 1, _WHOLE), "num_samples", num_samples, "a whole number from 1")
         expect(is_int(seed, 0, _WHOLE), "seed", seed, "a whole number from 0")
         if (inpaint_tokens is None) != (inpaint_box is None):
             raise VaevqMedError("inpainting: found one of inpaint_tokens and inpaint_box, expected both or neither")
+        if inpaint_tokens is None and inpaint_split is not None:
+            raise VaevqMedError(
+                f"inpaint_split: found {inpaint_split!r} without inpaint_tokens, expected both or neither"
+            )
         self.stored = stored
         self.num_samples = num_samples
         self.seed = seed
@@ -178,7 +182,7 @@ class SamplePlan(Dataset[dict[str, Any]]):
         self.known: TokenDataset | None = None
         self.labels: list[int] | None = resolve_labels(labels, stored.label_names)
         if inpaint_tokens is not None:
-            self.known = self._known(Path(inpaint_tokens), inpaint_split)
+            self.known = self._known(Path(inpaint_tokens), inpaint_split or "test")
             self.view = self._whole(self.known)
             self.mask = self._mask()
             if labels is None:

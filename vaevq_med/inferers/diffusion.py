@@ -23,7 +23,13 @@ class _WithoutCodebook:
 
 
 def ldm_scheduler(num_train_timesteps: int = 1000) -> DDIMScheduler:
-    """LDM's schedule: ``beta`` from 0.0015 to 0.0195, linear in its square root."""
+    """LDM's schedule: ``beta`` from 0.0015 to 0.0195, linear in its square root.
+
+    Raises:
+        VaevqMedError: there are fewer than 2 times.
+    """
+    if num_train_timesteps < 2:
+        raise VaevqMedError(f"num_train_timesteps: found {num_train_timesteps}, expected 2 or more")
     return DDIMScheduler(
         num_train_timesteps=num_train_timesteps,
         schedule="scaled_linear_beta",

@@ -96,7 +96,7 @@ class GenerationPlan(Plan):
         chosen += [(key, [configs[m.name]]) for m in self.methods for key in m.overrides]
         check_ids("set", chosen, own_ids, files)
         own_ids = {"output_dir", "checkpoint_path", "tokenizer_path", "generated_dir", "num_samples", "seed"}
-        own_ids |= {"overwrite", "inpaint_tokens", "dataset_dir"}
+        own_ids |= {"overwrite", "inpaint_tokens", "inpaint_split", "inpaint_box", "dataset_dir"}
         check_ids("generate-set", [(k, [generate]) for m in self.methods for k in m.sampling], own_ids, (_GENERATE,))
         for method in self.methods:
             method.generator.check_sampling(method.sampling, method.name)
