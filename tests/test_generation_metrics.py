@@ -9,11 +9,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from ignite.engine import Engine
 from PIL import Image
 from scipy.linalg import sqrtm
 from scipy.ndimage import gaussian_filter
@@ -27,6 +29,8 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from vaevq_med.apps import cli
 from vaevq_med.apps.evaluate_samples import EvaluateSamples, table
 from vaevq_med.apps.sample_neighbors import SampleNeighbors
+from vaevq_med.data.samples import find_samples, planned_samples
+from vaevq_med.engines import SampleWriter
 from vaevq_med.errors import VaevqMedError
 from vaevq_med.metrics import (
     FeatureStatistics,
@@ -698,6 +702,50 @@ def test_unfinished_samples_are_told_or_refused(command: Use, folders: tuple[Pat
     settings.write_text("{")
     with pytest.raises(VaevqMedError, match=r"generation\.json: found an unreadable file"):
         command()[0].run()
+
+
+class Plan:
+    """The part of a plan that its writer reads: gray images without labels."""
+
+    stored = SimpleNamespace(tokens={"in_channels": 1}, label_names=())
+    labels = None
+
+    def __init__(self, num_samples: int) -> None:
+        self.num_samples = num_samples
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def describe(self) -> dict[str, Any]:
+        return {"seed": 0}
+
+    def entry(self, number: int) -> dict[str, Any]:
+        return {"number": number, "label": 0, "seed": number}
+
+    __getitem__ = entry
+
+
+def test_an_interrupted_run_says_how_many_samples_were_to_be_drawn(tmp_path: Path) -> None:
+    def draw_images(num_samples: int, *, stop_after: int) -> None:
+        writer = SampleWriter(output_dir=tmp_path, plan=Plan(num_samples), settings={}, provenance={})  # type: ignore[arg-type]
+
+        def step(engine: Engine, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            if engine.state.iteration > stop_after:
+                raise KeyboardInterrupt
+            return {"pred": torch.zeros(len(batch["number"]), 1, 4, 4)}
+
+        engine = Engine(step)
+        writer.attach(engine)
+        engine.run(writer.loader(2))
+
+    with pytest.raises(KeyboardInterrupt):
+        draw_images(6, stop_after=1)
+    assert (len(find_samples(tmp_path)), planned_samples(tmp_path)) == (2, 6)
+    draw_images(6, stop_after=9)
+    assert (len(find_samples(tmp_path)), planned_samples(tmp_path)) == (6, 6)
+    with pytest.raises(KeyboardInterrupt):
+        draw_images(12, stop_after=1)
+    assert (len(find_samples(tmp_path)), planned_samples(tmp_path)) == (8, 12)
 
 
 def test_on_the_command_line(

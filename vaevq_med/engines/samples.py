@@ -22,12 +22,11 @@ from torch.utils.data import DataLoader
 
 from vaevq_med.data.manifest import atomic_write_text
 from vaevq_med.data.recipes import expect, is_int
-from vaevq_med.data.samples import LIST_NAME
+from vaevq_med.data.samples import LIST_NAME, SETTINGS_NAME
 from vaevq_med.engines.sampling import SamplePlan
 from vaevq_med.errors import VaevqMedError
 
 KINDS = ("png", "npz")
-SETTINGS = "generation.json"
 _GRID_SAMPLES = 64
 _OWN = re.compile(r"\.?(\d{6,}(-channel\d)?\.(png|npz)|samples\.csv|grid\.png|generation\.json)(\.part|\..*)?")
 
@@ -66,8 +65,8 @@ class SampleWriter:
     ``000000.png`` and so on hold 8 bits (of two or four channels each is a file of its own, ``000000-channel0.png``),
     ``000000.npz``, if asked for, ``image`` float32 ``[C, H, W]`` in [-1, 1] and ``label``. ``samples.csv`` (file,
     number, label, name of the label, seed, and the inpainted image) lists those that are there, after each batch.
-    ``generation.json``, what the samples depend on, is written with the first batch, and ``grid.png``, the first 64, at
-    the end. Until the first batch is drawn nothing changes in the folder.
+    ``generation.json``, what the samples depend on and how many there are to be, is written with the first batch, and
+    ``grid.png``, the first 64, at the end. Until the first batch is drawn nothing changes in the folder.
 
     Args:
         output_dir: folder of these files and no others.
@@ -118,7 +117,7 @@ class SampleWriter:
 
     def _check(self, overwrite: bool) -> bool:
         """Whether what the folder holds is of other settings, and may be replaced."""
-        folder, path = self.output_dir, self.output_dir / SETTINGS
+        folder, path = self.output_dir, self.output_dir / SETTINGS_NAME
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -129,8 +128,9 @@ class SampleWriter:
         if path.is_file():
             try:
                 known = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError:
-                known = {"generation.json": "unreadable"}
+                known.pop("num_samples", None)
+            except (ValueError, AttributeError):
+                known = {SETTINGS_NAME: "unreadable"}
         changed = [key for key in sorted({*known, *self.record}) if known.get(key) != self.record.get(key)]
         if changed and not overwrite and any(file.suffix in (".png", ".npz") for file in folder.iterdir()):
             key = changed[0]
@@ -145,10 +145,11 @@ class SampleWriter:
         if self._replaces:
             # The old settings go last, so that a half-emptied folder is still of them.
             for file in self.output_dir.iterdir():
-                if file.name != SETTINGS:
+                if file.name != SETTINGS_NAME:
                     file.unlink()
-            atomic_write_text(self.output_dir / SETTINGS, json.dumps(self.record, indent=2) + "\n")
             self._replaces = False
+        record = {**self.record, "num_samples": len(self.plan)}
+        atomic_write_text(self.output_dir / SETTINGS_NAME, json.dumps(record, indent=2) + "\n")
         missing = set(self.missing())
         self._rows = {number: self._row(number) for number in range(len(self.plan)) if number not in missing}
         self._begun = True
