@@ -23,6 +23,7 @@ from scipy.spatial.distance import cdist
 from scipy.stats import linregress
 from test_metrics import Pixels
 from torch import Tensor
+from torch.nn import functional as F
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
@@ -449,6 +450,58 @@ def test_mirrored_copies_are_found_and_shown_so(
     assert "mirrored" not in shown["titles"][[lines[0] for lines in shown["titles"]].index("copy.png")][1]
     for images in shown["columns"].values():
         np.testing.assert_allclose(images[place, 0].numpy(), np.asarray(turned) / 255, atol=1e-6)
+
+
+class Blur(torch.nn.Module):
+    """Stands in for a tokenizer: blocks of 4 x 4 pixels by their mean."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.interpolate(F.avg_pool2d(images, 4), scale_factor=4)
+
+
+def stored_blur(monkeypatch: pytest.MonkeyPatch, image_size: int = SIZE) -> None:
+    stored = SimpleNamespace(
+        check_target=lambda: None,
+        value={"image_size": image_size, "in_channels": 1}.__getitem__,
+        network=Blur,
+        content_hash="sha256:blur",
+    )
+    monkeypatch.setattr("vaevq_med.apps.evaluate_samples.StoredTokenizer", lambda path: stored)
+
+
+def test_copies_that_the_tokenizer_blurred_are_found(
+    command: Use, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, samples = folders
+    for i in (5, 6):
+        pixels = np.asarray(Image.open(data / f"images/training/{i}.png")) / 255
+        blocks = pixels.reshape(SIZE // 4, 4, SIZE // 4, 4).mean(axis=(1, 3))
+        write(samples / f"tokens-{i}.png", np.round(255 * np.kron(blocks, np.ones((4, 4)))).astype(np.uint8))
+    evaluate, network = command()
+    rows = rows_of(evaluate.run().output)
+    assert min(float(rows[f"tokens-{i}.png"]["pixel_rmse"]) for i in (5, 6)) > 10 / 255
+    stored_blur(monkeypatch)
+    evaluate, network = command(tokenizer=Path("best.pt"))
+    report = evaluate.run()
+    # The cache has the reference's own features, of which gFID is; the others are those of reconstructions.
+    assert network.images == 2 * 12 + COUNTS["training"] + 2 * (COUNTS["validation"] + COUNTS["test"])
+    rows = rows_of(report.output)
+    for i in (5, 6):
+        assert rows[f"tokens-{i}.png"]["pixel_nearest"] == f"images/training/{i}.png"
+        assert float(rows[f"tokens-{i}.png"]["pixel_rmse"]) < 0.5 / 255
+        assert rows[f"tokens-{i}.png"]["pixel_near"] == "1"
+    assert report.record["provenance"]["tokenizer"] == "sha256:blur"
+    assert "as the samples' tokenizer reconstructs them" in report.record["conventions"]["memorization"]
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(command: Use, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored_blur(monkeypatch, image_size=48)
+    with pytest.raises(
+        VaevqMedError, match=f"--tokenizer: found one of 48 pixels and 1 channels, expected {SIZE} and 1"
+    ):
+        command(tokenizer=Path("best.pt"))[0].run()
+    with pytest.raises(VaevqMedError, match="--tokenizer: found it with --no-memorization"):
+        command(tokenizer=Path("best.pt"), memorization=False)[0].run()
 
 
 def test_copies_of_another_contrast_are_found(command: Use) -> None:

@@ -481,6 +481,10 @@ def evaluate_samples(
         bool | None, typer.Option(help="By default where the data set has classes and the network a classifier.")
     ] = None,
     memorization: Annotated[bool, typer.Option(help="Look for each sample's nearest training image.")] = True,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint that decoded the samples: look among training images as it reconstructs them."),
+    ] = None,
     feature_threshold: Annotated[
         float | None, typer.Option(help="Cosine distance that is near; by default by the held-out images.")
     ] = None,
@@ -520,6 +524,7 @@ def evaluate_samples(
         fid_infinity=fid_infinity,
         score=inception_score,
         memorization=memorization,
+        tokenizer=tokenizer,
         feature_threshold=feature_threshold,
         pixel_threshold=pixel_threshold,
         cache=cache_dir,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from vaevq_med.apps.sample_neighbors import NeighborSearch, SampleNeighbors
 from vaevq_med.data.manifest import SPLITS, Manifest, atomic_write_text, load_manifest
 from vaevq_med.data.samples import Sample, SampleDataset, find_samples, image_side, planned_samples
 from vaevq_med.data.token_items import label_of
+from vaevq_med.engines import StoredTokenizer
 from vaevq_med.errors import DataError, VaevqMedError
 from vaevq_med.metrics.generation import measure_generation
 from vaevq_med.metrics.reference import ReferenceCache, ReferenceFeatures
@@ -66,6 +67,9 @@ class EvaluateSamples:
         fid_infinity: extrapolate gFID to infinitely many samples.
         score: compute the Inception score; None does where the data set has classes and the network a classifier.
         memorization: look for each sample's nearest training image, as it is or in mirror image.
+        tokenizer: checkpoint of the tokenizer that decoded the samples. That check then compares training and held-out
+            images as it reconstructs them: a sample of the very tokens of a training image is otherwise as far from it
+            as the tokenizer's error.
         feature_threshold: cosine distance below which a sample counts as near; None takes the held-out images'.
         pixel_threshold: RMSE likewise.
         cache: folder of the real images' features; None takes ``DATASET.features`` beside the data set.
@@ -87,6 +91,7 @@ class EvaluateSamples:
     fid_infinity: bool = False
     score: bool | None = None
     memorization: bool = True
+    tokenizer: Path | None = None
     feature_threshold: float | None = None
     pixel_threshold: float | None = None
     cache: Path | None = None
@@ -132,7 +137,7 @@ class EvaluateSamples:
             self.samples, samples, real.transform, max_items=self.max_items, gray=real.channels == 1
         )
         self._check_numbers(len(generated), len(real.images(self.split)))
-        check = NeighborSearch(real) if self.memorization else None
+        check = NeighborSearch(self._reconstructed(real)) if self.memorization else None
         visited = check.passes if check else []
         own = [one for one in visited if one.images is real and one.split == self.split]
         reference = own[0] if own else SplitPass(real, self.split)
@@ -158,6 +163,8 @@ class EvaluateSamples:
             record["memorization"] = neighbors.record()
             conventions = {**conventions, **neighbors.conventions(network.name)}
         record["provenance"] = self._provenance(real, generated, reference.features[0].statistics.count)
+        if check and check.tokenizer_hash:
+            record["provenance"]["tokenizer"] = check.tokenizer_hash
         if planned is not None:
             record["provenance"] |= {"n_drawn": len(found), "n_planned": planned}
         record["conventions"] = {"images": "[0, 1], rounded to 256 levels", **conventions}
@@ -179,12 +186,29 @@ class EvaluateSamples:
                 raise VaevqMedError(f"--{name}-threshold: found it with --no-memorization, expected one of the two")
             if threshold is not None and not 0 < threshold <= 2:
                 raise VaevqMedError(f"--{name}-threshold: found {threshold}, expected above 0 and at most 2")
+        if self.tokenizer is not None and not self.memorization:
+            raise VaevqMedError("--tokenizer: found it with --no-memorization, expected one of the two")
         if self.output.resolve().is_relative_to(self.samples.resolve()):
             raise VaevqMedError(f"--output-dir: found {self.output} in the folder of the samples, expected another")
         try:
             self.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise VaevqMedError(f"--output-dir {self.output}: found it not writable ({error.strerror})") from None
+
+    def _reconstructed(self, real: RealImages) -> RealImages:
+        """The data set as the tokenizer reconstructs it, or as it is where there is none."""
+        if self.tokenizer is None:
+            return real
+        stored = StoredTokenizer(self.tokenizer)
+        stored.check_target()
+        made = int(stored.value("image_size")), int(stored.value("in_channels"))
+        if made != (real.image_size, real.channels):
+            raise VaevqMedError(
+                f"--tokenizer: found one of {made[0]} pixels and {made[1]} channels, expected {real.image_size} and "
+                f"{real.channels}, as the images have"
+            )
+        network = stored.network().to(real.reader.device).eval()
+        return replace(real, tokenizer=network, tokenizer_hash=stored.content_hash)
 
     def _check_numbers(self, samples: int, real: int) -> None:
         """Refuse, before anything is computed, too few images."""
@@ -291,6 +315,8 @@ def table(record: Mapping[str, Any]) -> list[str]:
             line += f", {figures['count_mirrored']:,} of them in mirror image"
         lines.append(line)
     if "memorization" in record:
+        if "n_planned" in told and "tokenizer" not in told:
+            lines.append("note: the tokenizer blurs copies; --tokenizer CHECKPOINT compares its reconstructions")
         pixel = record["memorization"]["pixel"]
         line = f"identical to a training image: {pixel['identical']:,}"
         lines.append(f"{line}, {pixel['identical_mirrored']:,} of them in mirror image")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from monai.data import DataLoader
 from monai.transforms import CenterSpatialCropd, Compose, EnsureTyped
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from vaevq_med.data import LoadPhotograph, LoadSliced, ResizeShortSided, SliceDataset
@@ -51,6 +51,7 @@ class ImageReader:
         *,
         mirrored: Sequence[bool] = (False,),
         visit: Callable[[Tensor], None] | None = None,
+        tokenizer: nn.Module | None = None,
     ) -> list[Tensor]:
         """Go through all images, in their order.
 
@@ -58,6 +59,7 @@ class ImageReader:
             images: items with ``image``, ``[C, S, S]`` in [-1, 1].
             mirrored: what the network runs on: the images as they are (False), in mirror image (True), both or neither.
             visit: called with each batch as levels 0 to 255, uint8 ``[B, C*S*S]``.
+            tokenizer: on the network's device; its reconstructions are read in place of the images.
 
         Returns:
             Of each of ``mirrored``, float32 ``[N, F]`` on the CPU. The network sees the rounded levels.
@@ -69,7 +71,11 @@ class ImageReader:
         )
         features: list[list[Tensor]] = [[] for _ in mirrored]
         for batch in loader:
-            unit = to_unit(batch["image"])
+            levels = batch["image"]
+            if tokenizer is not None:
+                with torch.inference_mode():
+                    levels = tokenizer(levels.to(self.device)).float().cpu()
+            unit = to_unit(levels)
             for parts, turned in zip(features, mirrored, strict=True):
                 shown = 2 * (unit.flip(-1) if turned else unit) - 1
                 with torch.inference_mode():
@@ -91,6 +97,8 @@ class RealImages:
         image_size: pixels along each axis.
         modalities: keep these contrasts only; None keeps all.
         max_items: of each split at most, evenly spaced; None keeps all.
+        tokenizer: whose reconstructions are read in place of the images; None reads the images.
+        tokenizer_hash: its content hash.
     """
 
     manifest: Manifest
@@ -99,6 +107,8 @@ class RealImages:
     image_size: int
     modalities: Sequence[str] | None = None
     max_items: int | None = None
+    tokenizer: nn.Module | None = None
+    tokenizer_hash: str = ""
     _splits: dict[str, SliceDataset] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -162,6 +172,8 @@ class RealImages:
             "network": self.reader.network.name,
             "weights_sha256": self.reader.network.weights_sha256,
         }
+        if self.tokenizer is not None:
+            key["tokenizer"] = self.tokenizer_hash
         return {**key, "mirrored": True} if mirrored else key
 
     def cached(self, split: str, *, mirrored: bool = False) -> ReferenceFeatures | None:
@@ -213,7 +225,9 @@ class SplitPass:
         if not len(self):
             return
         missing = [way for way, found in self._found.items() if found is None]
-        read = self.images.reader.read(self.images.images(self.split), mirrored=missing, visit=visit)
+        read = self.images.reader.read(
+            self.images.images(self.split), mirrored=missing, visit=visit, tokenizer=self.images.tokenizer
+        )
         for way, features in zip(missing, read, strict=True):
             self._found[way] = found = ReferenceFeatures.of(features)
             self.images.cache.store(self.images.key(self.split, mirrored=way), found)

@@ -44,6 +44,7 @@ class SampleNeighbors:
         feature_summary: figures, see :func:`summarize_distances`.
         pixel_summary: likewise, with ``identical`` and of those ``identical_mirrored``.
         training: the training images.
+        reconstructed: whether they and the held-out images were compared as a tokenizer reconstructs them.
     """
 
     feature: Neighbors
@@ -51,6 +52,7 @@ class SampleNeighbors:
     feature_summary: Mapping[str, Any]
     pixel_summary: Mapping[str, Any]
     training: SliceDataset
+    reconstructed: bool
 
     @classmethod
     def of(
@@ -60,6 +62,8 @@ class SampleNeighbors:
         count: int,
         thresholds: Sequence[float | None],
         training: SliceDataset,
+        *,
+        reconstructed: bool,
     ) -> SampleNeighbors:
         """From the neighbors of samples and held-out images together.
 
@@ -69,6 +73,7 @@ class SampleNeighbors:
             count: number of samples.
             thresholds: of the feature and of the pixel distance, None for the held-out images'.
             training: the training images.
+            reconstructed: whether these were compared as a tokenizer reconstructs them.
         """
         summaries, parts = [], []
         for neighbors, threshold in zip((feature, pixel), thresholds, strict=True):
@@ -77,7 +82,7 @@ class SampleNeighbors:
             summaries.append(summarize_distances(first, rest if len(rest.distance) else None, threshold=threshold))
         same = parts[1].distance == 0
         identical = {"identical": int(same.sum()), "identical_mirrored": int((same & parts[1].mirrored).sum())}
-        return cls(parts[0], parts[1], summaries[0], {**summaries[1], **identical}, training)
+        return cls(parts[0], parts[1], summaries[0], {**summaries[1], **identical}, training, reconstructed)
 
     def record(self) -> dict[str, Any]:
         """The figures, for ``metrics.json``."""
@@ -91,6 +96,8 @@ class SampleNeighbors:
             "nearest training image of any contrast, as it is or in mirror image but not cropped, by cosine distance "
             f"of {network} features, and by RMSE of pixels on [0, 1]"
         )
+        if self.reconstructed:
+            words += ", training and held-out images as the samples' tokenizer reconstructs them"
         if "n_held_out" not in summary:
             words += "; no held-out images, so no threshold but a given one"
         else:
@@ -164,15 +171,17 @@ class NeighborSearch:
     The training images are those of all contrasts; the held-out images those of the chosen ones, as the samples are.
 
     Args:
-        real: the data set.
+        real: the data set, or its reconstructions.
 
     Attributes:
         passes: what is read of the data set.
+        tokenizer_hash: content hash of the tokenizer that reconstructs it; empty without one.
     """
 
     def __init__(self, real: RealImages) -> None:
         searched = real if real.modalities is None else replace(real, modalities=None)
         self._reader, self._image_size = real.reader, real.image_size
+        self.tokenizer_hash = real.tokenizer_hash
         self._held_out = [
             SplitPass(real, split, mirrored=_BOTH, visited=True) for split in _HELD_OUT if real.has(split)
         ]
@@ -215,6 +224,7 @@ class NeighborSearch:
             len(self._samples[0]),
             thresholds,
             self._training.images.images(_TRAINING),
+            reconstructed=self._training.images.tokenizer is not None,
         )
 
 

@@ -82,7 +82,7 @@ class GenerationPlan(Plan):
                 raise VaevqMedError(f"overlay: found {name!r}, expected one of a generator that is compared")
         for option, words, own in (
             ("encode", [word for m in self.methods for word in m.encode], ("--kind", "--overwrite", "--help")),
-            ("evaluate", self.evaluate, ("--output-dir", "--json", "--help")),
+            ("evaluate", self.evaluate, ("--output-dir", "--tokenizer", "--json", "--help")),
         ):
             taken = [word for word in words if word.partition("=")[0] in own]
             if taken:
@@ -256,7 +256,9 @@ class GenerationRow(Row):
 
     def evaluating(self) -> list[str]:
         """``evaluate-samples``, without the further words."""
-        return ["evaluate-samples", str(self.generated), str(self.plan.data()), "--output-dir", str(self.evaluation)]
+        generated, evaluation = str(self.generated), str(self.evaluation)
+        words = ["evaluate-samples", generated, str(self.plan.data()), "--output-dir", evaluation]
+        return words if "--no-memorization" in self.plan.evaluate else [*words, "--tokenizer", str(self.tokenizer)]
 
     def check_encoding(self) -> None:
         """Refuse words that ``encode-tokens`` would refuse.
@@ -282,7 +284,7 @@ class GenerationRow(Row):
             "encode": shlex.join(self.method.encode),
             "train": decisive(self.plan.training_config(self.method), self._training()),
             "generate": decisive(self.plan.bundle.read(_GENERATE), self._generating()),
-            "evaluate": self.plan.evaluation.decisive(),
+            "evaluate": {**self.plan.evaluation.decisive(), "tokenizer": self.plan.hashes[self.tokenizer]},
         }
 
 
