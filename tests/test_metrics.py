@@ -76,6 +76,15 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
     return float(difference @ difference + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root))
 
 
+def test_frechet_distance_of_a_process_that_saw_no_image() -> None:
+    generator = torch.Generator().manual_seed(0)
+    other, own = FrechetDistance(num_features=3), FrechetDistance(num_features=3)
+    other.update(torch.randn(40, 3, generator=generator), torch.randn(40, 3, generator=generator))
+    for name in other._metric._defaults:  # what a reduction over the processes leaves in each
+        setattr(own._metric, name, getattr(other._metric, name).clone())
+    assert own.compute() == other.compute() > 0
+
+
 def test_frechet_distance_equals_scipy_and_streams() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(400, 6)), rng.normal(0.3, 1.5, size=(400, 6))

@@ -37,6 +37,8 @@ class FrechetDistance:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._metric = FrechetInceptionDistance(feature=_Identity(num_features)).to(device).set_dtype(torch.float64)
+        # Otherwise update sets it, which a process without images of a contrast never calls.
+        self._metric.orig_dtype = torch.float64
 
     @property
     def count(self) -> int:
