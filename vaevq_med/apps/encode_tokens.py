@@ -14,7 +14,6 @@ from monai.data import DataLoader
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vaevq_med.apps.device import named_device
 from vaevq_med.apps.pool import check_workers
 from vaevq_med.apps.workplace import Workplace
 from vaevq_med.data import SliceDataset
@@ -23,7 +22,7 @@ from vaevq_med.data.token_items import describe_items, label_of
 from vaevq_med.data.token_writer import STATE, TokenWriter, check_output
 from vaevq_med.data.tokens import FORMAT, KINDS, TokenStore, index_type
 from vaevq_med.data.views import LoadViews, View, plan_views
-from vaevq_med.engines import StoredTokenizer
+from vaevq_med.engines import StoredTokenizer, named_device
 from vaevq_med.errors import DataError, VaevqMedError
 from vaevq_med.networks import VisualTokenizer
 

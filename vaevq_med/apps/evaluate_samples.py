@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 
-from vaevq_med.apps.device import named_device
 from vaevq_med.apps.image_features import ImageReader, RealImages, SplitPass
 from vaevq_med.apps.pool import check_workers
 from vaevq_med.apps.sample_neighbors import NeighborSearch, SampleNeighbors
 from vaevq_med.data.manifest import SPLITS, Manifest, atomic_write_text, load_manifest
 from vaevq_med.data.samples import Sample, SampleDataset, find_samples, image_side, planned_samples
 from vaevq_med.data.token_items import label_of
-from vaevq_med.engines import StoredTokenizer
+from vaevq_med.engines import StoredTokenizer, named_device
 from vaevq_med.errors import DataError, VaevqMedError
 from vaevq_med.metrics.generation import measure_generation
 from vaevq_med.metrics.reference import ReferenceCache, ReferenceFeatures

@@ -22,9 +22,9 @@ from monai.data import DataLoader
 from monai.transforms import CenterSpatialCropd, Compose, EnsureTyped
 from numpy.typing import NDArray
 
-from vaevq_med.apps.device import named_device
 from vaevq_med.apps.pool import check_workers
 from vaevq_med.data import LoadPhotograph, ResizeShortSided, SliceDataset
+from vaevq_med.engines import named_device
 from vaevq_med.errors import DataError, VaevqMedError
 from vaevq_med.networks.features import FeatureNetwork, feature_network
 

@@ -71,11 +71,11 @@ class ImageReader:
         )
         features: list[list[Tensor]] = [[] for _ in mirrored]
         for batch in loader:
-            levels = batch["image"]
+            signed = batch["image"]
             if tokenizer is not None:
                 with torch.inference_mode():
-                    levels = tokenizer(levels.to(self.device)).float().cpu()
-            unit = to_unit(levels)
+                    signed = tokenizer(signed.to(self.device)).float().cpu()
+            unit = to_unit(signed)
             for parts, turned in zip(features, mirrored, strict=True):
                 shown = 2 * (unit.flip(-1) if turned else unit) - 1
                 with torch.inference_mode():

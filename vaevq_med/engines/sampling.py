@@ -21,7 +21,7 @@ from vaevq_med.data.dataset import _mix
 from vaevq_med.data.recipes import expect, is_int, is_number
 from vaevq_med.data.tokens import TokenDataset
 from vaevq_med.data.views import View
-from vaevq_med.engines.base_trainer import PRECISIONS, reraise
+from vaevq_med.engines.base_evaluator import BaseEvaluator
 from vaevq_med.engines.generators import Generator
 from vaevq_med.engines.stored import StoredGenerator
 from vaevq_med.errors import VaevqMedError
@@ -266,7 +266,7 @@ class SamplePlan(Dataset[dict[str, Any]]):
         return {**entry, "known": torch.from_numpy(values.astype(np.int64)), "mask": self.mask}
 
 
-class ImageSampler(SupervisedEvaluator):
+class ImageSampler(BaseEvaluator):
     """Draw the images of a :class:`SamplePlan` and decode them.
 
     ``engine.state.output`` holds the images (``pred``, ``[B, C, H, W]`` in [-1, 1]). Each sample has random numbers of
@@ -301,25 +301,20 @@ class ImageSampler(SupervisedEvaluator):
         val_handlers: Sequence[Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if precision not in PRECISIONS:
-            raise VaevqMedError(f"precision: found {precision!r}, expected one of {', '.join(PRECISIONS)}")
-        self.dtype = PRECISIONS[precision]
+        super().__init__(
+            device=device,
+            val_data_loader=val_data_loader,
+            network=network,
+            precision=precision,
+            val_handlers=val_handlers,
+            **kwargs,
+        )
         self.tokenizer = tokenizer
         self.settings = dict(settings)
         self.grid = (int(stored.tokens["grid"][0]), int(stored.tokens["grid"][1]))
         if not isinstance(network, LlamaGen):
             self.scheduler = ldm_scheduler(int(stored.value("num_train_timesteps")))
             check_ddim_steps(self.settings["num_steps"], self.scheduler.num_train_timesteps)
-        super().__init__(
-            device=torch.device(device),
-            val_data_loader=val_data_loader,
-            network=network,
-            val_handlers=val_handlers,
-            decollate=False,
-            **kwargs,
-        )
-        # Last of all: ignite swallows an exception once any handler listens for it.
-        self.add_event_handler(Events.EXCEPTION_RAISED, reraise)
 
     def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
         """Draw what is to be drawn."""
@@ -340,7 +335,7 @@ class ImageSampler(SupervisedEvaluator):
                 num_samples=len(labels),
                 known=known,
                 mask=mask,
-                dtype=self.dtype,
+                dtype=self.autocast_dtype,
                 generator=[torch.Generator(device).manual_seed(seed) for seed in seeds],
                 **self.settings,
             )
@@ -352,7 +347,7 @@ class ImageSampler(SupervisedEvaluator):
             num_images=None if classes is not None else len(labels),
             grid_size=self.grid,
             scheduler=self.scheduler,
-            dtype=self.dtype,
+            dtype=self.autocast_dtype,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             **self.settings,
         )
