@@ -28,7 +28,7 @@ REGIONS = ("whole_tumor", "tumor_core", "enhancing_tumor")
 MAX_CHANNELS = 4
 
 
-def _mix(*values: int) -> int:
+def mix_seeds(*values: int) -> int:
     """A 32-bit seed from several integers, by numpy's seed sequence."""
     return int(np.random.SeedSequence(values).generate_state(1)[0])
 
@@ -203,7 +203,7 @@ class SliceDataset(Dataset):
             raise IndexError(index)
         transform = self.transform
         if isinstance(transform, (Compose, Randomizable)):
-            transform.set_random_state(seed=_mix(self.seed, index))
+            transform.set_random_state(seed=mix_seeds(self.seed, index))
         try:
             return super().__getitem__(index % len(self.data))
         except Exception as error:
@@ -297,7 +297,7 @@ class ResumableBatchSampler(Sampler[list[int]]):
         return max(1, self.num_items // (self.batch_size * self.world_size))
 
     def _permutation(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
+        generator = torch.Generator().manual_seed(mix_seeds(self.seed, epoch))
         return torch.randperm(self.num_items, generator=generator).tolist()
 
     def __iter__(self) -> Iterator[list[int]]:

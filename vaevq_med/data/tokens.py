@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from vaevq_med.data.dataset import _mix
+from vaevq_med.data.dataset import mix_seeds
 from vaevq_med.data.manifest import SPLITS
 from vaevq_med.errors import DataError, ItemError
 
@@ -275,7 +275,7 @@ class TokenDataset(Dataset[dict[str, Any]]):
         if self._array is None:
             self._array = self.store.array(self.split)
         number = index % len(self)
-        values = self._array[number, _mix(self.seed, index) % self.num_views]
+        values = self._array[number, mix_seeds(self.seed, index) % self.num_views]
         item: dict[str, Any] = {"label": self.labels[number], "id": str(self.items[number]["id"])}
         if self.store.kind == "latents":
             return {"latent": torch.from_numpy(values.astype(np.float32)), **item}

@@ -11,8 +11,7 @@ from ignite.engine import Events
 from monai.engines import SupervisedEvaluator
 from torch import nn
 
-from vaevq_med.engines.base_trainer import PRECISIONS, autocast, reraise
-from vaevq_med.errors import VaevqMedError
+from vaevq_med.engines.base_trainer import autocast, autocast_dtype, reraise
 
 
 class BaseEvaluator(SupervisedEvaluator):
@@ -42,8 +41,7 @@ class BaseEvaluator(SupervisedEvaluator):
         val_handlers: Sequence[Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if precision not in PRECISIONS:
-            raise VaevqMedError(f"precision: found {precision!r}, expected one of {', '.join(PRECISIONS)}")
+        self.autocast_dtype = autocast_dtype(precision)
         super().__init__(
             device=torch.device(device),
             val_data_loader=val_data_loader,
@@ -52,7 +50,6 @@ class BaseEvaluator(SupervisedEvaluator):
             decollate=False,
             **kwargs,
         )
-        self.autocast_dtype = PRECISIONS[precision]
         self.seed = seed
         # Last of all: ignite swallows an exception once any handler listens for it.
         self.add_event_handler(Events.EXCEPTION_RAISED, reraise)

@@ -26,6 +26,17 @@ class TrainingError(VaevqMedError):
     """Training cannot go on; the message names the loss term and the iteration."""
 
 
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """The type that a precision casts to: None for ``fp32``.
+
+    Raises:
+        VaevqMedError: there is no such precision.
+    """
+    if precision not in PRECISIONS:
+        raise VaevqMedError(f"precision: found {precision!r}, expected one of {', '.join(PRECISIONS)}")
+    return PRECISIONS[precision]
+
+
 def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
     """Autocast to a type of ``PRECISIONS``, or nothing for None."""
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
@@ -86,8 +97,7 @@ class BaseTrainer(SupervisedTrainer):
         max_grad_norm: float | None = None,
         **kwargs: Any,
     ) -> None:
-        if precision not in PRECISIONS:
-            raise VaevqMedError(f"precision: found {precision!r}, expected one of {', '.join(PRECISIONS)}")
+        self.autocast_dtype = autocast_dtype(precision)
         if accumulation_steps < 1:
             raise VaevqMedError(f"accumulation_steps: found {accumulation_steps}, expected 1 or more")
         if max_epochs < 1:
@@ -108,7 +118,6 @@ class BaseTrainer(SupervisedTrainer):
         self.num_chunks = accumulation_steps
         self.schedulers = list(schedulers)
         self.ema = ema
-        self.autocast_dtype = PRECISIONS[precision]
         self.max_grad_norm = max_grad_norm
         self.state.terms = {}
         self.state.batch_images = 0

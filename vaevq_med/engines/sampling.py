@@ -17,7 +17,7 @@ from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vaevq_med.data.dataset import _mix
+from vaevq_med.data.dataset import mix_seeds
 from vaevq_med.data.recipes import expect, is_int, is_number
 from vaevq_med.data.tokens import TokenDataset
 from vaevq_med.data.views import View
@@ -250,7 +250,7 @@ class SamplePlan(Dataset[dict[str, Any]]):
 
     def entry(self, number: int) -> dict[str, Any]:
         """``number``, ``label``, ``seed`` and, to inpaint, ``source`` of a sample."""
-        entry: dict[str, Any] = {"number": number, "seed": _mix(self.seed, number)}
+        entry: dict[str, Any] = {"number": number, "seed": mix_seeds(self.seed, number)}
         if self.known is None:
             assert self.labels is not None
             return {**entry, "label": self.labels[number % len(self.labels)]}
