@@ -465,6 +465,28 @@ def test_own_images_are_dealt_by_name_with_classes_or_without(tmp_path: Path, pr
     assert all("label" not in entry for entry in content["training"])
 
 
+@pytest.mark.parametrize("options", [(), ("--holdout", 0.4)], ids=["dealt", "held out"])
+def test_a_resized_copy_has_the_splits_of_the_original(
+    options: tuple[object, ...], tmp_path: Path, prepare: Callable[..., Outcome]
+) -> None:
+    root = tmp_path / "in" / "train" if options else tmp_path / "in"
+    for number in range(40):
+        folder = root / ("cat" if number % 2 else "dog")
+        folder.mkdir(parents=True, exist_ok=True)
+        # Images of 9 pixels keep their bytes and suffix, the larger ones become JPEG files.
+        picture(number, (9, 9) if number % 4 == 0 else (30, 20)).save(
+            folder / f"{number}.{'png' if number % 3 else 'tiff'}"
+        )
+    splits = []
+    for name, resize in (("original", ()), ("small", ("--resize", 12))):
+        assert prepare(tmp_path / "in", tmp_path / name, *options, *resize).code == 0
+        content = manifest(tmp_path / name)
+        splits.append({s: {Path(e["image"]).stem for e in content[s]} for s in ("training", "validation", "test")})
+    assert {Path(e["image"]).suffix for e in content["training"]} == {".jpg", ".png", ".tiff"}
+    assert splits[0] == splits[1]
+    assert splits[0]["training"] and splits[0]["validation"]
+
+
 def test_names_that_would_collide_are_reported(tmp_path: Path, prepare: Callable[..., Outcome]) -> None:
     (tmp_path / "in").mkdir()
     picture(1).save(tmp_path / "in/a.jpg")

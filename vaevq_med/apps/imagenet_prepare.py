@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vaevq_med.apps.pool import Problem, attempt, check_workers, run_jobs
@@ -230,7 +230,8 @@ class ImagenetPrepare:
         return record
 
     def _split(self, batch: Batch, path: str, has_validation: bool) -> str:
-        name = path.removeprefix("images/")
+        # Without the suffix, which a resized copy may change: every copy has the same splits.
+        name = PurePosixPath(path).relative_to("images").with_suffix("").as_posix()
         if batch.split is None:
             return split_by_hash([name], self.recipe.split)[name]
         return deal(name, batch.split, self.recipe.holdout, self.recipe.split.seed, has_validation)

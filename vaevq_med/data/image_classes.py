@@ -73,14 +73,14 @@ def deal(name: str, split: str | None, holdout: float, seed: int, has_validation
     """The split that an image of a data set with splits ends in.
 
     Args:
-        name: its path below ``images/``.
+        name: its path below ``images/``, without the suffix.
         split: of its folder.
         holdout: share of the training images that becomes validation.
         seed: of the hash.
         has_validation: whether the data set has validation images, which then become the test split.
 
     Examples:
-        >>> deal("val/x.jpg", "validation", 0.1, 0, True), deal("val/x.jpg", "validation", 0.0, 0, True)
+        >>> deal("val/x", "validation", 0.1, 0, True), deal("val/x", "validation", 0.0, 0, True)
         ('test', 'validation')
     """
     assert split in SPLITS
