@@ -324,6 +324,18 @@ def test_a_device_may_be_a_plain_name(toy_overrides: dict[str, Any]) -> None:
     assert parser.get_parsed_content("train#trainer").state.epoch == 1
 
 
+def test_several_processes_need_ddp(
+    toy_overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("vaevq_med.engines.distributed.world_size", lambda: 2)
+    with pytest.raises(SystemExit) as stopped:
+        run_bundle("train.json", toy_overrides, run_id="training")
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "training_network: found TrainingForward in 2 processes" in said
+    assert "pass the overlay multi_gpu" in said
+
+
 def test_a_resumed_run_takes_the_new_learning_rate_and_refuses_another_split(
     toy_overrides: dict[str, Any], slice_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

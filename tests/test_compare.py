@@ -381,6 +381,8 @@ def test_seeds_are_whole_numbers(text: str) -> None:
         ({"kind": "sweep", "num_embeddings": "4", "methods": "fsq"}, "method fsq: found FSQ, whose K changes together"),
         ({"kind": "sweep", "num_embeddings": "4", "methods": "vqgan,ifsq"}, "method ifsq: found IFSQ"),
         ({"kind": "sweep", "num_embeddings": "4", "methods": "a=lfq"}, "method a: found LFQ"),
+        ({"kind": "sweep", "num_embeddings": "64,8192", "methods": "fvq"}, "fvq_k8192 seed 0: num_embeddings"),
+        ({"kind": "sweep", "num_embeddings": "8", "methods": "vqgan_lc"}, "vqgan_lc_k8 seed 0: .*features.npz"),
         ({"methods": "vaevq,paper"}, "found vaevq and paper, two names of paper with the same settings"),
         ({"methods": "simvq,vqgan,a=simvq"}, "found simvq and a, two names of simvq"),
         ({"kind": "sweep", "num_embeddings": "4", "methods": "vaevq,paper"}, "found vaevq_k4 and paper_k4"),
@@ -490,9 +492,9 @@ def test_dry_run_prints_commands_and_writes_nothing(slice_dataset: Path, tmp_pat
     lines = done.output.splitlines()
     assert [line for line in lines if line.startswith("#")][:6] == [
         *(f"# {name} seed 0" for name in ABLATION),
-        "# ablation_m0 seed 1",
     ]
-    assert len(lines) == 30
+    assert lines[18] == "# ablation_m0 seed 1"
+    assert len(lines) == 36
     assert not (tmp_path / "out").exists()
 
 
@@ -500,6 +502,8 @@ def test_a_slurm_script_has_a_task_a_row(runner: Runner, slice_dataset: Path, tm
     command = toy(slice_dataset, tmp_path / "out", seeds="0,1", published=True)
     script = command.script()
     assert "#SBATCH --array=0-3" in script
+    # Without a number of tasks sbatch refuses GPUs a task.
+    assert {"#SBATCH --nodes=1", "#SBATCH --ntasks=1", "#SBATCH --gpus-per-task=1"} <= set(script.splitlines())
     assert "# task 3: vaevq seed 1" in script
     (line,) = (line for line in script.splitlines() if line.startswith("exec "))
     words = shlex.split(line.replace('"$SLURM_ARRAY_TASK_ID"', "1"))
@@ -510,6 +514,44 @@ def test_a_slurm_script_has_a_task_a_row(runner: Runner, slice_dataset: Path, tm
     assert not (tmp_path / "out" / "table.md").exists()
     with pytest.raises(VaevqMedError, match="row: found 4, expected 0 to 3"):
         command.run_row(4)
+
+
+@pytest.mark.parametrize(
+    ("launch", "gpus", "is_distributed"),
+    [
+        ("torchrun --nproc_per_node=8", 8, True),
+        ("srun /opt/bin/torchrun --nproc-per-node 4", 4, True),
+        (f"{sys.executable} -m torch.distributed.run --nproc_per_node=2", 2, True),
+        ("torchrun --nproc_per_node=gpu", 1, True),
+        ("nice -n 5 python", 1, False),
+    ],
+)
+def test_torchrun_is_known_wherever_it_stands(
+    launch: str, gpus: int, is_distributed: bool, slice_dataset: Path, tmp_path: Path
+) -> None:
+    command = Compare(output=tmp_path / "out", methods="vqgan", dataset_dir=slice_dataset, launch=launch)
+    assert command.plan.composed(command.plan.methods[0]) == (*(["multi_gpu"] if is_distributed else []), "vqgan")
+    script = command.script().splitlines()
+    assert {f"#SBATCH --gpus-per-task={gpus}", f"#SBATCH --cpus-per-task={8 * gpus}"} <= set(script)
+
+
+@pytest.mark.parametrize("content", ['{"a":', "[1]", '{"network_def": 3}'])
+def test_an_overlay_that_is_none_is_one_line(content: str, slice_dataset: Path, tmp_path: Path) -> None:
+    shutil.copytree(BUNDLE, tmp_path / "brats")
+    (tmp_path / "brats/overlays/mine.json").write_text(content)
+    # What it says of the network is read by a sweep alone; a row's own run refuses it otherwise.
+    for kind in ("sweep",) if "network_def" in content else ("compare", "sweep"):
+        command = Compare(
+            kind=kind,
+            output=tmp_path / "out",
+            bundle=str(tmp_path / "brats"),
+            methods="mine",
+            num_embeddings="8",
+            dataset_dir=slice_dataset,
+        )
+        with pytest.raises(VaevqMedError, match="mine") as stopped:
+            command.dry_run()
+        assert "\n" not in str(stopped.value)
 
 
 def test_slurm_reads_the_log_of_a_folder_with_blanks(

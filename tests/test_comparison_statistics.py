@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,7 @@ def result(plan: Plan, method: Method, seed: int, psnr: list[float], patients: l
         "utilization": {"value": more.get("utilization", 0.5), "n": len(psnr)},
     }
     run = {"parameters": 1_500_000, "bits_per_position": 14.0, "device": "cpu", "peak_memory_of": "process"}
+    run |= more.get("run", {})
     rows = [
         {"path": f"i{i}", "patient": p, "psnr": repr(v)} for i, (v, p) in enumerate(zip(psnr, patients, strict=True))
     ]
@@ -230,6 +232,27 @@ def test_notes_say_what_a_reader_has_to_know(table: Table) -> None:
     assert "2 patients: too few for any p-value" in notes
     assert "PSNR (dB): VAEVQ\\_50% & co over VQGAN, mean difference" in notes
     assert "mean difference" not in table.latex()
+
+
+def test_notes_say_what_a_budget_is_too_short_for(plan: Plan) -> None:
+    # train.json has a warm-up of 1,000 steps and a GAN from step 10,000.
+    def notes(steps: dict[str, int], **changes: Any) -> str:
+        chosen = replace(plan, **changes)
+        results = [
+            result(chosen, m, 0, [1.0, 2.0], ["A", "B"], run={"iterations": steps[m.name]}) for m in chosen.methods
+        ]
+        return " ".join(make_table(chosen, results).notes)
+
+    short = notes({"vqgan": 1000, "vaevq": 1000})
+    assert "No GAN: it starts at step 10,000, not within the 1,000 of each method." in short
+    assert "The learning rate rises over 1,000 steps, all 1,000 of each method." in short
+    some = notes({"vqgan": 10_001, "vaevq": 5000})
+    assert "not within the 5,000 of VAEVQ_50% & co." in some
+    assert "The learning rate rises" not in some
+    assert "No GAN" not in notes({"vqgan": 10_001, "vaevq": 10_001})
+    set_anew = {"objective#adversarial#start_step": "900", "warmup_steps": "10"}
+    assert "Set" not in notes({"vqgan": 1000, "vaevq": 1000}, overrides=set_anew)
+    assert "No GAN" not in notes({"vqgan": 1000, "vaevq": 1000}, overrides={"objective#adversarial": "None"})
 
 
 def test_latex_is_escaped_and_balanced(table: Table) -> None:

@@ -484,7 +484,8 @@ def test_a_resized_copy_has_the_splits_of_the_original(
         splits.append({s: {Path(e["image"]).stem for e in content[s]} for s in ("training", "validation", "test")})
     assert {Path(e["image"]).suffix for e in content["training"]} == {".jpg", ".png", ".tiff"}
     assert splits[0] == splits[1]
-    assert splits[0]["training"] and splits[0]["validation"]
+    assert splits[0]["training"]
+    assert splits[0]["validation"]
 
 
 def test_names_that_would_collide_are_reported(tmp_path: Path, prepare: Callable[..., Outcome]) -> None:

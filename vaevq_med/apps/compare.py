@@ -89,6 +89,9 @@ class Compare(Comparison):
             checkpoint=self.checkpoint,
         )
         plan.check()
+        if self.kind == "sweep":  # sizes that a codebook cannot have
+            for row in plan.rows()[: len(methods)]:
+                row.build("network_def#quantizer")
         return plan
 
     def _points(self, bundle: Bundle, methods: Sequence[Method]) -> tuple[Method, ...]:
@@ -99,7 +102,10 @@ class Compare(Comparison):
         """
         sizes = parse_integers(self.num_embeddings, "num-embeddings", 2)
         for method in methods:
-            quantizer = bundle.read("train.json", (*self.overlays, *method.overlays))["network_def"]["quantizer"]
+            network = bundle.read("train.json", (*self.overlays, *method.overlays)).get("network_def")
+            if not isinstance(network, dict):
+                raise VaevqMedError(f"method {method.name}: found network_def {network!r}, expected a tokenizer")
+            quantizer = network.get("quantizer")
             kind = str(quantizer.get("_target_", "")).rpartition(".")[2] if isinstance(quantizer, dict) else ""
             if kind in _FIXED:
                 raise VaevqMedError(
@@ -152,7 +158,7 @@ class Compare(Comparison):
             VaevqMedError: an option that cannot be, or an output folder of other settings.
         """
         self.open()
-        tasks = self.plan.tasks()
+        tasks, processes = self.plan.tasks(), self.plan.processes()
         command = shlex.join(self.words())
         return "\n".join(
             [
@@ -160,8 +166,10 @@ class Compare(Comparison):
                 f"#SBATCH --job-name=vaevq-{self.kind}",
                 f"#SBATCH --array=0-{len(tasks) - 1}",
                 f"#SBATCH --output={self._slurm_log()}",
-                "#SBATCH --gpus-per-task=1",
-                "#SBATCH --cpus-per-task=8",
+                "#SBATCH --nodes=1",
+                "#SBATCH --ntasks=1",
+                f"#SBATCH --gpus-per-task={processes}",
+                f"#SBATCH --cpus-per-task={8 * processes}",
                 "#SBATCH --time=24:00:00",
                 "#SBATCH --signal=B:TERM@120",
                 *(f"# task {number}: {', '.join(row.label for row in rows)}" for number, rows in enumerate(tasks)),

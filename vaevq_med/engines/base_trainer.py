@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from vaevq_med.engines import distributed
 from vaevq_med.errors import VaevqMedError
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
@@ -49,6 +50,24 @@ def reraise(engine: Engine, error: BaseException) -> None:
 
 def _plain(module: nn.Module) -> nn.Module:
     return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+def require_ddp(module: nn.Module, name: str, overlay: str) -> None:
+    """Refuse to train in several processes that would each go their own way.
+
+    Args:
+        module: what takes gradients.
+        name: its id in the configuration.
+        overlay: that wraps it.
+
+    Raises:
+        VaevqMedError: there are several processes, and it is not in a ``DistributedDataParallel``.
+    """
+    if distributed.world_size() > 1 and _plain(module) is module:
+        raise VaevqMedError(
+            f"{name}: found {type(module).__name__} in {distributed.world_size()} processes, expected it in a "
+            f"DistributedDataParallel; pass the overlay {overlay}"
+        )
 
 
 class BaseTrainer(SupervisedTrainer):

@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from vaevq_med.engines import distributed
-from vaevq_med.engines.base_trainer import BaseTrainer, _plain
-from vaevq_med.errors import VaevqMedError
+from vaevq_med.engines.base_trainer import BaseTrainer, _plain, require_ddp
 from vaevq_med.losses import GeneratorLoss
 
 
@@ -67,11 +65,7 @@ class GeneratorTrainer(BaseTrainer):
         train_handlers: Sequence[Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if distributed.world_size() > 1 and _plain(loss) is loss:
-            raise VaevqMedError(
-                f"loss: found {type(loss).__name__} in {distributed.world_size()} processes, expected it in a "
-                "DistributedDataParallel; pass the overlay generator_multi_gpu"
-            )
+        require_ddp(loss, "loss", "generator_multi_gpu")
         super().__init__(
             device=device,
             max_epochs=max_epochs,

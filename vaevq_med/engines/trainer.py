@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from vaevq_med.engines.base_trainer import BaseTrainer, _plain
+from vaevq_med.engines.base_trainer import BaseTrainer, _plain, require_ddp
 from vaevq_med.errors import VaevqMedError
 from vaevq_med.losses import KLLoss, TokenizerObjective
 from vaevq_med.networks.tokenizer import TrainingForward, VisualTokenizer
@@ -52,6 +52,7 @@ class TokenizerTrainer(BaseTrainer):
         **kwargs: passed on to ``SupervisedTrainer``.
 
     Raises:
+        VaevqMedError: an adversarial objective without a discriminator, or several processes without DDP.
         TrainingError: while running, a loss term or gradient norm is not finite; no parameter has been changed
             by that iteration (a codebook of moving averages has: it moves in the forward pass).
     """
@@ -81,6 +82,10 @@ class TokenizerTrainer(BaseTrainer):
     ) -> None:
         if objective.adversarial is not None and (discriminator is None or d_optimizer is None):
             raise VaevqMedError("objective.adversarial is set: found no discriminator or no d_optimizer, expected both")
+        training_network = training_network or TrainingForward(network)
+        require_ddp(training_network, "training_network", "multi_gpu")
+        if objective.adversarial is not None and discriminator is not None:
+            require_ddp(discriminator, "discriminator", "multi_gpu")
         super().__init__(
             device=device,
             max_epochs=max_epochs,
@@ -99,7 +104,7 @@ class TokenizerTrainer(BaseTrainer):
         for term in objective.terms.values():
             if isinstance(term, KLLoss):
                 term.calls_per_step = accumulation_steps
-        self.training_network = training_network or TrainingForward(network)
+        self.training_network = training_network
         self.objective = objective
         self.discriminator = discriminator
         self.d_optimizer = d_optimizer

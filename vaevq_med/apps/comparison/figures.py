@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import ast
 import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from vaevq_med.apps.comparison.plan import Row
+from vaevq_med.apps.comparison.plan import Row, literal
 from vaevq_med.apps.comparison.tables import COLUMNS, MethodResult
 from vaevq_med.data.samples import LIST_NAME, find_samples
 from vaevq_med.errors import VaevqMedError
@@ -92,14 +90,6 @@ def sweep_curves(methods: Sequence[MethodResult], path: Path) -> bool:
     return True
 
 
-def _value(text: str) -> Any:
-    """An override as the command line reads it: a literal, or else a string."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
 def sample_grid(rows: Sequence[Row], generated: Sequence[Path], count: int, path: Path) -> None:
     """A row a method, a column a sample number: the same numbers, which are of the same labels, for all.
 
@@ -154,7 +144,7 @@ def reconstructions(rows: Sequence[Row], count: int, path: Path) -> None:
             )
         parser = ConfigParser()
         parser.read_config(str(row.plan.bundle.path / "evaluate.json"))
-        parser.update({key: _value(value) for key, value in row.evaluation_overrides().items()})
+        parser.update({key: literal(value) for key, value in row.evaluation_overrides().items()})
         if not labels:
             dataset = parser.get_parsed_content("dataset")
             chosen = dict.fromkeys(np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist())

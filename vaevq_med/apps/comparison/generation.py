@@ -135,8 +135,8 @@ class GenerationPlan(Plan):
 
     def composed(self, method: Method) -> tuple[str, ...]:
         """Overlays of a method's training, ``generator_multi_gpu`` under torchrun among them."""
-        words, distributed = self.launch_words(), f"{BOTH}_multi_gpu"
-        if not words or Path(words[0]).name != "torchrun" or distributed in method.overlays:
+        distributed = f"{BOTH}_multi_gpu"
+        if not self.starts_torchrun or distributed in method.overlays:
             return method.overlays
         return (*method.overlays, distributed)
 

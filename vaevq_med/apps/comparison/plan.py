@@ -5,6 +5,7 @@ A method is an overlay of the bundle, or several: any file of its ``overlays/`` 
 
 from __future__ import annotations
 
+import ast
 import difflib
 import hashlib
 import json
@@ -17,7 +18,7 @@ from pydoc import ErrorDuringImport, locate
 from typing import Any, ClassVar
 
 from vaevq_med.data.manifest import load_manifest
-from vaevq_med.errors import VaevqMedError
+from vaevq_med.errors import VaevqMedError, root_cause
 from vaevq_med.resources import bundle_path
 
 ALIASES = {"vaevq": "paper"}
@@ -49,7 +50,9 @@ TITLES = {
     "ablation_m3": "M3: + VLQ, DCR",
     "ablation_full": "full: + VLQ, RCS, DCR",
 }
-ABLATION = ("ablation_m0", "ablation_m1", "ablation_m2", "ablation_m3", "ablation_full")
+ABLATION = ("ablation_m0", "simvq", "ablation_m1", "ablation_m2", "ablation_m3", "ablation_full")
+"""The paper's Table 3, and SimVQ, whose codebook M1 to full have: it tells VLQ's part from the codebook's."""
+TORCHRUN = ("torchrun", "torch.distributed.run")
 # Where and under what name a run is tracked, and on what device it runs, change no figure.
 _NOT_SETTINGS = frozenset(
     {
@@ -132,11 +135,27 @@ class Bundle:
         raise VaevqMedError(f"bundle {self.name}: found no overlay {name!r}, expected a file of {folder}/; {hint}")
 
     def read(self, file: str, overlays: Sequence[str] = (), folder: str = "overlays") -> dict[str, Any]:
-        """A configuration merged with overlays, unresolved."""
+        """A configuration merged with overlays, unresolved.
+
+        Raises:
+            VaevqMedError: a file is no configuration.
+        """
         from monai.bundle import ConfigParser
 
+        paths = [self.path / file, *(self.overlay(name, folder) for name in overlays)]
+        for path in paths:
+            try:
+                content = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise VaevqMedError(f"{path}: found an unreadable file ({error}), expected a configuration") from None
+            if not isinstance(content, dict):
+                raise VaevqMedError(f"{path}: found {type(content).__name__}, expected a mapping of ids")
         parser = ConfigParser()
-        parser.read_config([str(self.path / file), *(str(self.overlay(name, folder)) for name in overlays)])
+        try:
+            parser.read_config([str(path) for path in paths])
+        except Exception as error:  # MONAI's merging stumbles in several ways over ids without a place
+            names = ", ".join(path.name for path in paths)
+            raise VaevqMedError(f"{names}: found what cannot be merged ({error}), expected overlays of ids") from error
         return parser.get()
 
 
@@ -421,9 +440,7 @@ class Plan:
 
     def composed(self, method: Method) -> tuple[str, ...]:
         """Overlays of a method's rows: the shared ones, ``multi_gpu`` under torchrun, the method's."""
-        words = self.launch_words()
-        program = Path(words[0]).name if words else ""
-        distributed = program == "torchrun" and "multi_gpu" not in self.overlays
+        distributed = self.starts_torchrun and "multi_gpu" not in self.overlays
         return (*self.overlays, *(["multi_gpu"] if distributed else []), *method.overlays)
 
     def launch_words(self) -> list[str]:
@@ -436,6 +453,21 @@ class Plan:
             return shlex.split(self.launch)
         except ValueError as error:
             raise VaevqMedError(f"launch: found {self.launch!r} ({error}), expected words of a shell") from None
+
+    @property
+    def starts_torchrun(self) -> bool:
+        """Whether ``launch`` has torchrun anywhere: ``srun torchrun ...``, ``python -m torch.distributed.run ...``."""
+        return any(word in TORCHRUN or Path(word).name in TORCHRUN for word in self.launch_words())
+
+    def processes(self) -> int:
+        """Processes that torchrun starts on a machine, 1 where ``launch`` does not say."""
+        words = iter(self.launch_words())
+        for word in words:
+            option, equals, value = word.partition("=")
+            if option.replace("_", "-") == "--nproc-per-node":
+                value = value if equals else next(words, "")
+                return int(value) if value.isdecimal() and int(value) > 0 else 1
+        return 1
 
     def experiment(self) -> str:
         """MLflow's experiment."""
@@ -540,6 +572,36 @@ class Row:
         training = {**shared, "seed": str(self.seed), **plan.budget.overrides(), **select(train)}
         return training, {**shared, **paths, **select(evaluate)}
 
+    def build(self, key: str) -> Any:
+        """What the training's configuration has under an id, built.
+
+        Raises:
+            VaevqMedError: it cannot be; with the reason.
+        """
+        from monai.bundle import ConfigParser
+
+        parser = ConfigParser(self.plan.bundle.read("train.json", self.plan.composed(self.method)))
+        parser.update({name: literal(value) for name, value in self._split()[0].items()})
+        try:
+            return parser.get_parsed_content(key)
+        except Exception as error:  # whatever the component or MONAI raises
+            raise VaevqMedError(f"{self.label}: {str(root_cause(error)).splitlines()[0]}") from error
+
+    def training_number(self, key: str) -> int | None:
+        """A whole number that the training has under an id, None where there is none or an expression."""
+        training, _ = self._split()
+        value: Any = self.plan.bundle.read("train.json", self.plan.composed(self.method))
+        path = ""
+        for name in key.split("#"):
+            value = value.get(name) if isinstance(value, Mapping) else None
+            path = f"{path}#{name}" if path else name
+            if path in training and path != key:  # replaced as a whole
+                return None
+        try:
+            return int(str(training.get(key, value)))
+        except ValueError:
+            return None
+
     def evaluation_overrides(self) -> dict[str, str]:
         """Overrides of ``evaluate.json``, as on the command line."""
         return self._split()[1]
@@ -636,6 +698,14 @@ def has_id(config: Mapping[str, Any], key: str) -> bool:
         else:
             return False
     return True
+
+
+def literal(text: str) -> Any:
+    """An override as the command line reads it: a literal, or else a string."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
 
 
 def flags(overrides: Mapping[str, str]) -> list[str]:

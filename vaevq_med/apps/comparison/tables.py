@@ -372,6 +372,9 @@ def _notes(plan: Plan, results: Sequence[RowResult], methods: Sequence[MethodRes
             {kinds[str(result.run["peak_memory_of"])] for result in results if "peak_memory_of" in result.run}
         )
         notes.append(f"Trained on {', '.join(devices)}; peak memory: {', '.join(memory)}.")
+    notes += _schedule_notes(results, methods)
+    if plan.kind == "ablate":
+        notes.append("M1 to full have SimVQ's codebook, M0 a free one: VLQ alone is M1 against SimVQ.")
     continuous = [result.method.title for result in methods if not result.is_discrete]
     if continuous:
         notes.append(
@@ -382,6 +385,23 @@ def _notes(plan: Plan, results: Sequence[RowResult], methods: Sequence[MethodRes
     if missing:
         notes.append(f"Missing: {', '.join(missing)}.")
     return notes
+
+
+def _schedule_notes(results: Sequence[RowResult], methods: Sequence[MethodResult]) -> Iterator[str]:
+    """What a budget is too short for: settings that count steps do not follow it."""
+    for key, text in (
+        ("objective#adversarial#start_step", "No GAN: it starts at step {start:,}, not within the {steps:,} of {who}."),
+        ("warmup_steps", "The learning rate rises over {start:,} steps, all {steps:,} of {who}."),
+    ):
+        found: dict[tuple[int, int], list[str]] = {}
+        for method in methods:
+            result = next(result for result in results if result.row.method.name == method.method.name)
+            start, steps = result.row.trained.training_number(key), result.run.get("iterations")
+            if start is not None and steps is not None and start >= steps:
+                found.setdefault((start, int(steps)), []).append(method.method.title)
+        for (start, steps), titles in found.items():
+            who = "each method" if len(titles) == len(methods) else ", ".join(titles)
+            yield text.format(start=start, steps=steps, who=who) + f" Set {key}."
 
 
 def _stage_notes(methods: Sequence[MethodResult]) -> Iterator[str]:
