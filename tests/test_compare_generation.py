@@ -223,6 +223,10 @@ def test_a_comparison_from_tokenizers_to_the_table(
     assert parent.data.metrics["vaevq_ldm/gfid"] == pytest.approx(float(table["vaevq_ldm"]["gfid"]))
     assert set(runs) == {"vaevq_llamagen seed 0", "vaevq_ldm seed 0"}
     assert {run.data.tags["mlflow.parentRunId"] for run in runs.values()} == {parent.info.run_id}
+    for name, row in table.items():
+        for metric in ("gfid", "memorized_pixel"):
+            logged = runs[f"{name} seed 0"].data.metrics[f"samples/{metric}"]
+            assert logged == pytest.approx(float(row[metric])), metric
     # More samples are drawn beside those that are there; with other settings all are drawn again.
     folders = {name: out / name / "seed_0" / "generated" for name in table}
     before = {name: (folder / "000000.png").stat().st_mtime_ns for name, folder in folders.items()}

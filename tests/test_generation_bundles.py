@@ -347,27 +347,13 @@ def test_a_preset_is_drawn_from(
     stores: dict[str, Path], drawing: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     preset = {"network_def#_target_": "vaevq_med.networks.LlamaGen.preset", "network_def#name": "S"}
-    overrides = {**toy("autoregressive", stores["autoregressive"], tmp_path / "run"), **preset, "max_epochs": 1}
-    run_bundle("train_autoregressive.json", overrides)
+    sizes = {f"network_def#{key}": None for key in ("width", "depth", "num_heads")}
+    overrides = {**toy("autoregressive", stores["autoregressive"], tmp_path / "run"), **preset, **sizes}
+    run_bundle("train_autoregressive.json", {**overrides, "max_epochs": 1, "epoch_length": 1})
     checkpoint = tmp_path / "run" / "checkpoints" / "best.pt"
     run_bundle("generate.json", drawing("autoregressive", checkpoint_path=str(checkpoint), num_samples=2))
     assert len(list((tmp_path / "generated").glob("0*.png"))) == 2
-    # Without sizes of its own it has those of the preset.
-    state = read_checkpoint(checkpoint)
-    config = json.loads(state["config"])
-    for key in ("width", "depth", "num_heads"):
-        del config["network_def"][key]
-    definition = {**config["network_def"], "num_embeddings": 32, "num_codebooks": 1, "grid_size": [8, 8]}
-    small = LlamaGen.preset("S", num_embeddings=32, grid_size=(8, 8), num_classes=4)
-    torch.save(
-        {
-            **{key: value for key, value in state.items() if key not in ("ema", "optimizer")},
-            "network": small.state_dict(),
-            "config": json.dumps({**config, "network_def": definition}),
-        },
-        tmp_path / "small.pt",
-    )
-    network = StoredGenerator(tmp_path / "small.pt").network()
+    network = StoredGenerator(checkpoint).network()
     assert isinstance(network, LlamaGen)
     assert (network.class_embedding.embedding_dim, len(network.blocks), network.num_heads) == (384, 12, 6)
 
@@ -409,10 +395,12 @@ def test_bf16_trains_and_draws_like_fp32(
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_gradients_of_one(stores: dict[str, Path], tmp_path: Path) -> None:
-    dropouts = {f"network_def#{part}_dropout": 0.0 for part in ("token", "residual", "ffn", "label")}
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_have_the_gradients_of_one(kind: str, stores: dict[str, Path], tmp_path: Path) -> None:
+    parts = ("token", "residual", "ffn", "label") if kind == "autoregressive" else ()
+    dropouts = {f"network_def#{part}_dropout": 0.0 for part in parts}
     overrides = {
-        **toy("autoregressive", stores["autoregressive"], tmp_path / "one"),
+        **toy(kind, stores[kind], tmp_path / "one"),
         **dropouts,
         "max_epochs": 1,
         "epoch_length": 1,
@@ -424,13 +412,14 @@ def test_two_processes_have_the_gradients_of_one(stores: dict[str, Path], tmp_pa
         overrides |= {"batch_size": 4 // processes, "output_dir": str(tmp_path / f"of{processes}")}
         overlays = ["../overlays_generation/generator_multi_gpu"] if processes > 1 else []
         output = tmp_path / f"{processes}.pt"
-        found.append(gradients(processes, overrides, overlays, output, file="train_autoregressive.json"))
+        found.append(gradients(processes, overrides, overlays, output, file=f"train_{kind}.json"))
     one, two = (result["network"] for result in found)
     assert one.keys() == two.keys()
-    # The heads start at zero, so that nothing below them has a gradient yet.
-    assert one["heads.0.weight"].abs().max() > 1e-3
+    # Attention to one class has none of queries and keys, and groups of one channel lose what shifts a channel.
+    alive = [bool(gradient.abs().max() > 1e-6) for gradient in one.values()]
+    assert np.mean(alive) > (0.7 if kind == "diffusion" else 0.99)
     for name, gradient in one.items():
-        torch.testing.assert_close(two[name], gradient, atol=1e-7, rtol=1e-4)
+        torch.testing.assert_close(two[name], gradient, atol=1e-7, rtol=1e-3)
 
 
 def test_several_processes_need_ddp(
@@ -439,6 +428,13 @@ def test_several_processes_need_ddp(
     monkeypatch.setattr("vaevq_med.engines.distributed.world_size", lambda: 2)
     overrides = toy("autoregressive", stores["autoregressive"], tmp_path / "run")
     assert "generator_multi_gpu" in refusal("train_autoregressive.json", overrides, capsys)
+
+
+def test_generation_takes_one_process(
+    drawing: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("vaevq_med.engines.distributed.world_size", lambda: 2)
+    assert "found 2 processes, expected one" in refusal("generate.json", drawing("autoregressive"), capsys)
 
 
 # --- parts ------------------------------------------------------------------------------------------
@@ -485,6 +481,7 @@ def test_a_grid_of_pictures_places_each() -> None:
 OVERLAYS = [
     *[(f"train_{kind}.json", f"{kind}_small_cpu") for kind in KINDS],
     *[(f"train_{kind}.json", "generator_multi_gpu") for kind in KINDS],
+    *[("train_autoregressive.json", f"autoregressive_{size}") for size in ("s", "l", "xl")],
 ]
 
 
@@ -498,6 +495,17 @@ def test_every_overlay_is_read(file: str, overlay: str) -> None:
         for key in json.loads(path.read_text()):
             assert key == "_notes_" or parser[key] is not None
     assert {path.stem for path in (BUNDLE / "overlays_generation").iterdir()} == {name for _, name in OVERLAYS}
+
+
+@pytest.mark.parametrize(("size", "millions"), [("l", 342.9), ("xl", 774.7)])
+def test_overlays_have_the_published_sizes(size: str, millions: float) -> None:
+    parser = ConfigParser()
+    overlay = BUNDLE / "overlays_generation" / f"autoregressive_{size}.json"
+    parser.read_config([str(BUNDLE / "train_autoregressive.json"), str(overlay)])
+    parser.update({"num_embeddings": 16384, "num_codebooks": 1, "grid_size": [16, 16], "num_classes": 1000})
+    with torch.device("meta"):
+        network = parser.get_parsed_content("network_def")
+    assert round(sum(p.numel() for p in network.parameters()) / 1e6, 1) == millions
 
 
 def test_the_defaults_are_the_published_sizes() -> None:
@@ -811,8 +819,10 @@ def test_labels_are_found_by_name_and_number() -> None:
         ("diffusion", {"num_steps": 2.5}, "num_steps: found 2.5, expected a whole number"),
         ("diffusion", {"quantize": "no"}, "expected True or False"),
         ("diffusion", {"guidance_scale": "two"}, "expected a number"),
-        ("autoregressive", {"guidance_scale": -1}, "guidance_scale: found -1, expected a number of at least 0"),
-        ("autoregressive", {"temperature": 0}, "temperature: found 0, expected a number above 0"),
+        ("autoregressive", {"guidance_scale": -1}, "guidance_scale: found -1, expected a number from 0 to 10000"),
+        ("diffusion", {"guidance_scale": 1e39}, "guidance_scale: found 1e+39, expected a number from 0 to 10000"),
+        ("autoregressive", {"temperature": 0}, "temperature: found 0, expected a number from 0.001 to 1000"),
+        ("autoregressive", {"temperature": 1e-39}, "temperature: found 1e-39, expected a number from 0.001 to 1000"),
         ("autoregressive", {"top_k": 2.5}, "top_k: found 2.5, expected a whole number"),
         ("autoregressive", {"top_p": 0.0}, "top_p"),
         ("autoregressive", {"num_samples": 0}, "num_samples"),

@@ -22,6 +22,7 @@ from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import cdist
 from scipy.stats import linregress
 from test_metrics import Pixels
+from test_tokens import write_checkpoint
 from torch import Tensor
 from torch.nn import functional as F
 from torch_fidelity.metric_isc import isc_features_to_metric
@@ -31,7 +32,7 @@ from vaevq_med.apps import cli
 from vaevq_med.apps.evaluate_samples import EvaluateSamples, table
 from vaevq_med.apps.sample_neighbors import SampleNeighbors
 from vaevq_med.data.samples import find_samples, planned_samples
-from vaevq_med.engines import SampleWriter
+from vaevq_med.engines import SampleWriter, StoredTokenizer
 from vaevq_med.errors import VaevqMedError
 from vaevq_med.metrics import (
     FeatureStatistics,
@@ -465,6 +466,7 @@ def stored_blur(monkeypatch: pytest.MonkeyPatch, image_size: int = SIZE) -> None
         value={"image_size": image_size, "in_channels": 1}.__getitem__,
         network=Blur,
         content_hash="sha256:blur",
+        readout=None,
     )
     monkeypatch.setattr("vaevq_med.apps.evaluate_samples.StoredTokenizer", lambda path: stored)
 
@@ -502,6 +504,61 @@ def test_a_tokenizer_that_does_not_fit_is_refused(command: Use, monkeypatch: pyt
         command(tokenizer=Path("best.pt"))[0].run()
     with pytest.raises(VaevqMedError, match="--tokenizer: found it with --no-memorization"):
         command(tokenizer=Path("best.pt"), memorization=False)[0].run()
+
+
+SOFTVQ = {"_target_": "vaevq_med.networks.quantizers.SoftVQ", "num_embeddings": 8, "embedding_dim": 4}
+
+
+def test_samples_name_their_tokenizer_and_its_read_out(
+    command: Use, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A sample of a training image's very indices, which SoftVQ decodes otherwise than what it trains on."""
+    data, samples = folders
+    ours = write_checkpoint(tmp_path / "ours.pt", SOFTVQ)
+    image = 2 * torch.from_numpy(np.asarray(Image.open(data / "images/training/5.png")) / 255).float()[None, None] - 1
+    decoded = {}
+    for readout in ("soft", "hard"):
+        with torch.no_grad():
+            decoded[readout] = (StoredTokenizer(ours, readout=readout).network()(image)[0, 0] + 1) / 2
+    assert (decoded["soft"] - decoded["hard"]).square().mean().sqrt() > 2 / 255
+    write(samples / "tokens.png", (255 * decoded["hard"].clamp(0, 1)).round().numpy().astype(np.uint8))
+    with (samples / "samples.csv").open("w") as file:
+        file.write("file,label\n" + "".join(f"{path.name},\n" for path in sorted(samples.glob("*.png"))))
+    known = StoredTokenizer(ours).content_hash
+    (samples / "generation.json").write_text(json.dumps({"tokenizer": known, "readout": "hard", "num_samples": 11}))
+    report = command(tokenizer=ours)[0].run()
+    assert float(rows_of(report.output)["tokens.png"]["pixel_rmse"]) < 1 / 255
+    assert report.record["provenance"]["tokenizer"] == f"{known} hard"
+    # Those of another read-out are in the cache beside them.
+    (samples / "generation.json").write_text(json.dumps({"tokenizer": known, "readout": "soft"}))
+    report = command(tokenizer=ours)[0].run()
+    assert float(rows_of(report.output)["tokens.png"]["pixel_rmse"]) > 1 / 255
+    other = write_checkpoint(
+        tmp_path / "other.pt", SOFTVQ, change=lambda network: torch.nn.init.ones_([*network.decoder.parameters()][-1])
+    )
+    with pytest.raises(VaevqMedError, match=r"--tokenizer .*other\.pt: found sha256:.*, expected sha256:.*decoded the"):
+        command(tokenizer=other)[0].run()
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"trained_on": {"content_hash": "sha256:one", "split_hash": "sha256:two"}, "views": ["whole"]}, ""),
+        ({"trained_on": {"content_hash": "sha256:one", "split_hash": "sha256:3"}}, "trained on other images or splits"),
+        ({"views": ["1.1 top-left", "1.1 center flipped"]}, "trained on crops"),
+        ({}, ""),
+    ],
+)
+def test_what_the_generator_was_trained_on_is_noted(
+    told: dict[str, Any], said: str, command: Use, folders: tuple[Path, Path]
+) -> None:
+    samples = folders[1]
+    with (samples / "samples.csv").open("w") as file:
+        file.write("file,label\n" + "".join(f"{path.name},\n" for path in sorted(samples.glob("*.png"))))
+    (samples / "generation.json").write_text(json.dumps(told))
+    notes = [line for line in table(command()[0].run().record) if line.startswith("note: the generator")]
+    assert len(notes) == bool(said)
+    assert all(said in note for note in notes)
 
 
 def test_copies_of_another_contrast_are_found(command: Use) -> None:

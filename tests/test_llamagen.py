@@ -374,6 +374,14 @@ def test_sizes_that_do_not_fit(options: dict[str, Any], complaint: str) -> None:
         toy(**options)
 
 
+def test_a_preset_beside_other_sizes() -> None:
+    with pytest.raises(VaevqMedError, match="preset 'XL': found width 768 beside the name, expected 1280 or null"):
+        LlamaGen.preset("XL", num_embeddings=4, grid_size=2, width=768)
+    with torch.device("meta"):
+        network = LlamaGen.preset("S", num_embeddings=4, grid_size=2, width=384, depth=None)
+    assert len(network.blocks) == 12
+
+
 def test_an_unknown_preset() -> None:
     with pytest.raises(VaevqMedError, match="no LlamaGen preset 'M'; expected one of S, B, L"):
         LlamaGen.preset("M", num_embeddings=4, grid_size=2)
@@ -401,10 +409,12 @@ def test_indices_and_labels_that_do_not_fit(indices: Tensor, labels: Tensor | No
     [
         ({}, "num_samples is None without labels"),
         ({"num_samples": 2, "guidance_scale": 2.0}, "without labels; expected labels, or 1"),
-        ({"labels": torch.zeros(1).long(), "guidance_scale": -1.0}, "guidance_scale is -1.0; expected at least 0"),
+        ({"labels": torch.zeros(1).long(), "guidance_scale": -1.0}, "guidance_scale is -1.0; expected 0 to 10000"),
+        ({"labels": torch.zeros(1).long(), "guidance_scale": 1e39}, "guidance_scale is 1e[+]39; expected 0 to 10000"),
         ({"num_samples": 2, "labels": torch.tensor([1])}, "num_samples is 2; expected"),
         ({"labels": torch.tensor([9])}, "labels range from 9 to 9"),
-        ({"num_samples": 1, "temperature": 0.0}, "temperature is 0.0; expected above 0"),
+        ({"num_samples": 1, "temperature": 0.0}, "temperature is 0.0; expected 0.001 to 1000"),
+        ({"num_samples": 1, "temperature": 1e-39}, "temperature is 1e-39; expected 0.001 to 1000"),
         ({"num_samples": 1, "top_p": 0.0}, "top_p 0.0"),
         ({"num_samples": 1, "top_k": -1}, "top_k -1"),
         ({"num_samples": 1, "known": torch.zeros(1, 2, 3, 1)}, "known without mask; expected both"),

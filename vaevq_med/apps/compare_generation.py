@@ -152,6 +152,13 @@ class CompareGeneration(Comparison):
         """
         return read_generation(state.row)
 
+    def log(self, state: RowState) -> None:
+        """Log the figures of the samples to the run of the training."""
+        from vaevq_med.apps.comparison.tracking import log_to_training
+
+        figures = {f"samples/{name}": float(entry["value"]) for name, entry in self.read(state).metrics.items()}
+        log_to_training(self.plan, state.row.checkpoint, figures)
+
     def tabulate(self, results: Sequence[RowResult]) -> Table:
         """The table over finished rows, at least one."""
         from vaevq_med.apps.comparison.generation_table import make_generation_table

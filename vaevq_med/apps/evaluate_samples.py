@@ -15,7 +15,7 @@ from vaevq_med.apps.image_features import ImageReader, RealImages, SplitPass
 from vaevq_med.apps.pool import check_workers
 from vaevq_med.apps.sample_neighbors import NeighborSearch, SampleNeighbors
 from vaevq_med.data.manifest import SPLITS, Manifest, atomic_write_text, load_manifest
-from vaevq_med.data.samples import Sample, SampleDataset, find_samples, image_side, planned_samples
+from vaevq_med.data.samples import Sample, SampleDataset, find_samples, generation_record, image_side
 from vaevq_med.data.token_items import label_of
 from vaevq_med.engines import StoredTokenizer, named_device
 from vaevq_med.errors import DataError, VaevqMedError
@@ -68,7 +68,7 @@ class EvaluateSamples:
         memorization: look for each sample's nearest training image, as it is or in mirror image.
         tokenizer: checkpoint of the tokenizer that decoded the samples. That check then compares training and held-out
             images as it reconstructs them: a sample of the very tokens of a training image is otherwise as far from it
-            as the tokenizer's error.
+            as the tokenizer's error. Samples of ``generate`` name theirs, with its read-out, and another is refused.
         feature_threshold: cosine distance below which a sample counts as near; None takes the held-out images'.
         pixel_threshold: RMSE likewise.
         cache: folder of the real images' features; None takes ``DATASET.features`` beside the data set.
@@ -120,7 +120,7 @@ class EvaluateSamples:
         manifest = load_manifest(self.dataset)
         score = self._scored(network, manifest)
         found = find_samples(self.samples)
-        planned = planned_samples(self.samples)
+        told = generation_record(self.samples)
         samples = self._labeled(found, manifest)
         reader = ImageReader(network, device, self.batch_size, self.workers, on_images)
         folder = self.dataset.resolve()
@@ -136,7 +136,7 @@ class EvaluateSamples:
             self.samples, samples, real.transform, max_items=self.max_items, gray=real.channels == 1
         )
         self._check_numbers(len(generated), len(real.images(self.split)))
-        check = NeighborSearch(self._reconstructed(real)) if self.memorization else None
+        check = NeighborSearch(self._reconstructed(real, told)) if self.memorization else None
         visited = check.passes if check else []
         own = [one for one in visited if one.images is real and one.split == self.split]
         reference = own[0] if own else SplitPass(real, self.split)
@@ -164,8 +164,7 @@ class EvaluateSamples:
         record["provenance"] = self._provenance(real, generated, reference.features[0].statistics.count)
         if check and check.tokenizer_hash:
             record["provenance"]["tokenizer"] = check.tokenizer_hash
-        if planned is not None:
-            record["provenance"] |= {"n_drawn": len(found), "n_planned": planned}
+        record["provenance"] |= self._generation(told, len(found), manifest)
         record["conventions"] = {"images": "[0, 1], rounded to 256 levels", **conventions}
         self._write(record, neighbors, generated)
         return SamplesReport(self.output, record, [one.split for one in passes if one.cached])
@@ -194,12 +193,39 @@ class EvaluateSamples:
         except OSError as error:
             raise VaevqMedError(f"--output-dir {self.output}: found it not writable ({error.strerror})") from None
 
-    def _reconstructed(self, real: RealImages) -> RealImages:
+    def _generation(self, told: Mapping[str, Any], drawn: int, manifest: Manifest) -> dict[str, Any]:
+        """What the record of a ``generate`` run says beside the samples: numbers, training images and their views."""
+        found: dict[str, Any] = {}
+        if isinstance(told.get("num_samples"), int):
+            found |= {"n_drawn": drawn, "n_planned": told["num_samples"]}
+        trained = told.get("trained_on")
+        if isinstance(trained, Mapping):
+            here = {"content_hash": manifest.content_hash, "split_hash": manifest.split_hash}
+            found["generator_trained_on_these_splits"] = dict(trained) == here
+        views = told.get("views")
+        if isinstance(views, list):
+            found["generator_trained_on_crops"] = any("whole" not in str(view) for view in views)
+        return found
+
+    def _stored(self, path: Path, told: Mapping[str, Any]) -> StoredTokenizer:
+        """The tokenizer that decoded the samples, as far as their record tells."""
+        stored = StoredTokenizer(path)
+        stored.check_target()
+        if not isinstance(told.get("tokenizer"), str):
+            return stored
+        found = StoredTokenizer.of_hash(path, told["tokenizer"], told.get("readout"))
+        if found is None:
+            raise VaevqMedError(
+                f"--tokenizer {path}: found {stored.content_hash[:19]}..., expected {told['tokenizer'][:19]}..., which "
+                f"decoded the samples in {self.samples}"
+            )
+        return found
+
+    def _reconstructed(self, real: RealImages, told: Mapping[str, Any]) -> RealImages:
         """The data set as the tokenizer reconstructs it, or as it is where there is none."""
         if self.tokenizer is None:
             return real
-        stored = StoredTokenizer(self.tokenizer)
-        stored.check_target()
+        stored = self._stored(self.tokenizer, told)
         made = int(stored.value("image_size")), int(stored.value("in_channels"))
         if made != (real.image_size, real.channels):
             raise VaevqMedError(
@@ -207,7 +233,9 @@ class EvaluateSamples:
                 f"{real.channels}, as the images have"
             )
         network = stored.network().to(real.reader.device).eval()
-        return replace(real, tokenizer=network, tokenizer_hash=stored.content_hash)
+        # The hash is of the weights, whichever way the quantizer is decoded.
+        mark = stored.content_hash if stored.readout is None else f"{stored.content_hash} {stored.readout}"
+        return replace(real, tokenizer=network, tokenizer_hash=mark)
 
     def _check_numbers(self, samples: int, real: int) -> None:
         """Refuse, before anything is computed, too few images."""
@@ -299,6 +327,10 @@ def table(record: Mapping[str, Any]) -> list[str]:
     lines = [f"against {against}"]
     if told.get("n_drawn", 0) < told.get("n_planned", 0):
         lines.append(f"note: {told['n_drawn']:,} of {told['n_planned']:,} samples are drawn; generate draws the others")
+    if told.get("generator_trained_on_these_splits") is False:
+        lines.append("note: the generator was trained on other images or splits: copies of those are not found here")
+    if told.get("generator_trained_on_crops") and "memorization" in record:
+        lines.append("note: the generator was trained on crops: copies of crops are not looked for, and mostly pass")
     for name, entry in record["summary"]["overall"].items():
         lines.append(f"{name:<16} {entry['value']:.4f}")
     lines.append(f"note: gfid is {words['gfid'].split('; ', 1)[1]}")

@@ -73,22 +73,33 @@ def find_samples(folder: str | Path) -> list[Sample]:
     return samples
 
 
-def planned_samples(folder: str | Path) -> int | None:
-    """How many samples a ``generate`` run is to draw into a folder, or None where no ``generation.json`` says it.
+def generation_record(folder: str | Path) -> dict[str, Any]:
+    """What a ``generate`` run wrote of the samples of a folder in ``generation.json``; empty where it has none.
 
     Raises:
         DataError: it cannot be read.
     """
     path = Path(folder) / SETTINGS_NAME
     if not path.is_file():
-        return None
+        return {}
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(
             f"{path}: found an unreadable file ({error}), expected a JSON record of a generate run"
         ) from None
-    number = record.get("num_samples") if isinstance(record, dict) else None
+    if not isinstance(record, dict):
+        raise DataError(f"{path}: found {type(record).__name__}, expected a JSON record of a generate run")
+    return record
+
+
+def planned_samples(folder: str | Path) -> int | None:
+    """How many samples a ``generate`` run is to draw into a folder, or None where no ``generation.json`` says it.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    number = generation_record(folder).get("num_samples")
     return number if isinstance(number, int) else None
 
 

@@ -115,7 +115,7 @@ def _store_identity(dataset: TokenDataset) -> dict[str, Any]:
         "split_hash": store.content["data"]["split_hash"],
         "content_hash": store.content["data"]["content_hash"],
         "patients": sorted({str(item["patient"]) for item in dataset.items if "patient" in item}),
-        "tokens": {key: store.content[key] for key in described},
+        "tokens": {**{key: store.content[key] for key in described}, "views": list(store.views(dataset.split))},
     }
 
 

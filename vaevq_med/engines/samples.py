@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from vaevq_med.data.manifest import atomic_write_text
 from vaevq_med.data.recipes import expect, is_int
 from vaevq_med.data.samples import LIST_NAME, SETTINGS_NAME
+from vaevq_med.engines import distributed
 from vaevq_med.engines.sampling import SamplePlan
 from vaevq_med.errors import VaevqMedError
 
@@ -77,7 +78,8 @@ class SampleWriter:
         overwrite: replace samples of other settings.
 
     Raises:
-        VaevqMedError: the folder holds other things, or samples of other settings, or cannot be written.
+        VaevqMedError: the folder holds other things, or samples of other settings, or cannot be written; or there are
+            several processes.
     """
 
     def __init__(
@@ -90,6 +92,10 @@ class SampleWriter:
         write: str | Sequence[str] = ("png",),
         overwrite: bool = False,
     ) -> None:
+        if distributed.world_size() > 1:
+            raise VaevqMedError(
+                f"generate: found {distributed.world_size()} processes, expected one; start it without torchrun"
+            )
         kinds = [write] if isinstance(write, str) else write
         valid = isinstance(kinds, list | tuple) and "png" in kinds and all(kind in KINDS for kind in kinds)
         expect(valid, "write", write, "['png'] or ['png', 'npz']")

@@ -25,17 +25,27 @@ from vaevq_med.engines.base_evaluator import BaseEvaluator
 from vaevq_med.engines.generators import Generator
 from vaevq_med.engines.stored import StoredGenerator
 from vaevq_med.errors import VaevqMedError
-from vaevq_med.inferers import check_ddim_steps, generate_images, generate_indices, ldm_scheduler
+from vaevq_med.inferers import (
+    MAX_GUIDANCE,
+    MIN_TEMPERATURE,
+    check_ddim_steps,
+    generate_images,
+    generate_indices,
+    ldm_scheduler,
+)
 from vaevq_med.networks.llamagen import LlamaGen
 from vaevq_med.networks.tokenizer import VisualTokenizer
 
 _AUTOREGRESSIVE = {"guidance_scale": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 _DIFFUSION = {"guidance_scale": 1.5, "num_steps": 250, "quantize": True}
 _WHOLE = 2**63 - 1
-_LEAST, _MOST = sys.float_info.min, sys.float_info.max
+_LEAST = sys.float_info.min
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "guidance_scale": (lambda value: is_number(value, 0, _MOST), "a number of at least 0"),
-    "temperature": (lambda value: is_number(value, _LEAST, _MOST), "a number above 0 (top_k 1 takes the likeliest)"),
+    "guidance_scale": (lambda value: is_number(value, 0, MAX_GUIDANCE), f"a number from 0 to {MAX_GUIDANCE:g}"),
+    "temperature": (
+        lambda value: is_number(value, MIN_TEMPERATURE, 1 / MIN_TEMPERATURE),
+        f"a number from {MIN_TEMPERATURE:g} to {1 / MIN_TEMPERATURE:g} (top_k 1 takes the likeliest)",
+    ),
     "top_k": (lambda value: is_int(value, 0, _WHOLE), "a whole number, 0 to keep all"),
     "top_p": (lambda value: is_number(value, _LEAST, 1), "a number above 0 and at most 1"),
     "num_steps": (lambda value: is_int(value, 1, _WHOLE), "a whole number from 1"),

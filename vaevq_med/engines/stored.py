@@ -196,6 +196,21 @@ class StoredTokenizer(StoredNetwork):
         super().__init__(path, weights=weights, config=config)
         self._readout = readout
 
+    @classmethod
+    def of_hash(cls, path: str | Path, content_hash: str, readout: str | None = None) -> StoredTokenizer | None:
+        """The averaged or the raw weights of a checkpoint, whichever have a content hash; None if neither has.
+
+        Args:
+            path: the checkpoint.
+            content_hash: of a tokenizer.
+            readout: as for the class.
+        """
+        for weights in ("ema", "network"):
+            stored = cls(path, weights=weights, readout=readout)
+            if stored.content_hash == content_hash:
+                return stored
+        return None
+
     def check_target(self) -> None:
         """Refuse, without building it, another network's checkpoint.
 
@@ -254,8 +269,16 @@ class StoredGenerator(StoredNetwork):
         return tuple(self.tokens["label"]["names"])
 
     def provenance(self, **further: Any) -> dict[str, Any]:
-        """What a generated image depends on: the generator's weights, its tokenizer, and ``further``."""
-        return {"generator": self.content_hash, "tokenizer": self.tokens["tokenizer"]["content_hash"], **further}
+        """What a generated image depends on: the generator's weights, its tokenizer, its images, and ``further``."""
+        described = self.tokens["tokenizer"]
+        return {
+            "generator": self.content_hash,
+            "tokenizer": described["content_hash"],
+            "readout": described["readout"],
+            "trained_on": {name: self.data.get(name) for name in ("content_hash", "split_hash")},
+            "views": self.tokens.get("views"),
+            **further,
+        }
 
     def network(self) -> LlamaGen | LatentDiffusionUNet:
         """Build the generator and load its weights.
@@ -286,10 +309,9 @@ class StoredGenerator(StoredNetwork):
             VaevqMedError: it is another tokenizer.
         """
         described = self.tokens["tokenizer"]
-        for weights in ("ema", "network"):
-            stored = StoredTokenizer(path, weights=weights, readout=described["readout"])
-            if stored.content_hash == described["content_hash"]:
-                return stored.network()
+        found = StoredTokenizer.of_hash(path, described["content_hash"], described["readout"])
+        if found is not None:
+            return found.network()
         StoredTokenizer(path).network()
         raise CheckpointError(
             f"{path}: found another tokenizer ({StoredTokenizer(path).content_hash[:19]}...), expected "

@@ -1,9 +1,18 @@
 """Sampling from trained second-stage networks."""
 
-from vaevq_med.inferers.autoregressive import draw_indices, filter_logits, generate_indices, guided_logits
+from vaevq_med.inferers.autoregressive import (
+    MAX_GUIDANCE,
+    MIN_TEMPERATURE,
+    draw_indices,
+    filter_logits,
+    generate_indices,
+    guided_logits,
+)
 from vaevq_med.inferers.diffusion import check_ddim_steps, generate_images, ldm_scheduler, set_ddim_steps
 
 __all__ = [
+    "MAX_GUIDANCE",
+    "MIN_TEMPERATURE",
     "check_ddim_steps",
     "draw_indices",
     "filter_logits",

@@ -16,6 +16,9 @@ from torch import Tensor
 from vaevq_med.errors import VaevqMedError
 from vaevq_med.networks.llamagen import LlamaGen
 
+MIN_TEMPERATURE, MAX_GUIDANCE = 1e-3, 1e4
+"""Beyond these the guided logits over the temperature may leave fp32, and every index drawn is then 0."""
+
 
 def guided_logits(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance, ``u + s (c - u)``; a scale of 1 is ``c`` and of 0 is ``u``.
@@ -27,13 +30,13 @@ def guided_logits(conditional: Tensor, unconditional: Tensor, scale: float) -> T
 
 
 def check_guidance(scale: float) -> None:
-    """Refuse a scale that no guidance has: below 0, which leads away from the label, or not finite.
+    """Refuse a scale below 0, which leads away from the label, or above :data:`MAX_GUIDANCE`.
 
     Raises:
         VaevqMedError: it is such a scale.
     """
-    if not 0 <= scale < math.inf:
-        raise VaevqMedError(f"guidance_scale is {scale}; expected at least 0")
+    if not 0 <= scale <= MAX_GUIDANCE:
+        raise VaevqMedError(f"guidance_scale is {scale}; expected 0 to {MAX_GUIDANCE:g}")
 
 
 def filter_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -117,7 +120,7 @@ def generate_indices(
         labels: integers ``[B]``, from 0 to ``num_classes``, which is the null class.
         num_samples: B, needed where there are no labels; all are then of the null class.
         guidance_scale: s in ``u + s (c - u)``; 1 is no guidance and takes half the work.
-        temperature: above 0; divides the logits.
+        temperature: from 0.001 to 1000; divides the logits.
         top_k: see :func:`filter_logits`; 0 keeps all, 1 takes the likeliest.
         top_p: see :func:`filter_logits`; 1 keeps all.
         known: integers ``[B, h, w, G]``; where the mask is false they may be anything.
@@ -136,8 +139,11 @@ def generate_indices(
     check_guidance(guidance_scale)
     if labels is None and guidance_scale != 1:
         raise VaevqMedError(f"guidance_scale is {guidance_scale} without labels; expected labels, or 1")
-    if not temperature > 0:
-        raise VaevqMedError(f"temperature is {temperature}; expected above 0 (top_k 1 takes the likeliest)")
+    if not MIN_TEMPERATURE <= temperature <= 1 / MIN_TEMPERATURE:
+        raise VaevqMedError(
+            f"temperature is {temperature}; expected {MIN_TEMPERATURE:g} to {1 / MIN_TEMPERATURE:g} (top_k 1 takes the "
+            "likeliest)"
+        )
     batch = _batch_size(labels, num_samples)
     if isinstance(generator, Sequence) and len(generator) != batch:
         raise VaevqMedError(f"found {len(generator)} generators; expected one, or one for each of {batch} samples")

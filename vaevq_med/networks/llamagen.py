@@ -135,15 +135,22 @@ class LlamaGen(nn.Module):
     def preset(cls, name: str, **options: Any) -> Self:
         """A network of a size in :data:`PRESETS`; ``options`` are the constructor's other arguments.
 
+        Width, depth and heads may stand among them as the preset has them, or as None.
+
         With K = 16,384, 1000 classes and one codebook the parameters are, in millions: S 34.2, B 110.9, L 342.9,
         XL 774.7, XXL 1411.0, 3B 3096.7.
 
         Raises:
-            VaevqMedError: there is no such size.
+            VaevqMedError: there is no such size, or another width, depth or number of heads beside it.
         """
         if name not in PRESETS:
             raise VaevqMedError(f"no LlamaGen preset {name!r}; expected one of {', '.join(PRESETS)}")
-        return cls(**{**PRESETS[name], **options})
+        for key, value in PRESETS[name].items():
+            if options.get(key) not in (None, value):
+                raise VaevqMedError(
+                    f"LlamaGen preset {name!r}: found {key} {options[key]} beside the name, expected {value} or null"
+                )
+        return cls(**{**options, **PRESETS[name]})
 
     @property
     def null_class(self) -> int:

@@ -114,6 +114,9 @@ class Comparison(ABC):
     def draw(self, table: Table, results: Sequence[RowResult]) -> list[Path]:
         """Draw the figures; their files."""
 
+    def log(self, state: RowState) -> None:  # noqa: B027 (most log nothing)
+        """Log what a row found to its own MLflow run, where its commands have not done so."""
+
     def dry_run(self) -> list[tuple[str, list[str]]]:
         """Label and commands, as shell lines, of every row; nothing is written.
 
@@ -154,6 +157,8 @@ class Comparison(ABC):
         try:
             for state in states:
                 run_row(state, run_id, lambda: self.on_update(states))
+                if state.status == "finished":
+                    self.log(state)
             results = [self.read(state) for state in states if state.done]
             files, table, figures = self._write(results)
         except KeyboardInterrupt:

@@ -6,7 +6,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vaevq_med.apps.comparison.plan import Plan
+from vaevq_med.engines.stored import StoredNetwork
 from vaevq_med.engines.tracking import MLflowTracker
+
+
+def log_to_training(plan: Plan, checkpoint: Path, figures: Mapping[str, float]) -> None:
+    """Log figures to the MLflow run that wrote a checkpoint; a failing server stops nothing.
+
+    Args:
+        plan: where it is tracked.
+        checkpoint: of the training.
+        figures: name to value.
+    """
+    tracker = MLflowTracker(tracking_uri=plan.tracking_uri, experiment=plan.experiment())
+    if not tracker.enabled:
+        return
+    with tracker.guard():
+        stored = StoredNetwork(checkpoint)
+        if stored.run_id is None:
+            return
+        tracker.start_run(stored.run_id, resume=False)
+        tracker.log_metrics(figures, stored.iteration)
+        tracker.flush()
 
 
 class ParentRun:
