@@ -409,12 +409,16 @@ def test_a_damaged_record_or_an_output_that_is_a_file_is_one_line(slice_dataset:
     with pytest.raises(VaevqMedError, match="not writable"):
         blocked.run()
     command = toy(slice_dataset, tmp_path)
-    for text in ("[1]", '{"a": 1}', "{"):
+    for text in ("[1]", '{"a": 1}', "{", '{"shared": 3}'):
         (tmp_path / "comparison.json").write_text(text)
         with pytest.raises(VaevqMedError, match="expected a record of vaevq-med"):
             command.dry_run()
+    (tmp_path / "comparison.json").unlink()
     row = command.plan.rows()[0]
     row.evaluation.mkdir(parents=True)
+    (row.folder / "row.json").write_text('{"hash": "a", "status": "finished", "settings": 3}')
+    with pytest.raises(VaevqMedError, match=r"row\.json: found no hash and status and settings"):
+        command.dry_run()
     (row.evaluation / "metrics.json").write_text('{"summary": ')
     with pytest.raises(VaevqMedError, match="vqgan seed 0: found a damaged evaluation"):
         rows_module.read_result(row)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -368,27 +369,54 @@ def test_simvq_agrees_with_vector_quantize_pytorch() -> None:
     with torch.no_grad():
         ours.basis.copy_(theirs.frozen_codebook)
         ours.projection.weight.copy_(theirs.code_transform.weight)
-    z = torch.randn(2, D, 3, 5)
-    quantized, indices, _ = theirs(z)
-    output = ours(z)
+    z, target = torch.randn(2, D, 3, 5), torch.randn(2, D, 3, 5)
+    their_z, our_z = z.clone().requires_grad_(), z.clone().requires_grad_()
+    quantized, indices, loss = theirs(their_z)
+    output = ours(our_z)
     assert torch.equal(output.indices[..., 0], indices)
     torch.testing.assert_close(output.quantized, quantized)
+    # Theirs weighs by itself: codebook 1, commitment 0.25.
+    our_loss = output.losses["codebook"] + 0.25 * output.losses["commitment"]
+    torch.testing.assert_close(our_loss, loss)
+    (loss + F.mse_loss(quantized, target)).backward()
+    (our_loss + F.mse_loss(output.quantized, target)).backward()
+    torch.testing.assert_close(our_z.grad, their_z.grad)
+    torch.testing.assert_close(ours.projection.weight.grad, theirs.code_transform.weight.grad)
+    assert bool(ours.projection.weight.grad.any())
 
 
 @pytest.mark.peer
 def test_vector_quantizer_agrees_with_vector_quantize_pytorch() -> None:
+    """Theirs learns by gradient where it is told to, with one weight for codebook and commitment."""
     peer = pytest.importorskip("vector_quantize_pytorch")
     torch.manual_seed(0)
-    theirs = peer.VectorQuantize(dim=D, codebook_size=K, accept_image_fmap=True, rotation_trick=False).eval()
+    theirs = peer.VectorQuantize(
+        dim=D,
+        codebook_size=K,
+        accept_image_fmap=True,
+        rotation_trick=False,
+        ema_update=False,
+        learnable_codebook=True,
+        commitment_weight=0.5,
+    )
     ours = VectorQuantizer(num_embeddings=K, embedding_dim=D)
     with torch.no_grad():
         ours.embedding.copy_(theirs.codebook)
-    z = torch.randn(2, D, 3, 5)
-    quantized, indices, _ = theirs(z)
-    output = ours(z)
+    z, target = torch.randn(2, D, 3, 5), torch.randn(2, D, 3, 5)
+    their_z, our_z = z.clone().requires_grad_(), z.clone().requires_grad_()
+    quantized, indices, loss = theirs(their_z)
+    output = ours(our_z)
     assert len(indices.unique()) > 3
     assert torch.equal(output.indices[..., 0], indices)
     torch.testing.assert_close(output.quantized, quantized)
+    for part in ("codebook", "commitment"):
+        torch.testing.assert_close(0.5 * output.losses[part], loss.squeeze())
+    our_loss = 0.5 * (output.losses["codebook"] + output.losses["commitment"])
+    (loss.sum() + F.mse_loss(quantized, target)).backward()
+    (our_loss + F.mse_loss(output.quantized, target)).backward()
+    torch.testing.assert_close(our_z.grad, their_z.grad)
+    (table,) = (parameter for parameter in theirs.parameters() if parameter.shape[-2:] == (K, D))
+    torch.testing.assert_close(ours.embedding.grad, table.grad.reshape(K, D))
 
 
 @pytest.mark.parametrize("num_embeddings", [40, 2000])

@@ -26,6 +26,7 @@ RECORD = "comparison.json"
 STATE = ".comparison"
 """Folder of the lock of a comparison, and of each of its rows."""
 _ROW_RECORD = "row.json"
+_MAPPINGS = ("shared", "settings", "provenance", "tokenizer")
 _ERROR_TAIL = 65_536
 _BORDERS = ("╭", "╰", "┏", "┗")
 """What the first and last lines of a frame begin with, which rich draws around errors."""
@@ -110,7 +111,7 @@ def read_result(row: Row) -> RowResult:
 
 
 def read_json(path: Path, *names: str) -> dict[str, Any] | None:
-    """A JSON object, None where there is no such file.
+    """A JSON object, with objects under the names of :data:`_MAPPINGS`, None where there is no such file.
 
     Raises:
         VaevqMedError: it is unreadable, or lacks one of ``names``.
@@ -121,6 +122,8 @@ def read_json(path: Path, *names: str) -> dict[str, Any] | None:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise VaevqMedError(f"{path}: found an unreadable file ({error}), expected a record of vaevq-med") from error
+    if isinstance(record, dict) and any(not isinstance(record.get(name, {}), dict) for name in _MAPPINGS):
+        record = None
     if not isinstance(record, dict) or not all(name in record for name in names):
         raise VaevqMedError(f"{path}: found no {' and '.join(names)}, expected a record of vaevq-med")
     return record
