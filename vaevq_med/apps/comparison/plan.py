@@ -35,6 +35,7 @@ TITLES = {
     "paper_literal": "VAEVQ (literal constants)",
     "released": "VAEVQ (released code)",
     "information_matched": "VAEVQ (information-matched)",
+    "kl_budget": "VAEVQ (KL budget, mean)",
     "fsq": "FSQ",
     "ifsq": "iFSQ",
     "lfq": "LFQ",
