@@ -770,9 +770,13 @@ def test_the_random_resized_crop_overlay_trains_and_packs(
 
 
 def test_the_brats_bundle_takes_stacked_contrasts(slice_dataset: Path, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     overrides = {
         **toy_config(slice_dataset, tmp_path / "run"),
         **{"max_epochs": 1, "in_channels": 2, "modalities": ["t2f", "t1c"], "stack_modalities": True},
+        "tracking_uri": uri,
     }
     bundle = BUNDLE.parent / "brats"
     run(bundle, "train.json", overrides)
@@ -783,6 +787,13 @@ def test_the_brats_bundle_takes_stacked_contrasts(slice_dataset: Path, tmp_path:
     written = sorted((tmp_path / "run/predictions/test/reconstructions").rglob("*.png"))
     assert [path.name[-13:] for path in written[:2]] == ["-channel0.png", "-channel1.png"]
     assert len(written) == 8
+    # MLflow takes no plus sign in the name of a metric.
+    client = MlflowClient(uri)
+    (experiment,) = (e for e in client.search_experiments() if e.name == "vaevq_med brats")
+    (tracked,) = client.search_runs([experiment.experiment_id])
+    assert tracked.info.status == "FINISHED"
+    for name in ("val/psnr_t2f_t1c", "test/psnr_t2f_t1c", "train/loss"):
+        assert name in tracked.data.metrics, name
 
 
 @pytest.mark.sampledata

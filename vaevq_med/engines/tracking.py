@@ -26,6 +26,7 @@ from vaevq_med.engines.checkpoint import TrainingCheckpoint
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+_FOREIGN = re.compile(r"[^/\w.\- ]")  # MLflow on Windows has no place for a colon either
 logger = logging.getLogger(__name__)
 _MAX_PARAMS = 100
 _MAX_METRICS = 1000
@@ -237,10 +238,10 @@ class MLflowTracker:
         self._client.log_dict(self.run_id, dict(config), "config.json")
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Buffer metrics; they are written in batches."""
+        """Buffer metrics; they are written in batches. What MLflow has no place for in a name becomes ``_``."""
         now = int(time.time() * 1000)
         del self._buffer[: max(0, len(self._buffer) - _MAX_BUFFERED)]
-        self._buffer.extend((name, float(value), now, step) for name, value in metrics.items())
+        self._buffer.extend((_FOREIGN.sub("_", name), float(value), now, step) for name, value in metrics.items())
 
     def flush(self) -> None:
         """Write the buffered metrics; what a failing server did not take stays for the next time."""
