@@ -100,7 +100,8 @@ def test_plain_groups_agree_with_vector_quantize_pytorch(kind: type[GroupedQuant
 
     It has neither the disentanglement penalty nor nested masking and revival, which are off here.
     """
-    peer = pytest.importorskip("vector_quantize_pytorch")
+    import vector_quantize_pytorch as peer
+
     torch.manual_seed(0)
     theirs = peer.VectorQuantize(
         dim=6,
@@ -134,7 +135,8 @@ def test_plain_groups_agree_with_vector_quantize_pytorch(kind: type[GroupedQuant
 @pytest.mark.peer
 def test_normalized_groups_agree_with_vector_quantize_pytorch() -> None:
     """Intended differences: its cosine codebook takes no gradient, and its averages are held still here."""
-    peer = pytest.importorskip("vector_quantize_pytorch")
+    import vector_quantize_pytorch as peer
+
     torch.manual_seed(0)
     theirs = peer.VectorQuantize(
         dim=6,

@@ -123,7 +123,8 @@ def test_the_codebook_is_kept_in_evaluation_until_something_changes() -> None:
 @pytest.mark.peer
 def test_it_agrees_with_vector_quantize_pytorch() -> None:
     """Intended differences: its one loss is the sum of both halves; its bridge (a convolution) is replaced by ours."""
-    peer = pytest.importorskip("vector_quantize_pytorch")
+    import vector_quantize_pytorch as peer
+
     ours = unfolded(embedding_dim=4)
 
     class Bridge(nn.Module):

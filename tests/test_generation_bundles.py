@@ -497,7 +497,7 @@ def test_every_overlay_is_read(file: str, overlay: str) -> None:
     assert {path.stem for path in (BUNDLE / "overlays_generation").iterdir()} == {name for _, name in OVERLAYS}
 
 
-@pytest.mark.parametrize(("size", "millions"), [("l", 342.9), ("xl", 774.7)])
+@pytest.mark.parametrize(("size", "millions"), [("s", 34.2), ("l", 342.9), ("xl", 774.7)])
 def test_overlays_have_the_published_sizes(size: str, millions: float) -> None:
     parser = ConfigParser()
     overlay = BUNDLE / "overlays_generation" / f"autoregressive_{size}.json"

@@ -31,7 +31,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from vaevq_med.apps import cli
 from vaevq_med.apps.evaluate_samples import EvaluateSamples, table
 from vaevq_med.apps.sample_neighbors import SampleNeighbors
-from vaevq_med.data.samples import find_samples, planned_samples
+from vaevq_med.data.samples import find_samples, generation_record
 from vaevq_med.engines import SampleWriter, StoredTokenizer
 from vaevq_med.errors import VaevqMedError
 from vaevq_med.metrics import (
@@ -506,6 +506,12 @@ def test_a_tokenizer_that_does_not_fit_is_refused(command: Use, monkeypatch: pyt
         command(tokenizer=Path("best.pt"), memorization=False)[0].run()
 
 
+def list_samples(samples: Path) -> None:
+    """The list that goes with a ``generation.json``."""
+    names = "".join(f"{path.name},\n" for path in sorted(samples.glob("*.png")))
+    (samples / "samples.csv").write_text("file,label\n" + names)
+
+
 SOFTVQ = {"_target_": "vaevq_med.networks.quantizers.SoftVQ", "num_embeddings": 8, "embedding_dim": 4}
 
 
@@ -522,8 +528,7 @@ def test_samples_name_their_tokenizer_and_its_read_out(
             decoded[readout] = (StoredTokenizer(ours, readout=readout).network()(image)[0, 0] + 1) / 2
     assert (decoded["soft"] - decoded["hard"]).square().mean().sqrt() > 2 / 255
     write(samples / "tokens.png", (255 * decoded["hard"].clamp(0, 1)).round().numpy().astype(np.uint8))
-    with (samples / "samples.csv").open("w") as file:
-        file.write("file,label\n" + "".join(f"{path.name},\n" for path in sorted(samples.glob("*.png"))))
+    list_samples(samples)
     known = StoredTokenizer(ours).content_hash
     (samples / "generation.json").write_text(json.dumps({"tokenizer": known, "readout": "hard", "num_samples": 11}))
     report = command(tokenizer=ours)[0].run()
@@ -553,8 +558,7 @@ def test_what_the_generator_was_trained_on_is_noted(
     told: dict[str, Any], said: str, command: Use, folders: tuple[Path, Path]
 ) -> None:
     samples = folders[1]
-    with (samples / "samples.csv").open("w") as file:
-        file.write("file,label\n" + "".join(f"{path.name},\n" for path in sorted(samples.glob("*.png"))))
+    list_samples(samples)
     (samples / "generation.json").write_text(json.dumps(told))
     notes = [line for line in table(command()[0].run().record) if line.startswith("note: the generator")]
     assert len(notes) == bool(said)
@@ -850,12 +854,12 @@ def test_an_interrupted_run_says_how_many_samples_were_to_be_drawn(tmp_path: Pat
 
     with pytest.raises(KeyboardInterrupt):
         draw_images(6, stop_after=1)
-    assert (len(find_samples(tmp_path)), planned_samples(tmp_path)) == (2, 6)
+    assert (len(find_samples(tmp_path)), generation_record(tmp_path)["num_samples"]) == (2, 6)
     draw_images(6, stop_after=9)
-    assert (len(find_samples(tmp_path)), planned_samples(tmp_path)) == (6, 6)
+    assert (len(find_samples(tmp_path)), generation_record(tmp_path)["num_samples"]) == (6, 6)
     with pytest.raises(KeyboardInterrupt):
         draw_images(12, stop_after=1)
-    assert (len(find_samples(tmp_path)), planned_samples(tmp_path)) == (8, 12)
+    assert (len(find_samples(tmp_path)), generation_record(tmp_path)["num_samples"]) == (8, 12)
 
 
 def test_on_the_command_line(

@@ -203,7 +203,8 @@ def test_it_agrees_with_vector_quantize_pytorch(learnable: bool) -> None:
     ours; it returns each stage's loss, where ours is their mean; its codebook loss with a learnable codebook is the
     commitment loss without a stop-gradient, the sum of ours.
     """
-    peer = pytest.importorskip("vector_quantize_pytorch")
+    import vector_quantize_pytorch as peer
+
     torch.manual_seed(0)
     theirs = peer.ResidualVQ(
         dim=4,

@@ -93,16 +93,6 @@ def generation_record(folder: str | Path) -> dict[str, Any]:
     return record
 
 
-def planned_samples(folder: str | Path) -> int | None:
-    """How many samples a ``generate`` run is to draw into a folder, or None where no ``generation.json`` says it.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    number = generation_record(folder).get("num_samples")
-    return number if isinstance(number, int) else None
-
-
 def _listed(root: Path) -> list[Sample]:
     path = root / LIST_NAME
     try:

@@ -205,8 +205,8 @@ class StoredTokenizer(StoredNetwork):
             content_hash: of a tokenizer.
             readout: as for the class.
         """
-        for weights in ("ema", "network"):
-            stored = cls(path, weights=weights, readout=readout)
+        stored = cls(path, readout=readout)
+        for stored.weights in ("ema", "network"):
             if stored.content_hash == content_hash:
                 return stored
         return None

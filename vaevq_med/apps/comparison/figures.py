@@ -12,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from vaevq_med.apps.comparison.plan import Row, literal
+from vaevq_med.apps.comparison.plan import Row
 from vaevq_med.apps.comparison.tables import COLUMNS, MethodResult
 from vaevq_med.data.samples import LIST_NAME, find_samples
 from vaevq_med.errors import VaevqMedError
@@ -132,8 +132,6 @@ def reconstructions(rows: Sequence[Row], count: int, path: Path) -> None:
     Raises:
         VaevqMedError: a checkpoint is not there any more.
     """
-    from monai.bundle import ConfigParser
-
     columns: dict[str, torch.Tensor] = {}
     images = torch.empty(0)
     labels: list[str] = []
@@ -142,9 +140,7 @@ def reconstructions(rows: Sequence[Row], count: int, path: Path) -> None:
             raise VaevqMedError(
                 f"{row.checkpoint}: found no checkpoint to draw from; --pictures 0 leaves the figure out"
             )
-        parser = ConfigParser()
-        parser.read_config(str(row.plan.bundle.path / "evaluate.json"))
-        parser.update({key: literal(value) for key, value in row.evaluation_overrides().items()})
+        parser = row.parser("evaluating")
         if not labels:
             dataset = parser.get_parsed_content("dataset")
             chosen = dict.fromkeys(np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist())

@@ -15,11 +15,14 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pydoc import ErrorDuringImport, locate
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from vaevq_med.data.manifest import load_manifest
 from vaevq_med.errors import VaevqMedError, root_cause
 from vaevq_med.resources import bundle_path
+
+if TYPE_CHECKING:
+    from monai.bundle import ConfigParser
 
 ALIASES = {"vaevq": "paper"}
 TITLES = {
@@ -573,39 +576,33 @@ class Row:
         training = {**shared, "seed": str(self.seed), **plan.budget.overrides(), **select(train)}
         return training, {**shared, **paths, **select(evaluate)}
 
+    def parser(self, command: str) -> ConfigParser:
+        """The configuration of ``training`` or ``evaluating`` with its overrides, unresolved."""
+        from monai.bundle import ConfigParser
+
+        training, evaluation = self._split()
+        overlays, bundle = self.plan.composed(self.method), self.plan.bundle
+        files = {"training": ("train.json", overlays, training), "evaluating": ("evaluate.json", (), evaluation)}
+        file, names, overrides = files[command]
+        parser = ConfigParser(bundle.read(file, names))
+        parser.update({key: literal(value) for key, value in overrides.items()})
+        return parser
+
     def build(self, key: str) -> Any:
         """What the training's configuration has under an id, built.
 
         Raises:
             VaevqMedError: it cannot be; with the reason.
         """
-        from monai.bundle import ConfigParser
-
-        parser = ConfigParser(self.plan.bundle.read("train.json", self.plan.composed(self.method)))
-        parser.update({name: literal(value) for name, value in self._split()[0].items()})
         try:
-            return parser.get_parsed_content(key)
+            return self.parser("training").get_parsed_content(key)
         except Exception as error:  # whatever the component or MONAI raises
             raise VaevqMedError(f"{self.label}: {str(root_cause(error)).splitlines()[0]}") from error
 
     def training_number(self, key: str) -> int | None:
         """A whole number that the training has under an id, None where there is none or an expression."""
-        training, _ = self._split()
-        value: Any = self.plan.bundle.read("train.json", self.plan.composed(self.method))
-        path = ""
-        for name in key.split("#"):
-            value = value.get(name) if isinstance(value, Mapping) else None
-            path = f"{path}#{name}" if path else name
-            if path in training and path != key:  # replaced as a whole
-                return None
-        try:
-            return int(str(training.get(key, value)))
-        except ValueError:
-            return None
-
-    def evaluation_overrides(self) -> dict[str, str]:
-        """Overrides of ``evaluate.json``, as on the command line."""
-        return self._split()[1]
+        value = self.parser("training").get(key)
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
 
     def commands(self, parent_run_id: str | None = None) -> dict[str, list[str]]:
         """``training``, unless it decodes another's checkpoint, and ``evaluating``, as a user would type them.

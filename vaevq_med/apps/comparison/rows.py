@@ -122,9 +122,8 @@ def read_json(path: Path, *names: str) -> dict[str, Any] | None:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise VaevqMedError(f"{path}: found an unreadable file ({error}), expected a record of vaevq-med") from error
-    if isinstance(record, dict) and any(not isinstance(record.get(name, {}), dict) for name in _MAPPINGS):
-        record = None
-    if not isinstance(record, dict) or not all(name in record for name in names):
+    found = isinstance(record, dict) and all(name in record for name in names)
+    if not found or not all(isinstance(record.get(name, {}), dict) for name in _MAPPINGS):
         raise VaevqMedError(f"{path}: found no {' and '.join(names)}, expected a record of vaevq-med")
     return record
 
