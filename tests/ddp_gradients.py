@@ -13,7 +13,9 @@ from vaevq_med.losses import diffusion
 from vaevq_med.networks.posterior import DiagonalGaussian
 
 
-def deterministic_sample(self: DiagonalGaussian, generator: torch.Generator | None = None) -> torch.Tensor:
+def deterministic_sample(
+    self: DiagonalGaussian, generator: torch.Generator | None = None, noise: torch.Tensor | None = None
+) -> torch.Tensor:
     """In place of noise, which every process draws for itself."""
     return self.mean + 0.5 * self.std
 

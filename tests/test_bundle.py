@@ -241,7 +241,10 @@ def test_a_killed_process_leaves_a_checkpoint_that_loads(toy_overrides: dict[str
         ({"max_epochs": 0}, "total_steps 0"),
         ({"ema_decay": 1.0}, "ema_decay"),
         ({"checkpoint_interval": 0}, "checkpoint_interval"),
-        ({"accumulation_steps": 0}, "accumulation_steps"),
+        ({"micro_batch_size": 0}, "found 0"),
+        ({"micro_batch_size": 5}, "batch_size, 4"),
+        ({"micro_batch_size": "many"}, "'many'"),
+        ({"device": "cuda:0"}, "cuda:0"),
         ({"val_max_items": 0}, "max_items"),
         ({"network_def#variational": False}, "needs a posterior"),
         ({"image_size": 31}, "31"),
@@ -285,7 +288,10 @@ def test_a_term_that_goes_bad_stops_the_run_and_keeps_the_checkpoint(toy_overrid
     from vaevq_med.engines import TrainingError
 
     workflow = ConfigWorkflow(
-        config_file=str(BUNDLE / "train.json"), workflow_type="train", **{**toy_overrides, "checkpoint_interval": 1}
+        config_file=str(BUNDLE / "train.json"),
+        workflow_type="train",
+        # A given size: to choose one takes two more calls of each term.
+        **{**toy_overrides, "checkpoint_interval": 1, "micro_batch_size": 4},
     )
     workflow.initialize()
     trainer = workflow.parser.get_parsed_content("train#trainer")

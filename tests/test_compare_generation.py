@@ -149,7 +149,7 @@ def real(monkeypatch: pytest.MonkeyPatch) -> Real:
 @pytest.fixture
 def command(tokenizers: str, slice_dataset: Path, tmp_path: Path) -> Callable[..., CompareGeneration]:
     """A comparison at toy size, untracked."""
-    small = {"batch_size": 4, "accumulation_steps": 1, "num_workers": 0, "precision": "fp32", "device": "cpu"}
+    small = {"batch_size": 4, "micro_batch_size": "auto", "num_workers": 0, "precision": "fp32", "device": "cpu"}
     own = (("llamagen", "autoregressive"), ("ldm", "diffusion"))
     widths = {name: [f"{name}:{key}={value}" for key, value in TOY[kind].items()] for name, kind in own}
 

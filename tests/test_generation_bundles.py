@@ -89,7 +89,7 @@ def toy(kind: str, tokens_dir: Path, output_dir: Path) -> dict[str, Any]:
         "device": "cpu",
         "max_epochs": 2,
         "batch_size": 4,
-        "accumulation_steps": 1,
+        "micro_batch_size": "auto",
         "num_workers": 0,
         "learning_rate": 3e-3,
         "precision": "fp32",
@@ -210,7 +210,10 @@ def test_monai_finds_every_property(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_ends_bit_identical(kind: str, stores: dict[str, Path], tmp_path: Path) -> None:
-    whole = {**toy(kind, stores[kind], tmp_path / "whole"), "accumulation_steps": 2 if kind == "autoregressive" else 1}
+    whole = {
+        **toy(kind, stores[kind], tmp_path / "whole"),
+        "micro_batch_size": 2 if kind == "autoregressive" else "auto",
+    }
     run_bundle(f"train_{kind}.json", whole)
     broken = {**whole, "output_dir": str(tmp_path / "broken")}
     workflow = workflow_of(f"train_{kind}.json", broken)
@@ -419,7 +422,8 @@ def test_two_processes_have_the_gradients_of_one(kind: str, stores: dict[str, Pa
     alive = [bool(gradient.abs().max() > 1e-6) for gradient in one.values()]
     assert np.mean(alive) > (0.7 if kind == "diffusion" else 0.99)
     for name, gradient in one.items():
-        torch.testing.assert_close(two[name], gradient, atol=1e-7, rtol=1e-3)
+        # Sums in fp32 over other parts of the batch differ by some 3e-7.
+        torch.testing.assert_close(two[name], gradient, atol=5e-7, rtol=1e-3)
 
 
 def test_several_processes_need_ddp(

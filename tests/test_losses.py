@@ -443,9 +443,24 @@ def test_kl_budget_has_the_same_speed_however_a_batch_is_chunked() -> None:
     factors = []
     for chunks in (1, 4):
         term = KLLoss(budget=1.0, num_embeddings=8, rate=0.05)
-        term.calls_per_step = chunks
-        for _ in range(chunks):
-            term(random(2, 1, 4, 4), make_output(mean=torch.full((2, 3, 2, 2), 2.0)))
+        with term.one_update():
+            for _ in range(chunks):
+                term(random(2, 1, 4, 4), make_output(mean=torch.full((2, 3, 2, 2), 2.0)))
         factors.append(float(term.factor))
     assert factors[0] == pytest.approx(factors[1])
     assert factors[0] != 1
+
+
+def test_kl_budget_does_not_move_where_a_batch_ends_in_an_error() -> None:
+    term = KLLoss(budget=1.0, num_embeddings=8, rate=0.05)
+
+    def broken_off() -> None:
+        with term.one_update():
+            term(random(2, 1, 4, 4), make_output(mean=torch.full((2, 3, 2, 2), 2.0)))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        broken_off()
+    assert float(term.factor) == 1
+    term(random(2, 1, 4, 4), make_output(mean=torch.full((2, 3, 2, 2), 2.0)))
+    assert float(term.factor) != 1

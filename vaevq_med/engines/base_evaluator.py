@@ -21,7 +21,7 @@ class BaseEvaluator(SupervisedEvaluator):
         device: where to evaluate.
         val_data_loader: yields dictionaries.
         network: what is evaluated.
-        precision: ``fp32``, or ``bf16`` for autocast.
+        precision: ``fp32``, ``bf16`` for autocast, or ``auto``, which is ``bf16`` on a GPU that has it.
         seed: of what is drawn anew at each run.
         val_handlers: ignite handlers.
         **kwargs: passed on to ``SupervisedEvaluator``.
@@ -41,7 +41,7 @@ class BaseEvaluator(SupervisedEvaluator):
         val_handlers: Sequence[Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.autocast_dtype = autocast_dtype(precision)
+        self.autocast_dtype = autocast_dtype(precision, device)
         super().__init__(
             device=torch.device(device),
             val_data_loader=val_data_loader,

@@ -7,7 +7,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from ignite.engine import Engine, Events
@@ -18,24 +18,37 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from vaevq_med.engines import distributed
+from vaevq_med.engines.micro_batches import AUTO, Snapshot, check_micro_batch_size, is_out_of_memory, planned
 from vaevq_med.errors import VaevqMedError
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
+PRECISIONS = ("auto", "fp32", "bf16")
+T = TypeVar("T")
 
 
 class TrainingError(VaevqMedError):
     """Training cannot go on; the message names the loss term and the iteration."""
 
 
-def autocast_dtype(precision: str) -> torch.dtype | None:
-    """The type that a precision casts to: None for ``fp32``.
+def autocast_dtype(precision: str, device: torch.device | str) -> torch.dtype | None:
+    """The type that a precision casts to on a device: None for ``fp32``; ``auto`` is bf16 on a GPU that has it.
 
     Raises:
-        VaevqMedError: there is no such precision.
+        VaevqMedError: there is no such precision, or the GPU has no bf16.
+
+    >>> autocast_dtype("auto", "cpu"), autocast_dtype("bf16", "cpu")
+    (None, torch.bfloat16)
     """
     if precision not in PRECISIONS:
         raise VaevqMedError(f"precision: found {precision!r}, expected one of {', '.join(PRECISIONS)}")
-    return PRECISIONS[precision]
+    device = torch.device(device)
+    # Ampere, of compute capability 8.0, is the first generation with it; older ones emulate it, slowly.
+    capable = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+    if precision == "bf16" and not capable:
+        raise VaevqMedError(
+            f"precision: found 'bf16' on {torch.cuda.get_device_name(device)}, which lacks it, expected auto or fp32"
+        )
+    wanted = precision == "bf16" or (precision == "auto" and device.type == "cuda" and capable)
+    return torch.bfloat16 if wanted else None
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
@@ -86,8 +99,9 @@ class BaseTrainer(SupervisedTrainer):
         loss_function: what MONAI's class keeps as such.
         schedulers: learning-rate schedulers, each stepped once an iteration.
         ema: averaged copy of the network, updated after each step.
-        precision: ``fp32``, or ``bf16`` for autocast.
-        accumulation_steps: chunks that each batch is split into; the step sees their mean gradient.
+        precision: ``fp32``, ``bf16`` for autocast, or ``auto``, which is ``bf16`` on a GPU that has it.
+        micro_batch_size: items of a batch that go through the network at once; the step sees their mean gradient.
+            ``auto`` takes as many as the free memory holds.
         max_grad_norm: clip gradient norms to this; None does not clip.
         **kwargs: passed on to ``SupervisedTrainer``.
 
@@ -112,13 +126,13 @@ class BaseTrainer(SupervisedTrainer):
         schedulers: Sequence[Any] = (),
         ema: AveragedModel | None = None,
         precision: str = "fp32",
-        accumulation_steps: int = 1,
+        micro_batch_size: int | str = AUTO,
         max_grad_norm: float | None = None,
         **kwargs: Any,
     ) -> None:
-        self.autocast_dtype = autocast_dtype(precision)
-        if accumulation_steps < 1:
-            raise VaevqMedError(f"accumulation_steps: found {accumulation_steps}, expected 1 or more")
+        self.autocast_dtype = autocast_dtype(precision, device)
+        sampler = getattr(train_data_loader, "batch_sampler", None)
+        check_micro_batch_size(micro_batch_size, getattr(sampler, "batch_size", None))
         if max_epochs < 1:
             raise VaevqMedError(f"max_epochs: found {max_epochs}, expected 1 or more")
         super().__init__(
@@ -133,8 +147,8 @@ class BaseTrainer(SupervisedTrainer):
             decollate=False,
             **kwargs,
         )
-        # MONAI's class keeps 1: an iteration is one optimizer step here, whatever the number of chunks.
-        self.num_chunks = accumulation_steps
+        # MONAI's gradient accumulation stays off: an iteration is one optimizer step here, whatever the micro-batch.
+        self.micro_batch_size = micro_batch_size
         self.schedulers = list(schedulers)
         self.ema = ema
         self.max_grad_norm = max_grad_norm
@@ -170,6 +184,71 @@ class BaseTrainer(SupervisedTrainer):
     def summary(self) -> dict[str, Any]:
         """What a run's summary says of this kind of network."""
         return {}
+
+    def _probe(self, batchdata: Mapping[str, Any], count: int) -> Any:
+        """The graph of the first ``count`` items of a batch, which leaves no trace in the trainer."""
+        raise NotImplementedError
+
+    def _plan(self, batchdata: Mapping[str, Any], batch_size: int) -> None:
+        """Choose the micro-batch, where that is asked for and has not been done."""
+        if self.micro_batch_size != AUTO:
+            check_micro_batch_size(self.micro_batch_size, batch_size if self.state.iteration <= 1 else None)
+            return
+        device = self.state.device
+        parameters = [*self.network.parameters()]
+        if self.discriminator is not None:
+            parameters += self.discriminator.parameters()
+        before = Snapshot(device, self.discriminator)
+        try:
+            size = planned(lambda count: self._probe(batchdata, count), batch_size, parameters, device)
+        finally:
+            before.restore()
+        if distributed.world_size() > 1:
+            # All processes cut alike: the one with the least memory decides.
+            least = torch.tensor(size, device=device)
+            torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
+            size = int(least)
+        self.micro_batch_size = size
+        if size < batch_size:
+            self.logger.warning("%d of %d items of a batch go through the network at once", size, batch_size)
+
+    def _parts(self, values: Tensor) -> Sequence[Tensor]:
+        """A batch in micro-batches."""
+        return values.split(int(self.micro_batch_size))
+
+    def _repeat(self, part: Callable[[], T], batch_size: int) -> T:
+        """Run a part of a step; where memory runs out, halve the micro-batch and run it again from the same start.
+
+        Raises:
+            TrainingError: a single item is too much, or there are several processes, which have to cut alike.
+        """
+        while True:
+            before = Snapshot(self.state.device, self.discriminator)
+            size = min(int(self.micro_batch_size), batch_size)
+            try:
+                return part()
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                if size == 1 or distributed.world_size() > 1:
+                    raise TrainingError(
+                        f"iteration {self.state.iteration}: found too little memory for a micro_batch_size of {size}, "
+                        f"expected room for it; {'lower it' if size > 1 else 'choose a smaller network or image'}"
+                    ) from None
+            # Only now, the exception gone, are the tensors of its frames free.
+            for optimizer in (self.optimizer, self.d_optimizer):
+                if optimizer is not None:
+                    optimizer.zero_grad(set_to_none=True)
+            if self.state.device.type == "cuda":
+                torch.cuda.empty_cache()
+            before.restore()
+            self.micro_batch_size = (size + 1) // 2
+            self.logger.warning(
+                "Iteration %d ran out of memory: from now on %d items of a batch go through at once, not %d",
+                self.state.iteration,
+                self.micro_batch_size,
+                size,
+            )
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         return autocast(self.state.device, self.autocast_dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from vaevq_med.engines.base_trainer import BaseTrainer, _plain, require_ddp
+from vaevq_med.engines.micro_batches import AUTO
 from vaevq_med.losses import GeneratorLoss
 
 
@@ -34,8 +35,8 @@ class GeneratorTrainer(BaseTrainer):
         loss: of the same network, or its DDP wrapper.
         schedulers: learning-rate schedulers, each stepped once an iteration.
         ema: averaged copy of the network, updated after each step.
-        precision: ``fp32``, or ``bf16`` for autocast.
-        accumulation_steps: chunks that each batch is split into; the step sees their mean gradient.
+        precision: see :class:`BaseTrainer`.
+        micro_batch_size: see :class:`BaseTrainer`.
         max_grad_norm: clip the gradient's norm to this; None does not clip.
         train_handlers: ignite handlers.
         inferer: MONAI inferer that calls ``loss``.
@@ -60,7 +61,7 @@ class GeneratorTrainer(BaseTrainer):
         schedulers: Sequence[Any] = (),
         ema: AveragedModel | None = None,
         precision: str = "fp32",
-        accumulation_steps: int = 1,
+        micro_batch_size: int | str = AUTO,
         max_grad_norm: float | None = 1.0,
         train_handlers: Sequence[Any] | None = None,
         **kwargs: Any,
@@ -77,29 +78,43 @@ class GeneratorTrainer(BaseTrainer):
             schedulers=schedulers,
             ema=ema,
             precision=precision,
-            accumulation_steps=accumulation_steps,
+            micro_batch_size=micro_batch_size,
             max_grad_norm=max_grad_norm,
             **kwargs,
         )
         self.loss = loss
         self._attach(train_handlers)
 
+    def _values(self, batchdata: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        inner: GeneratorLoss = _plain(self.loss)  # type: ignore[assignment]
+        values, labels = (batchdata[key].to(self.state.device, non_blocking=True) for key in (inner.key, Keys.LABEL))
+        return values, labels
+
+    def _probe(self, batchdata: Mapping[str, Any], count: int) -> Any:
+        values, labels = self._values(batchdata)
+        with self._autocast():
+            return _plain(self.loss)(values[:count], labels[:count])
+
     def _iteration(self, engine: SupervisedTrainer, batchdata: dict[str, Any]) -> dict[str, Any]:
         started = time.perf_counter()
-        inner: GeneratorLoss = _plain(self.loss)  # type: ignore[assignment]
-        values, labels = (batchdata[key].to(engine.state.device, non_blocking=True) for key in (inner.key, Keys.LABEL))
+        values, labels = self._values(batchdata)
         batch_size = values.shape[0]
-        count = min(self.num_chunks, batch_size)
         self.loss.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=values.device)
-        chunks: list[tuple[Tensor, Tensor]] = list(zip(values.chunk(count), labels.chunk(count), strict=True))
-        for number, (part, part_labels) in enumerate(chunks, start=1):
-            with self._no_sync(self.loss, last=number == len(chunks)):
-                with self._autocast():
-                    loss = self.inferer(part, self.loss, part_labels) * (part.shape[0] / batch_size)
-                loss.backward()
-            total = total + loss.detach()
+        self._plan(batchdata, batch_size)
+
+        def gradients() -> Tensor:
+            self.optimizer.zero_grad(set_to_none=True)
+            total = torch.zeros((), device=values.device)
+            parts = list(zip(self._parts(values), self._parts(labels), strict=True))
+            for number, (part, part_labels) in enumerate(parts, start=1):
+                with self._no_sync(self.loss, last=number == len(parts)):
+                    with self._autocast():
+                        loss = self.inferer(part, self.loss, part_labels) * (part.shape[0] / batch_size)
+                    loss.backward()
+                total = total + loss.detach()
+            return total
+
+        total = self._repeat(gradients, batch_size)
         terms = self._step(self.network, self.optimizer, {"loss": total}, "gradient_norm")
         if self.ema is not None:
             self.ema.update_parameters(self.network)

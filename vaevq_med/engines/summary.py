@@ -47,7 +47,7 @@ class RunSummary:
     The file holds ``parameters`` (those that are trained; a discriminator's are not counted), of a tokenizer
     ``bits_per_position`` and ``bits_per_pixel``, ``iterations``, ``images``, ``images_per_second`` (None after a
     single step), ``peak_memory_bytes`` (of the main process), ``peak_memory_of`` (``cuda`` or ``process``),
-    ``processes`` and ``device``.
+    ``processes``, ``device``, and the ``micro_batch_size`` and ``precision`` that ``auto`` came to.
 
     Args:
         path: JSON file to write, atomically.
@@ -103,6 +103,8 @@ class RunSummary:
             "peak_memory_bytes": counts["peak_memory"] or None,
             "peak_memory_of": peak_memory(device)[1],
             "processes": distributed.world_size(),
+            "micro_batch_size": engine.micro_batch_size,
+            "precision": "fp32" if engine.autocast_dtype is None else "bf16",
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)

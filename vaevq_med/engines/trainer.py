@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,10 +15,11 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from vaevq_med.engines.base_trainer import BaseTrainer, _plain, require_ddp
+from vaevq_med.engines.micro_batches import AUTO
 from vaevq_med.errors import VaevqMedError
-from vaevq_med.losses import KLLoss, TokenizerObjective
+from vaevq_med.losses import TokenizerObjective
 from vaevq_med.networks.tokenizer import TrainingForward, VisualTokenizer
-from vaevq_med.outputs import LossOutput, TokenizerOutput
+from vaevq_med.outputs import LossOutput, QuantizerOutput, TokenizerOutput
 
 
 class TokenizerTrainer(BaseTrainer):
@@ -42,9 +43,13 @@ class TokenizerTrainer(BaseTrainer):
         d_optimizer: the discriminator's optimizer.
         schedulers: learning-rate schedulers, each stepped once an iteration.
         ema: averaged copy of the network, updated after each step.
-        precision: ``fp32``, or ``bf16`` for autocast.
-        accumulation_steps: chunks that each batch is split into; the step sees their mean gradient.
+        precision: see :class:`BaseTrainer`.
+        micro_batch_size: see :class:`BaseTrainer`. Averaged codebooks, the posterior's noise and a KL budget are those
+            of the whole batch; the discriminator's batch norms, the adaptive weight, entropies over a batch and the
+            calibrated likelihood are those of each part.
         max_grad_norm: clip the generator's and the discriminator's gradient norms to this; None does not clip.
+        activation_checkpointing: levels of encoder and decoder, 0 for the finest, whose residual blocks are computed
+            again in the backward pass: less memory, for large images, and more arithmetic.
         channels_last: use the channels-last memory format.
         compile: compile encoder, decoder and discriminator with ``torch.compile``.
         train_handlers: ignite handlers.
@@ -73,8 +78,9 @@ class TokenizerTrainer(BaseTrainer):
         schedulers: Sequence[Any] = (),
         ema: AveragedModel | None = None,
         precision: str = "fp32",
-        accumulation_steps: int = 1,
+        micro_batch_size: int | str = AUTO,
         max_grad_norm: float | None = None,
+        activation_checkpointing: Sequence[int] = (),
         channels_last: bool = False,
         compile: bool = False,
         train_handlers: Sequence[Any] | None = None,
@@ -97,25 +103,25 @@ class TokenizerTrainer(BaseTrainer):
             schedulers=schedulers,
             ema=ema,
             precision=precision,
-            accumulation_steps=accumulation_steps,
+            micro_batch_size=micro_batch_size,
             max_grad_norm=max_grad_norm,
             **kwargs,
         )
-        for term in objective.terms.values():
-            if isinstance(term, KLLoss):
-                term.calls_per_step = accumulation_steps
         self.training_network = training_network
         self.objective = objective
         self.discriminator = discriminator
         self.d_optimizer = d_optimizer
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        for half in (network.encoder, network.decoder):
+            half.recompute_levels(activation_checkpointing)
         if channels_last:
             for module in (network, discriminator):
                 if module is not None:
                     module.to(memory_format=torch.channels_last)
         if compile:
-            network.encoder.compile()
-            network.decoder.compile()
+            network.encoder.layers.compile()
+            # Without the last convolution: the adaptive weight differentiates that one alone, and more than once.
+            network.decoder.layers.compile()
             if discriminator is not None:
                 _plain(discriminator).compile()
         self._attach(train_handlers)
@@ -144,76 +150,123 @@ class TokenizerTrainer(BaseTrainer):
         for key, value in {name: loss.total.detach(), **loss.terms}.items():
             total[key] = total.get(key, torch.zeros((), device=value.device)) + share * value.detach()
 
-    def _generator_step(
-        self, chunks: Sequence[Tensor], batch_size: int
-    ) -> tuple[list[TokenizerOutput], dict[str, float]]:
+    def _probe(self, batchdata: Mapping[str, Any], count: int) -> Any:
         network: VisualTokenizer = self.network  # type: ignore[assignment]
+        images = self._images(batchdata)[:count]
+        adversarial = self.objective.adversarial
+        with contextlib.suppress(_DiscardError), network.quantizer.one_update(), self.objective.one_update():
+            with self._autocast():
+                output = TrainingForward(network)(images)
+                loss = self.objective.generator(
+                    images,
+                    output,
+                    discriminator=None if self.discriminator is None else _plain(self.discriminator),
+                    step=0 if adversarial is None else adversarial.start_step,
+                    last_layer=network.last_layer,
+                )
+            raise _DiscardError
+        return loss
+
+    def _generator_step(self, images: Tensor, noise: Tensor | None) -> tuple[list[TokenizerOutput], dict[str, float]]:
+        network: VisualTokenizer = self.network  # type: ignore[assignment]
+        batch_size = images.shape[0]
         discriminator = _plain(self.discriminator) if self.is_adversarial and self.discriminator else None
         if discriminator is not None:
             discriminator.requires_grad_(False)
-        self.optimizer.zero_grad(set_to_none=True)
-        outputs: list[TokenizerOutput] = []
-        terms: dict[str, Tensor] = {}
-        for number, chunk in enumerate(chunks, start=1):
-            share = chunk.shape[0] / batch_size
-            with self._no_sync(self.training_network, last=number == len(chunks)):
-                with self._autocast():
-                    output = self.inferer(chunk, self.training_network)
-                    loss = self.objective.generator(
-                        chunk,
-                        output,
-                        discriminator=discriminator,
-                        step=self.state.iteration - 1,
-                        last_layer=network.last_layer,
-                    )
-                (loss.total * share).backward()
-            self._accumulate(terms, loss, share, "loss")
-            continuous = output.reconstruction_continuous
-            outputs.append(
-                replace(
-                    output,
-                    reconstruction=output.reconstruction.detach(),
-                    reconstruction_continuous=None if continuous is None else continuous.detach(),
-                )
-            )
+
+        def gradients() -> tuple[list[TokenizerOutput], dict[str, Tensor]]:
+            self.optimizer.zero_grad(set_to_none=True)
+            outputs: list[TokenizerOutput] = []
+            terms: dict[str, Tensor] = {}
+            parts = self._parts(images)
+            noises = [None] * len(parts) if noise is None else self._parts(noise)
+            with network.quantizer.one_update(), self.objective.one_update():
+                for number, (part, of_part) in enumerate(zip(parts, noises, strict=True), start=1):
+                    share = part.shape[0] / batch_size
+                    with self._no_sync(self.training_network, last=number == len(parts)):
+                        with self._autocast():
+                            output = self.inferer(part, self.training_network, of_part)
+                            loss = self.objective.generator(
+                                part,
+                                output,
+                                discriminator=discriminator,
+                                step=self.state.iteration - 1,
+                                last_layer=network.last_layer,
+                            )
+                        (loss.total * share).backward()
+                    self._accumulate(terms, loss, share, "loss")
+                    outputs.append(_images_of(output))
+                    del output, loss
+            return outputs, terms
+
+        outputs, terms = self._repeat(gradients, batch_size)
         floats = self._step(network, self.optimizer, terms, "gradient_norm")
         if self.ema is not None:
             self.ema.update_parameters(network)
         return outputs, floats
 
-    def _discriminator_step(
-        self, chunks: Sequence[Tensor], outputs: Sequence[TokenizerOutput], batch_size: int
-    ) -> dict[str, float]:
+    def _discriminator_step(self, images: Tensor, outputs: Sequence[TokenizerOutput]) -> dict[str, float]:
         assert self.discriminator is not None
         assert self.d_optimizer is not None
-        self.discriminator.requires_grad_(True)
-        self.d_optimizer.zero_grad(set_to_none=True)
-        terms: dict[str, Tensor] = {}
-        for number, (chunk, output) in enumerate(zip(chunks, outputs, strict=True), start=1):
-            share = chunk.shape[0] / batch_size
-            with self._no_sync(self.discriminator, last=number == len(chunks)):
-                with self._autocast():
-                    loss = self.objective.discriminator(
-                        chunk, output, discriminator=self.discriminator, step=self.state.iteration - 1
-                    )
-                (loss.total * share).backward()
-            self._accumulate(terms, loss, share, "discriminator_loss")
-        return self._step(self.discriminator, self.d_optimizer, terms, "discriminator_gradient_norm")
+        discriminator, optimizer, batch_size = self.discriminator, self.d_optimizer, images.shape[0]
+        discriminator.requires_grad_(True)
+
+        def gradients() -> dict[str, Tensor]:
+            optimizer.zero_grad(set_to_none=True)
+            terms: dict[str, Tensor] = {}
+            # The parts of the generator's step, whose reconstructions these are.
+            parts = images.split([len(output.reconstruction) for output in outputs])
+            for number, (part, output) in enumerate(zip(parts, outputs, strict=True), start=1):
+                share = part.shape[0] / batch_size
+                with self._no_sync(discriminator, last=number == len(parts)):
+                    with self._autocast():
+                        loss = self.objective.discriminator(
+                            part, output, discriminator=discriminator, step=self.state.iteration - 1
+                        )
+                    (loss.total * share).backward()
+                self._accumulate(terms, loss, share, "discriminator_loss")
+            return terms
+
+        return self._step(discriminator, optimizer, gradients(), "discriminator_gradient_norm")
+
+    def _images(self, batchdata: Mapping[str, Any]) -> Tensor:
+        images = batchdata[Keys.IMAGE].to(self.state.device, non_blocking=True, memory_format=self.memory_format)
+        return images.as_tensor() if hasattr(images, "as_tensor") else images
 
     def _iteration(self, engine: SupervisedTrainer, batchdata: dict[str, Any]) -> dict[str, Any]:
         started = time.perf_counter()
-        images = batchdata[Keys.IMAGE].to(engine.state.device, non_blocking=True, memory_format=self.memory_format)
-        images = images.as_tensor() if hasattr(images, "as_tensor") else images
+        network: VisualTokenizer = self.network  # type: ignore[assignment]
+        images = self._images(batchdata)
         batch_size = images.shape[0]
-        chunks = images.chunk(min(self.num_chunks, batch_size))
         self.network.train()
         self.objective.train()
-        outputs, terms = self._generator_step(chunks, batch_size)
+        self._plan(batchdata, batch_size)
+        outputs, terms = self._generator_step(images, network.draw_noise(images))
         if self.is_adversarial:
-            terms |= self._discriminator_step(chunks, outputs, batch_size)
+            terms |= self._discriminator_step(images, outputs)
         self._end_iteration(engine, terms, batch_size, started)
         return {
             Keys.IMAGE: images,
             Keys.PRED: torch.cat([output.reconstruction for output in outputs]),
             Keys.LOSS: terms["loss"],
         }
+
+
+class _DiscardError(Exception):
+    """Ends a batch whose updates are not wanted."""
+
+
+def _images_of(output: TokenizerOutput) -> TokenizerOutput:
+    """The reconstructions, without the graph and what hangs on it."""
+    continuous = output.reconstruction_continuous
+    return TokenizerOutput(
+        reconstruction=output.reconstruction.detach(),
+        reconstruction_continuous=None if continuous is None else continuous.detach(),
+        latent=output.latent.detach(),
+        posterior=None,
+        quantizer=QuantizerOutput(
+            quantized=output.quantizer.quantized.detach(),
+            codes=output.quantizer.codes.detach(),
+            indices=output.quantizer.indices,
+        ),
+    )

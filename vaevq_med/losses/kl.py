@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -79,7 +81,7 @@ class KLLoss(LossTerm):
                 f"budget is {budget} with num_embeddings {num_embeddings}; expected a budget above 0 and K of 2 or more"
             )
         self.scale = scale
-        self.calls_per_step = 1
+        self._parts: list[Tensor] | None = None
         self.tokens = check_choice("tokens", tokens, ("all", "content"))
         self.rate = rate
         self.target = None if budget is None else budget * math.log(num_embeddings or 2)
@@ -88,7 +90,7 @@ class KLLoss(LossTerm):
     factor: Tensor
 
     def forward(self, target: Tensor, output: TokenizerOutput) -> Tensor:
-        """The weighted divergence, a scalar; in training, with a budget, the factor moves first.
+        """The weighted divergence, a scalar; in training, with a budget, the factor moves: first, or once a batch.
 
         Raises:
             VaevqMedError: the tokenizer has no posterior.
@@ -102,20 +104,39 @@ class KLLoss(LossTerm):
             self._steer(per_token.detach(), target)
         return self.scale * self.factor.clone() * per_token.mean()
 
+    @contextmanager
+    def one_update(self) -> Iterator[None]:
+        """Count the calls inside as parts of one batch: the factor moves once, at the end, and not after an error."""
+        self._parts = []
+        try:
+            yield
+            parts, self._parts = self._parts, None
+            if parts:
+                self._move(torch.stack(parts).sum(dim=0))
+        finally:
+            self._parts = None
+
     @torch.no_grad()
     def _steer(self, per_token: Tensor, target: Tensor) -> None:
-        assert self.target is not None
         counted = torch.ones_like(per_token)
         if self.tokens == "content":
             counted = content_mask(target, per_token.shape[-2:]).to(per_token)
         sums = torch.stack([(per_token * counted).sum(), counted.sum()])
+        if self._parts is None:
+            self._move(sums)
+        else:
+            self._parts.append(sums)
+
+    @torch.no_grad()
+    def _move(self, sums: Tensor) -> None:
+        """Multiply the factor by what the KL of the counted tokens and their number, ``[2]``, ask for."""
+        assert self.target is not None
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(sums)
-        if sums[1] == 0:
-            return
-        ratio = sums[0] / sums[1] / self.target
+        ratio = sums[0] / sums[1].clamp_min(1) / self.target
         step = ratio.clamp_min(1e-6).pow(self.rate).clamp(0.9, 1.1)
-        self.factor.mul_(step.pow(1 / self.calls_per_step)).clamp_(1e-6, 1e6)
+        # Without a counted token there is nothing to go by.
+        self.factor.mul_(torch.where(sums[1] > 0, step, torch.ones_like(step))).clamp_(1e-6, 1e6)
 
 
 def content_mask(images: Tensor, grid: torch.Size | tuple[int, int]) -> Tensor:

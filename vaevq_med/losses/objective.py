@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,15 @@ class TokenizerObjective(nn.Module):
         self.terms = nn.ModuleDict({name: term for name, term in terms.items() if name in self.weights})
         self.adversarial = adversarial
 
+    @contextmanager
+    def one_update(self) -> Iterator[None]:
+        """Count the calls inside as parts of one batch: what steers the terms moves once, and not after an error."""
+        with ExitStack() as stack:
+            for term in self.terms.values():
+                if isinstance(term, KLLoss):
+                    stack.enter_context(term.one_update())
+            yield
+
     def control_state(self) -> dict[str, Tensor]:
         """What steers the terms (the KL budget's factor), for checkpoints; no network weights."""
         return {name: term.factor.clone() for name, term in self.terms.items() if isinstance(term, KLLoss)}
@@ -101,7 +111,7 @@ class TokenizerObjective(nn.Module):
             if discriminator is None:
                 raise VaevqMedError(f"the GAN started at step {self.adversarial.start_step}; found no discriminator")
             gan = self.adversarial.generator(output, discriminator)
-            weight = torch.as_tensor(self.adversarial.weight, device=target.device)
+            weight: float | Tensor = self.adversarial.weight
             values["adversarial"] = gan
             if self.adversarial.adaptive:
                 if last_layer is None:

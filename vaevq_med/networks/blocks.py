@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vaevq_med.errors import VaevqMedError
+from vaevq_med.networks.lean_convolution import norm_swish, norm_swish_convolution, upsampled_convolution
 
 _CONVOLUTIONS = {2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -59,8 +63,23 @@ class ConditionedSequential(nn.Sequential, Conditioned):
         return x
 
 
+def _is_lean(x: Tensor) -> bool:
+    """Whether to keep little for the backward pass: off the CPU, and where no compiler decides what is kept."""
+    return x.device.type != "cpu" and not torch.compiler.is_compiling()
+
+
+def swish_of_norm(norm: nn.Module, x: Tensor, condition: Tensor | None) -> Tensor:
+    """``swish(norm(x))`` ``[B, C, ...]``; off the CPU in less memory where the norm is a plain GroupNorm."""
+    if type(norm) is nn.GroupNorm and _is_lean(x):
+        return norm_swish(x, norm)
+    return F.silu(apply(norm, x, condition))
+
+
 class ResidualBlock(Conditioned):
     """Pre-activation residual block: [GroupNorm, swish, 3x3 convolution] twice, 1x1 shortcut when widths differ.
+
+    Attributes:
+        recompute: keep the input alone for the backward pass and compute the block again there.
 
     Args:
         spatial_dims: 2 or 3.
@@ -80,6 +99,7 @@ class ResidualBlock(Conditioned):
         norm: NormFactory = group_norm,
     ) -> None:
         super().__init__()
+        self.recompute = False
         self.norm1 = norm(in_channels)
         self.conv1 = convolution(spatial_dims, in_channels, out_channels, 3)
         self.norm2 = norm(out_channels)
@@ -91,8 +111,17 @@ class ResidualBlock(Conditioned):
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """``[B, in_channels, ...] -> [B, out_channels, ...]``, same spatial size."""
-        h = self.conv1(F.silu(apply(self.norm1, x, condition)))
-        h = self.conv2(self.dropout(F.silu(apply(self.norm2, h, condition))))
+        if self.recompute and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(self._forward, x, condition, use_reentrant=False))
+        return self._forward(x, condition)
+
+    def _forward(self, x: Tensor, condition: Tensor | None) -> Tensor:
+        if type(self.norm1) is nn.GroupNorm and _is_lean(x) and not (self.dropout.p and self.training):
+            h = norm_swish_convolution(x, self.norm1, cast(nn.Conv2d, self.conv1))
+            h = norm_swish_convolution(h, cast(nn.GroupNorm, self.norm2), cast(nn.Conv2d, self.conv2))
+        else:
+            h = self.conv1(swish_of_norm(self.norm1, x, condition))
+            h = self.conv2(self.dropout(swish_of_norm(self.norm2, h, condition)))
         return self.shortcut(x) + h
 
 
@@ -147,6 +176,8 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, H, W] -> [B, C, 2H, 2W]``."""
+        if _is_lean(x) and x.ndim == 4:
+            return upsampled_convolution(x, cast(nn.Conv2d, self.conv))
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
@@ -162,11 +193,41 @@ class MiddleBlocks(ConditionedSequential):
         )
 
 
-def output_head(
-    *, spatial_dims: int, in_channels: int, out_channels: int, norm: NormFactory = group_norm
-) -> ConditionedSequential:
-    """GroupNorm, swish, 3x3 convolution."""
-    return ConditionedSequential(norm(in_channels), nn.SiLU(), convolution(spatial_dims, in_channels, out_channels, 3))
+def recompute_levels(levels: Sequence[Sequence[nn.Module]], chosen: Sequence[int]) -> None:
+    """Let the residual blocks of some levels be computed again in the backward pass, and those of the others not.
+
+    Args:
+        levels: the blocks of each level, the finest first.
+        chosen: numbers of levels, 0 for the finest.
+
+    Raises:
+        VaevqMedError: there is no such level.
+    """
+    unknown = [level for level in chosen if level not in range(len(levels))]
+    if unknown:
+        raise VaevqMedError(f"activation_checkpointing has {unknown}; expected levels from 0 to {len(levels) - 1}")
+    for number, blocks in enumerate(levels):
+        for block in blocks:
+            if isinstance(block, ResidualBlock):
+                block.recompute = number in chosen
+
+
+class OutputHead(ConditionedSequential):
+    """GroupNorm, swish, 3x3 convolution: the last layers of the encoder and of the decoder.
+
+    The convolution stays a layer of its own, so that a gradient of its weight alone (VQGAN's adaptive weight) costs
+    that convolution and nothing before it.
+    """
+
+    def __init__(
+        self, *, spatial_dims: int, in_channels: int, out_channels: int, norm: NormFactory = group_norm
+    ) -> None:
+        super().__init__(norm(in_channels), nn.SiLU(), convolution(spatial_dims, in_channels, out_channels, 3))
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        """``[B, in_channels, ...] -> [B, out_channels, ...]``, same spatial size."""
+        norm, _, convolve = self
+        return convolve(swish_of_norm(norm, x, condition))
 
 
 def check_channels(x: Tensor, expected: int, what: str) -> None:

@@ -12,12 +12,13 @@ from vaevq_med.networks.blocks import (
     ConditionedSequential,
     MiddleBlocks,
     NormFactory,
+    OutputHead,
     ResidualBlock,
     Upsample,
     check_channels,
     convolution,
     group_norm,
-    output_head,
+    recompute_levels,
 )
 from vaevq_med.networks.encoder import level_plan
 
@@ -71,8 +72,10 @@ class Decoder(nn.Module):
             convolution(spatial_dims, z_channels, width, 3),
             MiddleBlocks(spatial_dims=spatial_dims, num_channels=width, dropout=dropout, norm=norm),
         ]
+        self._levels: list[list[nn.Module]] = [[] for _ in plan]
         for level in reversed(range(len(plan))):
             level_width, has_attention = plan[level]
+            first = len(layers)
             for _ in range(num_res_blocks + 1):
                 layers.append(
                     ResidualBlock(
@@ -86,15 +89,20 @@ class Decoder(nn.Module):
                 width = level_width
                 if has_attention:
                     layers.append(AttentionBlock(spatial_dims=spatial_dims, num_channels=width, norm=norm))
+            self._levels[level] = layers[first:]
             if level > 0:
                 layers.append(Upsample(spatial_dims=spatial_dims, num_channels=width))
         self.layers = ConditionedSequential(*layers)
-        self.head = output_head(spatial_dims=spatial_dims, in_channels=width, out_channels=out_channels, norm=norm)
+        self.head = OutputHead(spatial_dims=spatial_dims, in_channels=width, out_channels=out_channels, norm=norm)
 
     @property
     def last_layer(self) -> Tensor:
         """Weight of the output convolution, which the adaptive adversarial weight differentiates."""
         return cast(Tensor, self.head[-1].weight)
+
+    def recompute_levels(self, chosen: Sequence[int]) -> None:
+        """See :func:`vaevq_med.networks.blocks.recompute_levels`."""
+        recompute_levels(self._levels, chosen)
 
     def forward(self, features: Tensor) -> Tensor:
         """Decode latent features.

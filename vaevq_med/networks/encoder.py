@@ -12,10 +12,11 @@ from vaevq_med.networks.blocks import (
     AttentionBlock,
     Downsample,
     MiddleBlocks,
+    OutputHead,
     ResidualBlock,
     check_channels,
     convolution,
-    output_head,
+    recompute_levels,
 )
 
 _PRESETS: dict[int, dict[str, Any]] = {
@@ -133,7 +134,9 @@ class Encoder(nn.Module):
 
         layers: list[nn.Module] = [convolution(spatial_dims, in_channels, num_channels, 3)]
         width = num_channels
+        self._levels: list[list[nn.Module]] = []
         for level, (level_width, has_attention) in enumerate(plan):
+            first = len(layers)
             for _ in range(num_res_blocks):
                 layers.append(
                     ResidualBlock(
@@ -146,11 +149,16 @@ class Encoder(nn.Module):
                 width = level_width
                 if has_attention:
                     layers.append(AttentionBlock(spatial_dims=spatial_dims, num_channels=width))
+            self._levels.append(layers[first:])
             if level < len(plan) - 1:
                 layers.append(Downsample(spatial_dims=spatial_dims, num_channels=width))
         layers.append(MiddleBlocks(spatial_dims=spatial_dims, num_channels=width, dropout=dropout))
-        layers.append(output_head(spatial_dims=spatial_dims, in_channels=width, out_channels=z_channels))
+        layers.append(OutputHead(spatial_dims=spatial_dims, in_channels=width, out_channels=z_channels))
         self.layers = nn.Sequential(*layers)
+
+    def recompute_levels(self, chosen: Sequence[int]) -> None:
+        """See :func:`vaevq_med.networks.blocks.recompute_levels`."""
+        recompute_levels(self._levels, chosen)
 
     def forward(self, images: Tensor) -> Tensor:
         """Encode images.

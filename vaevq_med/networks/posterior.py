@@ -40,13 +40,15 @@ class DiagonalGaussian:
         """The most probable latent, which is the mean: ``[B, D, h, w]``."""
         return self.mean
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
         """A reparameterized sample, mean + std * noise: ``[B, D, h, w]``.
 
         Args:
             generator: source of the noise, on the posterior's device; the global one when absent.
+            noise: standard normal numbers ``[B, D, h, w]`` to use instead.
         """
-        noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
+        if noise is None:
+            noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
         return self.mean + self.std * noise
 
     def kl(self) -> Tensor:

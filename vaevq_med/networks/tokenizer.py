@@ -145,18 +145,31 @@ class VisualTokenizer(nn.Module):
         """Decode in one memory layout: convolutions round differently in another, and look-ups differ in theirs."""
         return self.decode(codes.contiguous())
 
-    def reconstruct_full(self, images: Tensor, generator: torch.Generator | None = None) -> TokenizerOutput:
+    def draw_noise(self, images: Tensor) -> Tensor | None:
+        """Standard normal numbers for the posterior's sample of images ``[B, C, H, W]``; None without a posterior.
+
+        Drawn for a whole batch, they do not depend on the parts that it is trained in.
+        """
+        if not self.variational:
+            return None
+        grid = (size // self.encoder.downsampling_factor for size in images.shape[2:])
+        return torch.randn(images.shape[0], self.embedding_dim, *grid, device=images.device)  # [B, D, h, w]
+
+    def reconstruct_full(
+        self, images: Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None
+    ) -> TokenizerOutput:
         """Everything that a training step reads; both paths go through the decoder in one call.
 
         Args:
             images: ``[B, C, H, W]`` in [-1, 1].
             generator: source of the posterior's noise; the global one when absent.
+            noise: that noise itself, see :meth:`draw_noise`.
         """
         encoded = self.encode(images)
         if not isinstance(encoded, DiagonalGaussian):
             quantized = self.quantize(encoded)
             return TokenizerOutput(self.decode(quantized.quantized), None, encoded, None, quantized)
-        sample = encoded.sample(generator)
+        sample = encoded.sample(generator, noise)
         latent = sample if self.quantize_from == "sample" else encoded.mean
         quantized = self.quantize(latent, encoded)
         fed = quantized.quantized
@@ -210,6 +223,6 @@ class TrainingForward(nn.Module):
         super().__init__()
         self.tokenizer = tokenizer
 
-    def forward(self, images: Tensor) -> TokenizerOutput:
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> TokenizerOutput:
         """:meth:`VisualTokenizer.reconstruct_full` of ``[B, C, H, W]`` in [-1, 1]."""
-        return cast(VisualTokenizer, self.tokenizer).reconstruct_full(images)
+        return cast(VisualTokenizer, self.tokenizer).reconstruct_full(images, noise=noise)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
@@ -16,6 +17,27 @@ from vaevq_med.networks.quantizers.nearest import nearest_codeword
 from vaevq_med.outputs import Posterior, QuantizerOutput
 
 ASSIGNMENTS = ("euclidean", "posterior")
+
+
+class FollowsLatents:
+    """A codebook that moves after each batch by what the batch assigned to it, outside of any gradient.
+
+    Attributes:
+        parts: what :meth:`follow` was given since a batch began whose update is still to come; None outside of one.
+    """
+
+    parts: list[tuple[Tensor, ...]] | None = None
+
+    def follow(self, *observed: Tensor) -> None:
+        """Update by tensors that can be joined along their first dimension: now, or with the rest of the batch."""
+        if self.parts is None:
+            self.update(*observed)
+        else:
+            self.parts.append(observed)
+
+    def update(self, *observed: Tensor) -> None:
+        """Move by what was observed."""
+        raise NotImplementedError
 
 
 class Quantizer(nn.Module, ABC):
@@ -56,6 +78,25 @@ class Quantizer(nn.Module, ABC):
         ``[G, K, D / G]`` where each of G codebooks quantizes channels of its own, ``[S, K, D]`` where each of S
         quantizes positions of its own.
         """
+
+    @contextmanager
+    def one_update(self) -> Iterator[None]:
+        """Count the calls inside as parts of one batch: averages and revivals move once, at the end, from all of them.
+
+        After an exception inside nothing has moved, so that the batch can be gone through again in other parts.
+        """
+        followers = [module for module in self.modules() if isinstance(module, FollowsLatents)]
+        for follower in followers:
+            follower.parts = []
+        try:
+            yield
+            for follower in followers:
+                parts, follower.parts = follower.parts, None
+                if parts:
+                    follower.update(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+        finally:
+            for follower in followers:
+                follower.parts = None
 
     def select_readout(self, readout: str) -> None:
         """Use another of ``readouts`` from now on.

@@ -21,17 +21,17 @@ import torch
 from torch import Tensor
 
 from vaevq_med.errors import VaevqMedError
-from vaevq_med.networks.quantizers.base import CodebookQuantizer, rows
+from vaevq_med.networks.quantizers.base import CodebookQuantizer, FollowsLatents, rows
 from vaevq_med.networks.quantizers.clusters import assignment_totals, draw_replacements
 from vaevq_med.outputs import Posterior, QuantizerOutput
 
 
-class VectorQuantizerEMA(CodebookQuantizer):
+class VectorQuantizerEMA(FollowsLatents, CodebookQuantizer):
     """A codebook that follows the latents assigned to it, by moving averages over the calls in training mode.
 
-    Every call in training mode updates the codebook, so accumulated chunks of a batch count as one update each. Under
-    DDP each update is that of the batches of all processes together. Codebook and averages are buffers: no optimizer
-    sees them, and ``codebook()`` has no gradient, so a loss on the codebook alone (DCR) would do nothing.
+    Every call in training mode updates the codebook, but for the calls within :meth:`one_update`, which count as one
+    batch. Under DDP each update is that of the batches of all processes together. Codebook and averages are buffers:
+    no optimizer sees them, and ``codebook()`` has no gradient, so a loss on the codebook alone (DCR) would do nothing.
 
     Args:
         num_embeddings: K.
@@ -111,11 +111,11 @@ class VectorQuantizerEMA(CodebookQuantizer):
         """Quantize ``z`` ``[B, D, h, w]``, straight-through; in training mode, update the codebook afterwards."""
         output = self.look_up(z, posterior)
         if self.training:
-            self.update(rows(z.detach()), output.indices.flatten())
+            self.follow(rows(z.detach()), output.indices.flatten())
         return output
 
     @torch.no_grad()
-    def update(self, latents: Tensor, indices: Tensor) -> None:
+    def update(self, latents: Tensor, indices: Tensor) -> None:  # type: ignore[override]
         """Move the averages by latents ``[N, D]`` and their indices ``[N]``, then revive, on every process alike."""
         with torch.autocast(latents.device.type, enabled=False):
             latents = latents.float()

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vaevq_med.errors import VaevqMedError
-from vaevq_med.networks.quantizers.base import rows, vq_losses
+from vaevq_med.networks.quantizers.base import FollowsLatents, rows, vq_losses
 from vaevq_med.networks.quantizers.clusters import from_first_process
 from vaevq_med.networks.quantizers.grouped import GroupedQuantizer, look_up_groups
 from vaevq_med.outputs import Posterior, QuantizerOutput
@@ -33,7 +33,7 @@ from vaevq_med.outputs import Posterior, QuantizerOutput
 _CHUNK = {"cpu": 2**19, "other": 2**22}
 
 
-class MGVQ(GroupedQuantizer):
+class MGVQ(FollowsLatents, GroupedQuantizer):
     """Groups of channels with a codebook each, of which the first g make an image too.
 
     The losses are ``codebook`` and ``commitment``, means over the elements of the groups that were not zeroed.
@@ -149,19 +149,19 @@ class MGVQ(GroupedQuantizer):
             losses = {name: loss * self.num_codebooks / num_active for name, loss in whole.items()}
             quantized = self._keep(codes.detach() + (z - z.detach()), num_active)
             if self.training:
-                self.update(z.detach(), indices, codebook.detach())
+                self.follow(z.detach(), indices)
             return QuantizerOutput(quantized=quantized, codes=codes, indices=indices, losses=losses, codebook=codebook)
 
     @torch.compiler.disable
     @torch.no_grad()
-    def update(self, z: Tensor, indices: Tensor, codebook: Tensor) -> None:
+    def update(self, z: Tensor, indices: Tensor) -> None:
         """Count the codewords' use and revive the unused ones, on every process alike.
 
         Args:
             z: what was quantized, ``[B, D, h, w]``.
             indices: ``[B, h, w, G]``.
-            codebook: the tables ``[G, K, D / G]`` that were searched.
         """
+        codebook = self.codebook().detach()  # [G, K, D / G], as it was searched
         size = self.num_embeddings
         offsets = size * torch.arange(self.num_codebooks, device=z.device)
         counts = torch.bincount((indices + offsets).flatten(), minlength=self.usage.numel()).to(self.usage.dtype)

@@ -145,4 +145,4 @@ class ResidualQuantizer(Quantizer):
         for number, (latents, assigned) in enumerate(zip(residuals, indices, strict=True)):
             stage = self.stage(number)
             if isinstance(stage, VectorQuantizerEMA):
-                stage.update(latents, assigned)
+                stage.follow(latents, assigned)
