@@ -1,9 +1,9 @@
 """Forward and backward of every quantizer, beside its peers and the form that holds N x K distances.
 
-All run in this process on the same latents, one after the other in each round; the middle of ``--repeats`` rounds
-counts. A step quantizes ``[B, D, h, w]`` in training mode, adds the mean square of what the decoder would see and the
-quantizer's own losses, and differentiates. Peers are ``vector-quantize-pytorch`` and MONAI; one that needs more memory
-than there is is left out and says so::
+All run in this process on the same latents, a method and its peers one after the other in each round; the middle of
+``--repeats`` rounds counts. A row is printed and stored when its method is done. A step quantizes ``[B, D, h, w]`` in
+training mode, adds the mean square of what the decoder would see and the quantizer's own losses, and differentiates.
+Peers are ``vector-quantize-pytorch`` and MONAI; one that needs more memory than there is is left out and says so::
 
     python benchmarks/quantizers.py                               # 8 images of 32x32 tokens, D = 64, K = 16,384
     python benchmarks/quantizers.py --num-embeddings 131072 --repeats 2
@@ -17,7 +17,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -195,8 +195,60 @@ def measure(step: Step, device: torch.device) -> tuple[float, float]:
     return seconds, peak.mib
 
 
+def measure_each(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Measure one method after the other, each together with its peers, one after the other in each round.
+
+    Args:
+        arguments: ``images``, ``tokens`` along a side, ``embedding_dim``, ``num_embeddings``, ``repeats``, ``only``
+            (overlay names, or None for all) and ``device``.
+
+    Yields:
+        ``name`` and ``method`` (its overlay), then ``ms``, ``over_ours`` for a peer, ``peak_mib`` and the ``seconds``
+        of each round; or ``not_run``, why.
+    """
+    device = torch.device(arguments.device)
+    k, d = arguments.num_embeddings, arguments.embedding_dim
+    runner = Runner(arguments)
+    matrix = arguments.images * arguments.tokens**2 * k * 4
+    torch.manual_seed(0)
+    others = peers(k, d, device)
+    for method, make in own(k, d).items():
+        if arguments.only and method.split(",")[0] not in arguments.only:
+            continue
+        steps = {method: runner.own(make().to(device))}
+        left_out: list[str] = []
+        for name, (overlay, make_peer, kind) in others.items():
+            if overlay != method:
+                continue
+            if kind not in ("sequence", "exact") and _PEER_MATRICES * matrix > 0.9 * free_memory(device):
+                left_out.append(name)
+            else:
+                steps[name] = runner.peer(make_peer().to(device), d, kind)
+        seconds: dict[str, list[float]] = {name: [] for name in steps}
+        memory = dict.fromkeys(steps, 0.0)
+        for number in range(arguments.repeats + 1):  # the first round warms up
+            for name, step in steps.items():
+                elapsed, mib = measure(step, device)
+                if number:
+                    seconds[name].append(elapsed)
+                    memory[name] = max(memory[name], mib)
+        middle = {name: statistics.median(values) for name, values in seconds.items()}
+        for name in steps:
+            yield {
+                "name": name,
+                "method": method,
+                "ms": 1e3 * middle[name],
+                "over_ours": None if name == method else middle[name] / middle[method],
+                "peak_mib": memory[name],
+                "seconds": seconds[name],
+            }
+        for name in left_out:
+            reason = f"holds up to {_PEER_MATRICES} matrices of {matrix / 2**20:,.0f} MiB"
+            yield {"name": name, "method": method, "not_run": reason}
+
+
 def main() -> None:
-    """Measure and print a table."""
+    """Measure and print a table, row by row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=32, help="tokens along a side")
@@ -207,52 +259,27 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="JSON file")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
     k, d = arguments.num_embeddings, arguments.embedding_dim
-    runner = Runner(arguments)
-    matrix = arguments.images * arguments.tokens**2 * k * 4
-    torch.manual_seed(0)
-
-    steps: dict[str, Step] = {}
-    method: dict[str, str] = {}
-    left_out: list[str] = []
-    for name, make in own(k, d).items():
-        if not arguments.only or name.split(",")[0] in arguments.only:
-            steps[name], method[name] = runner.own(make().to(device)), name
-    for name, (overlay, make, kind) in peers(k, d, device).items():
-        if overlay not in steps:
-            continue
-        if kind not in ("sequence", "exact") and _PEER_MATRICES * matrix > 0.9 * free_memory(device):
-            left_out.append(name)
-            continue
-        steps[name], method[name] = runner.peer(make().to(device), d, kind), overlay
-
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    memory: dict[str, float] = {}
-    for number in range(arguments.repeats + 1):  # the first round warms up
-        for name, step in steps.items():
-            elapsed, mib = measure(step, device)
-            if number:
-                seconds[name].append(elapsed)
-                memory[name] = max(memory.get(name, 0.0), mib)
-
-    table = matrix / 2**20
+    table = arguments.images * arguments.tokens**2 * k * 4 / 2**20
     print(
-        f"B = {arguments.images}, {arguments.tokens}x{arguments.tokens} tokens, K = {k:,}, D = {d}, {device}; ", end=""
+        f"B = {arguments.images}, {arguments.tokens}x{arguments.tokens} tokens, K = {k:,}, D = {d}, "
+        f"{arguments.device}; one N x K matrix: {table:,.0f} MiB\n"
     )
-    print(f"one N x K matrix: {table:,.0f} MiB\n")
     print("| quantizer | ms | peer's time over ours | peak MiB | N x K over it |\n| --- | ---: | ---: | ---: | ---: |")
-    middle = {name: statistics.median(values) for name, values in seconds.items()}
-    for name in steps:
-        ratio = "" if method[name] == name else f"{middle[name] / middle[method[name]]:.2f}"
-        print(
-            f"| {name} | {middle[name] * 1e3:.0f} | {ratio} | {memory[name]:.0f} | {table / max(memory[name], 1):.0f} |"
-        )
-    for name in left_out:
-        print(f"| {name} | not run: holds up to {_PEER_MATRICES} matrices of {table:,.0f} MiB | | | |")
-    if arguments.output:
-        record = {"seconds": seconds, "peak_mib": memory, "left_out": left_out, "method": method}
-        arguments.output.write_text(json.dumps(record, indent=2) + "\n")
+    record: dict[str, Any] = {"seconds": {}, "peak_mib": {}, "left_out": [], "method": {}}
+    for row in measure_each(arguments):
+        name = row["name"]
+        if "not_run" in row:
+            print(f"| {name} | not run: {row['not_run']} | | | |", flush=True)
+            record["left_out"].append(name)
+            continue
+        ratio = "" if row["over_ours"] is None else f"{row['over_ours']:.2f}"
+        mib = row["peak_mib"]
+        print(f"| {name} | {row['ms']:.1f} | {ratio} | {mib:.0f} | {table / max(mib, 1):.0f} |", flush=True)
+        record["seconds"][name], record["peak_mib"][name] = row["seconds"], mib
+        record["method"][name] = row["method"]
+        if arguments.output:
+            arguments.output.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

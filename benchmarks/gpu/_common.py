@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import shutil
 import tempfile
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _record import write_atomically
 from monai.bundle import ConfigParser
 from monai.data import set_track_meta
 from torch import Tensor
@@ -73,18 +73,43 @@ class PackedSlices(Dataset):
         }
 
 
+class Batches:
+    """Batches of images that are where they are needed already, from the ``start``-th on, over and over.
+
+    Args:
+        images: ``[N, C, H, W]``.
+        batch_size: B; a batch is cut from the images in order.
+        count: batches of an epoch.
+    """
+
+    def __init__(self, images: Tensor, batch_size: int, count: int) -> None:
+        self.parts = [part for part in images.split(batch_size) if len(part) == batch_size]
+        self.count, self.start = count, 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return ({"image": self.parts[i % len(self.parts)]} for i in range(self.start, self.count))
+
+
+def scratch_folder() -> Path:
+    """A folder that is gone when the process ends."""
+    path = tempfile.mkdtemp(prefix="vaevq_med_study_")
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return Path(path)
+
+
 def configure(
     data: str, overlays: Sequence[str], overrides: Mapping[str, Any], *, steps: int, image_size: int
 ) -> ConfigParser:
     """The bundle's ``train.json`` with overlays, on packed slices, without tracking and validation during training."""
     root = bundle_path("brats")
-    scratch = tempfile.mkdtemp(prefix="vaevq_med_study_")
-    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
     parser = ConfigParser()
     parser.read_config([str(root / "train.json"), *(str(root / "overlays" / f"{name}.json") for name in overlays)])
     parser.update(
         {
-            "output_dir": scratch,
+            "output_dir": str(scratch_folder()),
             "image_size": image_size,
             "max_epochs": 1,
             "epoch_length": steps,
@@ -104,6 +129,34 @@ def configure(
                 "split": "test",
                 "image_size": image_size,
             },
+            **overrides,
+        }
+    )
+    return parser
+
+
+def configure_generator(kind: str, tokens: Path, overrides: Mapping[str, Any], *, steps: int) -> ConfigParser:
+    """The bundle's ``train_autoregressive.json`` or ``train_diffusion.json`` for so many steps, an epoch each.
+
+    Args:
+        kind: ``autoregressive`` or ``diffusion``.
+        tokens: the token store, one batch or more.
+        overrides: values by id.
+        steps: of training.
+    """
+    parser = ConfigParser()
+    parser.read_config(str(bundle_path("brats") / f"train_{kind}.json"))
+    parser.update(
+        {
+            "dataset_dir": str(tokens),
+            "output_dir": str(scratch_folder()),
+            "max_epochs": steps,
+            "epoch_length": 1,
+            "num_workers": 0,
+            "resume": False,
+            "tracking_uri": "none",
+            "val_split": "training",
+            "train#handlers": [],
             **overrides,
         }
     )
@@ -132,21 +185,28 @@ def hardware() -> str:
     return f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
+def output_path(name: str, output: Path | None) -> Path:
+    """``name.json`` in ``output``, by default in the folder that ``OUT`` names or the working directory."""
+    return (output or Path(os.environ.get("OUT", "."))) / f"{name}.json"
+
+
 def write_json(name: str, record: Mapping[str, Any], output: Path | None) -> Path:
-    """Write a record to ``output``, by default the folder that ``OUT`` names or the working directory."""
-    folder = output or Path(os.environ.get("OUT", "."))
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps(record, indent=2, default=str) + "\n")
+    """Write a record to :func:`output_path`, the old one or the whole new one."""
+    path = output_path(name, output)
+    write_atomically(path, record)
     return path
 
 
 __all__ = [
+    "Batches",
     "PackedSlices",
     "batches",
     "configure",
+    "configure_generator",
     "hardware",
+    "output_path",
     "pack",
     "prepare",
+    "scratch_folder",
     "write_json",
 ]

@@ -1,280 +1,240 @@
-"""The main job on one GPU, in one process: train, resume, run out of memory and go on, evaluate; and how fast that is.
+"""The main job on one GPU, in one process: train, resume, evaluate, encode, generate; and how fast all of that is.
 
 Each line is printed when it is known, and the JSON file is written again after each, so that a run that is killed
-leaves what it had; an error of one part is a line, and the next part follows::
+leaves what it had. An error of a part is a line, and the next part follows; a part that takes too long is cut off::
 
-    python benchmarks/gpu/check.py --seconds 300                     # random images; --data slices.npz for real ones
-    python benchmarks/gpu/check.py --small                           # a minute on a CPU
+    python benchmarks/gpu/check.py --seconds 480 --data slices.npz   # random blobs without --data
+    python benchmarks/gpu/check.py --only machine training           # some parts alone
+    python benchmarks/gpu/check.py --small                           # about a minute on a CPU
+    python benchmarks/gpu/check.py --pack FOLDER                     # what a machine without a registry lacks
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import json
+import functools
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from _common import PackedSlices, configure, hardware, prepare
-from throughput import Batches
-from tokenizer_study import SMALL
-
-TERA_FLOP_AN_IMAGE = 3.57
-"""Of a step of the default configuration, forward and backward, both paths, without the perceptual loss."""
-ROWS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "bf16, 8 at once": {"precision": "bf16", "micro_batch_size": 8},
-    "bf16, 16 at once": {"precision": "bf16", "micro_batch_size": 16},
-    "bf16, 8 at once, two levels recomputed": {
-        "precision": "bf16",
-        "micro_batch_size": 8,
-        "activation_checkpointing": [0, 1],
-    },
-    "fp32 (TF32), 8 at once": {"precision": "fp32", "micro_batch_size": 8},
-}
+from _record import Line, Record, cell, table
+from _setting import Setting
 
 
-class Check:
-    """Runs the parts and keeps their lines."""
+def hardware(device: str) -> str:
+    """One line about the machine."""
+    if torch.device(device).type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    return f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self.arguments = arguments
-        self.device = torch.device(arguments.device)
-        self.started = time.monotonic()
-        self.lines: list[dict[str, Any]] = []
-        self.path = (arguments.output or Path(os.environ.get("OUT", "."))) / "check.json"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.images = self._images()
-        self.rate: float | None = None
 
-    def _images(self) -> Tensor:
-        batch, size = self.arguments.batch_size, self.arguments.size
-        if self.arguments.data is None:
-            return torch.rand(batch, 1, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
-        data = PackedSlices(file=self.arguments.data, split="training", image_size=size)
-        return torch.stack([data[i * len(data) // batch]["image"] for i in range(batch)])
+def machine(setting: Setting) -> None:
+    """The card, its memory, and its rates of bf16 products and of copies."""
+    # A CPU without bf16 emulates it, a thousand times slower.
+    size, dtype = (8192, torch.bfloat16) if setting.on_gpu else (1024, torch.float32)
+    a, b = (torch.randn(size, size, device=setting.device, dtype=dtype) for _ in range(2))
+    setting.rate = None
 
-    def say(self, part: str, **figures: Any) -> None:
-        """Print a line and store all of them."""
-        self.lines.append({"part": part, **figures, "at_seconds": round(time.monotonic() - self.started, 1)})
-        shown = {key: round(value, 4) if isinstance(value, float) else value for key, value in figures.items()}
-        shown.pop("traceback", None)
-        print(f"{part}: {', '.join(f'{key} {value}' for key, value in shown.items())}", flush=True)
-        temporary = self.path.with_suffix(".part")
-        temporary.write_text(json.dumps({"hardware": hardware(), "lines": self.lines}, indent=1, default=str) + "\n")
-        temporary.replace(self.path)
-
-    def run(self, name: str, part: Callable[[], None]) -> None:
-        """Run a part, unless the time is up; an error is a line."""
-        if time.monotonic() - self.started > self.arguments.seconds:
-            self.say(name, skipped="the time is up")
-            return
-        try:
-            part()
-        except Exception as error:
-            self.say(name, error=" ".join(str(error).split())[:300], traceback=traceback.format_exc())
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def synchronize(self) -> None:
-        """Wait for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def peak_gib(self) -> float | None:
-        """Most memory held since the last call; None on a CPU."""
-        if self.device.type != "cuda":
-            return None
-        peak = torch.cuda.max_memory_allocated() / 2**30
-        torch.cuda.reset_peak_memory_stats()
-        return peak
-
-    def parser(self, steps: int, **overrides: Any) -> Any:
-        """The bundle's configuration for so many steps on the images."""
-        prepare(0)
-        return configure(
-            "",
-            [],
-            {
-                **(SMALL if self.arguments.small else {}),
-                "device": self.device,
-                "batch_size": self.arguments.batch_size,
-                "train#dataset": None,
-                "validate#dataset": None,
-                "sampler": None,
-                "train#dataloader": Batches(self.images.to(self.device), steps),
-                "train#handlers": [],
-                "val_interval": 10**6,
-                "objective#adversarial#start_step": 0,
-                **overrides,
-            },
-            steps=steps,
-            image_size=self.arguments.size,
-        )
-
-    def machine(self) -> None:
-        """The card and its rate in bf16 products."""
-        size = 256 if self.device.type == "cpu" else 8192
-        a = torch.randn(size, size, device=self.device, dtype=torch.bfloat16)
-        for _ in range(3):
-            a @ a
-        self.synchronize()
-        started = time.perf_counter()
+    def products() -> None:
         for _ in range(10):
-            a @ a
-        self.synchronize()
-        self.rate = 10 * 2 * size**3 / (time.perf_counter() - started)
-        self.say("machine", hardware=hardware(), bf16_tflops=self.rate / 1e12)
+            a @ b
 
-    def speed(self, name: str) -> None:
-        """Images a second and peak memory of one configuration, GAN on."""
-        from ignite.engine import Events
+    rate = 10 * 2 * size**3 / setting.seconds_of(products)
+    mib = 1024 if setting.on_gpu else 64
+    source = torch.ones(mib * 2**20, dtype=torch.uint8, device=setting.device)
+    target = torch.empty_like(source)
+    setting.copy_rate = 2 * source.numel() / setting.seconds_of(lambda: target.copy_(source), 5)
+    figures: dict[str, Any] = {"gigabytes_a_second": setting.copy_rate / 1e9}
+    if setting.on_gpu:
+        setting.rate = rate
+        figures |= {"bf16_tflops": rate / 1e12, "memory_gib": torch.cuda.mem_get_info()[1] / 2**30}
+    else:
+        figures |= {"fp32_tflops": rate / 1e12}
+    setting.record.say("machine", hardware=hardware(str(setting.device)), **figures)
 
-        warm, timed = (1, 1) if self.arguments.small else (2, 4)
-        settings = dict(ROWS[name])
-        if "micro_batch_size" in settings:
-            settings["micro_batch_size"] = min(settings["micro_batch_size"], self.arguments.batch_size)
-        trainer = self.parser(warm + timed, **settings).get_parsed_content("train#trainer")
-        moments: list[float] = []
 
-        def mark(engine: Any) -> None:
-            self.synchronize()
-            moments.append(time.perf_counter())
+def _machine_parts(setting: Setting) -> list[SimpleNamespace]:
+    return [SimpleNamespace(name="machine", run=machine, at_most=30, needs=2)]
 
-        trainer.add_event_handler(Events.ITERATION_COMPLETED, mark)
-        self.peak_gib()
-        trainer.run()
-        rate = self.arguments.batch_size * timed / (moments[-1] - moments[warm - 1])
-        share = None if self.arguments.small or not self.rate else TERA_FLOP_AN_IMAGE * 1e12 * rate / self.rate
-        self.say(
-            f"training, {name}",
-            images_a_second=rate,
-            peak_gib=self.peak_gib(),
-            at_once=trainer.micro_batch_size,
-            share_of_bf16_rate=share,
-            loss=trainer.state.terms["loss"],
-        )
 
-    def resume(self) -> None:
-        """Losses of a run that was broken off and went on, against one that was not."""
-        losses: dict[str, list[float]] = {"whole": [], "broken": []}
-        state: dict[str, Any] = {}
-        for name, lengths in (("whole", [4]), ("broken", [2, 4])):
-            for length in lengths:
-                from ignite.engine import Events
+def _job_parts(setting: Setting) -> list[SimpleNamespace]:
+    import _job
 
-                from vaevq_med.engines import TrainingCheckpoint
+    return _job.PARTS
 
-                parser = self.parser(4, micro_batch_size=min(8, self.arguments.batch_size), deterministic=True)
-                trainer = parser.get_parsed_content("train#trainer")
-                folder = Path(parser.get_parsed_content("output_dir"))
-                checkpoint = TrainingCheckpoint(directory=folder, sampler=argparse.Namespace(start=0), resume=False)
-                if name == "broken" and length == 4:
-                    checkpoint.load(trainer, state["path"])
 
-                def seen(engine: Any, name: str = name, length: int = length) -> None:
-                    losses[name].append(engine.state.terms["loss"])
-                    if engine.state.iteration == length:
-                        engine.terminate()
+def _training_parts(setting: Setting) -> list[SimpleNamespace]:
+    import _speed
 
-                trainer.add_event_handler(Events.ITERATION_COMPLETED, seen)
-                trainer.run()
-                if name == "broken" and length == 2:
-                    checkpoint.save(trainer)
-                    state["path"] = checkpoint.last
-                    size = checkpoint.last.stat().st_size / 2**20
-                    self.say("checkpoint", mib=size)
-        worst = max(abs(a - b) / abs(a) for a, b in zip(losses["whole"], losses["broken"], strict=True))
-        self.say("resume", whole=str(losses["whole"]), broken=str(losses["broken"]), largest_relative_difference=worst)
+    return [part for part in _speed.training_parts(setting) if "compiled" not in part.name]
 
-    def out_of_memory(self) -> None:
-        """Take most of the memory away, ask for the whole batch at once, and see the step survive."""
-        if self.device.type != "cuda":
-            self.say("out of memory", skipped="needs a GPU")
-            return
-        free, total = torch.cuda.mem_get_info()
-        torch.cuda.set_per_process_memory_fraction(min(1.0, 24 * 2**30 / total))
-        try:
-            trainer = self.parser(2, micro_batch_size=self.arguments.batch_size).get_parsed_content("train#trainer")
-            trainer.run()
-            self.say(
-                "out of memory",
-                asked=self.arguments.batch_size,
-                went_on_with=trainer.micro_batch_size,
-                within_gib=24,
-                free_before_gib=free / 2**30,
-                loss=trainer.state.terms["loss"],
-            )
-        finally:
-            torch.cuda.set_per_process_memory_fraction(1.0)
 
-    def evaluation(self) -> None:
-        """Images a second of the evaluator with PSNR, SSIM, LPIPS-style distance and rFID."""
-        from vaevq_med.engines import TokenizerEvaluator
-        from vaevq_med.metrics import ReconstructionEvaluation
-        from vaevq_med.networks.features import feature_network
+def _step_parts(setting: Setting) -> list[SimpleNamespace]:
+    import _step
 
-        network = self.parser(1).get_parsed_content("network").eval()
-        features = feature_network("efficientnet-lite0").to(self.device)
-        images = self.images.to(self.device)
-        for precision in ("fp32", "bf16"):
-            measured = ReconstructionEvaluation(
-                num_embeddings=network.num_embeddings, lpips=features, fid=features, device=self.device
-            )
-            evaluator = TokenizerEvaluator(
-                device=self.device, val_data_loader=[{}], network=network, precision=precision
-            )
-            evaluator.generator = torch.Generator(self.device).manual_seed(0)
-            rounds = 1 if self.arguments.small else 4
-            for number in range(rounds + 1):
-                if number == 1:
-                    self.synchronize()
-                    started = time.perf_counter()
-                with evaluator._autocast():
-                    output = evaluator.reconstruct(images)
-                names = [str(i) for i in range(len(images))]
-                measured.update(images, output["pred"], output["indices"], metadata={"path": names})
-            self.synchronize()
-            rate = rounds * len(images) / (time.perf_counter() - started)
-            report = measured.compute()
-            self.say(
-                f"evaluation, {precision}",
-                images_a_second=rate,
-                peak_gib=self.peak_gib(),
-                psnr=float(report.summary["overall"]["psnr"]["value"]),
-            )
+    return _step.PARTS
+
+
+def _search_parts(setting: Setting) -> list[SimpleNamespace]:
+    import _pieces
+
+    return _pieces.SEARCH_PARTS
+
+
+def _sampling_parts(setting: Setting) -> list[SimpleNamespace]:
+    import _pieces
+
+    return _pieces.sampling_parts(setting)
+
+
+def _evaluation_parts(setting: Setting) -> list[SimpleNamespace]:
+    import _speed
+
+    return _speed.evaluation_parts(setting)
+
+
+def _compiled_parts(setting: Setting) -> list[SimpleNamespace]:
+    import _speed
+
+    return [part for part in _speed.training_parts(setting) if "compiled" in part.name]
+
+
+PARTS: dict[str, Callable[[Setting], list[SimpleNamespace]]] = {
+    "machine": _machine_parts,
+    "job": _job_parts,
+    "training": _training_parts,
+    "step": _step_parts,
+    "search": _search_parts,
+    "sampling": _sampling_parts,
+    "evaluation": _evaluation_parts,
+    "compiled": _compiled_parts,
+}
+"""What is run, in this order: first that it works, last what takes minutes before it says anything."""
+
+
+def goals(record: Record, judged: bool) -> list[Line]:
+    """Each goal with what was found, and whether it is met.
+
+    Args:
+        record: with its lines.
+        judged: whether the goals are those of this machine and size; else the figures stand without a verdict.
+    """
+    find = record.find
+    best = [
+        line["images_a_second"]
+        for line in record.lines
+        if line["part"].startswith("evaluation: ") and "images_a_second" in line
+    ]
+    single, many = (find(f"sampling: LlamaGen-B, batch {batch}", "tokens_a_second") for batch in (1, 32))
+    default, authors = (find(f"training: {name}", "images_a_second") for name in ("default", "the authors' way, fp32"))
+    ours, theirs = (find(f"training: {name}", "peak_gib") for name in ("bf16, 8 at once", "the authors' way, fp32"))
+    found: list[tuple[str, float | None, str, float, bool]] = [
+        (
+            "training step of the default, share of the bf16 rate",
+            *(find("training: default", "share_of_bf16_rate"), "0.35 or more", 0.35, True),
+        ),
+        (
+            "search and losses without a network, share of the step",
+            *(find("step: sum of the parts", "share_of_search_and_losses"), "0.1 or less", 0.1, False),
+        ),
+        ("synchronizations in a step", find("step: synchronizations", "count"), "0", 0, False),
+        ("evaluation, images/s", max(best, default=None), "400 or more", 400, True),
+        (
+            "LlamaGen-B at batch 1, share of the memory's bound",
+            *(find("sampling: LlamaGen-B, batch 1", "share_of_memory_bound"), "0.5 or more", 0.5, True),
+        ),
+        (
+            "LlamaGen-B at batch 32, tokens/s over batch 1",
+            *(many / single if many and single else None, "20 or more", 20, True),
+        ),
+        (
+            "training, images/s over the authors' way",
+            *(default / authors if default and authors else None, "3 or more", 3, True),
+        ),
+        (
+            "training, 8 at once, memory over the authors' way",
+            *(ours / theirs if ours and theirs else None, "0.25 or less", 0.25, False),
+        ),
+    ]
+    lines: list[Line] = []
+    for name, value, wanted, limit, at_least in found:
+        met = None if value is None else (value >= limit if at_least else value <= limit)
+        state = "not measured" if met is None else "met" if met else "not met"
+        state = state if judged or met is None else "not judged: the goals are for a GPU at full size"
+        lines.append({"part": name, "goal": wanted, "found": value, "state": state})
+    return lines
+
+
+def report(record: Record) -> str:
+    """A Markdown table a part, then the goals."""
+    blocks = []
+    for name in PARTS:
+        lines = [line for line in record.lines if line["part"].split(":")[0] == name]
+        if lines:
+            blocks.append(f"## {name}\n\n{table(lines)}")
+    rows = ["| goal | wanted | found | |", "| --- | ---: | ---: | --- |"]
+    rows += [f"| {g['part']} | {g['goal']} | {cell(g['found'])} | {g['state']} |" for g in record.heading["goals"]]
+    return "\n\n".join([*blocks, "## goals\n\n" + "\n".join(rows)])
+
+
+def arguments_of() -> argparse.Namespace:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=480, help="when everything has to be over")
+    parser.add_argument("--data", type=Path, help="packed slices (.npz) of tokenizer_study.py --pack; else blobs")
+    parser.add_argument("--small", action="store_true", help="64 pixels and small networks: for a CPU")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, help="folder of check.json; by default $OUT, or the working directory")
+    parser.add_argument("--only", nargs="+", metavar="PART", choices=list(PARTS), help=", ".join(PARTS))
+    parser.add_argument("--pack", type=Path, metavar="FOLDER", help="pack what a machine lacks, and stop")
+    arguments = parser.parse_args()
+    if arguments.seconds <= 0:
+        parser.error(f"--seconds: found {arguments.seconds:g}, expected more than 0")
+    if arguments.data is not None and not arguments.data.is_file():
+        parser.error(f"--data: found no file {arguments.data}, expected one of tokenizer_study.py --pack")
+    if torch.device(arguments.device).type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device: found {arguments.device} without a CUDA device, expected cpu")
+    return arguments
 
 
 def main() -> None:
-    """Run every part."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=480, help="no part starts later")
-    parser.add_argument("--data", help="packed slices (.npz) of tokenizer_study.py --pack; by default random images")
-    parser.add_argument("--small", action="store_true", help="64 pixels and a small network: for a CPU")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, help="folder of check.json; by default $OUT, or the working directory")
-    arguments = parser.parse_args()
-    arguments.size = 64 if arguments.small else 256
-    arguments.batch_size = 4 if arguments.small else 32
-    check = Check(arguments)
-    check.run("machine", check.machine)
-    check.run("training, default", lambda: check.speed("default"))
-    check.run("resume", check.resume)
-    check.run("out of memory", check.out_of_memory)
-    check.run("evaluation", check.evaluation)
-    for name in list(ROWS)[1:]:
-        check.run(f"training, {name}", lambda name=name: check.speed(name))
-    check.say("end", parts=len(check.lines))
+    """Run the parts, then print the tables."""
+    arguments = arguments_of()
+    if arguments.pack is not None:
+        from _pack import pack
+
+        pack(arguments.pack)
+        return
+    folder = arguments.output or Path(os.environ.get("OUT", "."))
+    started = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
+    heading = {"hardware": hardware(arguments.device), "small": arguments.small, "started": started, "goals": []}
+    record = Record(folder / "check.json", arguments.seconds, heading)
+    record.watch()
+    setting = Setting(arguments, record)
+    for name in arguments.only or PARTS:
+        if record.remaining <= 0:
+            record.say(name, skipped="the time is up")
+            continue
+        try:
+            parts = PARTS[name](setting)
+        except Exception as error:  # what a part imports is missing or broken
+            record.say(name, error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
+            continue
+        for part in parts:
+            run = functools.partial(part.run, setting)
+            record.run(part.name, run, at_most=part.at_most, needs=part.needs)
+            record.heading["goals"] = goals(record, judged=setting.on_gpu and not setting.small)
+            record.store()
+    record.say("end", lines=len(record.lines), seconds=record.elapsed)
+    print("\n" + report(record), flush=True)
 
 
 if __name__ == "__main__":
