@@ -200,7 +200,7 @@ def test_auto_cuts_a_batch_that_is_too_large(toy_overrides: dict[str, Any], monk
     before = [buffer.clone() for buffer in trainer.discriminator.buffers()]
     images = torch.zeros(4, 1, 32, 32)
     random = torch.get_rng_state()
-    trainer._plan({"image": images}, 4)
+    trainer._plan(lambda count: trainer._probe(images[:count]), 4)
     assert trainer.micro_batch_size == 1
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.discriminator.buffers(), strict=True))

@@ -185,12 +185,13 @@ class BaseTrainer(SupervisedTrainer):
         """What a run's summary says of this kind of network."""
         return {}
 
-    def _probe(self, batchdata: Mapping[str, Any], count: int) -> Any:
-        """The graph of the first ``count`` items of a batch, which leaves no trace in the trainer."""
-        raise NotImplementedError
+    def _plan(self, probe: Callable[[int], Any], batch_size: int) -> None:
+        """Choose the micro-batch, where that is asked for and has not been done.
 
-    def _plan(self, batchdata: Mapping[str, Any], batch_size: int) -> None:
-        """Choose the micro-batch, where that is asked for and has not been done."""
+        Args:
+            probe: makes the graph of the first so many items of the batch, and moves no codebook and no factor.
+            batch_size: items of the batch.
+        """
         if self.micro_batch_size != AUTO:
             check_micro_batch_size(self.micro_batch_size, batch_size if self.state.iteration <= 1 else None)
             return
@@ -200,7 +201,7 @@ class BaseTrainer(SupervisedTrainer):
             parameters += self.discriminator.parameters()
         before = Snapshot(device, self.discriminator)
         try:
-            size = planned(lambda count: self._probe(batchdata, count), batch_size, parameters, device)
+            size = planned(probe, batch_size, parameters, device)
         finally:
             before.restore()
         if distributed.world_size() > 1:

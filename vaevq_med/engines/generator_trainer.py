@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -85,22 +85,18 @@ class GeneratorTrainer(BaseTrainer):
         self.loss = loss
         self._attach(train_handlers)
 
-    def _values(self, batchdata: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        inner: GeneratorLoss = _plain(self.loss)  # type: ignore[assignment]
-        values, labels = (batchdata[key].to(self.state.device, non_blocking=True) for key in (inner.key, Keys.LABEL))
-        return values, labels
-
-    def _probe(self, batchdata: Mapping[str, Any], count: int) -> Any:
-        values, labels = self._values(batchdata)
-        with self._autocast():
-            return _plain(self.loss)(values[:count], labels[:count])
-
     def _iteration(self, engine: SupervisedTrainer, batchdata: dict[str, Any]) -> dict[str, Any]:
         started = time.perf_counter()
-        values, labels = self._values(batchdata)
+        inner: GeneratorLoss = _plain(self.loss)  # type: ignore[assignment]
+        values, labels = (batchdata[key].to(engine.state.device, non_blocking=True) for key in (inner.key, Keys.LABEL))
         batch_size = values.shape[0]
         self.loss.train()
-        self._plan(batchdata, batch_size)
+
+        def probe(count: int) -> Tensor:
+            with self._autocast():
+                return inner(values[:count], labels[:count])
+
+        self._plan(probe, batch_size)
 
         def gradients() -> Tensor:
             self.optimizer.zero_grad(set_to_none=True)

@@ -46,7 +46,7 @@ class TokenizerTrainer(BaseTrainer):
         precision: see :class:`BaseTrainer`.
         micro_batch_size: see :class:`BaseTrainer`. Averaged codebooks, the posterior's noise and a KL budget are those
             of the whole batch; the discriminator's batch norms, the adaptive weight, entropies over a batch and the
-            calibrated likelihood are those of each part.
+            calibrated likelihood are those of each part, as are the draws of nested masks and of stage dropout.
         max_grad_norm: clip the generator's and the discriminator's gradient norms to this; None does not clip.
         activation_checkpointing: levels of encoder and decoder, 0 for the finest, whose residual blocks are computed
             again in the backward pass: less memory, for large images, and more arithmetic.
@@ -59,7 +59,7 @@ class TokenizerTrainer(BaseTrainer):
     Raises:
         VaevqMedError: an adversarial objective without a discriminator, or several processes without DDP.
         TrainingError: while running, a loss term or gradient norm is not finite; no parameter has been changed
-            by that iteration (a codebook of moving averages has: it moves in the forward pass).
+            by that iteration (a codebook of moving averages has: it moves before the step).
     """
 
     def __init__(
@@ -150,9 +150,9 @@ class TokenizerTrainer(BaseTrainer):
         for key, value in {name: loss.total.detach(), **loss.terms}.items():
             total[key] = total.get(key, torch.zeros((), device=value.device)) + share * value.detach()
 
-    def _probe(self, batchdata: Mapping[str, Any], count: int) -> Any:
+    def _probe(self, images: Tensor) -> Any:
+        """The graph of images with the GAN on, without the updates that follow a batch."""
         network: VisualTokenizer = self.network  # type: ignore[assignment]
-        images = self._images(batchdata)[:count]
         adversarial = self.objective.adversarial
         with contextlib.suppress(_DiscardError), network.quantizer.one_update(), self.objective.one_update():
             with self._autocast():
@@ -229,18 +229,15 @@ class TokenizerTrainer(BaseTrainer):
 
         return self._step(discriminator, optimizer, gradients(), "discriminator_gradient_norm")
 
-    def _images(self, batchdata: Mapping[str, Any]) -> Tensor:
-        images = batchdata[Keys.IMAGE].to(self.state.device, non_blocking=True, memory_format=self.memory_format)
-        return images.as_tensor() if hasattr(images, "as_tensor") else images
-
     def _iteration(self, engine: SupervisedTrainer, batchdata: dict[str, Any]) -> dict[str, Any]:
         started = time.perf_counter()
         network: VisualTokenizer = self.network  # type: ignore[assignment]
-        images = self._images(batchdata)
+        images = batchdata[Keys.IMAGE].to(engine.state.device, non_blocking=True, memory_format=self.memory_format)
+        images = images.as_tensor() if hasattr(images, "as_tensor") else images
         batch_size = images.shape[0]
         self.network.train()
         self.objective.train()
-        self._plan(batchdata, batch_size)
+        self._plan(lambda count: self._probe(images[:count]), batch_size)
         outputs, terms = self._generator_step(images, network.draw_noise(images))
         if self.is_adversarial:
             terms |= self._discriminator_step(images, outputs)

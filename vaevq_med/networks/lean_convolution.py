@@ -42,7 +42,7 @@ def norm_swish_convolution(x: Tensor, norm: nn.GroupNorm, convolution: nn.Conv2d
         norm: with a scale and a shift.
         convolution: with a bias, of stride 1.
     """
-    x, weight, bias = (tensor.to(_dtype(x)) for tensor in (x, *_parameters(convolution)))
+    x, weight, bias = _in_type(x, convolution)
     return _NormSwishConvolution.apply(
         x, norm.weight, norm.bias, weight, bias, norm.num_groups, norm.eps, convolution.padding
     )
@@ -55,13 +55,15 @@ def upsampled_convolution(x: Tensor, convolution: nn.Conv2d) -> Tensor:
         x: any floating type.
         convolution: with a bias, of stride 1.
     """
-    x, weight, bias = (tensor.to(_dtype(x)) for tensor in (x, *_parameters(convolution)))
+    x, weight, bias = _in_type(x, convolution)
     return _UpsampledConvolution.apply(x, weight, bias, convolution.padding)
 
 
-def _parameters(convolution: nn.Conv2d | nn.Conv3d) -> tuple[Tensor, Tensor]:
+def _in_type(x: Tensor, convolution: nn.Conv2d | nn.Conv3d) -> tuple[Tensor, Tensor, Tensor]:
+    """``x`` and the convolution's weight and bias in the type that it computes in."""
     assert convolution.bias is not None
-    return convolution.weight, convolution.bias
+    dtype = _dtype(x)
+    return x.to(dtype), convolution.weight.to(dtype), convolution.bias.to(dtype)
 
 
 def _dtype(x: Tensor) -> torch.dtype:

@@ -19,7 +19,7 @@ from vaevq_med.outputs import Posterior, QuantizerOutput
 ASSIGNMENTS = ("euclidean", "posterior")
 
 
-class FollowsLatents:
+class FollowsLatents(ABC):
     """A codebook that moves after each batch by what the batch assigned to it, outside of any gradient.
 
     Attributes:
@@ -35,9 +35,9 @@ class FollowsLatents:
         else:
             self.parts.append(observed)
 
+    @abstractmethod
     def update(self, *observed: Tensor) -> None:
         """Move by what was observed."""
-        raise NotImplementedError
 
 
 class Quantizer(nn.Module, ABC):
