@@ -1,12 +1,14 @@
-"""Time and memory of one call, for the benchmarks."""
+"""Time and memory of one call, and what is measured of a machine, for the benchmarks."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import gc
+import statistics
 import threading
 import time
+from collections.abc import Callable
 
 import psutil
 import torch
@@ -63,3 +65,31 @@ def synchronize(device: torch.device) -> None:
     """Wait for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def seconds_of(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """The middle of ``repeats`` timings, after one that warms up."""
+    values = []
+    for number in range(repeats + 1):
+        synchronize(device)
+        started = time.perf_counter()
+        call()
+        synchronize(device)
+        if number:
+            values.append(time.perf_counter() - started)
+    return statistics.median(values)
+
+
+def copied_bytes_per_second(device: torch.device, mib: int, repeats: int) -> float:
+    """Bytes read and written a second by a copy within the device's memory."""
+    source = torch.ones(mib * 2**20, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / seconds_of(lambda: target.copy_(source), device, max(5, repeats))
+
+
+def hardware(device: torch.device | str | None = None) -> str:
+    """One line about a device and torch; by default the GPU where there is one."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    return f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"

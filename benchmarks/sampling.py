@@ -18,15 +18,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import scipy.integrate
 import torch
-from _measure import synchronize
+from _measure import copied_bytes_per_second, seconds_of
 from torch import Tensor, nn
 
 from vaevq_med.inferers import draw_indices, generate_indices
@@ -51,19 +49,6 @@ def grid_of(tokens: int) -> tuple[int, int]:
     return height, tokens // height
 
 
-def seconds_of(call: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """The middle of ``repeats`` timings, after one that warms up."""
-    values = []
-    for number in range(repeats + 1):
-        synchronize(device)
-        started = time.perf_counter()
-        call()
-        synchronize(device)
-        if number:
-            values.append(time.perf_counter() - started)
-    return statistics.median(values)
-
-
 def integrated(
     token: Callable[[int], object], tokens: int, points: int, device: torch.device, repeats: int
 ) -> tuple[float, dict[int, float]]:
@@ -74,13 +59,6 @@ def integrated(
         return tokens * measured[1], measured
     mean = scipy.integrate.simpson(list(measured.values()), x=lengths) / (lengths[-1] - lengths[0])
     return tokens * mean, measured
-
-
-def copied_bytes_per_second(device: torch.device, mib: int, repeats: int) -> float:
-    """Bytes read and written a second by a copy within the device's memory."""
-    source = torch.ones(mib * 2**20, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / seconds_of(lambda: target.copy_(source), device, max(5, repeats))
 
 
 def bytes_per_token(network: LlamaGen, batch: int) -> float:

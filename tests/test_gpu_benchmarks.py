@@ -45,7 +45,8 @@ def environment(tmp_path: Path) -> dict[str, str]:
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Imports a script of the folder as its neighbours do."""
-    monkeypatch.syspath_prepend(str(FOLDER))
+    for folder in (FOLDER.parent, FOLDER):
+        monkeypatch.syspath_prepend(str(folder))
 
     def load(name: str) -> ModuleType:
         return importlib.import_module(name)

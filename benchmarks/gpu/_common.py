@@ -178,13 +178,6 @@ def batches(dataset: PackedSlices, batch_size: int) -> Iterator[Tensor]:
         yield torch.stack([dataset[i]["image"] for i in range(first, min(first + batch_size, len(dataset)))])
 
 
-def hardware() -> str:
-    """One line about the machine."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    return f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
 def output_path(name: str, output: Path | None) -> Path:
     """``name.json`` in ``output``, by default in the folder that ``OUT`` names or the working directory."""
     return (output or Path(os.environ.get("OUT", "."))) / f"{name}.json"
@@ -203,7 +196,6 @@ __all__ = [
     "batches",
     "configure",
     "configure_generator",
-    "hardware",
     "output_path",
     "pack",
     "prepare",

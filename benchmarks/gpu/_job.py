@@ -16,7 +16,7 @@ from _setting import Setting
 from ignite.engine import Events
 from torch import Tensor
 
-from vaevq_med.apps.encode_tokens import encode_views
+from vaevq_med.apps.encode_tokens import describe_tokenizer, encode_views
 from vaevq_med.data.token_writer import TokenWriter
 from vaevq_med.data.tokens import FORMAT, index_type
 from vaevq_med.engines import TokenizerEvaluator, TrainingCheckpoint
@@ -50,6 +50,12 @@ def deterministic_algorithms() -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
+def _start(setting: Setting) -> float:
+    """Count time and memory from now on; what :func:`_figures` wants."""
+    setting.reset_peak()
+    return time.perf_counter()
+
+
 def _figures(setting: Setting, started: float) -> dict[str, Any]:
     setting.synchronize()
     return {"seconds": time.perf_counter() - started, "peak_gib": setting.peak_gib()}
@@ -60,8 +66,7 @@ def train_and_resume(setting: Setting) -> None:
     losses: dict[str, list[float]] = {"job: train": [], "job: resume": []}
     path: Path | None = None
     for name, seen in losses.items():
-        started = time.perf_counter()
-        setting.reset_peak()
+        started = _start(setting)
         parser = setting.parser(_STEPS)
         with deterministic_algorithms():
             trainer = parser.get_parsed_content("train#trainer")
@@ -181,27 +186,18 @@ def encode_tokens(setting: Setting) -> None:
     setting.kept["stores"] = {}
     wanted = 8 if setting.small else 256
     for kind in ("indices", "latents"):
-        started = time.perf_counter()
-        setting.reset_peak()
+        started = _start(setting)
         values = encode_views(network, setting.images[:, None], kind, setting.batch_size)  # [N, 1, ...]
         seconds = _figures(setting, started)
         values = values[[i % len(values) for i in range(wanted)]]
         items = [{"id": f"{i}.png"} for i in range(wanted)]
         side = setting.size // network.encoder.downsampling_factor
-        quantizer = network.quantizer
         header = {
             "format": FORMAT,
             "kind": kind,
-            "tokenizer": {
-                "content_hash": "sha256:check",
-                "quantizer": type(quantizer).__name__,
-                "readout": quantizer.readout,
-                "num_embeddings": quantizer.num_embeddings,
-                "num_codebooks": quantizer.num_codebooks,
-                "embedding_dim": network.embedding_dim,
-            },
+            "tokenizer": describe_tokenizer(network, "sha256:check"),
             "grid": [side, side],
-            "dtype": index_type(quantizer.num_embeddings) if kind == "indices" else "float16",
+            "dtype": index_type(network.num_embeddings) if kind == "indices" else "float16",
             "image_size": setting.size,
             "in_channels": 1,
             "label": {"kind": "none", "names": []},
@@ -220,8 +216,7 @@ def _train_generator(setting: Setting, kind: str, store: str, title: str) -> Non
     root = setting.kept.get("stores", {}).get(store)
     if root is None:
         raise NotNeededError("there are no tokens")
-    started = time.perf_counter()
-    setting.reset_peak()
+    started = _start(setting)
     prepare(0)
     steps = 3
     batch_size = 8 if setting.small else 256
@@ -267,13 +262,17 @@ def train_ldm(setting: Setting) -> None:
     _train_generator(setting, "diffusion", "latents", "LDM-4")
 
 
+def _trained(setting: Setting, kind: str, title: str) -> Any:
+    """The generator that an earlier part left."""
+    if kind not in setting.kept:
+        raise NotNeededError(f"there is no trained {title}")
+    return setting.kept[kind]
+
+
 def sample_llamagen(setting: Setting) -> None:
     """Two images, in bf16 on a GPU."""
-    network = setting.kept.get("autoregressive")
-    if network is None:
-        raise NotNeededError("there is no trained LlamaGen")
-    started = time.perf_counter()
-    setting.reset_peak()
+    network = _trained(setting, "autoregressive", "LlamaGen")
+    started = _start(setting)
     indices = generate_indices(
         network,
         num_samples=2,
@@ -287,11 +286,8 @@ def sample_llamagen(setting: Setting) -> None:
 
 def sample_ldm(setting: Setting) -> None:
     """Two images by DDIM, the network in bf16 on a GPU."""
-    network = setting.kept.get("diffusion")
-    if network is None:
-        raise NotNeededError("there is no trained LDM")
-    started = time.perf_counter()
-    setting.reset_peak()
+    network = _trained(setting, "diffusion", "LDM")
+    started = _start(setting)
     tokenizer = _tokenizer(setting)
     side = setting.size // tokenizer.encoder.downsampling_factor
     steps = 4 if setting.small else 50

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-from _setting import Setting
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import nearest_codeword
 import quantizers
 import sampling
+import torch
+from _measure import copied_bytes_per_second
+from _setting import Setting
 
 QUANTIZERS = ("vqgan", "vqgan_ema", "simvq", "fsq", "lfq")
 
@@ -86,7 +83,7 @@ def sample_llamagen(setting: Setting, batch: int) -> None:
     if seconds < 5:  # the first time may have prepared something that the second finds done
         seconds = once()
     if setting.copy_rate is None:
-        setting.copy_rate = sampling.copied_bytes_per_second(setting.device, 16 if small else 1024, 5)
+        setting.copy_rate = copied_bytes_per_second(setting.device, 16 if small else 1024, 5)
     bound = arguments.tokens * sampling.bytes_per_token(network, batch) / setting.copy_rate
     setting.record.say(
         f"sampling: LlamaGen-B, batch {batch}",

@@ -6,14 +6,13 @@ Imports that take long wait until they are needed, so that the machine's own fig
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from _measure import seconds_of, synchronize
 from _record import Record
 from torch import Tensor
 
@@ -96,8 +95,7 @@ class Setting:
 
     def synchronize(self) -> None:
         """Wait for the device."""
-        if self.on_gpu:
-            torch.cuda.synchronize()
+        synchronize(self.device)
 
     def reset_peak(self) -> None:
         """Count the peak from now on."""
@@ -110,15 +108,7 @@ class Setting:
 
     def seconds_of(self, call: Callable[[], object], repeats: int = 3) -> float:
         """The middle of so many timings, after one call that warms up."""
-        values = []
-        for number in range(repeats + 1):
-            self.synchronize()
-            started = time.perf_counter()
-            call()
-            self.synchronize()
-            if number:
-                values.append(time.perf_counter() - started)
-        return statistics.median(values)
+        return seconds_of(call, self.device, repeats)
 
 
 def blobs(count: int, size: int) -> Tensor:

@@ -24,16 +24,11 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from _measure import copied_bytes_per_second, hardware
 from _record import Line, Record, cell, table
 from _setting import Setting
-
-
-def hardware(device: str) -> str:
-    """One line about the machine."""
-    if torch.device(device).type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    return f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def machine(setting: Setting) -> None:
@@ -48,17 +43,14 @@ def machine(setting: Setting) -> None:
             a @ b
 
     rate = 10 * 2 * size**3 / setting.seconds_of(products)
-    mib = 1024 if setting.on_gpu else 64
-    source = torch.ones(mib * 2**20, dtype=torch.uint8, device=setting.device)
-    target = torch.empty_like(source)
-    setting.copy_rate = 2 * source.numel() / setting.seconds_of(lambda: target.copy_(source), 5)
+    setting.copy_rate = copied_bytes_per_second(setting.device, 1024 if setting.on_gpu else 64, 5)
     figures: dict[str, Any] = {"gigabytes_a_second": setting.copy_rate / 1e9}
     if setting.on_gpu:
         setting.rate = rate
         figures |= {"bf16_tflops": rate / 1e12, "memory_gib": torch.cuda.mem_get_info()[1] / 2**30}
     else:
         figures |= {"fp32_tflops": rate / 1e12}
-    setting.record.say("machine", hardware=hardware(str(setting.device)), **figures)
+    setting.record.say("machine", hardware=hardware(setting.device), **figures)
 
 
 def _machine_parts(setting: Setting) -> list[SimpleNamespace]:

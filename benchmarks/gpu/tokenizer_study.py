@@ -34,8 +34,10 @@ from typing import Any
 import torch
 from monai.bundle import ConfigParser
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from _common import PackedSlices, configure, hardware, pack, prepare, write_json
+from _common import PackedSlices, configure, pack, prepare, write_json
+from _measure import hardware
 from _record import process_age
 
 from vaevq_med.engines import TokenizerEvaluator

@@ -66,6 +66,24 @@ def encode_views(network: VisualTokenizer, images: Tensor, kind: str, batch_size
     return values.unflatten(0, images.shape[:2]).numpy()
 
 
+def describe_tokenizer(network: VisualTokenizer, content_hash: str) -> dict[str, Any]:
+    """What a store says of the tokenizer that its values come from.
+
+    Args:
+        network: the tokenizer.
+        content_hash: of its definition and weights.
+    """
+    quantizer = network.quantizer
+    return {
+        "content_hash": content_hash,
+        "quantizer": type(quantizer).__name__,
+        "readout": quantizer.readout,
+        "num_embeddings": quantizer.num_embeddings,
+        "num_codebooks": quantizer.num_codebooks,
+        "embedding_dim": network.embedding_dim,
+    }
+
+
 @dataclass(frozen=True)
 class EncodeTokens:
     """Encode the images of a data set into a token store.
@@ -232,14 +250,7 @@ class EncodeTokens:
         return {
             "format": FORMAT,
             "kind": self.kind,
-            "tokenizer": {
-                "content_hash": stored.content_hash,
-                "quantizer": type(quantizer).__name__,
-                "readout": quantizer.readout,
-                "num_embeddings": quantizer.num_embeddings,
-                "num_codebooks": quantizer.num_codebooks,
-                "embedding_dim": network.embedding_dim,
-            },
+            "tokenizer": describe_tokenizer(network, stored.content_hash),
             "grid": [side, side],
             "dtype": index_type(quantizer.num_embeddings) if self.kind == "indices" else self.dtype or "float16",
             "image_size": image_size,
