@@ -74,7 +74,7 @@ def test_a_label_counts_and_none_is_the_null_class() -> None:
     [
         (torch.zeros(1, 3, 8, 8), None, r"shape \(1, 3, 8, 8\); expected \[B, 4, h, w\]"),
         (torch.zeros(1, 4, 7, 8), None, "multiples of 2"),
-        (torch.zeros(1, 4, 8, 8), torch.tensor([4]), "labels range from 4 to 4; expected 0 to 2, or 3 for none"),
+        (torch.zeros(1, 4, 8, 8), torch.tensor([4]), "labels range from 4 to 4; expected within 0 to 3"),
         (torch.zeros(1, 4, 8, 8), torch.tensor([1, 1]), r"labels have shape \(2,\); expected \[1\]"),
     ],
 )

@@ -105,7 +105,7 @@ def test_codebook_usage_by_hand() -> None:
     assert usage.dead_codes() == 5
     p = np.array([3, 4, 1]) / 8
     assert usage.perplexity() == pytest.approx(float(np.exp(-(p * np.log(p)).sum())))
-    with pytest.raises(Exception, match="expected 0 to 7"):
+    with pytest.raises(Exception, match="from 8 to 8; expected within 0 to 7"):
         usage.update(torch.tensor([8]).view(1, 1, 1, 1))
 
 

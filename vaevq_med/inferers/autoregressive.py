@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vaevq_med.errors import VaevqMedError
 from vaevq_med.networks.llamagen import LlamaGen
+from vaevq_med.ranges import check_range
 
 MIN_TEMPERATURE, MAX_GUIDANCE = 1e-3, 1e4
 """Beyond these the guided logits over the temperature may leave fp32, and every index drawn is then 0."""
@@ -204,10 +205,6 @@ def _kept(network: LlamaGen, known: Tensor | None, mask: Tensor | None, batch: i
             f"expected {list(shape)} each, and torch.bool"
         )
     values = known.long().masked_fill(~mask.to(known.device), 0)
-    low, high = int(values.min()), int(values.max())
-    if low < 0 or high >= network.num_embeddings:
-        raise VaevqMedError(
-            f"known indices range from {low} to {high}; expected within 0 to {network.num_embeddings - 1}"
-        )
+    check_range("known indices", values, network.num_embeddings - 1)
     device = network.token_embedding.weight.device
     return mask.to(device).flatten(1), values.to(device).flatten(1)

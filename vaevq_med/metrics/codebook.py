@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vaevq_med.errors import VaevqMedError
+from vaevq_med.ranges import check_range
 
 
 class CodebookUsage:
@@ -40,12 +41,11 @@ class CodebookUsage:
         if indices.shape[-1] != self.num_codebooks:
             raise VaevqMedError(f"found {indices.shape[-1]} indices a position, expected {self.num_codebooks}")
         flat = indices.reshape(-1, self.num_codebooks)
-        if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= self.num_embeddings):
-            raise VaevqMedError(
-                f"found indices from {int(flat.min())} to {int(flat.max())}, expected 0 to {self.num_embeddings - 1}"
-            )
-        for codebook in range(self.num_codebooks):
-            self.counts[codebook] += torch.bincount(flat[:, codebook], minlength=self.num_embeddings)
+        check_range("indices", flat, self.num_embeddings - 1)
+        # Not ``bincount``: a GPU's host would wait for the largest index.
+        places = flat + self.num_embeddings * torch.arange(self.num_codebooks, device=flat.device)
+        places = places.flatten()
+        self.counts.view(-1).index_add_(0, places, torch.ones_like(places))
 
     def reduce(self) -> None:
         """Add up the counts of all processes."""

@@ -16,6 +16,7 @@ from monai.networks.nets import DiffusionModelUNet
 from torch import Tensor, nn
 
 from vaevq_med.errors import VaevqMedError
+from vaevq_med.ranges import check_range
 
 
 class LatentDiffusionUNet(nn.Module):
@@ -151,12 +152,6 @@ class LatentDiffusionUNet(nn.Module):
             context = torch.full((x.shape[0],), self.null_class, device=x.device)
         if context.shape != (x.shape[0],):
             raise VaevqMedError(f"labels have shape {tuple(context.shape)}; expected [{x.shape[0]}]")
-        if context.numel() and not torch.compiler.is_exporting():
-            low, high = int(context.min()), int(context.max())
-            if low < 0 or high > self.null_class:
-                raise VaevqMedError(
-                    f"labels range from {low} to {high}; expected 0 to {self.num_classes - 1}, or {self.null_class} "
-                    "for none"
-                )
+        check_range("labels", context, self.null_class)
         embedded = self.class_embedding(context.long()).unsqueeze(1)
         return self.unet(x, timesteps=timesteps.expand(x.shape[0]), context=embedded)

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vaevq_med.errors import VaevqMedError
 from vaevq_med.networks.llama_blocks import KeyValueCache, LlamaBlock, axial_rotations
+from vaevq_med.ranges import check_range
 
 PRESETS: Mapping[str, Mapping[str, int]] = MappingProxyType(
     {
@@ -276,7 +277,7 @@ class LlamaGen(nn.Module):
             return torch.full((batch_size,), self.null_class, device=device)
         if labels.shape != (batch_size,):
             raise VaevqMedError(f"labels have shape {tuple(labels.shape)}; expected [{batch_size}]")
-        _check_range("labels", labels, self.null_class)
+        check_range("labels", labels, self.null_class)
         return labels.to(device=device, dtype=torch.int64)
 
     def _tokens(self, indices: Tensor) -> Tensor:
@@ -290,7 +291,7 @@ class LlamaGen(nn.Module):
         if not fits.get(len(shape), False):
             flat = f"[B, n{'' if codebooks == 1 else f', {codebooks}'}] with n from 1 to {height * width}"
             raise VaevqMedError(f"indices have shape {shape}; expected {flat}, or [B, {height}, {width}, {codebooks}]")
-        _check_range("indices", indices, self.num_embeddings - 1)
+        check_range("indices", indices, self.num_embeddings - 1)
         return indices.flatten(1).long()
 
 
@@ -298,14 +299,6 @@ def _pair(grid_size: tuple[int, int]) -> tuple[int, int]:
     if len(grid_size) != 2:
         raise VaevqMedError(f"grid_size is {tuple(grid_size)}; expected (height, width) or one number")
     return int(grid_size[0]), int(grid_size[1])
-
-
-def _check_range(name: str, values: Tensor, last: int) -> None:
-    """Refuse what is not in [0, last]; not looked at while a graph is exported."""
-    if values.numel() and not torch.compiler.is_exporting() and not torch.jit.is_tracing():
-        low, high = int(values.min()), int(values.max())
-        if low < 0 or high > last:
-            raise VaevqMedError(f"{name} range from {low} to {high}; expected within 0 to {last}")
 
 
 def _summed_cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:

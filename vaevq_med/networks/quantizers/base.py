@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vaevq_med.errors import VaevqMedError
 from vaevq_med.networks.quantizers.nearest import nearest_codeword
 from vaevq_med.outputs import Posterior, QuantizerOutput
+from vaevq_med.ranges import check_range
 
 ASSIGNMENTS = ("euclidean", "posterior")
 
@@ -131,12 +132,7 @@ class Quantizer(nn.Module, ABC):
         """
         if indices.ndim != 4 or indices.shape[-1] != self.num_codebooks:
             raise VaevqMedError(f"indices have shape {tuple(indices.shape)}; expected [B, h, w, {self.num_codebooks}]")
-        if indices.numel() and not torch.compiler.is_exporting() and not torch.jit.is_tracing():
-            low, high = int(indices.min()), int(indices.max())
-            if low < 0 or high >= self.num_embeddings:
-                raise VaevqMedError(
-                    f"indices range from {low} to {high}; expected within 0 to {self.num_embeddings - 1}"
-                )
+        check_range("indices", indices, self.num_embeddings - 1)
 
 
 class CodebookQuantizer(Quantizer):
