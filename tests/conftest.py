@@ -109,6 +109,16 @@ def toy_config(dataset_dir: Path, output_dir: Path) -> dict[str, Any]:
     return overrides
 
 
+def trainer_of(overrides: dict[str, Any], *overlays: str) -> Any:
+    """The BraTS bundle's trainer of a tokenizer, ready to run."""
+    from monai.bundle import ConfigWorkflow
+
+    files = [str(BUNDLE / "train.json"), *(str(BUNDLE / "overlays" / f"{name}.json") for name in overlays)]
+    workflow = ConfigWorkflow(config_file=files, workflow_type="train", **overrides)
+    workflow.initialize()
+    return workflow.parser.get_parsed_content("train#trainer")
+
+
 @pytest.fixture
 def toy_overrides(slice_dataset: Path, tmp_path: Path) -> dict[str, Any]:
     """:func:`toy_config` on the toy data, into a fresh folder."""

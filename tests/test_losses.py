@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -279,18 +280,14 @@ def test_gan_losses_by_hand() -> None:
 
 
 def test_adaptive_weight_by_hand() -> None:
-    layer = torch.tensor([1.0, 2.0], requires_grad=True)
-    reconstruction, adversarial = (3 * layer).sum(), (layer * torch.tensor([0.0, 0.5])).sum()
-    expected = math.sqrt(18) / (0.5 + 1e-4)
-    weight = adaptive_weight(reconstruction, adversarial, layer)
-    assert weight.item() == pytest.approx(expected)
-    assert not weight.requires_grad
+    weight = adaptive_weight(torch.tensor([3.0, 3.0]), torch.tensor([0.0, 0.5]))
+    assert weight.item() == pytest.approx(math.sqrt(18) / (0.5 + 1e-4))
 
 
 def test_adaptive_weight_is_bounded() -> None:
-    layer = torch.tensor([1.0], requires_grad=True)
-    assert adaptive_weight((1e3 * layer).sum(), (0 * layer).sum(), layer).item() == 1e4
-    assert adaptive_weight((1e3 * layer).sum(), (0 * layer).sum(), layer, maximum=7.0).item() == 7.0
+    large, none = torch.tensor([1e3]), torch.tensor([0.0])
+    assert adaptive_weight(large, none).item() == 1e4
+    assert adaptive_weight(large, none, maximum=7.0).item() == 7.0
 
 
 def test_adversarial_refuses_options() -> None:
@@ -379,6 +376,48 @@ def test_adaptive_weight_enters_the_total() -> None:
     assert gradient.item() == pytest.approx(1.2 - 0.5 * adaptive * 2, rel=1e-5)
     with pytest.raises(VaevqMedError, match="last layer"):
         objective.generator(ZERO, output, discriminator=Linear())
+
+
+def test_adaptive_weight_goes_back_through_each_network_once() -> None:
+    """Gradients of the parameters are those of the sum written out, which goes back three times."""
+    torch.manual_seed(0)
+    decoder, discriminator = nn.Sequential(nn.Conv2d(2, 3, 3), nn.SiLU(), nn.Conv2d(3, 1, 1)), nn.Conv2d(1, 1, 2)
+    last_layer, target, latent = decoder[2].weight, random(2, 1, 4, 4), random(4, 2, 6, 6, seed=1).requires_grad_()
+    objective = TokenizerObjective(
+        terms={"reconstruction": ReconstructionLoss(), "codebook": QuantizerLoss(name="codebook")},
+        weights={"reconstruction": 3.0, "codebook": 2.0},
+        adversarial=AdversarialTerm(weight=0.5, paths="both"),
+    )
+    base = make_output()
+
+    def output() -> TokenizerOutput:
+        paths = decoder(latent).chunk(2)
+        quantizer = dataclasses.replace(base.quantizer, losses={"codebook": latent.square().mean()})
+        return TokenizerOutput(paths[0], paths[1], base.latent, base.posterior, quantizer)
+
+    backward = 0
+
+    def count(*_: object) -> None:
+        nonlocal backward
+        backward += 1
+
+    handle = discriminator.register_full_backward_hook(count)
+    discriminator.requires_grad_(False)
+    wanted = (*decoder.parameters(), latent)
+    found = torch.autograd.grad(
+        0.5 * objective.generator(target, output(), discriminator=discriminator, last_layer=last_layer).total, wanted
+    )
+    assert backward == 1
+    handle.remove()
+
+    of = output()
+    images = (of.reconstruction, of.reconstruction_continuous)
+    likelihood = 3 * sum((image - target).square().mean() for image in images)
+    gan = -discriminator(torch.cat(images)).mean()
+    above, below = (torch.autograd.grad(x, last_layer, retain_graph=True)[0].norm() for x in (likelihood, gan))
+    total = likelihood + 2 * latent.square().mean() + 0.5 * above / (below + 1e-4) * gan
+    for one, other in zip(found, torch.autograd.grad(0.5 * total, wanted), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BUNDLE
+from conftest import BUNDLE, trainer_of
 from ignite.engine import Events
-from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.bundle import ConfigParser
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -19,13 +19,6 @@ from vaevq_med.engines.micro_batches import check_micro_batch_size, fitting, sav
 from vaevq_med.errors import VaevqMedError
 from vaevq_med.networks import TrainingForward
 from vaevq_med.networks.quantizers import MGVQ, ResidualQuantizer, VectorQuantizerEMA
-
-
-def trainer_of(overrides: dict[str, Any], *overlays: str) -> Any:
-    files = [str(BUNDLE / "train.json"), *(str(BUNDLE / "overlays" / f"{name}.json") for name in overlays)]
-    workflow = ConfigWorkflow(config_file=files, workflow_type="train", **overrides)
-    workflow.initialize()
-    return workflow.parser.get_parsed_content("train#trainer")
 
 
 def test_saved_bytes_are_those_that_autograd_keeps() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from _job import evaluation_of, evaluator_of
 from _setting import Setting
 from ignite.engine import Events
@@ -131,7 +132,9 @@ def authors_way(setting: Setting) -> None:
             likelihood = sum(weights[name] * values[name] for name in ("reconstruction", "perceptual"))
             discriminator.requires_grad_(False)
             gan = objective.adversarial.generator(output, discriminator)
-            strength = adaptive_weight(likelihood, gan, network.last_layer)
+            strength = adaptive_weight(
+                *(torch.autograd.grad(loss, network.last_layer, retain_graph=True)[0] for loss in (likelihood, gan))
+            )
             total = total + objective.adversarial.weight * strength * gan
             optimizer.zero_grad(set_to_none=True)
             total.backward()

@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import vaevq_med
-from vaevq_med.losses.adversarial import adaptive_weight
 from vaevq_med.networks.posterior import DiagonalGaussian
 
 _PACKAGE = str(Path(vaevq_med.__file__).parent)
@@ -120,17 +119,17 @@ def by_part(setting: Setting) -> None:
     found["discriminator, for the tokenizer"] = clock.both(
         lambda: [objective.adversarial.generator(leaves, discriminator)]
     )
-    with trainer._autocast():
-        likelihood = sum(objective.terms[name](images, whole) for name in ("reconstruction", "perceptual"))
-        gan = objective.adversarial.generator(whole, discriminator)
-    weight = functools.partial(adaptive_weight, likelihood, gan, network.last_layer)
-    found["adaptive weight"] = (clock.once(weight), 0.0)
-    (likelihood + gan).backward()
+    given = [torch.ones_like(whole.reconstruction)]
+    at_last_layer = functools.partial(
+        torch.autograd.grad, [whole.reconstruction], network.last_layer, given, retain_graph=True
+    )
+    found["adaptive weight"] = (2 * clock.once(at_last_layer), 0.0)
+    torch.autograd.backward([whole.reconstruction], given)  # so that the optimizers have something to take up
     discriminator.requires_grad_(True)
     found["discriminator's own step"] = clock.both(
         lambda: [objective.discriminator(images, leaves, discriminator=discriminator, step=0).total]
     )
-    del whole, likelihood, gan, weight
+    del whole, given, at_last_layer
     once: dict[str, Callable[[], object]] = {
         "clipping": lambda: torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0),
         "optimizers": lambda: (trainer.optimizer.step(), trainer.d_optimizer.step()),

@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from vaevq_med.engines import distributed
 from vaevq_med.engines.micro_batches import AUTO, Snapshot, check_micro_batch_size, is_out_of_memory, planned
+from vaevq_med.engines.terms import Terms
 from vaevq_med.errors import VaevqMedError
 
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -87,7 +88,8 @@ class BaseTrainer(SupervisedTrainer):
     """A trainer that handlers of this package can follow, checkpoint and resume.
 
     A subclass ends its constructor with :meth:`_attach`, and its ``_iteration`` with :meth:`_end_iteration`, which
-    publishes ``engine.state.terms`` (floats by name), ``engine.state.batch_images`` and ``engine.state.images_seen``.
+    publishes ``engine.state.terms`` (numbers by name, which stay on the device until somebody looks),
+    ``engine.state.batch_images`` and ``engine.state.images_seen``.
 
     Args:
         device: where to train.
@@ -103,6 +105,7 @@ class BaseTrainer(SupervisedTrainer):
         micro_batch_size: items of a batch that go through the network at once; the step sees their mean gradient.
             ``auto`` takes as many as the free memory holds.
         max_grad_norm: clip gradient norms to this; None does not clip.
+        log_interval: iterations between two looks at the terms on a GPU, each of which makes the host wait for it.
         **kwargs: passed on to ``SupervisedTrainer``.
 
     Attributes:
@@ -128,6 +131,7 @@ class BaseTrainer(SupervisedTrainer):
         precision: str = "fp32",
         micro_batch_size: int | str = AUTO,
         max_grad_norm: float | None = None,
+        log_interval: int = 50,
         **kwargs: Any,
     ) -> None:
         self.autocast_dtype = autocast_dtype(precision, device)
@@ -135,6 +139,8 @@ class BaseTrainer(SupervisedTrainer):
         check_micro_batch_size(micro_batch_size, getattr(sampler, "batch_size", None))
         if max_epochs < 1:
             raise VaevqMedError(f"max_epochs: found {max_epochs}, expected 1 or more")
+        if log_interval < 1:
+            raise VaevqMedError(f"log_interval: found {log_interval}, expected 1 or more")
         super().__init__(
             device=torch.device(device),
             max_epochs=max_epochs,
@@ -152,9 +158,15 @@ class BaseTrainer(SupervisedTrainer):
         self.schedulers = list(schedulers)
         self.ema = ema
         self.max_grad_norm = max_grad_norm
+        self.log_interval = log_interval
         self.state.terms = {}
         self.state.batch_images = 0
         self.state.images_seen = 0
+        # Terms that have not been checked yet, with their iterations; what was trained since they last were.
+        self._unread: list[tuple[int, Terms]] = []
+        self._images, self._seconds = 0, 0.0
+        # On the device, 1 from the first iteration on whose terms were not finite.
+        self._stopped: Tensor | None = None
 
     def _attach(self, handlers: Sequence[Any] | None) -> None:
         """Attach the handlers, one of which may resume a run: nothing is constructed after this."""
@@ -173,6 +185,7 @@ class BaseTrainer(SupervisedTrainer):
             )
             return
         super().run()
+        self.check_terms()
 
     def control_state(self) -> dict[str, Tensor]:
         """What steers the loss, for checkpoints; no network weights."""
@@ -202,6 +215,10 @@ class BaseTrainer(SupervisedTrainer):
         before = Snapshot(device, self.discriminator)
         try:
             size = planned(probe, batch_size, parameters, device)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            size = 1  # not even two items fit
         finally:
             before.restore()
         if distributed.world_size() > 1:
@@ -259,31 +276,62 @@ class BaseTrainer(SupervisedTrainer):
             return module.no_sync()
         return contextlib.nullcontext()
 
-    def _check_finite(self, terms: dict[str, float]) -> None:
+    def _check_finite(self, terms: Mapping[str, float], iteration: int) -> None:
         bad = [name for name, value in terms.items() if not math.isfinite(value)]
         if bad:
             raise TrainingError(
-                f"iteration {self.state.iteration}: found {', '.join(f'{n} = {terms[n]}' for n in bad)}, expected "
+                f"iteration {iteration}: found {', '.join(f'{n} = {terms[n]}' for n in bad)}, expected "
                 "finite numbers; the weights of the last checkpoint are untouched. Try a lower learning rate, "
                 "max_grad_norm, fp32, or a smaller weight for that term."
             )
 
     def _step(
         self, module: nn.Module, optimizer: Optimizer, terms: dict[str, Tensor], norm_name: str
-    ) -> dict[str, float]:
-        """Clip, check every term, step; one synchronization with the device."""
+    ) -> dict[str, Tensor | float]:
+        """Clip and step, unless a term is not finite.
+
+        Where the terms are read late, the optimizer itself skips the step, and every one after it, until
+        :meth:`check_terms` says so.
+        """
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
         terms[norm_name] = nn.utils.clip_grad_norm_(module.parameters(), limit)
-        values = torch.stack([value.detach().float().reshape(()) for value in terms.values()]).tolist()
-        floats = dict(zip(terms, values, strict=True))
-        self._check_finite(floats)
+        if not self.reads_late(optimizer):
+            floats = dict(Terms(terms))
+            self._check_finite(floats, self.state.iteration)
+            optimizer.step()
+            return dict(floats)
+        finite = torch.stack([value.detach().float().reshape(()) for value in terms.values()]).isfinite().all()
+        if self._stopped is None:
+            self._stopped = torch.zeros((), device=self.state.device)
+        self._stopped.clamp_(min=(~finite).float())
+        optimizer.found_inf = self._stopped  # type: ignore[attr-defined]
         optimizer.step()
-        return floats
+        return dict(terms)
 
-    def _end_iteration(self, engine: Engine, terms: Mapping[str, float], batch_size: int, started: float) -> None:
+    def reads_late(self, optimizer: Optimizer) -> bool:
+        """Whether a step's terms stay on the device for a while: on a GPU, if the optimizer can skip a step by itself.
+
+        Torch's fused optimizers can.
+        """
+        fused = all(group.get("fused") for group in optimizer.param_groups)
+        return fused and self.state.device.type == "cuda"
+
+    def check_terms(self) -> None:
+        """Read the terms of the iterations since the last time, which waits for the device.
+
+        Raises:
+            TrainingError: one was not finite; no parameter has been changed from that iteration on.
+        """
+        waiting, self._unread = self._unread, []
+        for iteration, terms in waiting:
+            self._check_finite(terms, iteration)
+
+    def _end_iteration(
+        self, engine: Engine, terms: Mapping[str, Tensor | float], batch_size: int, started: float
+    ) -> None:
         """Step the schedules and publish what the iteration gave; the rates are those that it was trained with."""
         state: Any = engine.state
-        rates = {"learning_rate": self.optimizer.param_groups[0]["lr"]}
+        rates: dict[str, Tensor | float] = {"learning_rate": self.optimizer.param_groups[0]["lr"]}
         if self.d_optimizer is not None:
             rates["discriminator_learning_rate"] = self.d_optimizer.param_groups[0]["lr"]
         with warnings.catch_warnings():
@@ -293,4 +341,14 @@ class BaseTrainer(SupervisedTrainer):
                 scheduler.step()
         state.batch_images = batch_size
         state.images_seen = state.iteration * batch_size
-        state.terms = {**terms, **rates, "images_per_second": batch_size / (time.perf_counter() - started)}
+        state.terms = Terms({**terms, **rates})
+        self._unread.append((state.iteration, state.terms))
+        late = self.reads_late(self.optimizer)
+        read = not late or state.iteration % self.log_interval == 0 or state.iteration % state.epoch_length == 0
+        if read:
+            self.check_terms()
+        self._images += batch_size
+        self._seconds += time.perf_counter() - started
+        if read:  # in between, the host runs ahead of the device, and its time says nothing
+            state.terms = Terms({**state.terms, "images_per_second": self._images / self._seconds})
+            self._images, self._seconds = 0, 0.0

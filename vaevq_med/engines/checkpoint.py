@@ -30,6 +30,7 @@ _ALIKE = (
     *("num_train_timesteps", "scheduler"),
 )
 """Settings that a run does not resume without."""
+_KERNELS = ("fused", "foreach", "capturable")
 
 
 class CheckpointError(VaevqMedError):
@@ -127,6 +128,13 @@ def _load_scheduler(scheduler: Any, state: Mapping[str, Any]) -> None:
     for group, rate, factor in zip(scheduler.optimizer.param_groups, base, scheduler.lr_lambdas, strict=True):
         group["initial_lr"] = rate
         group["lr"] = rate * factor(scheduler.last_epoch)
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Take up averages and rates; by which kernels a step is computed is for this configuration to say."""
+    kernels = [{name: group[name] for name in _KERNELS if name in group} for group in optimizer.param_groups]
+    groups = [{**stored, **own} for stored, own in zip(state["param_groups"], kernels, strict=True)]
+    optimizer.load_state_dict({**state, "param_groups": groups})
 
 
 class TrainingCheckpoint:
@@ -277,9 +285,9 @@ class TrainingCheckpoint:
             engine.ema.n_averaged.fill_(state["ema_updates"])
         if engine.discriminator is not None and "discriminator" in state:
             load_state(_plain(engine.discriminator), state["discriminator"], path, "discriminator")
-        engine.optimizer.load_state_dict(state["optimizer"])
+        _load_optimizer(engine.optimizer, state["optimizer"])
         if engine.d_optimizer is not None and "d_optimizer" in state:
-            engine.d_optimizer.load_state_dict(state["d_optimizer"])
+            _load_optimizer(engine.d_optimizer, state["d_optimizer"])
         engine.load_control_state(state["objective"])
         for scheduler, scheduler_state in zip(engine.schedulers, state["schedulers"], strict=True):
             _load_scheduler(scheduler, scheduler_state)
@@ -295,7 +303,12 @@ class TrainingCheckpoint:
         engine.logger.warning("Resuming from %s at iteration %d", path, state["iteration"])
 
     def save(self, engine: BaseTrainer, name: str = "last.pt") -> None:
-        """Write a checkpoint, on the main process."""
+        """Write a checkpoint, on the main process.
+
+        Raises:
+            TrainingError: a term of an iteration since the last one was not finite; nothing is written.
+        """
+        engine.check_terms()
         if distributed.is_main():
             atomic_save(self.state_dict(engine), self.directory / name)
 

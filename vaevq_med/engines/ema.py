@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from vaevq_med.errors import VaevqMedError
 
-_Tensors = tuple[Tensor, ...] | list[Tensor]
+
+class _MovingAverage(AveragedModel):
+    """Torch's class with a count of updates that stays on the CPU: its own waits for a GPU at each update."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model, use_buffers=True)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Move towards the model's floating values, take over its integers; at first, take over all."""
+        count = int(self.n_averaged)
+        pairs = [
+            (own.detach(), other.detach())
+            for kind in ("parameters", "buffers")
+            for own, other in zip(getattr(self.module, kind)(), getattr(model, kind)(), strict=True)
+        ]
+        moving = [pair for pair in pairs if count and pair[0].is_floating_point()]
+        for own, other in pairs:
+            if not (count and own.is_floating_point()):
+                own.copy_(other)
+        if moving:
+            decay = min(self.decay, (1 + count) / (10 + count))
+            torch._foreach_lerp_([own for own, _ in moving], [other for _, other in moving], 1 - decay)
+        self.n_averaged += 1
 
 
 def exponential_moving_average(model: nn.Module, decay: float = 0.999) -> AveragedModel:
@@ -21,16 +46,11 @@ def exponential_moving_average(model: nn.Module, decay: float = 0.999) -> Averag
         decay: weight of the old average, in [0, 1).
 
     Returns:
-        torch's ``AveragedModel``; the copy is its ``module``.
+        A kind of torch's ``AveragedModel``; the copy is its ``module``.
     """
     if not 0.0 <= decay < 1.0:
         raise VaevqMedError(f"ema_decay: found {decay}, expected a number in [0, 1)")
-
-    def average(averaged: _Tensors, current: _Tensors, updates: Tensor | int) -> None:
-        count = int(updates)
-        get_ema_multi_avg_fn(min(decay, (1 + count) / (10 + count)))(averaged, current, updates)
-
-    copy = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    copy = _MovingAverage(model, decay)
     for parameter in copy.parameters():
         parameter.requires_grad_(False)
     return copy.eval()

@@ -22,7 +22,7 @@ class GeneratorTrainer(BaseTrainer):
     """Minimize a :class:`GeneratorLoss` over the batches of a token store.
 
     ``engine.state.output`` holds the batch's labels (``label``) and the loss (``loss``); ``engine.state.terms`` holds
-    loss, gradient norm and learning rate of the iteration as floats. Times, noise and dropped labels come from torch's
+    loss, gradient norm and learning rate of the iteration. Times, noise and dropped labels come from torch's
     global generators, which checkpoints store.
 
     Args:
@@ -38,6 +38,7 @@ class GeneratorTrainer(BaseTrainer):
         precision: see :class:`BaseTrainer`.
         micro_batch_size: see :class:`BaseTrainer`.
         max_grad_norm: clip the gradient's norm to this; None does not clip.
+        log_interval: see :class:`BaseTrainer`.
         train_handlers: ignite handlers.
         inferer: MONAI inferer that calls ``loss``.
         **kwargs: passed on to ``SupervisedTrainer``.
@@ -63,6 +64,7 @@ class GeneratorTrainer(BaseTrainer):
         precision: str = "fp32",
         micro_batch_size: int | str = AUTO,
         max_grad_norm: float | None = 1.0,
+        log_interval: int = 50,
         train_handlers: Sequence[Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -80,6 +82,7 @@ class GeneratorTrainer(BaseTrainer):
             precision=precision,
             micro_batch_size=micro_batch_size,
             max_grad_norm=max_grad_norm,
+            log_interval=log_interval,
             **kwargs,
         )
         self.loss = loss
@@ -115,4 +118,4 @@ class GeneratorTrainer(BaseTrainer):
         if self.ema is not None:
             self.ema.update_parameters(self.network)
         self._end_iteration(engine, terms, batch_size, started)
-        return {Keys.LABEL: labels, Keys.LOSS: terms["loss"]}
+        return {Keys.LABEL: labels, Keys.LOSS: total}

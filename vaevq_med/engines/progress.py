@@ -91,7 +91,11 @@ class ProgressReporter:
 
     def _iteration_completed(self, engine: Engine) -> None:
         if self._progress is not None:
-            self._progress.update(self._task, completed=engine.state.iteration, terms=self._text(engine))
+            self._progress.update(self._task, completed=engine.state.iteration)
+            # Looking at the terms makes the host wait for a GPU.
+            if time.monotonic() - self._shown >= 1:
+                self._shown = time.monotonic()
+                self._progress.update(self._task, terms=self._text(engine))
         elif time.monotonic() - self._shown >= self.seconds:
             self._shown = time.monotonic()
             self.console.print(

@@ -34,8 +34,11 @@ def peak_memory(device: torch.device) -> tuple[int | None, str]:
         import resource
     except ImportError:
         return None, "process"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak) * (1 if sys.platform == "darwin" else 1024), "process"
+    import psutil
+
+    peak = int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
+    # The system brings its maximum up to date now and then only.
+    return max(peak, psutil.Process().memory_info().rss), "process"
 
 
 class RunSummary:

@@ -144,6 +144,7 @@ class MLflowTracker:
         self.run_id: str | None = None
         self._client: MlflowClient | None = None
         self._buffer: list[tuple[str, float, int, int]] = []
+        self._unread: list[tuple[int, int, Mapping[str, float]]] = []
         self._logged_until = 0
         self._failed = False
 
@@ -239,7 +240,9 @@ class MLflowTracker:
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Buffer metrics; they are written in batches. What MLflow has no place for in a name becomes ``_``."""
-        now = int(time.time() * 1000)
+        self._buffer_metrics(metrics, step, int(time.time() * 1000))
+
+    def _buffer_metrics(self, metrics: Mapping[str, float], step: int, now: int) -> None:
         del self._buffer[: max(0, len(self._buffer) - _MAX_BUFFERED)]
         self._buffer.extend((_FOREIGN.sub("_", name), float(value), now, step) for name, value in metrics.items())
 
@@ -247,6 +250,9 @@ class MLflowTracker:
         """Write the buffered metrics; what a failing server did not take stays for the next time."""
         from mlflow.entities import Metric
 
+        unread, self._unread = self._unread, []
+        for step, moment, terms in unread:
+            self._buffer_metrics({f"train/{name}": value for name, value in terms.items()}, step, moment)
         if self._client is None or self.run_id is None:
             return
         while self._buffer:
@@ -275,8 +281,9 @@ class MLflowTracker:
         step = engine.state.iteration
         if step <= self._logged_until or self._client is None:
             return
-        terms: Mapping[str, Any] = engine.state.terms  # type: ignore[attr-defined]
-        self.log_metrics({f"train/{name}": value for name, value in terms.items()}, step)
+        # Not looked at before they are written: that makes the host wait for a GPU.
+        self._unread.append((step, int(time.time() * 1000), engine.state.terms))  # type: ignore[attr-defined]
+        del self._unread[: max(0, len(self._unread) - _MAX_BUFFERED)]
         if step % self.interval == 0:
             with self.guard():
                 self.flush()

@@ -27,7 +27,7 @@ class TokenizerTrainer(BaseTrainer):
 
     ``engine.state.output`` holds the batch (``image``), its quantized reconstruction (``pred``), and the
     generator's total (``loss``); ``engine.state.terms`` holds every unweighted term, gradient norms and
-    learning rates of the iteration as floats.
+    learning rates of the iteration.
 
     Args:
         device: where to train.
@@ -48,6 +48,7 @@ class TokenizerTrainer(BaseTrainer):
             of the whole batch; the discriminator's batch norms, the adaptive weight, entropies over a batch and the
             calibrated likelihood are those of each part, as are the draws of nested masks and of stage dropout.
         max_grad_norm: clip the generator's and the discriminator's gradient norms to this; None does not clip.
+        log_interval: see :class:`BaseTrainer`.
         activation_checkpointing: levels of encoder and decoder, 0 for the finest, whose residual blocks are computed
             again in the backward pass: less memory, for large images, and more arithmetic.
         channels_last: use the channels-last memory format.
@@ -80,6 +81,7 @@ class TokenizerTrainer(BaseTrainer):
         precision: str = "fp32",
         micro_batch_size: int | str = AUTO,
         max_grad_norm: float | None = None,
+        log_interval: int = 50,
         activation_checkpointing: Sequence[int] = (),
         channels_last: bool = False,
         compile: bool = False,
@@ -105,6 +107,7 @@ class TokenizerTrainer(BaseTrainer):
             precision=precision,
             micro_batch_size=micro_batch_size,
             max_grad_norm=max_grad_norm,
+            log_interval=log_interval,
             **kwargs,
         )
         self.training_network = training_network
@@ -167,7 +170,9 @@ class TokenizerTrainer(BaseTrainer):
             raise _DiscardError
         return loss
 
-    def _generator_step(self, images: Tensor, noise: Tensor | None) -> tuple[list[TokenizerOutput], dict[str, float]]:
+    def _generator_step(
+        self, images: Tensor, noise: Tensor | None
+    ) -> tuple[list[TokenizerOutput], dict[str, Tensor | float]]:
         network: VisualTokenizer = self.network  # type: ignore[assignment]
         batch_size = images.shape[0]
         discriminator = _plain(self.discriminator) if self.is_adversarial and self.discriminator else None
@@ -200,12 +205,12 @@ class TokenizerTrainer(BaseTrainer):
             return outputs, terms
 
         outputs, terms = self._repeat(gradients, batch_size)
-        floats = self._step(network, self.optimizer, terms, "gradient_norm")
+        stepped = self._step(network, self.optimizer, terms, "gradient_norm")
         if self.ema is not None:
             self.ema.update_parameters(network)
-        return outputs, floats
+        return outputs, stepped
 
-    def _discriminator_step(self, images: Tensor, outputs: Sequence[TokenizerOutput]) -> dict[str, float]:
+    def _discriminator_step(self, images: Tensor, outputs: Sequence[TokenizerOutput]) -> dict[str, Tensor | float]:
         assert self.discriminator is not None
         assert self.d_optimizer is not None
         discriminator, optimizer, batch_size = self.discriminator, self.d_optimizer, images.shape[0]
@@ -245,7 +250,7 @@ class TokenizerTrainer(BaseTrainer):
         return {
             Keys.IMAGE: images,
             Keys.PRED: torch.cat([output.reconstruction for output in outputs]),
-            Keys.LOSS: terms["loss"],
+            Keys.LOSS: torch.as_tensor(terms["loss"]),
         }
 
 

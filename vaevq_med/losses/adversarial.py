@@ -40,29 +40,31 @@ def generator_loss(fake: Tensor, kind: str = "hinge", per_image: bool = False) -
 
 
 def adaptive_weight(
-    reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, *, epsilon: float = 1e-4, maximum: float = 1e4
+    of_likelihood: Tensor, of_adversarial: Tensor, *, epsilon: float = 1e-4, maximum: float = 1e4
 ) -> Tensor:
     """VQGAN's weight (arXiv 2012.09841, Eq. 7): gradient norm of one loss over that of the other, at one layer.
 
-    ``|dL_rec| / (|dL_G| + 1e-4)``, at most ``maximum``, detached. Across processes the gradients are averaged
-    first, so that every process has the weight of the whole batch.
+    ``|dL_rec| / (|dL_G| + 1e-4)``, at most ``maximum``. Across processes the gradients are averaged first, so that
+    every process has the weight of the whole batch.
 
     Args:
-        reconstruction: reconstruction and perceptual loss, a scalar.
-        adversarial: the generator's loss, a scalar.
-        last_layer: weight of the decoder's last convolution.
+        of_likelihood: gradient of the reconstruction and the perceptual loss by the weight of the decoder's last
+            convolution.
+        of_adversarial: that of the generator's loss.
         epsilon: added to the denominator.
         maximum: upper bound.
+
+    >>> adaptive_weight(torch.tensor([3.0, 4.0]), torch.tensor([0.0]), maximum=7.0)
+    tensor(7.)
     """
-    gradients = [
-        torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float() for loss in (reconstruction, adversarial)
-    ]
+    gradients = [of_likelihood.float(), of_adversarial.float()]
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        gradients = [gradient.clone() for gradient in gradients]
         for gradient in gradients:
             dist.all_reduce(gradient)
             gradient /= dist.get_world_size()
     above, below = (gradient.norm() for gradient in gradients)
-    return (above / (below + epsilon)).clamp(0, maximum).detach()
+    return (above / (below + epsilon)).clamp(0, maximum)
 
 
 class AdversarialTerm(nn.Module):

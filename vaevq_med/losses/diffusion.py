@@ -57,16 +57,16 @@ class DenoisingLoss:
         inner: LatentDiffusionUNet = getattr(network, "module", network)
         batch, device = latents.shape[0], latents.device
         timesteps = torch.randint(self.scheduler.num_train_timesteps, (batch,), generator=generator)
-        noise = torch.randn(latents.shape, generator=generator).to(device, latents.dtype)
+        noise = torch.randn(latents.shape, generator=generator).to(device, latents.dtype, non_blocking=True)
         dropped = torch.rand(batch, generator=generator) < self.label_dropout
         if labels is None:
             labels = torch.full((batch,), inner.null_class)
-        labels = labels.to(device).masked_fill(dropped.to(device), inner.null_class)
+        labels = labels.to(device).masked_fill(dropped.to(device, non_blocking=True), inner.null_class)
         predicted = self._inferer(
             inputs=latents * inner.measured_scale_factor(),
             diffusion_model=network,  # type: ignore[arg-type]
             noise=noise,
-            timesteps=timesteps.to(device),
+            timesteps=timesteps.to(device, non_blocking=True),
             condition=labels,
         )
         return F.mse_loss(predicted.float(), noise.float())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from vaevq_med.errors import VaevqMedError
 from vaevq_med.losses.adversarial import AdversarialTerm, adaptive_weight
-from vaevq_med.losses.base import LossTerm
+from vaevq_med.losses.base import LossTerm, paths
 from vaevq_med.losses.kl import KLLoss
+from vaevq_med.losses.known_gradient import cut_at_reconstructions, gradients, with_gradient
 from vaevq_med.outputs import LossOutput, TokenizerOutput
 
 # What VQGAN's adaptive weight measures the GAN's gradient against.
@@ -78,6 +79,13 @@ class TokenizerObjective(nn.Module):
         """Whether the GAN takes part at iteration ``step``, counted from 0."""
         return self.adversarial is not None and step >= self.adversarial.start_step
 
+    def _weighted_sum(self, values: Mapping[str, Tensor], names: Iterable[str], target: Tensor) -> Tensor:
+        """The weighted sum of the named terms, zero without any."""
+        total = torch.zeros((), device=target.device)
+        for name in names:
+            total = total + self.weights[name] * values[name]
+        return total
+
     def generator(
         self,
         target: Tensor,
@@ -103,26 +111,39 @@ class TokenizerObjective(nn.Module):
         Raises:
             VaevqMedError: the GAN has started and the discriminator, or the last layer, is missing.
         """
-        values = {name: term(target, output) for name, term in self.terms.items()}
-        total = torch.zeros((), device=target.device)
-        for name, value in values.items():
-            total = total + self.weights[name] * value
-        if self.adversarial is not None and self.is_adversarial(step):
-            if discriminator is None:
-                raise VaevqMedError(f"the GAN started at step {self.adversarial.start_step}; found no discriminator")
-            gan = self.adversarial.generator(output, discriminator)
-            weight: float | Tensor = self.adversarial.weight
-            values["adversarial"] = gan
-            if self.adversarial.adaptive:
-                if last_layer is None:
-                    raise VaevqMedError("the adaptive weight needs the decoder's last layer; found none")
-                likelihood = sum(
-                    (self.weights[name] * values[name] for name in _LIKELIHOOD_TERMS if name in self.terms),
-                    torch.zeros((), device=target.device),
-                )
-                values["adaptive_weight"] = adaptive_weight(likelihood, gan, last_layer)
-                weight = weight * values["adaptive_weight"]
-            total = total + weight * gan
+        adversarial = self.adversarial if self.is_adversarial(step) else None
+        if adversarial is not None and discriminator is None:
+            raise VaevqMedError(f"the GAN started at step {adversarial.start_step}; found no discriminator")
+        if adversarial is not None and adversarial.adaptive and last_layer is None:
+            raise VaevqMedError("the adaptive weight needs the decoder's last layer; found none")
+        weighed = adversarial is not None and adversarial.adaptive
+        # What the adaptive weight compares goes back to the images once, and from there as one gradient.
+        judged = cut_at_reconstructions(output) if weighed else output
+        values = {
+            name: term(target, judged if name in _LIKELIHOOD_TERMS else output) for name, term in self.terms.items()
+        }
+        likelihood = self._weighted_sum(values, [name for name in self.terms if name in _LIKELIHOOD_TERMS], target)
+        total = self._weighted_sum(values, [name for name in self.terms if name not in _LIKELIHOOD_TERMS], target)
+        if adversarial is None or discriminator is None:
+            total = total + likelihood
+        elif not weighed or last_layer is None:
+            values["adversarial"] = gan = adversarial.generator(output, discriminator)
+            total = total + likelihood + adversarial.weight * gan
+        else:
+            pairs = [pair for pair in zip(paths(output), paths(judged), strict=True) if pair[0].requires_grad]
+            images, leaves = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+            # The perceptual loss' graph is gone before the discriminator's is made.
+            of_likelihood = gradients(likelihood, leaves)
+            values["adversarial"] = gan = adversarial.generator(judged, discriminator)
+            of_gan = gradients(gan, leaves)
+            at_last_layer = [
+                torch.autograd.grad(images, last_layer, given, retain_graph=True)[0]
+                for given in (of_likelihood, of_gan)
+            ]
+            values["adaptive_weight"] = adaptive_weight(*at_last_layer)
+            weight = adversarial.weight * values["adaptive_weight"]
+            both = [one + weight.to(two.dtype) * two for one, two in zip(of_likelihood, of_gan, strict=True)]
+            total = total + with_gradient(likelihood.detach() + weight * gan.detach(), images, both)
         terms = {name: value.detach() for name, value in values.items()}
         for name, term in self.terms.items():
             if isinstance(term, KLLoss) and term.target is not None:
