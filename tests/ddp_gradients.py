@@ -62,7 +62,7 @@ def main(files: list[str], overrides: dict[str, Any], output: str) -> None:
             {
                 "network": {n: p.grad for n, p in trainer.network.named_parameters() if p.grad is not None},
                 "discriminator": {n: p.grad for n, p in discriminator.named_parameters()} if discriminator else {},
-                "terms": trainer.state.terms,
+                "terms": dict(trainer.state.terms),
                 "iteration": trainer.state.iteration,
             },
             output,

@@ -85,9 +85,9 @@ def test_the_job_runs_on_slices_without_what_it_does_not_need(tmp_path: Path, en
     assert 0 < lines["job: evaluate"]["psnr"] < 100
     parts = [line for name, line in lines.items() if "share_of_step" in line]
     assert sum(line["share_of_step"] for line in parts) == pytest.approx(1)
-    # The loss and the gradient norm of both networks are read at each step at least.
-    assert lines["step: synchronizations"]["count"] >= 2
-    assert any(line.startswith("engines/base_trainer.py:") for line in lines["step: synchronizations"]["lines"])
+    # Nothing but the search's own path for the CPU.
+    waits = lines["step: synchronizations"]["lines"]
+    assert all(line.startswith("networks/quantizers/nearest.py:") for line in waits), waits
     assert "| step: encoder |" in run.stdout
     assert "not judged" in run.stdout
     assert " met |" not in run.stdout

@@ -168,8 +168,10 @@ class _Waits(TorchFunctionMode):
     """Counts the calls from Python that would wait for a GPU, on a machine without one.
 
     They are those that hand a number of a tensor to Python, copy to the CPU, or give a result whose size depends on the
-    values. Reading the optimizer's step counters, which stay on the CPU, is not among them.
+    values. Reading counters that stay on the CPU, of the optimizer's steps and the average's updates, is not among them.
     """
+
+    COUNTERS = ("optim/adam", "engines/ema")
 
     NAMES = frozenset(
         "item tolist cpu numpy __bool__ __int__ __float__ __index__ nonzero masked_select unique equal".split()
@@ -185,9 +187,8 @@ class _Waits(TorchFunctionMode):
             isinstance(key, Tensor) and key.dtype == torch.bool
             for key in (args[1] if isinstance(args[1], tuple) else (args[1],))
         )
-        if (name in self.NAMES or indexed) and "optim/adam" not in "".join(
-            frame.filename for frame in traceback.extract_stack(limit=6)
-        ):
+        callers = "".join(frame.filename for frame in traceback.extract_stack(limit=6))
+        if (name in self.NAMES or indexed) and not any(counter in callers for counter in self.COUNTERS):
             self.lines[_our_line()] += 1
         return func(*args, **(kwargs or {}))
 
@@ -218,9 +219,13 @@ def _counted(setting: Setting, lines: Counter[str]) -> Iterator[None]:
 
 
 def synchronizations(setting: Setting) -> None:
-    """How often a training step waits for the device, and where: the third, when all is set up."""
-    parser = setting.parser(3)
+    """How often a training step waits for the device, and where: the third of four, when all is set up.
+
+    The fourth ends an epoch, and the losses are read. On a CPU they are read as late as on a GPU.
+    """
+    parser = setting.parser(4, **{"optimizer#fused": True, "d_optimizer#fused": True})
     trainer = parser.get_parsed_content("train#trainer")
+    trainer.reads_late = lambda optimizer: True
     lines: Counter[str] = Counter()
     counting = contextlib.ExitStack()
 

@@ -194,7 +194,7 @@ def run_row(text: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "overrides": overrides,
         "steps": trainer.state.iteration,
         "figures": report.overall() | {"seconds": time.perf_counter() - started},
-        "last_terms": trainer.state.terms,
+        "last_terms": dict(trainer.state.terms),
         "conventions": report.conventions,
     }
     if trainer.state.iteration < arguments.steps:
