@@ -168,7 +168,7 @@ class _Waits(TorchFunctionMode):
     """Counts the calls from Python that would wait for a GPU, on a machine without one.
 
     They are those that hand a number of a tensor to Python, copy to the CPU, or give a result whose size depends on the
-    values. Reading counters that stay on the CPU, of the optimizer's steps and the average's updates, is not among them.
+    values. Counters that stay on the CPU, of the optimizer's steps and the average's updates, are not among them.
     """
 
     COUNTERS = ("optim/adam", "engines/ema")
