@@ -224,3 +224,41 @@ def test_an_image_of_the_default_step_stays_small() -> None:
     assert kept_gib([0, 1]) < 0.8 * found
     with pytest.raises(VaevqMedError, match="levels from 0 to 3"):
         kept_gib([4])
+
+
+def test_no_more_is_tried_than_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph of a second image might end the process, on the CPU without an error that could be caught."""
+    from vaevq_med.engines import micro_batches
+
+    tried: list[int] = []
+
+    def forward(count: int) -> torch.Tensor:
+        tried.append(count)
+        return torch.zeros(count, 2**18, requires_grad=True).exp()  # 1 MiB an item
+
+    free = micro_batches._WORKSPACE + 2**21  # 1.5 MiB an item: one fits, two do not
+    monkeypatch.setattr(micro_batches, "free_bytes", lambda device: free / 0.6 + 1)
+    assert micro_batches.planned(forward, 8, [], torch.device("cpu")) == 1
+    assert tried == [1]
+    monkeypatch.setattr(micro_batches, "free_bytes", lambda device: (free + 2**21) / 0.6 + 1)
+    assert micro_batches.planned(forward, 8, [], torch.device("cpu")) == 2
+    assert tried == [1, 1, 2]
+
+
+def test_a_second_item_that_runs_out_of_memory_leaves_one(toy_overrides: dict[str, Any]) -> None:
+    trainer = trainer_of(toy_overrides)
+
+    def probe(count: int) -> Any:
+        if count > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return trainer._probe(torch.zeros(count, 1, 32, 32))
+
+    trainer._plan(probe, 4)
+    assert trainer.micro_batch_size == 1
+
+    def broken(count: int) -> Any:
+        raise RuntimeError("something else")
+
+    trainer.micro_batch_size = "auto"
+    with pytest.raises(RuntimeError, match="something else"):
+        trainer._plan(broken, 4)

@@ -117,11 +117,15 @@ def planned(forward: Callable[[int], Any], batch_size: int, parameters: Iterable
     """
     if batch_size == 1:
         return 1
-    with torch.compiler.set_stance("force_eager"):
-        one, two = saved_bytes(lambda: forward(1)), saved_bytes(lambda: forward(2))
-    per_item = max(1, two - one)
-    constant = max(0, one - per_item) + training_state_bytes(parameters)
     free = int(_SHARE.get(device.type, _SHARE["cpu"]) * free_bytes(device))
+    state = training_state_bytes(parameters)
+    with torch.compiler.set_stance("force_eager"):
+        one = saved_bytes(lambda: forward(1))
+        if fitting(2, state, one, free) < 2:  # a second item is not even tried
+            return 1
+        two = saved_bytes(lambda: forward(2))
+    per_item = max(1, two - one)
+    constant = max(0, one - per_item) + state
     size = fitting(batch_size, constant, per_item, free)
     logger.debug("%d bytes an item, %d besides, %d free: %d of %d at once", per_item, constant, free, size, batch_size)
     return size
