@@ -131,7 +131,7 @@ class _NormSwish(torch.autograd.Function):
         groups, eps = ctx.settings
         with _no_autocast(x):
             normalized = _normalize(x, scale, shift, groups, eps)[0]
-            gradient = aten.silu_backward(gradient.to(normalized.dtype), normalized)
+            gradient = aten.silu_backward(gradient, normalized)  # in the wider of the two types
             del normalized
             return *_normalize_backward(gradient, x, scale, mean, rstd, groups), None, None
 
@@ -168,7 +168,7 @@ class _NormSwishConvolution(torch.autograd.Function):
             to_swish, to_weight, to_bias = _convolve_backward(gradient, swish, weight, padding)
             # Each of these is as large as the input: what is read no more makes room for what follows.
             del swish
-            to_normalized = aten.silu_backward(to_swish.to(normalized.dtype), normalized)
+            to_normalized = aten.silu_backward(to_swish, normalized)  # in the wider of the two types
             del to_swish, normalized
             to_x, to_scale, to_shift = _normalize_backward(to_normalized, x, scale, mean, rstd, groups)
         return to_x, to_scale, to_shift, to_weight, to_bias, None, None, None
