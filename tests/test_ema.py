@@ -112,28 +112,30 @@ def test_replacements_are_different_latents_and_repeat_with_the_generator() -> N
     expired = torch.arange(30) % 3 == 0
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    codewords, drawn = draw_replacements(latents, expired)
-    assert codewords.tolist() == list(range(0, 30, 3))
+    revived, drawn = draw_replacements(latents, expired)
+    assert torch.equal(revived, expired)
+    drawn = drawn[revived]
     assert len(set(drawn.flatten().tolist())) == 10
     assert set(drawn.flatten().tolist()) < set(latents.flatten().tolist())
-    assert not torch.equal(draw_replacements(latents, expired)[1], drawn)
+    assert not torch.equal(draw_replacements(latents, expired)[1][expired], drawn)
     torch.set_rng_state(state)
-    assert torch.equal(draw_replacements(latents, expired)[1], drawn)
+    assert torch.equal(draw_replacements(latents, expired)[1][expired], drawn)
 
 
 def test_more_expired_codewords_than_latents_share_none() -> None:
     torch.manual_seed(0)
-    codewords, drawn = draw_replacements(torch.tensor([[1.0], [2.0]]), torch.ones(20, dtype=torch.bool))
-    assert sorted(drawn.flatten().tolist()) == [1.0, 2.0]
-    assert len(set(codewords.tolist())) == 2
-    assert codewords.tolist() != [0, 1]
+    expired = torch.arange(40) % 2 == 1
+    revived, drawn = draw_replacements(torch.tensor([[1.0], [2.0]]), expired)
+    assert sorted(drawn[revived].flatten().tolist()) == [1.0, 2.0]
+    assert int(revived.sum()) == 2
+    assert not bool((revived & ~expired).any())
+    assert revived.nonzero().flatten().tolist() != [1, 3]
 
 
 def test_nothing_expired_draws_nothing() -> None:
-    state = torch.get_rng_state()
-    codewords, drawn = draw_replacements(torch.ones(4, 3), torch.zeros(5, dtype=torch.bool))
-    assert (tuple(codewords.shape), tuple(drawn.shape)) == ((0,), (0, 3))
-    assert torch.equal(torch.get_rng_state(), state)
+    revived, drawn = draw_replacements(torch.ones(4, 3), torch.zeros(5, dtype=torch.bool))
+    assert not bool(revived.any())
+    assert tuple(drawn.shape) == (5, 3)
 
 
 def test_revival_brings_a_collapsed_codebook_into_use() -> None:

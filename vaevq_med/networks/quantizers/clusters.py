@@ -12,15 +12,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def _is_distributed() -> bool:
+def is_distributed() -> bool:
+    """Whether there are several processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def from_first_process(draw: Tensor) -> Tensor:
     """``draw`` of the first process; every process draws, which leaves their generators in step."""
-    if _is_distributed():
+    if is_distributed():
         dist.broadcast(draw, src=0)
     return draw
+
+
+def number_from_first_process(draw: Tensor, device: torch.device) -> float:
+    """The number that the first process drew ``[1]`` on the CPU; one process alone needs no device for it."""
+    return float(from_first_process(draw.to(device)) if is_distributed() else draw)
 
 
 def mean_of_processes(own: Tensor) -> Tensor:
@@ -28,7 +34,7 @@ def mean_of_processes(own: Tensor) -> Tensor:
 
     Averaged over the processes, as DDP does, the gradient of a function of it is that of one process with everything.
     """
-    if not _is_distributed():
+    if not is_distributed():
         return own
     overall = own.detach().clone()
     dist.all_reduce(overall)
@@ -54,7 +60,7 @@ def assignment_totals(latents: Tensor, indices: Tensor, num_embeddings: int) -> 
     ones = torch.ones_like(latents[:, :1])
     totals = latents.new_zeros(num_embeddings, latents.shape[1] + 1)
     totals.index_add_(0, indices, torch.cat([latents, ones], dim=1))
-    if _is_distributed():
+    if is_distributed():
         dist.all_reduce(totals)
     return totals[:, -1], totals[:, :-1]
 
@@ -63,33 +69,42 @@ def assignment_totals(latents: Tensor, indices: Tensor, num_embeddings: int) -> 
 def draw_replacements(latents: Tensor, expired: Tensor) -> tuple[Tensor, Tensor]:
     """A random latent for each expired codeword, none twice.
 
-    Where the latents are fewer than the expired codewords, a random part of the codewords gets one.
+    Where the latents are fewer than the expired codewords, a random part of the codewords gets one. The shapes do not
+    depend on how many have expired, which a GPU's host would have to wait for.
 
     Args:
         latents: ``[N, D]`` of this process; N may differ from process to process.
         expired: which codewords to replace, boolean ``[K]``, the same on every process.
 
     Returns:
-        Indices of the codewords ``[M]`` and their latents ``[M, D]``.
+        Which codewords get a latent, boolean ``[K]``, and the latents ``[K, D]``, of use at those codewords alone.
     """
-    codewords = expired.nonzero().squeeze(1)
-    sizes = [latents.shape[0]]
-    if _is_distributed():
-        every = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=latents.device)
-        every[dist.get_rank()] = latents.shape[0]
-        dist.all_reduce(every)
-        sizes = every.tolist()
-    if len(codewords) > sum(sizes):
-        part = torch.randperm(len(codewords))[: sum(sizes)].sort().values
-        codewords = codewords[from_first_process(part.to(latents.device))]
-    if len(codewords) == 0:
-        return codewords, latents[:0]
-    positions = from_first_process(torch.randperm(sum(sizes))[: len(codewords)].to(latents.device))
-    if not _is_distributed():
-        return codewords, latents[positions]
-    positions = positions - sum(sizes[: dist.get_rank()])
-    here = (positions >= 0) & (positions < latents.shape[0])
-    drawn = latents.new_zeros(len(codewords), latents.shape[1])
-    drawn[here] = latents[positions[here]]
-    dist.all_reduce(drawn)
-    return codewords, drawn
+    sizes = _rows_of_each_process(latents)
+    total, device = sum(sizes), latents.device
+    if len(expired) > total:  # the first expired ones of a random order, as many as there are latents
+        shuffled = from_first_process(torch.randperm(len(expired)).to(device, non_blocking=True))
+        expired = expired[shuffled]
+        expired = torch.empty_like(expired).scatter_(0, shuffled, expired & (expired.cumsum(dim=0) <= total))
+    positions = from_first_process(torch.randperm(total).to(device, non_blocking=True))
+    place = (expired.cumsum(dim=0) - 1).clamp(0, total - 1)  # of each codeword among the expired ones
+    positions = positions[place] - sum(sizes[: _rank()])  # [K]
+    drawn = latents[positions.clamp(0, len(latents) - 1)]  # [K, D]
+    if len(sizes) > 1:
+        here = (positions >= 0) & (positions < len(latents))
+        drawn = torch.where(here.unsqueeze(1), drawn, torch.zeros_like(drawn))
+        dist.all_reduce(drawn)
+    return expired, drawn
+
+
+def _rank() -> int:
+    return dist.get_rank() if is_distributed() else 0
+
+
+def _rows_of_each_process(latents: Tensor) -> list[int]:
+    """N of every process; to know that of the others, this one waits for them."""
+    if not is_distributed():
+        return [latents.shape[0]]
+    every = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=latents.device)
+    every[dist.get_rank()] = latents.shape[0]
+    dist.all_reduce(every)
+    return [int(size) for size in every.tolist()]

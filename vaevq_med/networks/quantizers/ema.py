@@ -126,7 +126,8 @@ class VectorQuantizerEMA(FollowsLatents, CodebookQuantizer):
             smoothed = (self.cluster_size + self.epsilon) / (total + self.num_embeddings * self.epsilon) * total
             self.embedding.copy_(self.embedding_sum / smoothed.unsqueeze(1))
             if self.revival_threshold is not None and self.revival_count is not None:
-                expired, drawn = draw_replacements(latents, self.cluster_size < self.revival_threshold)
-                self.embedding[expired] = drawn
-                self.cluster_size[expired] = self.revival_count
-                self.embedding_sum[expired] = drawn * self.revival_count
+                revived, drawn = draw_replacements(latents, self.cluster_size < self.revival_threshold)
+                self.cluster_size.masked_fill_(revived, self.revival_count)
+                revived = revived.unsqueeze(1)
+                self.embedding.copy_(torch.where(revived, drawn, self.embedding))
+                self.embedding_sum.copy_(torch.where(revived, drawn * self.revival_count, self.embedding_sum))

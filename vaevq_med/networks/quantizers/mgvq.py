@@ -25,7 +25,7 @@ from torch import Tensor
 
 from vaevq_med.errors import VaevqMedError
 from vaevq_med.networks.quantizers.base import FollowsLatents, rows, vq_losses
-from vaevq_med.networks.quantizers.clusters import from_first_process
+from vaevq_med.networks.quantizers.clusters import from_first_process, is_distributed, number_from_first_process
 from vaevq_med.networks.quantizers.grouped import GroupedQuantizer, look_up_groups
 from vaevq_med.outputs import Posterior, QuantizerOutput
 
@@ -133,7 +133,7 @@ class MGVQ(FollowsLatents, GroupedQuantizer):
         """Groups that this call does not zero, the same on every process."""
         if not self.training or self.mask_probabilities[-1] == 0:
             return self.num_codebooks
-        u = float(from_first_process(torch.rand(1).to(device)))
+        u = number_from_first_process(torch.rand(1), device)
         return sum(u >= p for p in self.mask_probabilities)
 
     def forward(self, z: Tensor, posterior: Posterior | None = None) -> QuantizerOutput:
@@ -164,24 +164,24 @@ class MGVQ(FollowsLatents, GroupedQuantizer):
         codebook = self.codebook().detach()  # [G, K, D / G], as it was searched
         size = self.num_embeddings
         offsets = size * torch.arange(self.num_codebooks, device=z.device)
-        counts = torch.bincount((indices + offsets).flatten(), minlength=self.usage.numel()).to(self.usage.dtype)
-        if _is_distributed():
+        places = (indices + offsets).flatten()
+        counts = torch.zeros_like(self.usage)
+        # Not ``bincount``: a GPU's host would wait for the largest index.
+        counts.view(-1).index_add_(0, places, torch.ones_like(places, dtype=counts.dtype))
+        if is_distributed():
             dist.all_reduce(counts)
-        counts = counts.view_as(self.usage)
         self.usage.lerp_(counts / counts.sum(dim=1, keepdim=True), 1 - self.decay)
         if not self.revival:
             return
         strength = torch.exp(-10 * size * self.usage / (1 - self.decay) - 1e-3)
-        uniform = from_first_process(torch.rand(self.usage.shape).to(z.device))
+        uniform = from_first_process(torch.rand(self.usage.shape).to(z.device, non_blocking=True))
+        everything = torch.arange(size, device=z.device)
         for group, latents in enumerate(self.split(z).unbind(dim=1)):
-            weak = strength[group].nonzero().squeeze(1)
+            # On a CPU what is in use, of strength 0, is left out; a GPU's host would have to wait for the number.
+            weak = strength[group].nonzero().squeeze(1) if z.device.type == "cpu" else everything
             old = codebook[group, weak]
             anchors = draw_anchors(rows(latents), old, uniform[group, weak])
             self.embedding[group, weak] = old.lerp(anchors, strength[group, weak].unsqueeze(1))
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 @torch.no_grad()
@@ -208,7 +208,7 @@ def draw_anchors(latents: Tensor, codewords: Tensor, uniform: Tensor) -> Tensor:
         return codewords
     chunk = _CHUNK.get(latents.device.type, _CHUNK["other"])
     step = max(1, chunk // max(1, latents.shape[0]))
-    if not _is_distributed():
+    if not is_distributed():
         return torch.cat(
             [_invert(latents, e, u) for e, u in zip(codewords.split(step), uniform.double().split(step), strict=True)]
         )
@@ -218,12 +218,12 @@ def draw_anchors(latents: Tensor, codewords: Tensor, uniform: Tensor) -> Tensor:
     masses = torch.stack(every).softmax(dim=0)
     upper = masses.cumsum(dim=0)
     chosen = (upper <= uniform).sum(dim=0).clamp_max(len(every) - 1)
-    here = (chosen == dist.get_rank()).nonzero().squeeze(1)
     mass = masses[dist.get_rank()]
-    within = ((uniform - upper[dist.get_rank()] + mass) / mass)[here].clamp(0, 1)
-    anchors = torch.zeros_like(codewords)
-    for positions, u in zip(here.split(step), within.split(step), strict=True):
-        anchors[positions] = _invert(latents, codewords[positions], u)
+    # Not a number where this process has no mass, but then it is not the chosen one.
+    within = ((uniform - upper[dist.get_rank()] + mass) / mass).clamp(0, 1)
+    found = [_invert(latents, e, u) for e, u in zip(codewords.split(step), within.split(step), strict=True)]
+    here = (chosen == dist.get_rank()).unsqueeze(1)
+    anchors = torch.where(here, torch.cat(found), torch.zeros_like(codewords))
     dist.all_reduce(anchors)
     return anchors
 

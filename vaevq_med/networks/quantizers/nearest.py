@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vaevq_med.errors import VaevqMedError
+from vaevq_med.networks.quantizers.distances import distances_of, full_precision, scores_of
+from vaevq_med.networks.quantizers.nearest_fixed import nearer, nearest_of_block, nearest_of_unsettled, nearest_within
 
 # Scores held at once when the caller does not say: a tile that stays in a CPU's cache, and one that fills a GPU.
 _DEFAULT_CHUNK = {"cpu": 2**20, "other": 2**24}
@@ -44,7 +45,8 @@ def nearest_codeword(
     ``argmin_k sum_i w_i (e_ki - z_i)^2`` with ``w = 1``, or ``w = precision``: with ``precision = 1 / std**2``
     it is the codeword of highest posterior density. The result is the exact argmin (as direct differences in
     float64 give it), equal distances going to the lowest index, where no product of two values leaves fp32's normal
-    range. Computed outside autocast and TF32; no gradient.
+    range. Off the CPU, where many latents at once have many codewords within fp32's rounding of the nearest, see
+    :func:`nearest_of_unsettled`. Computed outside autocast and TF32; no gradient.
 
     Args:
         latents: ``[N, D]``, any floating type; half precision is widened to fp32 first.
@@ -66,14 +68,14 @@ def nearest_codeword(
     latents, codebook = latents.to(dtype), codebook.to(dtype)
     precision = None if precision is None else precision.to(dtype)
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
-        return _scores(latents, codebook, precision).argmin(dim=1)
+        return scores_of(latents, codebook, precision).argmin(dim=1)
     # MONAI's MetaTensor costs time in every operation, and takes no sizes one by one.
     latents, codebook = latents.as_subclass(Tensor), codebook.as_subclass(Tensor)
     precision = None if precision is None else precision.as_subclass(Tensor)
     if chunk_size is None:
         chunk_size = _DEFAULT_CHUNK.get(latents.device.type, _DEFAULT_CHUNK["other"])
     with full_precision(latents.device.type):
-        return _search(latents, codebook, precision, chunk_size)
+        return _search(latents, codebook, precision, chunk_size, _needs_fixed_shapes(latents.device))
 
 
 def _check(latents: Tensor, codebook: Tensor, precision: Tensor | None, chunk_size: int | None) -> None:
@@ -92,32 +94,14 @@ def _check(latents: Tensor, codebook: Tensor, precision: Tensor | None, chunk_si
         raise VaevqMedError(f"chunk_size is {chunk_size}; expected at least 1")
 
 
-@contextmanager
-def full_precision(device_type: str) -> Iterator[None]:
-    """No autocast, no TF32, no bf16 products inside fp32 ones."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        for backend, value in zip(backends, before, strict=True):
-            backend.fp32_precision = value
+def _needs_fixed_shapes(device: torch.device) -> bool:
+    """Whether a size that depends on the values would make the host wait."""
+    return device.type != "cpu"
 
 
-def _scores(latents: Tensor, codebook: Tensor, precision: Tensor | None) -> Tensor:
-    """Half the (weighted) squared distance, less what does not depend on the codeword: ``[N, K]``."""
-    if precision is None:
-        return F.linear(-latents, codebook, 0.5 * codebook.square().sum(dim=1))
-    return F.linear(
-        torch.cat([-latents * precision, precision], dim=1),
-        torch.cat([codebook, 0.5 * codebook.square()], dim=1),
-    )
-
-
-def _search(latents: Tensor, codebook: Tensor, precision: Tensor | None, chunk_size: int) -> Tensor:
+def _search(
+    latents: Tensor, codebook: Tensor, precision: Tensor | None, chunk_size: int, of_fixed_shapes: bool
+) -> Tensor:
     num_rows, num_codes = latents.shape[0], codebook.shape[0]
     # A block is the unit of which only the minimum is kept: wide enough that the minima are few, narrow enough
     # that evaluating one block a row again costs little.
@@ -128,14 +112,25 @@ def _search(latents: Tensor, codebook: Tensor, precision: Tensor | None, chunk_s
         [part.square().sum(dim=1) for part in codebook.split(max(1, chunk_size // codebook.shape[1]))]
     )
     result = torch.empty(num_rows, dtype=torch.int64, device=latents.device)
+    unsettled = torch.zeros(num_rows, dtype=torch.bool, device=latents.device)
     # Made once: allocated anew for each tile, small results would settle in the gaps and the process grow to N x K.
-    tile = latents.new_empty(rows, block * columns)
+    buffer = latents.new_empty(rows, block * columns)
     for start in range(0, num_rows, rows):
         stop = min(start + rows, num_rows)
-        weights = None if precision is None else precision[start:stop]
-        result[start:stop] = _search_rows(
-            latents[start:stop], codebook, weights, squared_norms, block, columns, chunk_size, tile
-        )
+        part, weights = latents[start:stop], None if precision is None else precision[start:stop]
+        tiles = _Tiles(part, codebook, weights, squared_norms, block, columns, buffer)
+        if of_fixed_shapes:
+            lower, bound = tiles.bounds()
+            found = nearest_within(part, codebook, weights, lower, bound, block, columns, chunk_size)
+            result[start:stop], unsettled[start:stop] = found
+        elif block == 1 and columns == num_codes:
+            result[start:stop] = _clear_winners(*tiles.only())
+        else:
+            lower, bound = tiles.bounds()
+            candidates = lower <= bound.unsqueeze(1)
+            result[start:stop] = _settle(part, codebook, weights, candidates, block, columns, chunk_size)
+    if of_fixed_shapes:
+        return nearest_of_unsettled(latents, codebook, precision, result, unsettled, chunk_size)
     left = (result == _OPEN).nonzero().squeeze(1)
     if left.numel() > 0:
         weights = None if precision is None else precision[left].double()
@@ -143,59 +138,70 @@ def _search(latents: Tensor, codebook: Tensor, precision: Tensor | None, chunk_s
     return result
 
 
-def _search_rows(
-    latents: Tensor,
-    codebook: Tensor,
-    precision: Tensor | None,
-    squared_norms: Tensor,
-    block: int,
-    columns: int,
-    chunk_size: int,
-    buffer: Tensor,
-) -> Tensor:
-    """The search over every codeword for a few rows; block b of a tile is its codewords b, b+columns, ..."""
-    num_codes, width = codebook.shape[0], block * columns
-    if precision is None:
-        left = -latents
-        row_scale = torch.linalg.vector_norm(latents, dim=1, keepdim=True)
-    else:
-        left = torch.cat([-latents * precision, precision], dim=1)
-        row_scale = torch.linalg.vector_norm(left, dim=1, keepdim=True)
-    unit_roundoff = torch.finfo(latents.dtype).eps / 2
-    relative_error = 1.01 * unit_roundoff * (left.shape[1] + 8)
+class _Tiles:
+    """Scores of a few latents, a tile of codewords at a time; block b of a tile is its codewords b, b+columns, ..."""
 
-    lower, upper = [], []
-    for start in range(0, num_codes, width):
-        codes, norms = codebook[start : start + width], squared_norms[start : start + width]
-        missing = width - codes.shape[0]
-        if precision is None:
-            right, bias = codes, 0.5 * norms
-            column_scale = norms.sqrt()
-        else:
-            squares = 0.5 * codes.square()
-            right, bias = torch.cat([codes, squares], dim=1), None
-            column_scale = torch.sqrt(norms + squares.square().sum(dim=1))
-        tile = buffer[: left.shape[0]]
-        scores = tile[:, : codes.shape[0]]
-        torch.mm(left, right.T, out=scores) if bias is None else torch.addmm(bias, left, right.T, out=scores)
-        if missing:
-            tile[:, codes.shape[0] :] = math.inf
-            column_scale, norms = F.pad(column_scale, (0, missing)), F.pad(norms, (0, missing))
-        if block == 1 and columns == num_codes:
-            scale = row_scale.squeeze(1) * column_scale.max()
-            if precision is None:
-                scale = scale + 0.5 * norms.max()
-            return _clear_winners(tile, 2 * relative_error * scale)
-        minima = tile.view(-1, block, columns).amin(dim=1)
-        scale = row_scale * column_scale.view(block, columns).amax(dim=0)
-        if precision is None:
-            scale = scale + 0.5 * norms.view(block, columns).amax(dim=0)
-        tolerance = relative_error * scale
-        lower.append(minima - tolerance)
-        upper.append((minima + tolerance).amin(dim=1))
-    bound = torch.stack(upper).amin(dim=0)
-    candidates = torch.cat(lower, dim=1) <= bound.unsqueeze(1)
-    return _settle(latents, codebook, precision, candidates, block, columns, chunk_size)
+    def __init__(
+        self,
+        latents: Tensor,
+        codebook: Tensor,
+        precision: Tensor | None,
+        squared_norms: Tensor,
+        block: int,
+        columns: int,
+        buffer: Tensor,
+    ) -> None:
+        self.codebook, self.precision, self.squared_norms = codebook, precision, squared_norms
+        self.block, self.columns, self.buffer = block, columns, buffer
+        self.left = -latents if precision is None else torch.cat([-latents * precision, precision], dim=1)
+        self.row_scale = torch.linalg.vector_norm(self.left, dim=1, keepdim=True)
+        unit_roundoff = torch.finfo(latents.dtype).eps / 2
+        self.relative_error = 1.01 * unit_roundoff * (self.left.shape[1] + 8)
+
+    def _each(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Scores ``[rows, block * columns]``, and the codewords' norms on the right and halved squared norms."""
+        width = self.block * self.columns
+        for start in range(0, self.codebook.shape[0], width):
+            codes, norms = self.codebook[start : start + width], self.squared_norms[start : start + width]
+            missing = width - codes.shape[0]
+            if self.precision is None:
+                right, bias = codes, 0.5 * norms
+                column_scale = norms.sqrt()
+            else:
+                squares = 0.5 * codes.square()
+                right, bias = torch.cat([codes, squares], dim=1), None
+                column_scale = torch.sqrt(norms + squares.square().sum(dim=1))
+            tile = self.buffer[: self.left.shape[0]]
+            scores = tile[:, : codes.shape[0]]
+            if bias is None:
+                torch.mm(self.left, right.T, out=scores)
+            else:
+                torch.addmm(bias, self.left, right.T, out=scores)
+            if missing:
+                tile[:, codes.shape[0] :] = math.inf
+                column_scale, norms = F.pad(column_scale, (0, missing)), F.pad(norms, (0, missing))
+            yield tile, column_scale, 0.5 * norms
+
+    def only(self) -> tuple[Tensor, Tensor]:
+        """The scores of every codeword, where they are one tile, and each row's tolerance."""
+        tile, column_scale, half_norms = next(self._each())
+        scale = self.row_scale.squeeze(1) * column_scale.max()
+        if self.precision is None:
+            scale = scale + half_norms.max()
+        return tile, 2 * self.relative_error * scale
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """What each block's least score is at least ``[rows, blocks]``, and the least of all at most ``[rows]``."""
+        lower, upper = [], []
+        for tile, column_scale, half_norms in self._each():
+            minima = tile.view(-1, self.block, self.columns).amin(dim=1)
+            scale = self.row_scale * column_scale.view(self.block, self.columns).amax(dim=0)
+            if self.precision is None:
+                scale = scale + half_norms.view(self.block, self.columns).amax(dim=0)
+            tolerance = self.relative_error * scale
+            lower.append(minima - tolerance)
+            upper.append((minima + tolerance).amin(dim=1))
+        return torch.cat(lower, dim=1), torch.stack(upper).amin(dim=0)
 
 
 def _clear_winners(scores: Tensor, tolerance: Tensor) -> Tensor:
@@ -217,14 +223,7 @@ def _settle(
     """The exact argmin over the candidate blocks ``[rows, blocks]`` of each row; ``_OPEN`` where there are many."""
 
     def evaluate(rows: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """Distance and index of the nearest codeword of one block a row, in float64."""
-        tile, column = blocks // columns, blocks % columns
-        offsets = columns * torch.arange(block, device=latents.device)
-        indices = (tile * (block * columns) + column).unsqueeze(1) + offsets
-        distances = _distances(latents, codebook, precision, rows, indices, chunk_size)
-        distance, position = distances.min(dim=1)
-        index = indices.gather(1, position.unsqueeze(1)).squeeze(1)
-        return distance, index.clamp(max=codebook.shape[0] - 1)
+        return nearest_of_block(latents, codebook, precision, rows, blocks, block, columns, chunk_size)
 
     first = candidates.to(torch.uint8).argmax(dim=1)
     candidates.scatter_(1, first.unsqueeze(1), False)
@@ -238,35 +237,9 @@ def _settle(
     while rows.numel() > 0:
         blocks = candidates[rows].to(torch.uint8).argmax(dim=1)
         candidates[rows, blocks] = False
-        other_distance, other_index = evaluate(rows, blocks)
-        nearer = other_distance < distance[rows]
-        tie = (other_distance == distance[rows]) & (other_index < index[rows])
-        better = nearer | tie
-        distance[rows] = torch.where(better, other_distance, distance[rows])
-        index[rows] = torch.where(better, other_index, index[rows])
+        distance[rows], index[rows] = nearer(distance[rows], index[rows], *evaluate(rows, blocks))
         rows = rows[candidates[rows].any(dim=1)]
     return index
-
-
-def _distances(
-    latents: Tensor,
-    codebook: Tensor,
-    precision: Tensor | None,
-    rows: Tensor,
-    indices: Tensor,
-    chunk_size: int,
-) -> Tensor:
-    """Squared distances in float64 from latent ``rows[i]`` to codewords ``indices[i]``; past the end, infinity."""
-    num_codes, dim = codebook.shape
-    parts = []
-    step = max(1, chunk_size // (4 * indices.shape[1] * dim))
-    for part, part_indices in zip(rows.split(step), indices.split(step), strict=True):
-        codes = codebook[part_indices.clamp(max=num_codes - 1)].double()
-        squares = codes.sub_(latents[part].double().unsqueeze(1)).square_()
-        if precision is not None:
-            squares *= precision[part].double().unsqueeze(1)
-        parts.append(squares.sum(dim=2).masked_fill_(part_indices >= num_codes, math.inf))
-    return torch.cat(parts)
 
 
 def _distinct(codebook: Tensor) -> Tensor:
@@ -291,18 +264,18 @@ def _search_double(latents: Tensor, codebook: Tensor, precision: Tensor | None, 
         weights = None if precision is None else precision[start : start + step]
         best = torch.full((part.shape[0],), math.inf, dtype=torch.float64, device=part.device)
         for codes in codebook.split(4096):
-            best = torch.minimum(best, _scores(part, codes.double(), weights).amin(dim=1))
+            best = torch.minimum(best, scores_of(part, codes.double(), weights).amin(dim=1))
         reach = torch.linalg.vector_norm(part, dim=1) + largest
         weight = 1.0 if weights is None else weights.amax(dim=1)
         bound = best + 8 * (latents.shape[1] + 8) * torch.finfo(torch.float64).eps * weight * reach**2
         least = torch.full_like(best, math.inf)
         index = torch.zeros_like(best, dtype=torch.int64)
         for number, codes in enumerate(codebook.split(4096)):
-            near = _scores(part, codes.double(), weights) <= bound.unsqueeze(1)
+            near = scores_of(part, codes.double(), weights) <= bound.unsqueeze(1)
             rows, columns = near.nonzero(as_tuple=True)
             if rows.numel() == 0:
                 continue
-            distances = _distances(part, codes, weights, rows, columns.unsqueeze(1), chunk_size).squeeze(1)
+            distances = distances_of(part, codes, weights, rows, columns.unsqueeze(1), chunk_size).squeeze(1)
             nearest = torch.full_like(best, math.inf).scatter_reduce(0, rows, distances, "amin")
             hit = distances == nearest[rows]
             lowest = torch.full_like(index, num_codes).scatter_reduce(0, rows[hit], columns[hit], "amin")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vaevq_med.errors import VaevqMedError
 from vaevq_med.networks.quantizers.base import CodebookQuantizer, Quantizer, look_up, rows
-from vaevq_med.networks.quantizers.clusters import from_first_process
+from vaevq_med.networks.quantizers.clusters import number_from_first_process
 from vaevq_med.networks.quantizers.ema import VectorQuantizerEMA
 from vaevq_med.outputs import Posterior, QuantizerOutput
 
@@ -102,7 +102,7 @@ class ResidualQuantizer(Quantizer):
         """Stages that take part in this call."""
         if not (self.dropout and self.training):
             return self.num_codebooks
-        return int(from_first_process(torch.randint(1, self.num_codebooks + 1, (1,)).to(device)))
+        return int(number_from_first_process(torch.randint(1, self.num_codebooks + 1, (1,)), device))
 
     def forward(self, z: Tensor, posterior: Posterior | None = None) -> QuantizerOutput:
         """Quantize ``z`` ``[B, D, h, w]`` stage by stage, with one straight-through gradient."""
