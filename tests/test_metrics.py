@@ -15,6 +15,7 @@ from scipy.linalg import sqrtm
 from scipy.ndimage import gaussian_filter
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 from vaevq_med.errors import VaevqMedError
 from vaevq_med.metrics import CodebookUsage, FrechetDistance, ReconstructionEvaluation
@@ -76,13 +77,37 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
     return float(difference @ difference + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root))
 
 
-def test_frechet_distance_of_a_process_that_saw_no_image() -> None:
+def test_frechet_distance_of_a_process_that_saw_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     other, own = FrechetDistance(num_features=3), FrechetDistance(num_features=3)
     other.update(torch.randn(40, 3, generator=generator), torch.randn(40, 3, generator=generator))
-    for name in other._metric._defaults:  # what a reduction over the processes leaves in each
-        setattr(own._metric, name, getattr(other._metric, name).clone())
-    assert own.compute() == other.compute() > 0
+
+    def reduce(tensor: Tensor) -> None:  # over two processes, of which this one has nothing
+        tensor += torch.as_tensor(other.count) if tensor.ndim == 0 else other._sums
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", reduce)
+    found = own.compute()
+    monkeypatch.undo()
+    assert found == other.compute() > 0
+    assert own.count == 0
+
+
+def test_frechet_distance_equals_torchmetrics() -> None:
+    class Given(torch.nn.Module):
+        num_features = 6
+
+        def forward(self, features: Tensor) -> Tensor:
+            return features
+
+    rng = np.random.default_rng(1)
+    a, b = (torch.from_numpy(rng.normal(shift, scale, size=(300, 6))) for shift, scale in ((0, 1), (0.4, 1.7)))
+    peer = FrechetInceptionDistance(feature=Given()).set_dtype(torch.float64)
+    peer.update(a, real=True)
+    peer.update(b, real=False)
+    own = FrechetDistance(num_features=6)
+    own.update(a, b)
+    assert own.compute() == pytest.approx(float(peer.compute()), rel=1e-6)
 
 
 def test_frechet_distance_equals_scipy_and_streams() -> None:
@@ -127,6 +152,71 @@ class Pixels(FeatureNetwork):
     def _pooled(self, images: Tensor) -> Tensor:
         self.images += len(images)
         return torch.nn.functional.adaptive_avg_pool2d(images[:, :1], self.cells).flatten(1)
+
+
+class Maps(Pixels):
+    """A network that gives maps and vectors in one pass, and counts the images of each pass."""
+
+    def _both(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        return self._layers(images), self._pooled(images)
+
+    def _layers(self, images: Tensor) -> list[Tensor]:
+        return [images[:, :2], images[:, 1:, ::2, ::2]]
+
+
+def test_one_network_for_lpips_and_rfid_sees_an_image_once() -> None:
+    target, prediction = pair(6)
+    rows = []
+    for networks in ((Maps(), Maps()), (Maps(),) * 2):
+        measured = ReconstructionEvaluation(num_embeddings=8, lpips=networks[0], fid=networks[1])
+        measured.update(target, prediction, None, metadata={"index": range(6)})
+        report = measured.compute()
+        rows.append([row["lpips"] for row in report.per_image] + [report.overall()["rfid"]])
+        assert networks[1].images == 12
+    assert rows[0] == rows[1]
+
+
+def test_figures_of_a_device_are_read_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is not finite is named then, by its own path."""
+    target, prediction = pair(6)
+    late, at_once = (ReconstructionEvaluation(num_embeddings=8) for _ in range(2))
+    read = late._read
+    monkeypatch.setattr(late, "_read", lambda: None)
+    for measured in (late, at_once):
+        for part in (slice(0, 4), slice(4, 6)):
+            rows = {"index": [*range(6)][part], "path": [f"{i}.png" for i in range(6)][part]}
+            measured.update(target[part], prediction[part], None, metadata=rows)
+    monkeypatch.setattr(late, "_read", read)
+    assert late._rows == []
+    assert late.compute().per_image == at_once.compute().per_image
+    bad = prediction.clone()
+    bad[2, 0, 3, 3] = float("nan")
+    monkeypatch.setattr(late, "_read", lambda: None)
+    late.update(target, bad, None, metadata={"path": [f"{i}.png" for i in range(6)]})
+    monkeypatch.setattr(late, "_read", read)
+    with pytest.raises(VaevqMedError, match=r"2\.png: found NaN"):
+        late.compute()
+
+
+def test_an_update_on_a_device_never_makes_the_host_wait() -> None:
+    """A fake tensor has no values: to ask for one would be an error here."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    network = Maps()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        measured = ReconstructionEvaluation(num_embeddings=8, lpips=network, fid=network, device="cuda")
+        images = torch.zeros(4, 1, 24, 24, device="cuda")
+        mask = torch.ones(4, 24, 24, dtype=torch.bool, device="cuda")
+        indices = torch.zeros(4, 3, 3, 1, dtype=torch.int64, device="cuda")
+        for _ in range(2):
+            measured.update(
+                images,
+                images,
+                indices,
+                metadata={"index": range(4), "modality": ["t1n", "t2w"] * 2},
+                regions={"brain": mask},
+                indices_sample=indices,
+            )
 
 
 @pytest.fixture

@@ -116,7 +116,7 @@ def evaluate(network: VisualTokenizer, data: PackedSlices, device: torch.device,
     for first in range(0, len(data), batch_size):
         items = [data[i] for i in range(first, min(first + batch_size, len(data)))]
         images = torch.stack([item["image"] for item in items]).to(device)
-        output = evaluator.reconstruct(images)
+        output = evaluator.reconstruct(images, continuous=True)
         evaluation.update(
             images,
             output["pred"],

@@ -184,7 +184,10 @@ class EvaluationHandler:
         output, batch = engine.state.output, engine.state.batch
         regions = None
         if "brain" in batch:
-            regions = {name: torch.as_tensor(batch[name]).to(engine.state.device) for name in ("brain", *REGIONS)}
+            regions = {
+                name: torch.as_tensor(batch[name]).to(engine.state.device, non_blocking=True)
+                for name in ("brain", *REGIONS)
+            }
         self._evaluation.update(
             output[Keys.IMAGE],
             output[Keys.PRED],
@@ -224,7 +227,7 @@ class EvaluationHandler:
     def _draw(self, engine: TokenizerEvaluator, items: Mapping[str, int], path: Path) -> None:
         rows = [self.dataset[item] for item in items.values()]
         images = torch.stack([torch.as_tensor(row["image"]) for row in rows]).to(engine.state.device)
-        output = engine.reconstruct(images)
+        output = engine.reconstruct(images, continuous=True)
         continuous: Tensor | None = output.get("pred_continuous")
         path.parent.mkdir(parents=True, exist_ok=True)
         titles = [name if not name.isdigit() else "" for name in items]

@@ -20,8 +20,7 @@ class TokenizerEvaluator(BaseEvaluator):
     """Reconstruct each batch through the codebook, and, for a variational tokenizer, without it.
 
     ``engine.state.output`` holds ``image``, ``pred`` (the quantized path), ``indices`` ``[B, h, w, G]`` and, for a
-    variational tokenizer, ``pred_continuous`` (the posterior's mean decoded) and ``indices_sample`` (a sample
-    quantized, for its utilization).
+    variational tokenizer, ``indices_sample`` (a sample quantized, for its utilization).
 
     Args:
         device: where to evaluate.
@@ -66,8 +65,13 @@ class TokenizerEvaluator(BaseEvaluator):
         super().run(global_epoch)
 
     @torch.no_grad()
-    def reconstruct(self, images: Tensor) -> dict[str, Tensor]:
-        """Reconstruct ``[B, C, H, W]`` in [-1, 1]; the keys are those of ``state.output`` without ``image``."""
+    def reconstruct(self, images: Tensor, continuous: bool = False) -> dict[str, Tensor]:
+        """Reconstruct ``[B, C, H, W]`` in [-1, 1]; the keys are those of ``state.output`` without ``image``.
+
+        Args:
+            images: the originals.
+            continuous: decode the posterior's mean too, as ``pred_continuous``, which doubles the decoder's work.
+        """
         network: VisualTokenizer = self.network  # type: ignore[assignment]
         network.eval()
         encoded = network.encode(images)
@@ -79,14 +83,11 @@ class TokenizerEvaluator(BaseEvaluator):
         of_mean = network.quantize(mean, posterior=encoded)
         of_sample = network.quantize(sample, posterior=encoded)
         chosen = of_mean if self.quantize == "mode" else of_sample
+        found = {"indices": chosen.indices, "indices_sample": of_sample.indices}
+        if not continuous:
+            return {Keys.PRED: network.decode(chosen.quantized).float(), **found}
         decoded = network.decode(torch.cat([chosen.quantized, mean])).float()
-        prediction, continuous = decoded.chunk(2)
-        return {
-            Keys.PRED: prediction,
-            "pred_continuous": continuous,
-            "indices": chosen.indices,
-            "indices_sample": of_sample.indices,
-        }
+        return dict(zip((Keys.PRED, "pred_continuous"), decoded.chunk(2), strict=True)) | found
 
     def _iteration(self, engine: SupervisedEvaluator, batchdata: dict[str, Any]) -> dict[str, Any]:
         images = torch.as_tensor(batchdata[Keys.IMAGE]).to(engine.state.device, non_blocking=True)

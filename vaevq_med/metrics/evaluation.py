@@ -19,6 +19,8 @@ from vaevq_med.metrics.report import EvaluationReport, Summary
 from vaevq_med.networks.features import FeatureNetwork
 
 _PER_IMAGE = ("psnr", "ssim", "lpips")
+# Batches whose figures stay on a device before they are read.
+_BATCHES = 64
 
 
 class ReconstructionEvaluation:
@@ -56,6 +58,7 @@ class ReconstructionEvaluation:
         self.usage_sample = CodebookUsage(num_embeddings=num_embeddings, num_codebooks=num_codebooks, device=device)
         self._sampled = False
         self._rows: list[dict[str, Any]] = []
+        self._unread: list[tuple[dict[str, Sequence[Any]], tuple[str, ...], Tensor]] = []
         self._distances: dict[str, FrechetDistance] = {}
         self._regions: tuple[str, ...] = ()
 
@@ -82,35 +85,66 @@ class ReconstructionEvaluation:
             indices_sample: indices of a quantized sample, for its utilization.
 
         Raises:
-            VaevqMedError: a reconstruction holds NaN or infinity, which no metric would show.
+            VaevqMedError: a reconstruction holds NaN or infinity, which no metric would show; of a device this batch
+                or one of the last before it, or :meth:`compute` says so.
         """
-        finite = reconstruction.isfinite().flatten(1).all(dim=1)
-        if not bool(finite.all()):
-            bad = int((~finite).nonzero()[0])
-            name = metadata["path"][bad] if "path" in metadata else f"item {bad} of the batch"
-            raise VaevqMedError(f"{name}: found NaN or infinity in the reconstruction, expected finite values")
+        columns = {"finite": reconstruction.isfinite().flatten(1).all(dim=1)}
         unit_target, unit = to_unit(target, uint8=self.uint8), to_unit(reconstruction, uint8=self.uint8)
         ssim, ssim_map = ssim_per_image(unit, unit_target)
-        columns = {"psnr": psnr_per_image(unit, unit_target), "ssim": ssim}
-        rounded_target, rounded = 2 * unit_target - 1, 2 * unit - 1
-        if self.lpips is not None:
-            columns["lpips"] = self.lpips.distance(rounded, rounded_target)
+        columns |= {"psnr": psnr_per_image(unit, unit_target), "ssim": ssim}
+        distance, features = self._features(2 * unit_target - 1, 2 * unit - 1)
+        if distance is not None:
+            columns["lpips"] = distance
         for name, mask in (regions or {}).items():
             columns[f"psnr_{name}"] = region_psnr(unit, unit_target, mask)
             columns[f"ssim_{name}"] = region_mean(ssim_map, mask)
         self._regions = tuple(dict.fromkeys([*self._regions, *(regions or {})]))
-        values = {name: column.double().cpu().tolist() for name, column in columns.items()}
-        for i in range(target.shape[0]):
-            row = {name: _plain(items[i]) for name, items in metadata.items()}
-            self._rows.append({**row, **{name: column[i] for name, column in values.items()}})
-        if self.fid is not None:
-            real, fake = self.fid.pooled(torch.cat([rounded_target, rounded])).chunk(2)
+        self._unread.append((dict(metadata), tuple(columns), torch.stack([c.double() for c in columns.values()])))
+        if len(self._unread) >= (_BATCHES if target.device.type != "cpu" else 1):
+            self._read()
+        if features is not None:
+            real, fake = features.chunk(2)
             self._add_features(real, fake, modalities=[str(m) for m in metadata.get("modality", [""] * len(real))])
         if indices is not None:
             self.usage.update(indices)
         if indices_sample is not None:
             self._sampled = True
             self.usage_sample.update(indices_sample)
+
+    def _features(self, target: Tensor, reconstruction: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """LPIPS ``[B]`` and the vectors of rFID ``[2 B, F]``, the originals' first; one network for both runs once."""
+        both = torch.cat([target, reconstruction])
+        layers: list[Tensor] = []
+        pooled: Tensor | None = None
+        if self.lpips is not None and self.lpips is self.fid:
+            layers, pooled = self.lpips.layers_and_pooled(both)
+        else:
+            if self.lpips is not None:
+                layers = self.lpips.layers(both)
+            if self.fid is not None:
+                pooled = self.fid.pooled(both)
+        if self.lpips is None:
+            return None, pooled
+        of_target, found = zip(*(stage.chunk(2) for stage in layers), strict=True)
+        return self.lpips.distance_of(found, of_target, len(target)), pooled
+
+    def _read(self) -> None:
+        """Fetch the figures of the batches since the last time, which waits for the device.
+
+        Raises:
+            VaevqMedError: a reconstruction holds NaN or infinity.
+        """
+        unread, self._unread = self._unread, []
+        for metadata, names, columns in unread:
+            table = dict(zip(names, columns.tolist(), strict=True))
+            finite = table.pop("finite")
+            if not all(finite):
+                bad = finite.index(0.0)
+                name = metadata["path"][bad] if "path" in metadata else f"item {bad} of the batch"
+                raise VaevqMedError(f"{name}: found NaN or infinity in the reconstruction, expected finite values")
+            for i in range(len(finite)):
+                row = {name: _plain(items[i]) for name, items in metadata.items()}
+                self._rows.append({**row, **{name: values[i] for name, values in table.items()}})
 
     def _add_features(self, real: Tensor, fake: Tensor, modalities: Sequence[str]) -> None:
         groups = {"all": list(range(len(modalities)))}
@@ -120,10 +154,17 @@ class ReconstructionEvaluation:
         for name, members in groups.items():
             if name not in self._distances:
                 self._distances[name] = FrechetDistance(num_features=real.shape[1], device=self.device)
-            self._distances[name].update(real[members], fake[members])
+            # Copied without waiting for the device.
+            rows = torch.tensor(members).to(real.device, non_blocking=True)
+            self._distances[name].update(real.index_select(0, rows), fake.index_select(0, rows))
 
     def compute(self) -> EvaluationReport:
-        """The record over everything seen so far, by all processes of a group."""
+        """The record over everything seen so far, by all processes of a group.
+
+        Raises:
+            VaevqMedError: a reconstruction holds NaN or infinity.
+        """
+        self._read()
         rows = self._gather_rows()
         self.usage.reduce()
         self.usage_sample.reduce()

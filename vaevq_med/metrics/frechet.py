@@ -2,62 +2,58 @@
 
 from __future__ import annotations
 
-import warnings
-from typing import cast
-
 import torch
-from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
+import torch.distributed as dist
+from torch import Tensor
 
-
-class _Identity(nn.Module):
-    """Features come in extracted, so that one extraction serves several accumulators."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features
+from vaevq_med.metrics.statistics import FeatureStatistics, frechet_distance
 
 
 class FrechetDistance:
-    """torchmetrics' FID over features that were extracted elsewhere.
+    """The distance of originals and reconstructions, from features that were extracted elsewhere.
 
     Sums and cross products are kept in float64. With fewer images than features the covariance is singular and the
     distance biased upward: compare only at equal N.
 
     Args:
-        num_features: length of a feature vector.
+        num_features: length of a feature vector, F.
         device: where the sums are kept.
     """
 
     def __init__(self, *, num_features: int, device: torch.device | str = "cpu") -> None:
         self.num_features = num_features
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self._metric = FrechetInceptionDistance(feature=_Identity(num_features)).to(device).set_dtype(torch.float64)
-        # Otherwise update sets it, which a process without images of a contrast never calls.
-        self._metric.orig_dtype = torch.float64
+        # Of originals, then of reconstructions: their sum, and below it that of their outer products.
+        self._sums = torch.zeros(2, 1 + num_features, num_features, dtype=torch.float64, device=device)
+        self._count = 0
 
     @property
     def count(self) -> int:
         """Reconstructed images seen by this process, or, after :meth:`compute` in a group, still this process."""
-        return int(self._samples())
-
-    def _samples(self) -> Tensor:
-        return cast(Tensor, self._metric.fake_features_num_samples)
+        return self._count
 
     def update(self, real: Tensor, fake: Tensor) -> None:
         """Take in feature vectors ``[B, num_features]`` of original and reconstructed images."""
-        self._metric.update(real.double(), real=True)
-        self._metric.update(fake.double(), real=False)
+        for sums, features in zip(self._sums, (real.double(), fake.double()), strict=True):
+            sums[0] += features.sum(dim=0)
+            sums[1:].addmm_(features.mT, features)
+        self._count += len(real)
 
     def compute(self) -> float:
         """The distance; NaN with fewer than two images. In a process group, of all processes' images."""
-        counts = self._samples().clone()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(counts)
-        if int(counts) < 2:
+        sums, count = self._sums, self._count
+        if dist.is_available() and dist.is_initialized():
+            sums, counted = sums.clone(), torch.tensor(count, device=sums.device)
+            dist.all_reduce(sums)
+            dist.all_reduce(counted)
+            count = int(counted)
+        if count < 2:
             return float("nan")
-        return float(self._metric.compute())
+        real, fake = (
+            FeatureStatistics(
+                mean=part[0] / count,
+                covariance=(part[1:] - torch.outer(part[0], part[0]) / count) / (count - 1),
+                count=count,
+            )
+            for part in sums
+        )
+        return frechet_distance(fake, real)

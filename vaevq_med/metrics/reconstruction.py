@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
+from vaevq_med.precision import full_precision
+
 MAX_PSNR = 100.0
 
 
@@ -44,9 +46,11 @@ def ssim_per_image(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         prediction: ``[B, C, H, W]`` in [0, 1], H and W at least 11.
         target: of the same shape.
     """
-    value, full = structural_similarity_index_measure(
-        prediction, target, data_range=1.0, reduction="none", return_full_image=True
-    )
+    # Its variances are differences of nearly equal means: of TF32's three digits nothing would be left.
+    with full_precision(prediction.device.type, convolutions=True):
+        value, full = structural_similarity_index_measure(
+            prediction, target, data_range=1.0, reduction="none", return_full_image=True
+        )
     return value, full.mean(dim=1)
 
 

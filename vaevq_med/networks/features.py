@@ -52,6 +52,9 @@ class FeatureNetwork(nn.Module, ABC):
     @abstractmethod
     def _pooled(self, images: Tensor) -> Tensor: ...
 
+    def _both(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        return self._layers(images), self._pooled(images)
+
     def layers(self, images: Tensor) -> list[Tensor]:
         """Feature maps to compare, one ``[B, F, h, w]`` a stage, of unit length over F.
 
@@ -63,14 +66,18 @@ class FeatureNetwork(nn.Module, ABC):
             VaevqMedError: for another C.
         """
         with torch.autocast(images.device.type, enabled=False):
-            maps = self._layers(_to_color(images))
-            return [m / (m.square().sum(dim=1, keepdim=True).sqrt() + _EPSILON) for m in maps]
+            return _unit_length(self._layers(_to_color(images)))
 
     def pooled(self, images: Tensor) -> Tensor:
         """Feature vectors ``[B, num_features]`` of images as :meth:`layers` takes them."""
         with torch.autocast(images.device.type, enabled=False):
-            features = self._pooled(_to_color(images))
-            return features.reshape(images.shape[0], -1, features.shape[1]).mean(dim=1)
+            return _of_each_image(self._pooled(_to_color(images)), images)
+
+    def layers_and_pooled(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        """What :meth:`layers` and :meth:`pooled` give, for the price of one of them."""
+        with torch.autocast(images.device.type, enabled=False):
+            layers, pooled = self._both(_to_color(images))
+            return _unit_length(layers), _of_each_image(pooled, images)
 
     def logits(self, features: Tensor) -> Tensor:
         """Class logits ``[B, num_classes]`` of what :meth:`pooled` gave.
@@ -106,8 +113,20 @@ class FeatureNetwork(nn.Module, ABC):
 
     def distance(self, first: Tensor, second: Tensor) -> Tensor:
         """Perceptual distance of two batches of images in [-1, 1], ``[B]``."""
-        distances = self.compare(self.layers(first), self.layers(second))
-        return distances.reshape(first.shape[0], -1).mean(dim=1)
+        return self.distance_of(self.layers(first), self.layers(second), first.shape[0])
+
+    def distance_of(self, first: Sequence[Tensor], second: Sequence[Tensor], batch_size: int) -> Tensor:
+        """That distance, of what :meth:`layers` gave for so many images each, ``[B]``."""
+        return self.compare(first, second).reshape(batch_size, -1).mean(dim=1)
+
+
+def _unit_length(maps: Sequence[Tensor]) -> list[Tensor]:
+    return [m / (m.square().sum(dim=1, keepdim=True).sqrt() + _EPSILON) for m in maps]
+
+
+def _of_each_image(features: Tensor, images: Tensor) -> Tensor:
+    """The mean over an image's channels where each was looked at by itself, ``[B, F]``."""
+    return features.reshape(images.shape[0], -1, features.shape[1]).mean(dim=1)
 
 
 def _to_color(images: Tensor) -> Tensor:
@@ -158,9 +177,12 @@ class EfficientNetLite0Features(FeatureNetwork):
         return self._blocks(images)[0]
 
     def _pooled(self, images: Tensor) -> Tensor:
+        return self._both(images)[1]
+
+    def _both(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         network = self.network
-        x = network._swish(network._bn1(network._conv_head(self._blocks(images)[1])))
-        return x.mean(dim=(2, 3))
+        maps, x = self._blocks(images)
+        return maps, network._swish(network._bn1(network._conv_head(x))).mean(dim=(2, 3))
 
     def logits(self, features: Tensor) -> Tensor:
         """Logits of ImageNet's classes, ``[B, 1000]``."""
@@ -194,7 +216,11 @@ class LPIPSFeatures(FeatureNetwork):
         return list(self.network.net(self.network.scaling_layer(images)))
 
     def _pooled(self, images: Tensor) -> Tensor:
-        return self._layers(images)[-1].mean(dim=(2, 3))
+        return self._both(images)[1]
+
+    def _both(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        layers = self._layers(images)
+        return layers, layers[-1].mean(dim=(2, 3))
 
     def compare(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
         """LPIPS: squared difference, learned 1x1 weights, mean over space, sum over stages; ``[B]``."""
@@ -288,7 +314,11 @@ class RadImageNetFeatures(FeatureNetwork):
         return maps
 
     def _pooled(self, images: Tensor) -> Tensor:
-        return F.adaptive_avg_pool2d(self._layers(images)[-1], 1).flatten(1)
+        return self._both(images)[1]
+
+    def _both(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        layers = self._layers(images)
+        return layers, F.adaptive_avg_pool2d(layers[-1], 1).flatten(1)
 
 
 def _backbone_state(backbone: nn.Module, state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
