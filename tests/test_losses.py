@@ -22,6 +22,7 @@ from vaevq_med.losses import (
     RCSLoss,
     ReconstructionLoss,
     TokenizerObjective,
+    dcr,
     gaussian_wasserstein2_to_standard,
     kl_to_standard_normal,
     representation_coherence,
@@ -503,3 +504,42 @@ def test_kl_budget_does_not_move_where_a_batch_ends_in_an_error() -> None:
     assert float(term.factor) == 1
     term(random(2, 1, 4, 4), make_output(mean=torch.full((2, 3, 2, 2), 2.0)))
     assert float(term.factor) != 1
+
+
+@pytest.mark.parametrize("shape", [(40, 5), (2, 30, 4)])
+def test_dcr_gradient_is_that_of_finite_differences(shape: tuple[int, ...]) -> None:
+    codebook = (random(*shape, seed=4, dtype=torch.float64) + 0.3).requires_grad_()
+    assert torch.autograd.gradcheck(gaussian_wasserstein2_to_standard, codebook)
+    # All variances equal, where eigenvectors have no gradient.
+    cross = torch.cat([torch.eye(4), -torch.eye(4)]).double().mul(0.7).requires_grad_()
+    assert torch.autograd.gradcheck(gaussian_wasserstein2_to_standard, cross)
+
+
+def test_dcr_never_makes_the_host_wait() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        value = gaussian_wasserstein2_to_standard(torch.randn(64, 8, device="cuda"))
+        assert (value.shape, value.device.type, value.dtype) == ((), "cuda", torch.float32)
+
+
+@pytest.mark.parametrize(
+    "scales",
+    [
+        (1.0, 1.0, 1.0, 1.0, 1.0, 1.0),
+        (1e-4, 1e-4, 1.1e-4, 1e-4, 0.9e-4, 1e-4),
+        (3.0, 1.0, 0.1, 1e-3, 1e-5, 1e-6),
+        (1.0, 1.0, 0.0, 2.0, 1.0, 0.0),
+    ],
+)
+def test_roots_by_products_are_those_by_eigenvalues(scales: tuple[float, ...]) -> None:
+    codebook = random(200, 6, seed=3, dtype=torch.float64) * torch.tensor(scales, dtype=torch.float64)
+    turn = torch.linalg.qr(random(6, 6, seed=4, dtype=torch.float64)).Q
+    covariance = torch.cov((codebook @ turn).T)
+    root, inverse = dcr.by_products(covariance)
+    reference = sqrtm(covariance.numpy() + 1e-14 * np.eye(6)).real
+    np.testing.assert_allclose(root.numpy(), reference, atol=3e-8 * max(scales))
+    assert float(root.trace()) == pytest.approx(float(dcr.by_eigenvalues(covariance)[0].trace()), rel=1e-6)
+    if min(scales) > 1e-5:
+        torch.testing.assert_close(inverse, dcr.by_eigenvalues(covariance)[1], rtol=1e-5, atol=1e-5)
+    assert bool(inverse.isfinite().all())

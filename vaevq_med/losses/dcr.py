@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vaevq_med.errors import VaevqMedError
 from vaevq_med.losses.base import LossTerm
 from vaevq_med.outputs import TokenizerOutput
 
 _MIN_VARIANCE = 1e-14
+_PRODUCTS = 50
 
 
 def gaussian_wasserstein2_to_standard(codebook: Tensor) -> Tensor:
     """Squared 2-Wasserstein distance of the codebook's Gaussian to N(0, I) (VAEVQ, arXiv 2511.06863, Eq. 11).
 
     ``||m||^2 + Tr S - 2 Tr S^(1/2) + D`` for the codewords' mean m and unbiased covariance S. Eq. 11 leaves out
-    Tr I = D, so that a standard normal codebook would read -D instead of 0; the gradient is the same. The square root
-    is taken of S's eigenvalues, never of its eigenvectors, whose gradient is not finite where eigenvalues meet: at
-    the prior, the term's own minimum.
+    Tr I = D, so that a standard normal codebook would read -D instead of 0; the gradient is the same. It is
+    ``I - S^(-1/2)`` by S, written down as such: that of eigenvectors is not finite where eigenvalues meet, at the
+    prior, the term's own minimum.
 
     Several codebooks ``[G, K, D]`` that quantize channels of their own make a product distribution, whose squared
     distance is the sum of theirs.
@@ -47,8 +51,48 @@ def gaussian_wasserstein2_to_standard(codebook: Tensor) -> Tensor:
         mean = codebook.mean(dim=-2)
         centered = codebook - mean.unsqueeze(-2)
         covariance = centered.mT @ centered / (codebook.shape[-2] - 1)
-        variances = torch.linalg.eigvalsh(covariance).clamp_min(_MIN_VARIANCE)
-        return (mean.square().sum() + (variances.sqrt() - 1).square().sum()).to(dtype)
+        return (mean.square().sum() + _SquaredDistanceToIdentity.apply(covariance)).to(dtype)
+
+
+class _SquaredDistanceToIdentity(torch.autograd.Function):
+    """``Tr S - 2 Tr S^(1/2) + D`` of symmetric ``[..., D, D]``, summed."""
+
+    @staticmethod
+    def forward(ctx: Any, covariance: Tensor) -> Tensor:
+        root, inverse = (by_eigenvalues if covariance.device.type == "cpu" else by_products)(covariance)
+        ctx.save_for_backward(inverse)
+        traces = covariance.diagonal(dim1=-2, dim2=-1) - 2 * root.diagonal(dim1=-2, dim2=-1) + 1
+        return traces.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        (inverse,) = ctx.saved_tensors
+        return upstream * (torch.eye(inverse.shape[-1], dtype=inverse.dtype, device=inverse.device) - inverse)
+
+
+def by_eigenvalues(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """``S^(1/2)`` and ``S^(-1/2)`` of symmetric float64 ``[..., D, D]``; variances below 1e-14 count as that."""
+    variances, vectors = torch.linalg.eigh(covariance)
+    deviations = variances.clamp_min(_MIN_VARIANCE).sqrt().unsqueeze(-2)
+    return (vectors * deviations) @ vectors.mT, (vectors / deviations) @ vectors.mT
+
+
+def by_products(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """The same up to rounding, of ``S + 1e-14 I``, by the coupled iteration of Newton and Schulz.
+
+    It takes a fixed number of matrix products, in each of which the root of a small eigenvalue grows by half: enough
+    for one of 1e-15 of the largest. An eigenvalue routine makes the host wait for the device to see whether it went
+    well.
+    """
+    identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
+    matrix = covariance + _MIN_VARIANCE * identity
+    scale = torch.linalg.matrix_norm(matrix, keepdim=True)  # of Frobenius, at least the largest eigenvalue
+    root, inverse = matrix / scale, identity.expand_as(matrix)
+    for _ in range(_PRODUCTS):
+        step = 1.5 * identity - 0.5 * inverse @ root
+        root, inverse = root @ step, step @ inverse
+    return root * scale.sqrt(), inverse * scale.rsqrt()
 
 
 class DCRLoss(LossTerm):
