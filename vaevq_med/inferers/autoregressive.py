@@ -1,90 +1,23 @@
 """Sampling a tokenizer's indices from :class:`LlamaGen` (arXiv 2406.06525), one after the other in raster order.
 
-Keys and values of the places so far are kept in memory that is taken once. Classifier-free guidance (arXiv 2207.12598),
+Keys and values of the places so far are kept in memory that is taken once; on a GPU the step of a token is replayed as
+a CUDA graph (see :mod:`vaevq_med.inferers.static_steps`). Classifier-free guidance (arXiv 2207.12598),
 in LlamaGen's form on the logits, runs the labels and the null class as one batch of twice the size.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from vaevq_med.errors import VaevqMedError
+from vaevq_med.inferers.drawing import MIN_TEMPERATURE, RandomSource, TokenRule, check_guidance, draw_indices
+from vaevq_med.inferers.static_steps import Kept, StepStore
 from vaevq_med.networks.llamagen import LlamaGen
 from vaevq_med.ranges import check_range
-
-MIN_TEMPERATURE, MAX_GUIDANCE = 1e-3, 1e4
-"""Beyond these the guided logits over the temperature may leave fp32, and every index drawn is then 0."""
-
-
-def guided_logits(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance, ``u + s (c - u)``; a scale of 1 is ``c`` and of 0 is ``u``.
-
-    >>> guided_logits(torch.tensor([3.0]), torch.tensor([1.0]), 2.0)
-    tensor([5.])
-    """
-    return unconditional + scale * (conditional - unconditional)
-
-
-def check_guidance(scale: float) -> None:
-    """Refuse a scale below 0, which leads away from the label, or above :data:`MAX_GUIDANCE`.
-
-    Raises:
-        VaevqMedError: it is such a scale.
-    """
-    if not 0 <= scale <= MAX_GUIDANCE:
-        raise VaevqMedError(f"guidance_scale is {scale}; expected 0 to {MAX_GUIDANCE:g}")
-
-
-def filter_logits(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Logits with those that are not to be drawn at ``-inf``; first top-k, then top-p (arXiv 1904.09751) of the rest.
-
-    Args:
-        logits: ``[..., K]``, floating.
-        top_k: keep the ``top_k`` largest, and what equals the least of them; 0, or K and more, keeps all.
-        top_p: in (0, 1]: keep the fewest, from the likeliest on, whose probabilities sum to ``top_p`` or more; of
-            equal ones those of lower index.
-
-    Raises:
-        VaevqMedError: ``top_k`` or ``top_p`` is out of its range.
-
-    >>> filter_logits(torch.tensor([0.5, 0.3, 0.2]).log(), top_p=0.6).exp().round(decimals=2)
-    tensor([0.5000, 0.3000, 0.0000])
-    """
-    if top_k < 0 or not 0 < top_p <= 1:
-        raise VaevqMedError(f"found top_k {top_k} and top_p {top_p}; expected 0 or more, and above 0 to 1")
-    if 0 < top_k < logits.shape[-1]:
-        least = logits.topk(top_k).values[..., -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
-    if top_p < 1:
-        descending, order = logits.sort(dim=-1, descending=True, stable=True)
-        probabilities = descending.softmax(dim=-1)
-        excess = probabilities.cumsum(dim=-1) - probabilities >= top_p
-        logits = logits.masked_fill(torch.empty_like(excess).scatter_(-1, order, excess), -math.inf)
-    return logits
-
-
-def draw_indices(logits: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Tensor:
-    """One draw from ``softmax(logits)`` of each row of ``[..., K]``, without waiting for the device.
-
-    The index of the least of K exponential variables whose rates are the probabilities.
-
-    Args:
-        logits: fp32; what is ``-inf`` is not drawn.
-        generator: it draws on its own device, K numbers for each row in order; or one for each entry of the first
-            dimension; the global one when absent.
-    """
-    if isinstance(generator, Sequence):
-        rows = [torch.empty(logits.shape[1:], device=g.device).exponential_(generator=g) for g in generator]
-        waits = torch.stack(rows).to(logits.device)
-    else:
-        device = logits.device if generator is None else generator.device
-        waits = torch.empty(logits.shape, device=device).exponential_(generator=generator).to(logits.device)
-    return (logits.softmax(dim=-1) / waits.clamp_min(torch.finfo(waits.dtype).tiny)).argmax(dim=-1)
 
 
 @torch.no_grad()
@@ -100,8 +33,9 @@ def generate_indices(
     known: Tensor | None = None,
     mask: Tensor | None = None,
     dtype: torch.dtype | None = None,
-    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    generator: RandomSource = None,
     progress: Callable[[int, int], None] | None = None,
+    store: StepStore | None = None,
 ) -> Tensor:
     """Indices of new images.
 
@@ -114,7 +48,8 @@ def generate_indices(
 
     All draws come from one generator, token by token for the whole batch, so that a sample depends on the batch's size
     and its place in it, but not on the labels or the known tokens of its companions. With a generator for each sample
-    it depends on neither.
+    it depends on neither. On a GPU the numbers of several tokens are drawn at once, so that they are others than on a
+    CPU even from one generator.
 
     Args:
         network: on the device where it is to run; its mode is left as it was.
@@ -129,7 +64,10 @@ def generate_indices(
         dtype: type of weights, keys and values while it runs, such as ``torch.bfloat16``, in a copy of the network; the
             network's own when absent.
         generator: of the draws, or one for each sample; the global one when absent.
-        progress: called with the tokens done and all tokens of an image after each.
+        progress: called with the tokens done and all tokens of an image after each; on a GPU, once the token is on its
+            way.
+        store: what a GPU replays, kept for further calls; made anew for this one when absent. On a CPU it is better
+            left out, as the steps that a graph allows are slower there.
 
     Returns:
         int64 ``[B, h, w, G]``.
@@ -152,30 +90,47 @@ def generate_indices(
     kept = _kept(network, known, mask, batch)
     if guidance_scale != 1:
         classes = torch.cat([classes, torch.full_like(classes, network.null_class)])
-    if dtype is not None and dtype != network.token_embedding.weight.dtype:
+    rule = TokenRule(guidance_scale, temperature, top_k, top_p)
+    if store is None and classes.device.type == "cuda":
+        store = StepStore()
+    if store is None and dtype is not None and dtype != network.token_embedding.weight.dtype:
         network = copy.deepcopy(network).to(dtype)
     training = network.training
     network.eval()
     try:
         with torch.autocast(classes.device.type, enabled=False):
-            cache = network.new_cache(len(classes))
-            tokens = torch.empty(batch, cache.capacity, dtype=torch.int64, device=classes.device)
-            inputs = classes
-            for place in range(cache.capacity):
-                logits = network.step(inputs, cache).float()
-                if guidance_scale != 1:
-                    conditional, unconditional = logits.chunk(2)
-                    logits = guided_logits(conditional, unconditional, guidance_scale)
-                drawn = draw_indices(filter_logits(logits / temperature, top_k=top_k, top_p=top_p), generator)
-                if kept is not None:
-                    drawn = torch.where(kept[0][:, place], kept[1][:, place], drawn)
-                tokens[:, place] = drawn
-                inputs = drawn.repeat(len(classes) // batch)
-                if progress is not None:
-                    progress(place + 1, cache.capacity)
+            if store is None:
+                tokens = _grown(network, classes, rule, kept, generator, progress)
+            else:
+                steps = store.steps(network, rule, batch=batch, dtype=dtype, inpaint=kept is not None)
+                tokens = steps.run(classes, kept, generator, progress)
     finally:
         network.train(training)
     return tokens.view(batch, *network.grid_size, network.num_codebooks)
+
+
+def _grown(
+    network: LlamaGen,
+    classes: Tensor,
+    rule: TokenRule,
+    kept: Kept | None,
+    generator: RandomSource,
+    progress: Callable[[int, int], None] | None,
+) -> Tensor:
+    """Tokens ``[B, h w G]``, each from the places so far alone."""
+    cache = network.new_cache(len(classes))
+    copies = 2 if rule.guided else 1
+    tokens = torch.empty(len(classes) // copies, cache.capacity, dtype=torch.int64, device=classes.device)
+    inputs = classes
+    for place in range(cache.capacity):
+        drawn = draw_indices(rule.filtered(network.step(inputs, cache)), generator)
+        if kept is not None:
+            drawn = torch.where(kept[0][:, place], kept[1][:, place], drawn)
+        tokens[:, place] = drawn
+        inputs = drawn.repeat(copies)
+        if progress is not None:
+            progress(place + 1, cache.capacity)
+    return tokens
 
 
 def _batch_size(labels: Tensor | None, num_samples: int | None) -> int:
@@ -190,7 +145,7 @@ def _batch_size(labels: Tensor | None, num_samples: int | None) -> int:
     return len(labels)
 
 
-def _kept(network: LlamaGen, known: Tensor | None, mask: Tensor | None, batch: int) -> tuple[Tensor, Tensor] | None:
+def _kept(network: LlamaGen, known: Tensor | None, mask: Tensor | None, batch: int) -> Kept | None:
     """Mask and values of the known tokens, ``[B, h w G]`` each on the network's device."""
     if known is None and mask is None:
         return None

@@ -5,21 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from monai.inferers import LatentDiffusionInferer
 from monai.networks.schedulers import DDIMScheduler
 from torch import Tensor
 
 from vaevq_med.errors import VaevqMedError
-from vaevq_med.inferers.autoregressive import check_guidance
+from vaevq_med.inferers.drawing import check_guidance, guided_logits
 from vaevq_med.networks.latent_diffusion import LatentDiffusionUNet
 from vaevq_med.networks.tokenizer import VisualTokenizer
-
-
-class _WithoutCodebook:
-    """A tokenizer whose decoder is fed the generated latent itself."""
-
-    def __init__(self, tokenizer: VisualTokenizer) -> None:
-        self.decode_stage_2_outputs = tokenizer.decode
 
 
 def ldm_scheduler(num_train_timesteps: int = 1000) -> DDIMScheduler:
@@ -152,16 +144,36 @@ def generate_images(
     else:
         noise = torch.randn(count, *shape, generator=generator).to(device)
     guided = labels is not None and guidance_scale != 1
-    inferer = LatentDiffusionInferer(scheduler, scale_factor=network.measured_scale_factor())
+    predict = network if dtype is None else _in_type(network, device, dtype)
+    # Outermost, so that autocast keeps the weights that it casts until the last step.
     with torch.autocast(device.type, enabled=False):
-        images = inferer.sample(
-            input_noise=noise,
-            autoencoder_model=tokenizer if quantize else _WithoutCodebook(tokenizer),  # type: ignore[arg-type]
-            diffusion_model=network if dtype is None else _in_type(network, device, dtype),  # type: ignore[arg-type]
-            conditioning=None if labels is None else labels.to(device),
-            cfg=guidance_scale if guided else None,
-            cfg_fill_value=network.null_class,
-            verbose=False,
-        )
-    assert isinstance(images, Tensor)
-    return images
+        context = None if labels is None else labels.to(device)
+        latent = _denoised(predict, noise, context, scheduler, network.null_class, guidance_scale if guided else None)
+        latent = latent / network.measured_scale_factor()
+        return tokenizer.decode_stage_2_outputs(latent) if quantize else tokenizer.decode(latent)
+
+
+def _denoised(
+    predict: Callable[..., Tensor],
+    latent: Tensor,
+    labels: Tensor | None,
+    scheduler: DDIMScheduler,
+    null_class: int,
+    guidance_scale: float | None,
+) -> Tensor:
+    """What DDIM makes of noise; MONAI's ``DiffusionInferer`` does the same but waits for the device at every step.
+
+    The times are known to the host, which looks up the schedule by them, and are copied to the device together.
+    """
+    if guidance_scale is not None:
+        assert labels is not None
+        labels = torch.cat([torch.full_like(labels, null_class), labels])  # [2 B]
+    times = scheduler.timesteps.to(device=latent.device, dtype=torch.float32)
+    for step, time in enumerate(scheduler.timesteps.tolist()):
+        inputs = latent if guidance_scale is None else torch.cat([latent, latent])
+        noise = predict(inputs, timesteps=times[step : step + 1], context=labels)
+        if guidance_scale is not None:
+            unconditional, conditional = noise.chunk(2)
+            noise = guided_logits(conditional, unconditional, guidance_scale)  # [B, D, h, w]
+        latent, _ = scheduler.step(noise, time, latent)
+    return latent

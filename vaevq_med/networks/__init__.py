@@ -4,7 +4,7 @@ from vaevq_med.networks.decoder import Decoder
 from vaevq_med.networks.discriminator import PatchDiscriminator
 from vaevq_med.networks.encoder import Encoder, vqgan_preset
 from vaevq_med.networks.latent_diffusion import LatentDiffusionUNet
-from vaevq_med.networks.llama_blocks import KeyValueCache
+from vaevq_med.networks.llama_blocks import KeyValueCache, StaticCache
 from vaevq_med.networks.llamagen import LlamaGen
 from vaevq_med.networks.modulated_decoder import ModulatedDecoder
 from vaevq_med.networks.posterior import DiagonalGaussian
@@ -19,6 +19,7 @@ __all__ = [
     "LlamaGen",
     "ModulatedDecoder",
     "PatchDiscriminator",
+    "StaticCache",
     "TrainingForward",
     "VisualTokenizer",
     "released_estimator",

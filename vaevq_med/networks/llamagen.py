@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vaevq_med.errors import VaevqMedError
-from vaevq_med.networks.llama_blocks import KeyValueCache, LlamaBlock, axial_rotations
+from vaevq_med.networks.llama_blocks import KeyValueCache, LlamaBlock, StaticCache, axial_rotations
 from vaevq_med.ranges import check_range
 
 PRESETS: Mapping[str, Mapping[str, int]] = MappingProxyType(
@@ -170,14 +170,21 @@ class LlamaGen(nn.Module):
 
     def new_cache(self, batch_size: int) -> KeyValueCache:
         """An empty cache for so many images, in the weights' type and on their device."""
+        return KeyValueCache(**self._cache_options(batch_size))
+
+    def new_static_cache(self, batch_size: int) -> StaticCache:
+        """The same for :meth:`static_step`."""
+        return StaticCache(**self._cache_options(batch_size))
+
+    def _cache_options(self, batch_size: int) -> dict[str, Any]:
         weight = self.token_embedding.weight
-        return KeyValueCache(
-            depth=len(self.blocks),
-            batch_size=batch_size,
-            num_heads=self.num_heads,
-            rotations=self.rotations(weight.device),
-            dtype=weight.dtype,
-        )
+        return {
+            "depth": len(self.blocks),
+            "batch_size": batch_size,
+            "num_heads": self.num_heads,
+            "rotations": self.rotations(weight.device),
+            "dtype": weight.dtype,
+        }
 
     def forward(self, indices: Tensor, labels: Tensor | None = None) -> Tensor:
         """Logits of every index, each from the label and the indices before it.
@@ -265,6 +272,31 @@ class LlamaGen(nn.Module):
             x = block(x, rotations, cache, layer)
         cache.length += 1
         return self.heads[place % self.num_codebooks](self.norm(x[:, 0]))
+
+    def static_step(self, inputs: Tensor, cache: StaticCache, *, codebook: int, end: int, first: bool) -> Tensor:
+        """:meth:`step` at the place that the cache holds on the device, which stays as it is.
+
+        The operations are the same at every place of a codebook below ``end``, and none of them waits for the device.
+
+        Args:
+            inputs: ``[B]``, as for :meth:`step`.
+            cache: where the step writes.
+            codebook: that of the token to predict, the place modulo G.
+            end: places that attention reads, more than the place.
+            first: whether the place is 0, so that the inputs are labels.
+
+        Returns:
+            Logits ``[B, K]``.
+        """
+        if first:
+            x = self.class_embedding(inputs)
+        else:
+            x = self.token_embedding(inputs + (codebook - 1) % self.num_codebooks * self.num_embeddings)
+        x = x.unsqueeze(1)
+        turns = cache.open(end)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, turns, cache, layer)
+        return self.heads[codebook](self.norm(x[:, 0]))
 
     def check_labels(self, labels: Tensor | None, batch_size: int) -> Tensor:
         """Labels int64 ``[B]`` on the network's device, the null class where there are none.
