@@ -27,7 +27,7 @@ import torch
 from _measure import copied_bytes_per_second, seconds_of
 from torch import Tensor, nn
 
-from vaevq_med.inferers import draw_indices, generate_indices
+from vaevq_med.inferers import StepStore, draw_indices, generate_indices
 from vaevq_med.networks import LlamaGen
 from vaevq_med.networks.llamagen import PRESETS
 
@@ -80,12 +80,13 @@ class Samplers:
         self.size |= {name: value for name in self.size if (value := getattr(arguments, name)) is not None}
         self.grid = grid_of(arguments.tokens)
         self.generator = torch.Generator(self.device).manual_seed(0)
+        self.store = StepStore() if self.device.type == "cuda" else None
         network = LlamaGen(num_embeddings=arguments.num_embeddings, grid_size=self.grid, **self.size)
         self.network = network.to(self.device, self.dtype).eval()
 
     def cached(self) -> None:
-        """A whole image with the cache."""
-        generate_indices(self.network, num_samples=self.arguments.batch, generator=self.generator)
+        """A whole image with the cache; on a GPU the first call captures the graphs that further ones replay."""
+        generate_indices(self.network, num_samples=self.arguments.batch, generator=self.generator, store=self.store)
 
     def uncached(self, length: int) -> Tensor:
         """The next token after a class token and ``length - 1`` tokens, everything computed again."""

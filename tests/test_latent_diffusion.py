@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from monai.inferers import LatentDiffusionInferer
 from test_networks import tokenizer
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vaevq_med.errors import VaevqMedError
 from vaevq_med.inferers.diffusion import generate_images, ldm_scheduler, set_ddim_steps
@@ -46,6 +49,20 @@ class Scripted(LatentDiffusionUNet):
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
         self.seen.append((x, timesteps, context))
         return self.rule(x, timesteps, context)
+
+
+class CastsOf(TorchDispatchMode):
+    """Count casts of tensors of a shape to bf16."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape = shape
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        casts = func is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") is torch.bfloat16
+        self.count += casts and args[0].shape == self.shape
+        return func(*args, **(kwargs or {}))
 
 
 def test_the_default_is_the_published_size() -> None:
@@ -199,7 +216,7 @@ def test_guidance_contrasts_the_class_with_none_in_one_pass() -> None:
 
     guided, plain = Scripted(by_label), Scripted(by_label)
     model = tokenizer()
-    draw = {"grid_size": (4, 4), "num_steps": 1, "quantize": False}
+    draw = {"grid_size": (8, 8), "num_steps": 1, "quantize": False}
     images = generate_images(
         guided, model, torch.tensor([1, 2]), guidance_scale=2.5, generator=torch.Generator().manual_seed(0), **draw
     )  # type: ignore[arg-type]
@@ -277,3 +294,39 @@ def test_another_tokenizer_or_a_missing_scale_is_refused() -> None:
     network.scale_factor.fill_(math.nan)
     with pytest.raises(VaevqMedError, match="no scale factor"):
         generate_images(network, tokenizer(), grid_size=(8, 8))
+
+
+@pytest.mark.parametrize(("guidance_scale", "labeled"), [(1.0, True), (2.0, True), (1.0, False)])
+@pytest.mark.parametrize("num_steps", [1, 7])
+def test_the_steps_are_those_of_monai(guidance_scale: float, labeled: bool, num_steps: int) -> None:
+    network, first_stage = small(), tokenizer()
+    with torch.no_grad():
+        for parameter in network.parameters():  # the last convolution starts at zero
+            parameter.normal_(std=0.05)
+    labels = torch.tensor([0, 2]) if labeled else None
+    options = {"grid_size": (8, 8), "num_steps": num_steps, "guidance_scale": guidance_scale, "num_images": 2}
+    found = generate_images(network, first_stage, labels, **options, generator=torch.Generator().manual_seed(0))
+    scheduler = ldm_scheduler()
+    set_ddim_steps(scheduler, num_steps)
+    expected = LatentDiffusionInferer(scheduler, scale_factor=0.5).sample(
+        input_noise=torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
+        autoencoder_model=first_stage,
+        diffusion_model=network,
+        conditioning=labels,
+        cfg=guidance_scale if guidance_scale != 1 else None,
+        cfg_fill_value=network.null_class,
+        verbose=False,
+    )
+    assert torch.equal(found, expected)
+
+
+def test_autocast_casts_the_weights_once_for_all_steps() -> None:
+    network, first_stage = small(), tokenizer()
+
+    def casts(num_steps: int) -> int:
+        options = {"grid_size": (8, 8), "num_steps": num_steps, "num_images": 1, "dtype": torch.bfloat16}
+        with CastsOf(network.unet.conv_in.conv.weight.shape) as counter:
+            generate_images(network, first_stage, **options)
+        return counter.count
+
+    assert casts(1) == casts(5) >= 1

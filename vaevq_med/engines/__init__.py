@@ -1,6 +1,6 @@
 """Trainer, evaluator and their handlers on MONAI's engines."""
 
-from vaevq_med.engines.base_trainer import BaseTrainer, TrainingError
+from vaevq_med.engines.base_trainer import BaseTrainer, TrainingError, precision_name
 from vaevq_med.engines.checkpoint import CheckpointError, TrainingCheckpoint, read_checkpoint
 from vaevq_med.engines.config import ConfigError, check_config, current_config, initialize, run, shared
 from vaevq_med.engines.distributed import (
@@ -80,6 +80,7 @@ __all__ = [
     "is_main",
     "label_map",
     "named_device",
+    "precision_name",
     "prepared_generator",
     "rank",
     "read_checkpoint",

@@ -52,6 +52,15 @@ def autocast_dtype(precision: str, device: torch.device | str) -> torch.dtype | 
     return torch.bfloat16 if wanted else None
 
 
+def precision_name(precision: str, device: torch.device | str) -> str:
+    """What a precision comes to on a device, ``fp32`` or ``bf16``; errors as for :func:`autocast_dtype`.
+
+    >>> precision_name("auto", "cpu")
+    'fp32'
+    """
+    return "fp32" if autocast_dtype(precision, device) is None else "bf16"
+
+
 def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
     """Autocast to a type of ``PRECISIONS``, or nothing for None."""
     return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)

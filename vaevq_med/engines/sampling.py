@@ -28,6 +28,7 @@ from vaevq_med.errors import VaevqMedError
 from vaevq_med.inferers import (
     MAX_GUIDANCE,
     MIN_TEMPERATURE,
+    StepStore,
     check_ddim_steps,
     generate_images,
     generate_indices,
@@ -289,8 +290,8 @@ class ImageSampler(BaseEvaluator):
         tokenizer: in evaluation mode, on the same device.
         stored: what the network was built from.
         settings: how to draw.
-        precision: ``fp32``; or ``bf16``, weights and cache of an autoregressive model, autocast of a diffusion model;
-            the tokenizer decodes in fp32.
+        precision: ``fp32``; ``bf16``, weights and cache of an autoregressive model, autocast of a diffusion model; or
+            ``auto``, which is ``bf16`` on a GPU that has it. The tokenizer decodes in fp32.
         val_handlers: ignite handlers.
         **kwargs: passed on to ``SupervisedEvaluator``.
 
@@ -307,7 +308,7 @@ class ImageSampler(BaseEvaluator):
         tokenizer: VisualTokenizer,
         stored: StoredGenerator,
         settings: Mapping[str, Any],
-        precision: str = "fp32",
+        precision: str = "auto",
         val_handlers: Sequence[Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -322,6 +323,8 @@ class ImageSampler(BaseEvaluator):
         self.tokenizer = tokenizer
         self.settings = dict(settings)
         self.grid = (int(stored.tokens["grid"][0]), int(stored.tokens["grid"][1]))
+        # The graphs of a GPU serve every batch of the same size.
+        self.store = StepStore() if self.state.device.type == "cuda" else None
         if not isinstance(network, LlamaGen):
             self.scheduler = ldm_scheduler(int(stored.value("num_train_timesteps")))
             check_ddim_steps(self.settings["num_steps"], self.scheduler.num_train_timesteps)
@@ -347,6 +350,7 @@ class ImageSampler(BaseEvaluator):
                 mask=mask,
                 dtype=self.autocast_dtype,
                 generator=[torch.Generator(device).manual_seed(seed) for seed in seeds],
+                store=self.store,
                 **self.settings,
             )
             return self.tokenizer.decode_indices(indices)

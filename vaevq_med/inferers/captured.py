@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Callable, Hashable
 from typing import Protocol
 
@@ -69,7 +68,7 @@ class Replayed:
 
     Args:
         graphs: how to capture; None does everything eagerly.
-        warm_ups: eager calls before the first capture. A key captured later needs one, as it uses much of the same.
+        warm_ups: eager calls, of any keys, before the first capture; each key needs one of its own.
 
     Attributes:
         replays: calls so far that replayed a graph.
@@ -79,7 +78,8 @@ class Replayed:
         self.replays = 0
         self._graphs = graphs
         self._warm_ups = warm_ups
-        self._done: Counter[Hashable] = Counter()
+        self._warm: set[Hashable] = set()
+        self._warmed = 0
         self._captured: dict[Hashable, Work] = {}
 
     def __call__(self, key: Hashable, work: Work) -> None:
@@ -88,8 +88,9 @@ class Replayed:
             work()
             return
         if key not in self._captured:
-            if self._done[key] < (1 if self._captured else self._warm_ups):
-                self._done[key] += 1
+            if key not in self._warm or self._warmed < self._warm_ups:
+                self._warm.add(key)
+                self._warmed += 1
                 self._graphs.warm_up(work)
                 return
             try:

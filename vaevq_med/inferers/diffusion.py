@@ -144,35 +144,46 @@ def generate_images(
     else:
         noise = torch.randn(count, *shape, generator=generator).to(device)
     guided = labels is not None and guidance_scale != 1
+    scale_factor = network.measured_scale_factor()
     predict = network if dtype is None else _in_type(network, device, dtype)
+    times = scheduler.timesteps.tolist()
     # Outermost, so that autocast keeps the weights that it casts until the last step.
     with torch.autocast(device.type, enabled=False):
         context = None if labels is None else labels.to(device)
-        latent = _denoised(predict, noise, context, scheduler, network.null_class, guidance_scale if guided else None)
-        latent = latent / network.measured_scale_factor()
+        null_class = network.null_class if guided else None
+        latent = denoised(predict, noise, context, scheduler, times, null_class, guidance_scale)
+        latent = latent / scale_factor
         return tokenizer.decode_stage_2_outputs(latent) if quantize else tokenizer.decode(latent)
 
 
-def _denoised(
+def denoised(
     predict: Callable[..., Tensor],
     latent: Tensor,
     labels: Tensor | None,
     scheduler: DDIMScheduler,
-    null_class: int,
-    guidance_scale: float | None,
+    times: Sequence[int],
+    null_class: int | None = None,
+    guidance_scale: float = 1.0,
 ) -> Tensor:
     """What DDIM makes of noise; MONAI's ``DiffusionInferer`` does the same but waits for the device at every step.
 
-    The times are known to the host, which looks up the schedule by them, and are copied to the device together.
+    Args:
+        predict: the network.
+        latent: noise, ``[B, D, h, w]``.
+        labels: ``[B]``, or None.
+        scheduler: of which a step is taken at each time, with its tables on the CPU.
+        times: its times, known to the host, which looks up the schedule by them; they go to the device together.
+        null_class: the label to contrast the others with; None for no guidance.
+        guidance_scale: of that contrast.
     """
-    if guidance_scale is not None:
-        assert labels is not None
+    guided = labels is not None and null_class is not None
+    if labels is not None and null_class is not None:
         labels = torch.cat([torch.full_like(labels, null_class), labels])  # [2 B]
-    times = scheduler.timesteps.to(device=latent.device, dtype=torch.float32)
-    for step, time in enumerate(scheduler.timesteps.tolist()):
-        inputs = latent if guidance_scale is None else torch.cat([latent, latent])
-        noise = predict(inputs, timesteps=times[step : step + 1], context=labels)
-        if guidance_scale is not None:
+    on_device = torch.tensor(times, dtype=torch.float32, device=latent.device)
+    for step, time in enumerate(times):
+        inputs = torch.cat([latent, latent]) if guided else latent
+        noise = predict(inputs, timesteps=on_device[step : step + 1], context=labels)
+        if guided:
             unconditional, conditional = noise.chunk(2)
             noise = guided_logits(conditional, unconditional, guidance_scale)  # [B, D, h, w]
         latent, _ = scheduler.step(noise, time, latent)
