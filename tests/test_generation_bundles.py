@@ -21,6 +21,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from PIL import Image
 from test_bundle import states_equal
 from test_distributed import gradients
+from test_static_steps import Recorder
 from test_tokens import encode, write_checkpoint
 
 from vaevq_med.data import TokenDataset, load_token_store
@@ -36,7 +37,7 @@ from vaevq_med.engines.generators import check_fit, decay_groups, evenly_spaced,
 from vaevq_med.engines.samples import picture_grid
 from vaevq_med.engines.sampling import resolve_labels
 from vaevq_med.errors import VaevqMedError
-from vaevq_med.inferers import draw_indices, generate_images, generate_indices, ldm_scheduler
+from vaevq_med.inferers import StepStore, draw_indices, generate_images, generate_indices, ldm_scheduler
 from vaevq_med.networks import LatentDiffusionUNet, LlamaGen
 
 KINDS = ("autoregressive", "diffusion")
@@ -578,6 +579,31 @@ def test_samples_depend_on_seed_and_number_alone(
     raw = tmp_path / "raw"
     run_bundle("generate.json", drawing(kind, weights="network", generated_dir=str(raw)))
     assert (raw / "000000.png").read_bytes() != (folder / "000000.png").read_bytes()
+
+
+def test_the_steps_of_a_gpu_serve_every_batch(
+    drawing: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Static steps, with a stand-in for the graphs: those of the first batch, captured once, draw the second too."""
+    folder = tmp_path / "generated"
+    overrides = drawing("autoregressive", num_samples=6, precision="fp32")
+    run_bundle("generate.json", overrides)
+    before = pictures(folder)
+    recorder = Recorder()
+    original = ImageSampler.__init__
+
+    def with_store(self: ImageSampler, **arguments: Any) -> None:
+        original(self, **arguments)
+        assert self.store is None  # on a CPU
+        self.store = StepStore(graphs=recorder)
+
+    monkeypatch.setattr(ImageSampler, "__init__", with_store)
+    run_bundle("generate.json", {**overrides, "generated_dir": str(tmp_path / "replayed")})
+    assert recorder.captures == 1
+    # What "auto" comes to is recorded, and on a CPU that is fp32.
+    monkeypatch.setattr(ImageSampler, "__init__", original)
+    run_bundle("generate.json", drawing("autoregressive", num_samples=6, generated_dir=str(tmp_path / "auto")))
+    assert pictures(tmp_path / "replayed") == pictures(tmp_path / "auto") == before
 
 
 def test_generation_goes_on_where_it_stood(

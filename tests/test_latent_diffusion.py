@@ -11,10 +11,12 @@ import pytest
 import torch
 from monai.inferers import LatentDiffusionInferer
 from test_networks import tokenizer
+from test_static_steps import Recorder
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vaevq_med.errors import VaevqMedError
+from vaevq_med.inferers import diffusion
 from vaevq_med.inferers.diffusion import generate_images, ldm_scheduler, set_ddim_steps
 from vaevq_med.losses.diffusion import DenoisingLoss
 from vaevq_med.networks.latent_diffusion import LatentDiffusionUNet
@@ -318,6 +320,52 @@ def test_the_steps_are_those_of_monai(guidance_scale: float, labeled: bool, num_
         verbose=False,
     )
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("labeled", [False, True])
+def test_replayed_passes_draw_the_same_images(dtype: torch.dtype | None, labeled: bool) -> None:
+    network, first_stage = small(), tokenizer()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(std=0.05)
+    labels = torch.tensor([0, 2]) if labeled else None
+
+    def draw(graphs: Recorder | None) -> Tensor:
+        options = {"grid_size": (8, 8), "num_steps": 8, "num_images": 2, "dtype": dtype}
+        generator = torch.Generator().manual_seed(0)
+        return generate_images(network, first_stage, labels, **options, generator=generator, graphs=graphs)
+
+    recorder = Recorder()
+    assert torch.equal(draw(recorder), draw(None))
+    assert (recorder.warm_ups, recorder.captures, recorder.replays) == (3, 1, 5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_graphs_on_a_gpu_draw_the_same_images(dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    network, first_stage = small().cuda(), tokenizer().cuda()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(std=0.05)
+    made = []
+
+    class Watched(diffusion.StaticPredictor):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(diffusion, "StaticPredictor", Watched)
+
+    def draw(graphs: Recorder | None) -> Tensor:
+        options = {"grid_size": (8, 8), "num_steps": 20, "dtype": dtype, "graphs": graphs, "quantize": False}
+        generator = torch.Generator().manual_seed(0)
+        return generate_images(network, first_stage, torch.tensor([0, 2]), **options, generator=generator)
+
+    found, eager = draw(None), draw(Recorder())
+    torch.testing.assert_close(found, eager, atol=1e-4, rtol=1e-4)
+    assert made[0].replayed.replays == 17
 
 
 def test_autocast_casts_the_weights_once_for_all_steps() -> None:

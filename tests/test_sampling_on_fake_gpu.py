@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from test_static_steps import Recorder
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vaevq_med.inferers.diffusion import denoised, ldm_scheduler
+from vaevq_med.inferers.diffusion import StaticPredictor, denoised, ldm_scheduler
 from vaevq_med.inferers.drawing import TokenRule, draw_indices, filter_logits
 from vaevq_med.inferers.static_steps import StaticSteps
 from vaevq_med.networks import LatentDiffusionUNet, LlamaGen
@@ -99,8 +100,9 @@ def test_filters_and_draws(top_k: int, top_p: float) -> None:
     assert moves == 0
 
 
+@pytest.mark.parametrize("replayed", [False, True])
 @pytest.mark.parametrize("guided", [False, True])
-def test_steps_of_ldm(guided: bool) -> None:
+def test_steps_of_ldm(guided: bool, replayed: bool) -> None:
     def run(num_steps: int) -> tuple[Any, int]:
         network = LatentDiffusionUNet(
             in_channels=4, num_classes=3, num_channels=32, channel_mult=(1, 1), num_res_blocks=1, cross_attention_dim=8
@@ -112,7 +114,8 @@ def test_steps_of_ldm(guided: bool) -> None:
         null_class = network.null_class if guided else None
         noise, labels = torch.randn(2, 4, 8, 8), torch.zeros(2, dtype=torch.int64)
         with Traffic() as traffic:
-            return denoised(network, noise, labels, scheduler, times, null_class, 1.5), traffic.moves
+            predict = StaticPredictor(network, Recorder()) if replayed else network
+            return denoised(predict, noise, labels, scheduler, times, null_class, 1.5), traffic.moves
 
     for num_steps in (1, 3):
         (latent, moves), _ = on_fake_gpu(lambda num_steps=num_steps: run(num_steps))

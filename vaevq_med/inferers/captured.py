@@ -96,7 +96,10 @@ class Replayed:
             try:
                 self._captured[key] = self._graphs.capture(work)
             except RuntimeError as error:
-                warnings.warn(f"no CUDA graph could be captured, and sampling goes on without: {error}", stacklevel=2)
+                warnings.warn(
+                    f"no CUDA graph could be captured, and sampling goes on without, at a lower speed: {error}",
+                    stacklevel=2,
+                )
                 self._graphs = None
                 self._captured.clear()
                 work()
