@@ -39,6 +39,19 @@ def output_of(reconstruction: Tensor, continuous: Tensor | None) -> TokenizerOut
     return TokenizerOutput(reconstruction, continuous, codes, None, quantizer)
 
 
+def check_one_pass(network: FeatureNetwork, batch: Tensor) -> None:
+    """Maps and vectors of one pass are those of a pass each."""
+    maps, pooled = network.layers_and_pooled(batch)
+    torch.testing.assert_close(maps, network.layers(batch))
+    torch.testing.assert_close(pooled, network.pooled(batch))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_maps_and_vectors_come_from_one_pass(lite: FeatureNetwork, channels: int) -> None:
+    with torch.no_grad():
+        check_one_pass(lite, images(0, channels))
+
+
 @pytest.mark.parametrize("name", sorted(WEIGHT_FILES))
 def test_missing_weights_say_what_goes_where(name: str) -> None:
     with pytest.raises(MissingWeightsError) as error:
@@ -107,6 +120,7 @@ def test_lpips_equals_its_own_package(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         reference = theirs.eval()(first, second).flatten()
         torch.testing.assert_close(ours.distance(first, second), reference, rtol=1e-5, atol=1e-6)
+        check_one_pass(ours, first)
     assert float(reference.min()) > 0
 
 
@@ -129,6 +143,7 @@ def test_radimagenet_takes_its_release_in_either_naming(prefix: str, tmp_path: P
     resnet.fc = torch.nn.Identity()
     with torch.no_grad():
         torch.testing.assert_close(network.pooled(images(0, 3)), resnet.eval()(images(0, 3)))
+        check_one_pass(network, images(0, 3))
 
 
 @pytest.mark.slow

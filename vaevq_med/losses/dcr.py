@@ -2,27 +2,75 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vaevq_med.errors import VaevqMedError
 from vaevq_med.losses.base import LossTerm
 from vaevq_med.outputs import TokenizerOutput
 
-_MIN_VARIANCE = 1e-14
-_PRODUCTS = 50
+# The largest standard deviation for which a codebook counts as one point.
+_MIN_SCALE = 1e-7
+# Directions narrower than this share of the codebook's whole extent get less than their full gradient.
+_MIN_SHARE = 1e-7
+# Steps between looks at the matrix itself: what its square has lost to rounding grows by 2.5^2 a step.
+_STEPS_A_PART = 6
+
+
+def _polar_steps(least: float) -> list[tuple[float, float]]:
+    """Factors (a, b) of ``s -> a s - b s^3``, which bring all s from ``least`` to 1 to 1 up to rounding.
+
+    Newton and Schulz's step ``(3 s - s^3) / 2``, of ``r s`` in place of s: r is best where both ends of the interval
+    go to the same place, ``r^2 = 3 / (1 + l + l^2)`` with l the lower end, but is kept where 1 does not go to 0.
+    """
+    steps = []
+    while 1 - least > 1e-15:
+        scale = min(1.67, math.sqrt(3 / (1 + least + least**2)))
+        a, b = 1.5 * scale, 0.5 * scale**3
+        steps.append((a, b))
+        least = min(a * least - b * least**3, a - b)
+    return steps
+
+
+_STEPS = _polar_steps(_MIN_SHARE)
+
+
+def _polar_factor(points: Tensor) -> Tensor:
+    """The polar factor U of ``X = U H``, H symmetric and positive, by a fixed number of products of matrices.
+
+    Of a singular value decomposition it is the left vectors times the right ones. No decomposition is taken, and the
+    host waits for nothing. Directions without extent stay 0 in U.
+
+    Args:
+        points: X, ``[..., K, D]`` in float64.
+    """
+    extent = torch.linalg.vector_norm(points, dim=(-2, -1), keepdim=True)
+    found = points / extent.clamp_min(_MIN_SCALE)
+    identity = torch.eye(points.shape[-1], dtype=points.dtype, device=points.device)
+    for start in range(0, len(_STEPS), _STEPS_A_PART):
+        square, product = found.mT @ found, identity  # [..., D, D], so that a step costs little whatever K is
+        for a, b in _STEPS[start : start + _STEPS_A_PART]:
+            step = a * identity - b * square
+            product = product @ step
+            square = step @ square @ step
+        found = found @ product
+    return found
 
 
 def gaussian_wasserstein2_to_standard(codebook: Tensor) -> Tensor:
     """Squared 2-Wasserstein distance of the codebook's Gaussian to N(0, I) (VAEVQ, arXiv 2511.06863, Eq. 11).
 
     ``||m||^2 + Tr S - 2 Tr S^(1/2) + D`` for the codewords' mean m and unbiased covariance S. Eq. 11 leaves out
-    Tr I = D, so that a standard normal codebook would read -D instead of 0; the gradient is the same. It is
-    ``I - S^(-1/2)`` by S, written down as such: that of eigenvectors is not finite where eigenvalues meet, at the
-    prior, the term's own minimum.
+    Tr I = D, so that a standard normal codebook would read -D instead of 0; the gradient is the same.
+
+    With X the centered codewords over ``sqrt(K - 1)``, ``S = X^T X`` and ``Tr S^(1/2)`` is the sum of X's singular
+    values, which is ``Tr U^T X`` for X's polar factor U: what depends on S is ``||X - U||^2 + D - ||U||^2``, and its
+    gradient ``2 (X - U)``, as if U were constant. It is bounded and accurate also where eigenvalues meet (at the
+    prior, the term's own minimum) or differ by 1e12, and a GPU's host does not wait for it, as it would for
+    eigenvalues. A direction without extent, such as with fewer codewords than dimensions, gets no gradient. There is
+    no second derivative.
 
     Several codebooks ``[G, K, D]`` that quantize channels of their own make a product distribution, whose squared
     distance is the sum of theirs.
@@ -46,53 +94,15 @@ def gaussian_wasserstein2_to_standard(codebook: Tensor) -> Tensor:
         )
     with torch.autocast(codebook.device.type, enabled=False):
         dtype = torch.promote_types(codebook.dtype, torch.float32)
-        # In fp32 the eigenvalues of a codebook that starts at U(-1/K, 1/K) drown in rounding.
+        # In fp32 the spread of a codebook that starts at U(-1/K, 1/K) drowns in rounding.
         codebook = codebook.double()
-        mean = codebook.mean(dim=-2)
-        centered = codebook - mean.unsqueeze(-2)
-        covariance = centered.mT @ centered / (codebook.shape[-2] - 1)
-        return (mean.square().sum() + _SquaredDistanceToIdentity.apply(covariance)).to(dtype)
-
-
-class _SquaredDistanceToIdentity(torch.autograd.Function):
-    """``Tr S - 2 Tr S^(1/2) + D`` of symmetric ``[..., D, D]``, summed."""
-
-    @staticmethod
-    def forward(ctx: Any, covariance: Tensor) -> Tensor:
-        root, inverse = (by_eigenvalues if covariance.device.type == "cpu" else by_products)(covariance)
-        ctx.save_for_backward(inverse)
-        traces = covariance.diagonal(dim1=-2, dim2=-1) - 2 * root.diagonal(dim1=-2, dim2=-1) + 1
-        return traces.sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> Tensor:
-        (inverse,) = ctx.saved_tensors
-        return upstream * (torch.eye(inverse.shape[-1], dtype=inverse.dtype, device=inverse.device) - inverse)
-
-
-def by_eigenvalues(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """``S^(1/2)`` and ``S^(-1/2)`` of symmetric float64 ``[..., D, D]``; variances below 1e-14 count as that."""
-    variances, vectors = torch.linalg.eigh(covariance)
-    deviations = variances.clamp_min(_MIN_VARIANCE).sqrt().unsqueeze(-2)
-    return (vectors * deviations) @ vectors.mT, (vectors / deviations) @ vectors.mT
-
-
-def by_products(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """The same up to rounding, of ``S + 1e-14 I``, by the coupled iteration of Newton and Schulz.
-
-    It takes a fixed number of matrix products, in each of which the root of a small eigenvalue grows by half: enough
-    for one of 1e-15 of the largest. An eigenvalue routine makes the host wait for the device to see whether it went
-    well.
-    """
-    identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
-    matrix = covariance + _MIN_VARIANCE * identity
-    scale = torch.linalg.matrix_norm(matrix, keepdim=True)  # of Frobenius, at least the largest eigenvalue
-    root, inverse = matrix / scale, identity.expand_as(matrix)
-    for _ in range(_PRODUCTS):
-        step = 1.5 * identity - 0.5 * inverse @ root
-        root, inverse = root @ step, step @ inverse
-    return root * scale.sqrt(), inverse * scale.rsqrt()
+        mean = codebook.mean(dim=-2, keepdim=True)
+        points = (codebook - mean) / math.sqrt(codebook.shape[-2] - 1)
+        with torch.no_grad():
+            polar = _polar_factor(points)
+            dimensions = codebook.shape[:-2].numel() * codebook.shape[-1]
+            without_extent = dimensions - polar.square().sum()
+        return (mean.square().sum() + (points - polar).square().sum() + without_extent).to(dtype)
 
 
 class DCRLoss(LossTerm):

@@ -50,6 +50,7 @@ class PerceptualLoss(LossTerm):
         with torch.no_grad():
             expected = self.features.layers(target)
         found = self.features.layers(torch.cat(reconstructions))
-        expected = [stage.repeat(len(reconstructions), 1, 1, 1) for stage in expected]
-        distances = self.features.compare(found, expected).chunk(len(reconstructions))
-        return combine([distance.mean() for distance in distances], self.path_reduction)
+        by_path = zip(*(stage.chunk(len(reconstructions)) for stage in found), strict=True)
+        # Path by path, so that the target's maps need not be repeated.
+        distances = [self.features.compare(maps, expected).mean() for maps in by_path]
+        return combine(distances, self.path_reduction)

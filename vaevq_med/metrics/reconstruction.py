@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from vaevq_med.precision import full_precision
 
@@ -35,8 +35,15 @@ def psnr_per_image(prediction: Tensor, target: Tensor) -> Tensor:
         prediction: ``[B, C, H, W]`` in [0, 1].
         target: of the same shape.
     """
-    value = peak_signal_noise_ratio(prediction, target, data_range=1.0, reduction="none", dim=(1, 2, 3))
-    return value.nan_to_num(posinf=MAX_PSNR).clamp(max=MAX_PSNR)
+    return _decibels((prediction - target).square().mean(dim=(1, 2, 3)))
+
+
+def _decibels(error: Tensor) -> Tensor:
+    """PSNR of mean squared errors; what is NaN stays so.
+
+    torchmetrics' own copies sizes to the device in each call, which the host waits for.
+    """
+    return (-10 * torch.log10(error)).clamp(max=MAX_PSNR)
 
 
 def ssim_per_image(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,9 +69,7 @@ def region_psnr(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
         target: of the same shape.
         mask: bool ``[B, H, W]``.
     """
-    error = region_mean((prediction - target).square().mean(dim=1), mask)
-    value = -10 * torch.log10(error)
-    return torch.where(value.isnan(), value, value.nan_to_num(posinf=MAX_PSNR).clamp(max=MAX_PSNR))
+    return _decibels(region_mean((prediction - target).square().mean(dim=1), mask))
 
 
 def region_mean(values: Tensor, mask: Tensor) -> Tensor:
