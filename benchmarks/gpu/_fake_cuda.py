@@ -11,6 +11,7 @@ import contextlib
 import functools
 import traceback
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -41,6 +42,10 @@ _SYNCHRONIZING = {
 """What waits for a GPU inside, without a number that reaches Python."""
 
 
+_INDEXING = {aten.index, aten.index_put, aten.index_put_}
+_LOOKED_AT = _SYNCHRONIZING | _INDEXING | {aten._local_scalar_dense, aten._to_copy, aten.copy_}
+CONTEXT = 2**29
+"""Bytes of a card that the driver, the libraries and their kernels take; they are not counted, but assumed."""
 _MOST_WAITS = 200
 
 
@@ -78,18 +83,41 @@ class FakeCuda(FakeTensorMode):
 
     Attributes:
         waits: how often a GPU would make the host wait, by the line of the package that asked, with the operation.
-        peak: the most bytes of fake CUDA memory that were held at once since :meth:`reset_peak`.
+        peak: the most bytes of fake CUDA memory that were held at once ; set it to ``held`` to start anew.
+        held: those that are held now.
     """
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
         self.waits: Counter[str] = Counter()
         self.in_backward = 0
+        self.held, self.peak = 0, 0
+        self._depth = 0
+        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     @property
     def avoid_device_init(self) -> bool:
         """Never ask for a real device, also where the pretended backend is registered."""
         return not torch.cuda.is_available()
+
+    def _count(self, tensor: Any) -> None:
+        """Count the memory of a result, once, until it is gone."""
+        if not isinstance(tensor, FakeTensor) or tensor.fake_device.type != "cuda":
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._storages:
+            return
+        # In the blocks of CUDA's allocator.
+        size = -(-storage.nbytes() // 512) * 512
+
+        def gone(_: Any) -> None:
+            self.held -= size
+            self._storages.pop(key, None)
+
+        self._storages[key] = weakref.ref(storage, gone)
+        self.held += size
+        self.peak = max(self.peak, self.held)
 
     def wait(self, what: str) -> None:
         """Note that the host would wait.
@@ -106,39 +134,59 @@ class FakeCuda(FakeTensorMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Answer what asks for a number, note what waits, and pass the rest on."""
+        if func is torch.ops.prim.device.default:
+            return _device_of(args[0])
         kwargs = dict(kwargs or {})
-        on_gpu = any(isinstance(leaf, FakeTensor) and leaf.fake_device.type == "cuda" for leaf in pytree.tree_leaves(args))
-        if func is aten._local_scalar_dense.default:
-            if on_gpu:
-                self.wait("item")
-            return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].dtype.is_floating_point else 1)
-        if on_gpu and func.overloadpacket in _SYNCHRONIZING:
-            self.wait(func.overloadpacket.__name__)
-            # The walk goes on with one element, so that a single walk finds all that waits.
-            if func is aten.nonzero.default:
-                with self:
-                    return torch.zeros(1, args[0].dim(), dtype=torch.int64, device=args[0].device)
-            if func is aten.masked_select.default:
-                with self:
-                    return args[0].flatten()[:1].clone()
-        if on_gpu and func.overloadpacket in (aten.index, aten.index_put, aten.index_put_) and _has_mask(args[1]):
-            # With a single number the GPU fills where the mask is set, which needs no size.
-            if func.overloadpacket is aten.index or args[2].dim():
-                self.wait("index by a mask")
-            if func.overloadpacket is aten.index:
-                with self:
-                    args = (args[0], _without_masks(args[1]), *args[2:])
+        packet = func.overloadpacket
+        if packet in _LOOKED_AT:
+            answer, args = self._look_at(func, packet, args, kwargs)
+            if answer is not None:
+                return answer
         # In a backward pass autograd's own formulas ask for tensors on the device that it was told of.
         if self.in_backward and kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "meta":
             kwargs["device"] = _CUDA
-        target = kwargs.get("device")
-        if func is aten._to_copy.default and target is not None and not kwargs.get("non_blocking"):
-            if torch.device(target).type != args[0].device.type:
+        self._depth += 1
+        try:
+            result = super().__torch_dispatch__(func, types, args, kwargs)
+        finally:
+            self._depth -= 1
+        # What an operation is made of, where torch knows its shapes by that, takes no memory on a GPU.
+        if self._depth == 0:
+            for leaf in result if isinstance(result, tuple | list) else (result,):
+                self._count(leaf)
+        return result
+
+    def _look_at(self, func: Any, packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """Note whether the operation waits; the answer to give, if it is not to run, and the arguments to run it with."""
+        if packet is aten._local_scalar_dense:
+            if args[0].device.type == "cuda":
+                self.wait("item")
+            return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].dtype.is_floating_point else 1), args
+        if packet in (aten._to_copy, aten.copy_):
+            # On a GPU a copy from memory that is not pinned waits too.
+            source, target = (args[0].device, kwargs.get("device")) if packet is aten._to_copy else (args[1].device, args[0].device)
+            waiting = not (kwargs.get("non_blocking") or (packet is aten.copy_ and len(args) > 2 and args[2]))
+            if target is not None and waiting and torch.device(target).type != source.type:
                 self.wait(f"copy to {torch.device(target).type}")
-        if func is aten.copy_.default and not (len(args) > 2 and args[2] or kwargs.get("non_blocking")):
-            if args[0].device.type != args[1].device.type:
-                self.wait(f"copy to {args[0].device.type}")
-        return super().__torch_dispatch__(func, types, args, kwargs)
+            return None, args
+        if args[0].device.type != "cuda":
+            return None, args
+        if packet in _SYNCHRONIZING:
+            self.wait(packet.__name__)
+            # The walk goes on with one element, so that a single walk finds all that waits.
+            with self:
+                if packet is aten.nonzero:
+                    return torch.zeros(1, args[0].dim(), dtype=torch.int64, device=args[0].device), args
+                if packet is aten.masked_select:
+                    return args[0].flatten()[:1].clone(), args
+        elif packet in _INDEXING and _has_mask(args[1]):
+            # A single number is filled in where the mask is set, which needs no size.
+            if packet is aten.index or args[2].dim():
+                self.wait("index by a mask")
+            if packet is aten.index:
+                with self:
+                    args = (args[0], _without_masks(args[1]), *args[2:])
+        return None, args
 
 
 def _device_of(tensor: FakeTensor) -> torch.device:
@@ -193,8 +241,12 @@ def _register_backend() -> None:
 
 
 @contextlib.contextmanager
-def fake_cuda(free: int = 24 * 2**30) -> Iterator[FakeCuda]:
-    """Inside, tensors are fake, and ``cuda`` is a device of compute capability 8.0 with so many bytes free."""
+def fake_cuda(card: int = 24 * 2**30) -> Iterator[FakeCuda]:
+    """Inside, tensors are fake, and ``cuda`` is a card of compute capability 8.0.
+
+    Args:
+        card: its memory in bytes, of which the driver's context takes half a GiB.
+    """
     mode = FakeCuda()
     dispatch = FakeTensor.__torch_dispatch__
     run_backward = torch.autograd._engine_run_backward
@@ -225,7 +277,7 @@ def fake_cuda(free: int = 24 * 2**30) -> Iterator[FakeCuda]:
     real_to_list: Callable[[Tensor], Any] = Tensor.tolist
     values: dict[str, Any] = {
         "get_device_capability": lambda *_: (8, 0),
-        "mem_get_info": lambda *_: (free, free),
+        "mem_get_info": lambda *_: (card - CONTEXT - mode.held, card),
         "memory_reserved": lambda *_: 0,
         "memory_allocated": lambda *_: 0,
         "empty_cache": lambda: None,
