@@ -274,6 +274,12 @@ def fake_cuda(card: int = 24 * 2**30) -> Iterator[FakeCuda]:
             values = [values] * size
         return values
 
+    def load(*args: Any, **kwargs: Any) -> Any:
+        # Files hold numbers; unpickling them into fake storages has ended in a segmentation fault.
+        with fake_tensor.unset_fake_temporarily():
+            return real_load(*args, **kwargs)
+
+    real_load = torch.load
     real_to_list: Callable[[Tensor], Any] = Tensor.tolist
     values: dict[str, Any] = {
         "get_device_capability": lambda *_: (8, 0),
@@ -291,6 +297,7 @@ def fake_cuda(card: int = 24 * 2**30) -> Iterator[FakeCuda]:
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         for name in ("get_rng_state", "set_rng_state"):
             stack.enter_context(mock.patch.object(torch, name, lambda *_: None))
+        stack.enter_context(mock.patch.object(torch, "load", load))
         stack.enter_context(mock.patch.object(Tensor, "tolist", to_list))
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _apply))
         if not torch.cuda.is_available():
