@@ -166,7 +166,7 @@ def test_the_default_step_fits_a_card_of_24_gb(fake: ModuleType) -> None:
     """Memory of the default training at its true size, GAN and perceptual loss on, in bf16."""
     table = importlib.import_module("memory_table")
     gib = 2**30
-    with fake.fake_cuda(card=25 * gib) as mode:
+    with fake.fake_cuda(card=25 * gib, count_memory=True) as mode:
         trainer = table.default_trainer(256)
         assert trainer.micro_batch_size == "auto"
         # Chooses the micro-batch; one part of a batch then has the peak of a whole one.

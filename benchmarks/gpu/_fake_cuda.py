@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import traceback
 import warnings
 import weakref
@@ -87,8 +88,9 @@ class FakeCuda(FakeTensorMode):
         held: those that are held now.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, count_memory: bool = False) -> None:
         super().__init__(allow_non_fake_inputs=True)
+        self._count_memory = count_memory
         self.waits: Counter[str] = Counter()
         self.in_backward = 0
         self.held, self.peak = 0, 0
@@ -151,7 +153,7 @@ class FakeCuda(FakeTensorMode):
         finally:
             self._depth -= 1
         # What an operation is made of, where torch knows its shapes by that, takes no memory on a GPU.
-        if self._depth == 0:
+        if self._count_memory and self._depth == 0:
             for leaf in result if isinstance(result, tuple | list) else (result,):
                 self._count(leaf)
         return result
@@ -235,19 +237,37 @@ class _NoHook(backend_registration._DummyPrivateUse1Hook):
 
 
 @functools.cache
-def _register_backend() -> None:
-    """An accelerator without devices: autograd's engine asks it, not CUDA's driver, for current streams."""
-    backend_registration._setup_privateuseone_for_python_backend("pretended", _NoBackend(), _NoHook())
+def _register_backend() -> tuple[Any, ...]:
+    """An accelerator without devices: autograd's engine asks it, not CUDA's driver, for current streams.
+
+    It stays until the process ends; torch keeps pointers to what is returned here.
+    """
+    parts = _NoBackend(), _NoHook(), backend_registration._DummyDeviceGuard()
+    backend_registration._setup_privateuseone_for_python_backend("pretended", *parts)
+    return parts
 
 
 @contextlib.contextmanager
-def fake_cuda(card: int = 24 * 2**30) -> Iterator[FakeCuda]:
+def _no_collection() -> Iterator[None]:
+    """Collect no garbage: in torch 2.14, that in the middle of a pass over fake tensors has ended in a crash."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextlib.contextmanager
+def fake_cuda(card: int = 24 * 2**30, count_memory: bool = False) -> Iterator[FakeCuda]:
     """Inside, tensors are fake, and ``cuda`` is a card of compute capability 8.0.
 
     Args:
         card: its memory in bytes, of which the driver's context takes half a GiB.
+        count_memory: keep ``held`` and ``peak``.
     """
-    mode = FakeCuda()
+    mode = FakeCuda(count_memory)
     dispatch = FakeTensor.__torch_dispatch__
     run_backward = torch.autograd._engine_run_backward
 
@@ -293,6 +313,7 @@ def fake_cuda(card: int = 24 * 2**30) -> Iterator[FakeCuda]:
         "set_rng_state": lambda *_: None,
     }
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_no_collection())
         for name, value in values.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         for name in ("get_rng_state", "set_rng_state"):

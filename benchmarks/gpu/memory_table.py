@@ -74,7 +74,7 @@ def main(
     print("| ---: |" + " ---: | ---: |" * len(sizes))
     cells: dict[int, list[str]] = {card: [f"{card} GB"] for card in cards}
     for size in sizes:
-        with fake_cuda() as mode:
+        with fake_cuda(count_memory=True) as mode:
             trainer = default_trainer(size)
             held = mode.held
             per_image, besides = kept(trainer, size)
