@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from vaevq_med.engines.base_trainer import autocast_dtype
 from vaevq_med.engines.micro_batches import check_micro_batch_size, fitting, saved_bytes
 from vaevq_med.errors import VaevqMedError
 from vaevq_med.networks import TrainingForward
+from vaevq_med.networks.lean_convolution import norm_swish
 from vaevq_med.networks.quantizers import MGVQ, ResidualQuantizer, VectorQuantizerEMA
 
 
@@ -27,6 +29,20 @@ def test_saved_bytes_are_those_that_autograd_keeps() -> None:
     x = torch.randn(4, 5, requires_grad=True)
     found = saved_bytes(lambda: layer(x.exp().relu()))
     assert found == 4 * (4 * 5 + 4 * 5 + 2 * 5)
+
+
+def test_counting_leaves_nothing_behind() -> None:
+    x = torch.randn(4, 5, requires_grad=True)
+    storages = []
+
+    def forward() -> torch.Tensor:
+        # The value of a custom function that keeps its input, and softmax's own result.
+        middle = x.softmax(dim=1)
+        storages.append(weakref.ref(middle.untyped_storage()))
+        return norm_swish(middle.view(1, 4, 5), nn.GroupNorm(2, 4)).exp()
+
+    assert saved_bytes(forward) > 0
+    assert [storage() for storage in storages] == [None]
 
 
 @pytest.mark.parametrize(("batch", "free", "expected"), [(32, 10**12, 32), (32, 0, 1), (7, 10**12, 7)])

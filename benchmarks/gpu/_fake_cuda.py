@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import traceback
 import warnings
 import weakref
@@ -23,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils import _pytree as pytree
 from torch.utils import backend_registration
 
 import vaevq_med
@@ -159,16 +157,19 @@ class FakeCuda(FakeTensorMode):
         return result
 
     def _look_at(self, func: Any, packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """Note whether the operation waits; the answer to give, if it is not to run, and the arguments to run it with."""
+        """Note whether the operation waits; give the answer, if it is not to run, and the arguments to run it with."""
         if packet is aten._local_scalar_dense:
             if args[0].device.type == "cuda":
                 self.wait("item")
             return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].dtype.is_floating_point else 1), args
         if packet in (aten._to_copy, aten.copy_):
             # On a GPU a copy from memory that is not pinned waits too.
-            source, target = (args[0].device, kwargs.get("device")) if packet is aten._to_copy else (args[1].device, args[0].device)
-            waiting = not (kwargs.get("non_blocking") or (packet is aten.copy_ and len(args) > 2 and args[2]))
-            if target is not None and waiting and torch.device(target).type != source.type:
+            if packet is aten._to_copy:
+                source, target, not_blocking = args[0].device, kwargs.get("device"), kwargs.get("non_blocking")
+            else:
+                source, target = args[1].device, args[0].device
+                not_blocking = kwargs.get("non_blocking") or (len(args) > 2 and args[2])
+            if target is not None and not not_blocking and torch.device(target).type != source.type:
                 self.wait(f"copy to {torch.device(target).type}")
             return None, args
         if args[0].device.type != "cuda":
@@ -195,10 +196,11 @@ def _device_of(tensor: FakeTensor) -> torch.device:
     """What C++ is told of a fake tensor's device.
 
     In a backward pass a fake CUDA tensor is on the meta device, for which autograd's engine needs no stream; before,
-    it has to be on the GPU, or autocast would leave it as it is.
+    and where a forward pass is repeated for its sake, it has to be on the GPU, or autocast would leave it as it is.
     """
     mode = tensor.fake_mode
-    in_backward = isinstance(mode, FakeCuda) and mode.in_backward and tensor.fake_device.type == "cuda"
+    engine = isinstance(mode, FakeCuda) and mode.in_backward and not torch.is_grad_enabled()
+    in_backward = engine and tensor.fake_device.type == "cuda"
     return _META if mode.in_kernel_invocation or in_backward else tensor.fake_device
 
 
@@ -218,6 +220,16 @@ def _apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: boo
             if buffer is not None:
                 part._buffers[name] = function(buffer)
     return module
+
+
+def _deepcopy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    """A copy of a fake tensor; torch's own copies the memory of its storage, which is none, and corrupts the heap."""
+    if id(tensor) not in memo:
+        with torch.no_grad():
+            value = tensor.clone()
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if is_parameter else value
+    return memo[id(tensor)]
 
 
 class _NoBackend(backend_registration._DummyBackendModule):
@@ -248,18 +260,6 @@ def _register_backend() -> tuple[Any, ...]:
 
 
 @contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Collect no garbage: in torch 2.14, that in the middle of a pass over fake tensors has ended in a crash."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@contextlib.contextmanager
 def fake_cuda(card: int = 24 * 2**30, count_memory: bool = False) -> Iterator[FakeCuda]:
     """Inside, tensors are fake, and ``cuda`` is a card of compute capability 8.0.
 
@@ -279,7 +279,8 @@ def fake_cuda(card: int = 24 * 2**30, count_memory: bool = False) -> Iterator[Fa
     def backward(*args: Any, **kwargs: Any) -> Any:
         mode.in_backward += 1
         try:
-            with torch.autograd.set_multithreading_enabled(False):
+            # The engine itself sets the mode no sooner than it has taken the first gradients.
+            with torch.no_grad(), torch.autograd.set_multithreading_enabled(False):
                 return run_backward(*args, **kwargs)
         finally:
             mode.in_backward -= 1
@@ -313,14 +314,14 @@ def fake_cuda(card: int = 24 * 2**30, count_memory: bool = False) -> Iterator[Fa
         "set_rng_state": lambda *_: None,
     }
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_no_collection())
         for name, value in values.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
         for name in ("get_rng_state", "set_rng_state"):
-            stack.enter_context(mock.patch.object(torch, name, lambda *_: None))
+            stack.enter_context(mock.patch.object(torch, name, return_value=None))
         stack.enter_context(mock.patch.object(torch, "load", load))
         stack.enter_context(mock.patch.object(Tensor, "tolist", to_list))
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _apply))
+        stack.enter_context(mock.patch.object(FakeTensor, "__deepcopy__", _deepcopy, create=True))
         if not torch.cuda.is_available():
             _register_backend()
             stack.enter_context(mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", bool))

@@ -1,8 +1,8 @@
 """How many images the default training takes at once on cards of several sizes, and its peak, counted without a GPU.
 
-``python benchmarks/gpu/memory_table.py`` walks steps of ``bundles/brats/train.json`` with the GAN on and in bf16 on fake
-CUDA tensors, in about a minute, and prints a Markdown table. Counted are the tensors that the host sees: workspaces of
-the libraries and the gaps between blocks come on top.
+``python benchmarks/gpu/memory_table.py`` walks steps of ``bundles/brats/train.json`` with the GAN on and in bf16 on
+fake CUDA tensors, in about a minute, and prints a Markdown table. Counted are the tensors that the host sees:
+workspaces of the libraries and the gaps between blocks come on top.
 """
 
 from __future__ import annotations

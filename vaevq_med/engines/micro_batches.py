@@ -60,7 +60,8 @@ def saved_bytes(forward: Callable[[], Any]) -> int:
         storage = tensor.untyped_storage()
         # A fake tensor's memory has no address.
         sizes[storage._cdata] = storage.nbytes()
-        return tensor
+        # Kept as it is, a layer's own result would hold the layer that keeps it, and neither would ever be freed.
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         held = forward()
