@@ -157,7 +157,11 @@ def test_a_generator_is_trained(fake: ModuleType, bundle: Path, overlay: Path | 
             values = torch.zeros(BATCH, *STORE["grid_size"], STORE["num_codebooks"], dtype=torch.int64)
         else:
             values = torch.zeros(BATCH, STORE["in_channels"], *STORE["grid_size"])
-        output = walk(mode, trainer, {trainer.loss.key: values, "label": labels}, 1)
+        batch = {trainer.loss.key: values, "label": labels}
+        # The first step brings the schedule's tables and the latents' scale to their places.
+        trainer.state.iteration = 1
+        trainer._iteration(trainer, batch)
+        output = walk(mode, trainer, batch, 2)
         assert output["loss"].device.type == "cuda"
         assert {term.device.type for term in tensors_of(trainer.state.terms)} == {"cuda"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -381,3 +382,25 @@ def test_autocast_casts_the_weights_once_for_all_steps() -> None:
         return counter.count
 
     assert casts(1) == casts(5) >= 1
+
+
+def test_the_scale_factor_is_read_again_where_it_was_written() -> None:
+    from torch.overrides import TorchFunctionMode
+
+    class Reads(TorchFunctionMode):
+        count = 0
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += getattr(func, "__name__", "") == "__float__"
+            return func(*args, **(kwargs or {}))
+
+    network = LatentDiffusionUNet(in_channels=4, num_channels=32, channel_mult=[1], cross_attention_dim=32)
+    first = network.set_scale_factor(torch.tensor([0.0, 1.0, 5.0]))
+    with Reads() as reads:
+        assert network.measured_scale_factor() == network.measured_scale_factor() == pytest.approx(first)
+    assert reads.count == 1
+    network.set_scale_factor(torch.tensor([0.0, 2.0, 10.0]))
+    assert network.measured_scale_factor() == pytest.approx(first / 2)
+    network.load_state_dict({**network.state_dict(), "scale_factor": torch.tensor(3.0)})
+    assert network.measured_scale_factor() == 3.0
+    assert copy.deepcopy(network).double().measured_scale_factor() == 3.0

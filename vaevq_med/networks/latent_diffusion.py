@@ -89,6 +89,7 @@ class LatentDiffusionUNet(nn.Module):
             cross_attention_dim=cross_attention_dim,
         )
         self.register_buffer("scale_factor", torch.tensor(math.nan))
+        self._read: tuple[Tensor | None, int | None, float] = (None, None, math.nan)
 
     @property
     def null_class(self) -> int:
@@ -118,7 +119,12 @@ class LatentDiffusionUNet(nn.Module):
         Raises:
             VaevqMedError: none was, or it is not above 0.
         """
-        factor = float(self.scale_factor)
+        # Read again only where it was written: to read it makes the host wait for a device.
+        version = None if self.scale_factor.is_inference() else self.scale_factor._version
+        known, known_version, factor = self._read
+        if known is not self.scale_factor or known_version != version or version is None:
+            factor = float(self.scale_factor)
+            self._read = self.scale_factor, version, factor
         if not (math.isfinite(factor) and factor > 0):
             found = "no scale factor" if math.isnan(factor) else f"the scale factor {factor:g}"
             raise VaevqMedError(f"found {found}; expected one measured in training, above 0")
