@@ -10,6 +10,7 @@ import torch
 from ignite.engine import Events
 from monai.engines import SupervisedEvaluator
 from monai.utils.enums import CommonKeys as Keys
+from torch import Tensor
 
 from vaevq_med.engines.base_evaluator import BaseEvaluator
 from vaevq_med.errors import VaevqMedError
@@ -58,13 +59,14 @@ class GeneratorEvaluator(BaseEvaluator):
         )
         self.loss = loss
         self.generator = torch.Generator()
-        self._sum, self._count = 0.0, 0
+        # On the device, in float64: to read it in each batch would make the host wait.
+        self._sum, self._count = torch.zeros((), dtype=torch.float64), 0
         self.add_event_handler(Events.EPOCH_COMPLETED, self._summarize)
 
     def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
         """Evaluate once; times and noise are the same at every call."""
         self.generator.manual_seed(self.seed)
-        self._sum, self._count = 0.0, 0
+        self._sum, self._count = torch.zeros((), dtype=torch.float64, device=self.state.device), 0
         super().run(global_epoch)
 
     def _iteration(self, engine: SupervisedEvaluator, batchdata: dict[str, Any]) -> dict[str, Any]:
@@ -73,13 +75,13 @@ class GeneratorEvaluator(BaseEvaluator):
         )
         self.loss.eval()
         with torch.no_grad(), self._autocast():
-            loss = float(self.inferer(values, self.loss, labels, self.generator))
-        self._sum += loss * len(values)
+            loss: Tensor = self.inferer(values, self.loss, labels, self.generator)
+        self._sum += loss.double() * len(values)
         self._count += len(values)
         return {Keys.LABEL: labels, Keys.LOSS: loss}
 
     def _summarize(self) -> None:
-        mean = self._sum / max(1, self._count)
+        mean = float(self._sum) / max(1, self._count)
         if not math.isfinite(mean):
             raise VaevqMedError(f"validation: found a loss of {mean}, expected a finite number")
         self.state.metrics.update(self.loss.figures(mean))
