@@ -27,9 +27,10 @@ import torch
 from _measure import copied_bytes_per_second, seconds_of
 from torch import Tensor, nn
 
-from vaevq_med.inferers import StepStore, draw_indices, generate_indices
-from vaevq_med.networks import LlamaGen
-from vaevq_med.networks.llamagen import PRESETS
+from vaevq_med.networks.generators.autoregressive import generate_indices
+from vaevq_med.networks.generators.drawing import draw_indices
+from vaevq_med.networks.generators.llamagen import PRESETS, LlamaGen
+from vaevq_med.networks.generators.static_steps import StepStore
 
 
 class StandIn:

@@ -41,11 +41,11 @@ from monai.transforms import (
 )
 from PIL import Image
 
-from vaevq_med.apps.phantom import Phantom
-from vaevq_med.apps.slice_extract import SliceExtract
-from vaevq_med.data.brats import Case, find_cases
-from vaevq_med.data.phantom import PhantomConfig
-from vaevq_med.data.recipes import Recipe, load_recipe
+from vaevq_med.prepare.phantom.subjects import PhantomConfig
+from vaevq_med.prepare.phantom.writer import Phantom
+from vaevq_med.prepare.recipes import Recipe, load_recipe
+from vaevq_med.prepare.volumes.find import Case, find_cases
+from vaevq_med.prepare.volumes.source import SliceExtract
 
 MIN_FOREGROUND = 0.05
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from monai.bundle import ConfigWorkflow
 
-from vaevq_med.engines import is_main
-from vaevq_med.losses import diffusion
+from vaevq_med.networks.generators import denoising as diffusion
 from vaevq_med.networks.posterior import DiagonalGaussian
+from vaevq_med.training.distributed import is_main
 
 
 def deterministic_sample(

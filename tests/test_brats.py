@@ -12,11 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vaevq_med.data.brats import CaseSearch, Source, find_cases, patient_of, read_cases
-from vaevq_med.data.labels import BRATS2021, BRATS2024, BRATS2024_PED, DECATHLON, LABEL_MAPS, label_map
-from vaevq_med.data.recipes import Recipe, SplitRule, load_recipe
-from vaevq_med.data.splits import count_patients, patient_position, read_split_file, split_by_file, split_by_hash
-from vaevq_med.errors import DataError, VaevqMedError
+from vaevq_med.core.errors import DataError, VaevqMedError
+from vaevq_med.images.splits import (
+    SplitRule,
+    count_patients,
+    patient_position,
+    read_split_file,
+    split_by_file,
+    split_by_hash,
+)
+from vaevq_med.prepare.recipes import Recipe, load_recipe
+from vaevq_med.prepare.volumes.find import CaseSearch, Source, find_cases, patient_of, read_cases
+from vaevq_med.prepare.volumes.labels import BRATS2021, BRATS2024, BRATS2024_PED, DECATHLON, LABEL_MAPS, label_map
 
 MODALITIES = ("t1n", "t1c", "t2w", "t2f")
 NAMES_2021 = {"t1n": "t1", "t1c": "t1ce", "t2w": "t2", "t2f": "flair", "seg": "seg"}

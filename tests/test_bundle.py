@@ -21,7 +21,8 @@ import torch
 from conftest import BUNDLE, toy_config
 from monai.bundle import ConfigParser, ConfigWorkflow
 
-from vaevq_med.engines import ConfigError, check_config, read_checkpoint
+from vaevq_med.trained.file import read_checkpoint
+from vaevq_med.training.config import ConfigError, check_config
 
 OVERLAYS = sorted(path.stem for path in (BUNDLE / "overlays").glob("*.json"))
 TERMS = ("reconstruction", "perceptual", "kl", "rcs", "dcr")
@@ -285,7 +286,7 @@ def test_check_config_names_the_nearest_id() -> None:
 
 
 def test_a_term_that_goes_bad_stops_the_run_and_keeps_the_checkpoint(toy_overrides: dict[str, Any]) -> None:
-    from vaevq_med.engines import TrainingError
+    from vaevq_med.training.base import TrainingError
 
     workflow = ConfigWorkflow(
         config_file=str(BUNDLE / "train.json"),
@@ -314,7 +315,7 @@ def test_a_term_that_goes_bad_stops_the_run_and_keeps_the_checkpoint(toy_overrid
 
 @pytest.mark.parametrize(("overlay", "factor"), [(None, 8), ("f4", 4), ("f16", 16)])
 def test_the_backbone_is_the_preset_of_its_factor(overlay: str | None, factor: int) -> None:
-    from vaevq_med.networks import vqgan_preset
+    from vaevq_med.networks.encoder import vqgan_preset
 
     parser = ConfigParser()
     overlays = [] if overlay is None else [str(BUNDLE / "overlays" / f"{overlay}.json")]
@@ -333,7 +334,7 @@ def test_a_device_may_be_a_plain_name(toy_overrides: dict[str, Any]) -> None:
 def test_several_processes_need_ddp(
     toy_overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("vaevq_med.engines.distributed.world_size", lambda: 2)
+    monkeypatch.setattr("vaevq_med.training.distributed.world_size", lambda: 2)
     with pytest.raises(SystemExit) as stopped:
         run_bundle("train.json", toy_overrides, run_id="training")
     assert stopped.value.code == 2
@@ -373,7 +374,8 @@ def test_a_resumed_run_takes_the_new_learning_rate_and_refuses_another_split(
 def test_nothing_in_a_checkpoint_runs(
     payload: dict[str, Any], trained: tuple[dict[str, Any], ConfigParser], tmp_path: Path
 ) -> None:
-    from vaevq_med.engines import CheckpointError, StoredTokenizer
+    from vaevq_med.trained.file import CheckpointError
+    from vaevq_med.trained.network import StoredTokenizer
 
     state = read_checkpoint(Path(trained[0]["output_dir"]) / "checkpoints" / "last.pt")
     state["config"] = json.dumps({**json.loads(state["config"]), "network_def": payload})
@@ -385,7 +387,7 @@ def test_nothing_in_a_checkpoint_runs(
 def test_a_checkpoint_of_another_format_is_refused(
     trained: tuple[dict[str, Any], ConfigParser], tmp_path: Path
 ) -> None:
-    from vaevq_med.engines import CheckpointError
+    from vaevq_med.trained.file import CheckpointError
 
     state = read_checkpoint(Path(trained[0]["output_dir"]) / "checkpoints" / "last.pt")
     torch.save({**state, "format": 99}, tmp_path / "new.pt")
@@ -396,7 +398,7 @@ def test_a_checkpoint_of_another_format_is_refused(
 def test_mlflow_points_survive_a_failing_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow import MlflowClient
 
-    from vaevq_med.engines import MLflowTracker
+    from vaevq_med.training.tracking import MLflowTracker
 
     tracker = MLflowTracker(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
     tracker.start_run()
@@ -411,7 +413,7 @@ def test_mlflow_points_survive_a_failing_server(tmp_path: Path, monkeypatch: pyt
 
 
 def _open_run(uri: str) -> str | None:
-    from vaevq_med.engines import MLflowTracker
+    from vaevq_med.training.tracking import MLflowTracker
 
     tracker = MLflowTracker(tracking_uri=uri, config={"set": {"network_def#variational": True}})
     tracker.start_run()

@@ -11,7 +11,7 @@ import pytest
 from conftest import BUNDLE
 from monai.bundle import ConfigParser
 
-from vaevq_med.engines import check_config
+from vaevq_med.training.config import check_config
 
 BRATS, IMAGENET = BUNDLE, BUNDLE.parent / "imagenet"
 MAKEFILE = BUNDLE.parents[1] / "Makefile"

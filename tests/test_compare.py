@@ -21,15 +21,16 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-from vaevq_med.apps.cli import app
-from vaevq_med.apps.compare import Compare
-from vaevq_med.apps.compare_cli import _status_table
-from vaevq_med.apps.comparison import rows as rows_module
-from vaevq_med.apps.comparison.plan import ABLATION, TITLES, Budget, Bundle, parse_integers, parse_methods
-from vaevq_med.apps.comparison.rows import STATE, RowState, call, error_line, last_line
-from vaevq_med.apps.workplace import Workplace
-from vaevq_med.engines import check_config, read_checkpoint
-from vaevq_med.errors import VaevqMedError
+from vaevq_med.cli.app import app
+from vaevq_med.cli.compare import _status_table
+from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.core.folder import Workplace
+from vaevq_med.study import rows as rows_module
+from vaevq_med.study.compare import Compare
+from vaevq_med.study.plan import ABLATION, TITLES, Budget, Bundle, parse_integers, parse_methods
+from vaevq_med.study.rows import STATE, RowState, call, error_line, last_line
+from vaevq_med.trained.file import read_checkpoint
+from vaevq_med.training.config import check_config
 
 
 def literal(text: str) -> Any:
@@ -320,7 +321,7 @@ def test_methods_of_the_same_overlays_and_other_settings_have_titles_of_their_ow
 
 
 def test_columns_of_the_same_title_are_all_drawn(tmp_path: Path) -> None:
-    from vaevq_med.metrics.pictures import comparison_grid
+    from vaevq_med.evaluation.pictures import comparison_grid
 
     images = torch.zeros(1, 1, 8, 8)
     widths = []
@@ -349,7 +350,7 @@ def test_both_bundles_can_be_compared(slice_dataset: Path, tmp_path: Path) -> No
     parser = ConfigParser()
     parser.read_config(flags(training)["config_file"])
     handlers = [handler["_target_"] for handler in parser.get()["train"]["handlers"]]
-    assert "vaevq_med.engines.RunSummary" in handlers
+    assert "vaevq_med.training.RunSummary" in handlers
     assert flags(evaluation)["config_file"] == str(BUNDLE.parent / "imagenet" / "evaluate.json")
 
 
@@ -511,7 +512,7 @@ def test_a_slurm_script_has_a_task_a_row(runner: Runner, slice_dataset: Path, tm
     assert "# task 3: vaevq seed 1" in script
     (line,) = (line for line in script.splitlines() if line.startswith("exec "))
     words = shlex.split(line.replace('"$SLURM_ARRAY_TASK_ID"', "1"))
-    assert words[1:5] == [sys.executable, "-m", "vaevq_med.apps.cli", "compare"]
+    assert words[1:5] == [sys.executable, "-m", "vaevq_med.cli.app", "compare"]
     done = CliRunner().invoke(app, words[4:])
     assert done.exit_code == 0, done.output
     assert runner.trained() == ["vaevq/seed_0"]

@@ -24,13 +24,14 @@ from test_generation_bundles import TOY
 from test_tokens import write_checkpoint
 from typer.testing import CliRunner
 
-from vaevq_med.apps.cli import app
-from vaevq_med.apps.compare_generation import CompareGeneration
-from vaevq_med.apps.comparison import rows as rows_module
-from vaevq_med.apps.comparison.plan import Budget
-from vaevq_med.apps.comparison.published import load_published
-from vaevq_med.engines import StoredTokenizer, read_checkpoint
-from vaevq_med.errors import VaevqMedError
+from vaevq_med.cli.app import app
+from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.study import rows as rows_module
+from vaevq_med.study.compare_generation import CompareGeneration
+from vaevq_med.study.plan import Budget
+from vaevq_med.study.published import load_published
+from vaevq_med.trained.file import read_checkpoint
+from vaevq_med.trained.network import StoredTokenizer
 
 VQ = {"_target_": "vaevq_med.networks.quantizers.VectorQuantizer", "num_embeddings": 32, "embedding_dim": 4}
 SOFTVQ = {"_target_": "vaevq_med.networks.quantizers.SoftVQ", "num_embeddings": 32, "embedding_dim": 4}

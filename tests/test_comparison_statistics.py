@@ -17,11 +17,12 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from vaevq_med.apps.comparison.figures import sweep_curves, utilization_bars
-from vaevq_med.apps.comparison.plan import Budget, Bundle, Method, Plan, Row
-from vaevq_med.apps.comparison.published import load_published
-from vaevq_med.apps.comparison.rows import RowResult
-from vaevq_med.apps.comparison.statistics import (
+from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.study.figures import sweep_curves, utilization_bars
+from vaevq_med.study.plan import Budget, Bundle, Method, Plan, Row
+from vaevq_med.study.published import load_published
+from vaevq_med.study.rows import RowResult
+from vaevq_med.study.statistics import (
     Images,
     best_against_next,
     bootstrap_interval,
@@ -30,8 +31,7 @@ from vaevq_med.apps.comparison.statistics import (
     smallest_p_value,
     wilcoxon,
 )
-from vaevq_med.apps.comparison.tables import Table, latex_text, make_table
-from vaevq_med.errors import VaevqMedError
+from vaevq_med.study.tables import Table, latex_text, make_table
 
 
 def images(values: list[float], patients: list[str] | None = None, metric: str = "psnr") -> Images:

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from monai.transforms import Compose, RandFlipd
 from PIL import Image
 
-from vaevq_med.data import LoadSliced, ResumableBatchSampler, SliceDataset, read_image, training_loader
-from vaevq_med.errors import DataError
+from vaevq_med.core.errors import DataError
+from vaevq_med.images.dataset import LoadSliced, ResumableBatchSampler, SliceDataset
+from vaevq_med.images.loading import training_loader
+from vaevq_med.images.pixels import read_image
 
 LABELS = {"whole_tumor": [1, 2, 3], "tumor_core": [1, 3], "enhancing_tumor": [3]}
 
@@ -181,7 +183,7 @@ def test_a_missing_or_damaged_file_is_one_line_that_names_it(
 def test_without_validation_patients_training_slices_are_validated_on(
     slice_dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from vaevq_med.engines import validation_split
+    from vaevq_med.evaluation.handler import validation_split
 
     assert validation_split(slice_dataset) == "validation"
     content = json.loads((slice_dataset / "dataset.json").read_text())

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from vaevq_med.apps import demo as demo_module
-from vaevq_med.apps.demo import Demo
-from vaevq_med.errors import VaevqMedError
+from vaevq_med.cli import demo as demo_module
+from vaevq_med.cli.demo import Demo
+from vaevq_med.core.errors import VaevqMedError
 
 
 class Done:

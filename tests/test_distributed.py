@@ -79,4 +79,4 @@ def test_two_processes_have_the_gradients_of_one(variant: str, toy_overrides: di
 
 
 def toy_load(overrides: dict[str, Any]) -> dict[str, Any]:
-    return {"_target_": "vaevq_med.data.LoadSliced", "image_size": overrides["image_size"], "in_channels": 1}
+    return {"_target_": "vaevq_med.images.LoadSliced", "image_size": overrides["image_size"], "in_channels": 1}

@@ -16,10 +16,10 @@ from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 from test_bundle import evaluation_overrides, run_bundle, states_equal
 
-from vaevq_med.engines import read_checkpoint
-from vaevq_med.errors import VaevqMedError
+from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.quantizers import VectorQuantizerEMA
 from vaevq_med.networks.quantizers.clusters import assignment_totals, draw_replacements
+from vaevq_med.trained.file import read_checkpoint
 
 
 def on_a_line(*codewords: float, **options: Any) -> VectorQuantizerEMA:

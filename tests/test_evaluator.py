@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vaevq_med.engines import TokenizerEvaluator
-from vaevq_med.metrics import ReconstructionEvaluation
-from vaevq_med.networks import Decoder, Encoder, VisualTokenizer
+from vaevq_med.evaluation.reconstruction import ReconstructionEvaluation
+from vaevq_med.networks.decoder import Decoder
+from vaevq_med.networks.encoder import Encoder
 from vaevq_med.networks.features import FeatureNetwork
 from vaevq_med.networks.quantizers import VectorQuantizer
+from vaevq_med.networks.tokenizer import VisualTokenizer
+from vaevq_med.training.tokenizer_evaluator import TokenizerEvaluator
 
 SHARED: dict[str, Any] = {
     "num_channels": 32,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_bundle import evaluation_overrides, run_bundle
 
-from vaevq_med.errors import VaevqMedError
+from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.quantizers import MGVQ, FactorizedQuantizer
 from vaevq_med.networks.quantizers.grouped import GroupedQuantizer
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from vaevq_med.errors import MissingWeightsError, VaevqMedError
+from vaevq_med.core.errors import MissingWeightsError, VaevqMedError
 from vaevq_med.losses.perceptual import PerceptualLoss
 from vaevq_med.networks.features import FeatureNetwork, feature_network
+from vaevq_med.networks.outputs import QuantizerOutput, TokenizerOutput
 from vaevq_med.networks.weights import WEIGHT_FILES, find_weights, read_weights
-from vaevq_med.outputs import QuantizerOutput, TokenizerOutput
 
 
 @pytest.fixture(autouse=True)

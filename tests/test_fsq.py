@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 from test_bundle import evaluation_overrides, run_bundle
 
-from vaevq_med.errors import VaevqMedError
-from vaevq_med.losses import DCRLoss
+from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.losses.dcr import DCRLoss
+from vaevq_med.networks.outputs import TokenizerOutput
 from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.quantizers import FSQ, IFSQ
-from vaevq_med.outputs import TokenizerOutput
 
 
 def column(*channels: float) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from test_factorized import quick, train_and_evaluate
 from torch import nn
 
-from vaevq_med.errors import VaevqMedError
+from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.quantizers import FVQ
 
 

@@ -11,12 +11,14 @@ from scipy.stats import kstest, norm
 from test_bundle import evaluation_overrides, run_bundle
 from torch import nn
 
-from vaevq_med.errors import VaevqMedError
-from vaevq_med.losses import AdversarialTerm, ReconstructionLoss, TokenizerObjective
+from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.losses.adversarial import AdversarialTerm
+from vaevq_med.losses.objective import TokenizerObjective
 from vaevq_med.losses.perceptual import PerceptualLoss
+from vaevq_med.losses.reconstruction import ReconstructionLoss
+from vaevq_med.networks.outputs import QuantizerOutput, TokenizerOutput
 from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.quantizers import GaussianQuantizer
-from vaevq_med.outputs import QuantizerOutput, TokenizerOutput
 
 
 def with_codewords(*codewords: list[float], groups: int = 1, assignment: str = "posterior") -> GaussianQuantizer:

@@ -24,21 +24,22 @@ from test_distributed import gradients
 from test_static_steps import Recorder
 from test_tokens import encode, write_checkpoint
 
-from vaevq_med.data import TokenDataset, load_token_store
-from vaevq_med.engines import (
-    GeneratorEvaluator,
-    ImageSampler,
-    SamplePlan,
-    StoredGenerator,
-    check_config,
-    read_checkpoint,
-)
-from vaevq_med.engines.generators import check_fit, decay_groups, evenly_spaced, tokens_validation_split
-from vaevq_med.engines.samples import picture_grid
-from vaevq_med.engines.sampling import resolve_labels
-from vaevq_med.errors import VaevqMedError
-from vaevq_med.inferers import StepStore, draw_indices, generate_images, generate_indices, ldm_scheduler
-from vaevq_med.networks import LatentDiffusionUNet, LlamaGen
+from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.generation.samples import picture_grid
+from vaevq_med.generation.sampling import ImageSampler, SamplePlan, resolve_labels
+from vaevq_med.networks.generators.autoregressive import generate_indices
+from vaevq_med.networks.generators.ddim import generate_images, ldm_scheduler
+from vaevq_med.networks.generators.drawing import draw_indices
+from vaevq_med.networks.generators.latent_diffusion import LatentDiffusionUNet
+from vaevq_med.networks.generators.llamagen import LlamaGen
+from vaevq_med.networks.generators.static_steps import StepStore
+from vaevq_med.tokens.store import TokenDataset, load_token_store
+from vaevq_med.trained.file import read_checkpoint
+from vaevq_med.trained.fit import check_fit
+from vaevq_med.trained.network import StoredGenerator
+from vaevq_med.training.config import check_config
+from vaevq_med.training.generator_evaluator import GeneratorEvaluator
+from vaevq_med.training.second_stage import decay_groups, evenly_spaced, tokens_validation_split
 
 KINDS = ("autoregressive", "diffusion")
 STORES = {"autoregressive": "indices", "diffusion": "latents"}
@@ -430,7 +431,7 @@ def test_two_processes_have_the_gradients_of_one(kind: str, stores: dict[str, Pa
 def test_several_processes_need_ddp(
     stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("vaevq_med.engines.distributed.world_size", lambda: 2)
+    monkeypatch.setattr("vaevq_med.training.distributed.world_size", lambda: 2)
     overrides = toy("autoregressive", stores["autoregressive"], tmp_path / "run")
     assert "generator_multi_gpu" in refusal("train_autoregressive.json", overrides, capsys)
 
@@ -438,7 +439,7 @@ def test_several_processes_need_ddp(
 def test_generation_takes_one_process(
     drawing: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("vaevq_med.engines.distributed.world_size", lambda: 2)
+    monkeypatch.setattr("vaevq_med.training.distributed.world_size", lambda: 2)
     assert "found 2 processes, expected one" in refusal("generate.json", drawing("autoregressive"), capsys)
 
 
@@ -751,7 +752,7 @@ def test_inpainting_keeps_what_the_box_does_not_touch(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from vaevq_med.networks import VisualTokenizer
+    from vaevq_med.networks.tokenizer import VisualTokenizer
 
     found: list[torch.Tensor] = []
     original = VisualTokenizer.decode_indices

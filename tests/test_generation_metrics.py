@@ -28,35 +28,21 @@ from torch.nn import functional as F
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from vaevq_med.apps import cli
-from vaevq_med.apps.evaluate_samples import EvaluateSamples, table
-from vaevq_med.apps.sample_neighbors import SampleNeighbors
-from vaevq_med.data.samples import find_samples, generation_record
-from vaevq_med.engines import SampleWriter, StoredTokenizer
-from vaevq_med.errors import VaevqMedError
-from vaevq_med.metrics import (
-    FeatureStatistics,
-    FrechetDistance,
-    NearestNeighbors,
-    ReferenceCache,
-    ReferenceFeatures,
-    extrapolate_frechet_distance,
-    frechet_distance,
-    inception_score,
-    memorization,
-    neighbors,
-    precision_recall,
-    statistics,
-)
+from vaevq_med.cli import app as cli
+from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.evaluation.neighbors import SampleNeighbors
+from vaevq_med.evaluation.samples import EvaluateSamples, table
+from vaevq_med.generation.samples import SampleWriter
+from vaevq_med.images.generated import find_samples, generation_record
+from vaevq_med.metrics import inception_score, memorization, neighbors, statistics
+from vaevq_med.metrics.frechet import FrechetDistance
 from vaevq_med.metrics.inception_score import score_splits
-from vaevq_med.metrics.memorization import (
-    Neighbors,
-    PixelSearch,
-    cosine_neighbors,
-    summarize_distances,
-    threshold_of,
-)
+from vaevq_med.metrics.memorization import Neighbors, PixelSearch, cosine_neighbors, summarize_distances, threshold_of
+from vaevq_med.metrics.neighbors import NearestNeighbors, precision_recall
+from vaevq_med.metrics.reference import ReferenceCache, ReferenceFeatures
+from vaevq_med.metrics.statistics import FeatureStatistics, extrapolate_frechet_distance, frechet_distance
 from vaevq_med.networks.features import feature_network
+from vaevq_med.trained.network import StoredTokenizer
 
 SIZE = 32
 COUNTS = {"training": 14, "validation": 6, "test": 6}
@@ -384,7 +370,7 @@ def command(folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.Monk
         used = network or Flat()
         if not draw_pairs:
             monkeypatch.setattr(SampleNeighbors, "write_picture", lambda self, path, generated: path.touch())
-        monkeypatch.setattr("vaevq_med.apps.evaluate_samples.feature_network", lambda name, weights: used)
+        monkeypatch.setattr("vaevq_med.evaluation.samples.feature_network", lambda name, weights: used)
         data, samples = folders
         settings = {"samples": samples, "dataset": data, "output": tmp_path / "out", "workers": 0, "device": "cpu"}
         return EvaluateSamples(**{**settings, **options}), used
@@ -435,7 +421,7 @@ def test_mirrored_copies_are_found_and_shown_so(
         path.touch()
         shown.update(columns=columns, titles=titles)
 
-    monkeypatch.setattr("vaevq_med.apps.sample_neighbors.neighbor_grid", keep)
+    monkeypatch.setattr("vaevq_med.evaluation.neighbors.neighbor_grid", keep)
     report = command(draw_pairs=True)[0].run()
     row = rows_of(report.output)["turned.png"]
     for space in ("feature", "pixel"):
@@ -468,7 +454,7 @@ def stored_blur(monkeypatch: pytest.MonkeyPatch, image_size: int = SIZE) -> None
         content_hash="sha256:blur",
         readout=None,
     )
-    monkeypatch.setattr("vaevq_med.apps.evaluate_samples.StoredTokenizer", lambda path: stored)
+    monkeypatch.setattr("vaevq_med.evaluation.samples.StoredTokenizer", lambda path: stored)
 
 
 def test_copies_that_the_tokenizer_blurred_are_found(

@@ -17,9 +17,9 @@ from conftest import trainer_of
 from ignite.engine import Events
 from torch import Tensor
 
-from vaevq_med.engines import read_checkpoint
-from vaevq_med.networks import VisualTokenizer
 from vaevq_med.networks.quantizers import base
+from vaevq_med.networks.tokenizer import VisualTokenizer
+from vaevq_med.trained.file import read_checkpoint
 
 DEVICE = os.environ.get("VAEVQ_TEST_DEVICE", "cuda")
 pytestmark = [

@@ -24,22 +24,16 @@ from monai.transforms import CenterSpatialCropd, Compose, RandFlipd, RandSpatial
 from PIL import Image
 from scipy.io import savemat
 
-from vaevq_med.apps import cli
-from vaevq_med.apps.bundle_pack import BundlePack
-from vaevq_med.data import (
-    LoadPhotograph,
-    LoadSliced,
-    RandResizedCropd,
-    ResizeShortSided,
-    SliceDataset,
-    image_store,
-    read_image,
-)
-from vaevq_med.data.ground_truth import read_ground_truth
-from vaevq_med.data.image_classes import check_ilsvrc, choose_classes
-from vaevq_med.data.imagenet import find_images
-from vaevq_med.errors import DataError
+from vaevq_med.cli import app as cli
+from vaevq_med.core.errors import DataError
+from vaevq_med.images.dataset import LoadSliced, SliceDataset
+from vaevq_med.images.pixels import LoadPhotograph, RandResizedCropd, ResizeShortSided, read_image
 from vaevq_med.networks.features import feature_network
+from vaevq_med.prepare.pictures import store as image_store
+from vaevq_med.prepare.pictures.classes import check_ilsvrc, choose_classes
+from vaevq_med.prepare.pictures.find import find_images
+from vaevq_med.prepare.pictures.ground_truth import read_ground_truth
+from vaevq_med.trained.pack import BundlePack
 
 BUNDLE = Path(__file__).resolve().parents[1] / "bundles" / "imagenet"
 CLASSES = ("n00000001", "n00000002", "n00000003")

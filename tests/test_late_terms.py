@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.overrides import TorchFunctionMode
 
-from vaevq_med.engines import TrainingError, exponential_moving_average
-from vaevq_med.engines.base_trainer import BaseTrainer
-from vaevq_med.engines.checkpoint import _load_optimizer
-from vaevq_med.engines.terms import Terms
+from vaevq_med.training.base import BaseTrainer, TrainingError
+from vaevq_med.training.checkpoint import _load_optimizer
+from vaevq_med.training.ema import exponential_moving_average
+from vaevq_med.training.terms import Terms
 
 
 class Reads(TorchFunctionMode):

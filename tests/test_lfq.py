@@ -11,7 +11,7 @@ from test_bundle import evaluation_overrides, run_bundle
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vaevq_med.errors import VaevqMedError
+from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.quantizers import LFQ
 from vaevq_med.networks.quantizers.lfq import bit_entropies
 

@@ -14,10 +14,12 @@ from monai.bundle import ConfigParser
 from torch import Tensor
 from torch.nn import functional
 
-from vaevq_med.errors import VaevqMedError
-from vaevq_med.inferers import draw_indices, filter_logits, generate_indices, guided_logits
-from vaevq_med.networks import LlamaGen, llamagen
-from vaevq_med.networks.llama_blocks import axial_rotations, rotate
+from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks.generators import llamagen
+from vaevq_med.networks.generators.autoregressive import generate_indices
+from vaevq_med.networks.generators.drawing import draw_indices, filter_logits, guided_logits
+from vaevq_med.networks.generators.llama_blocks import axial_rotations, rotate
+from vaevq_med.networks.generators.llamagen import LlamaGen
 
 HEIGHT, WIDTH, K = 2, 3, 11
 

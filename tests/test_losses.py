@@ -14,23 +14,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributions import Normal, kl_divergence
 
-from vaevq_med.errors import VaevqMedError
-from vaevq_med.losses import (
-    AdversarialTerm,
-    DCRLoss,
-    KLLoss,
-    QuantizerLoss,
-    RCSLoss,
-    ReconstructionLoss,
-    TokenizerObjective,
-    gaussian_wasserstein2_to_standard,
-    kl_to_standard_normal,
-    representation_coherence,
-)
-from vaevq_med.losses.adversarial import adaptive_weight, discriminator_loss, generator_loss
-from vaevq_med.losses.kl import content_mask
+from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.losses.adversarial import AdversarialTerm, adaptive_weight, discriminator_loss, generator_loss
+from vaevq_med.losses.dcr import DCRLoss, gaussian_wasserstein2_to_standard
+from vaevq_med.losses.kl import KLLoss, content_mask, kl_to_standard_normal
+from vaevq_med.losses.objective import TokenizerObjective
+from vaevq_med.losses.quantizer import QuantizerLoss
+from vaevq_med.losses.rcs import RCSLoss, representation_coherence
+from vaevq_med.losses.reconstruction import ReconstructionLoss
+from vaevq_med.networks.outputs import QuantizerOutput, TokenizerOutput
 from vaevq_med.networks.posterior import DiagonalGaussian
-from vaevq_med.outputs import QuantizerOutput, TokenizerOutput
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -17,9 +17,11 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from vaevq_med.errors import VaevqMedError
-from vaevq_med.metrics import CodebookUsage, FrechetDistance, ReconstructionEvaluation
-from vaevq_med.metrics.pictures import reconstruction_grid, usage_histogram
+from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.evaluation.pictures import reconstruction_grid, usage_histogram
+from vaevq_med.evaluation.reconstruction import ReconstructionEvaluation
+from vaevq_med.metrics.codebook import CodebookUsage
+from vaevq_med.metrics.frechet import FrechetDistance
 from vaevq_med.metrics.reconstruction import psnr_per_image, region_mean, region_psnr, ssim_per_image, to_unit
 from vaevq_med.networks.features import FeatureNetwork
 

@@ -16,7 +16,7 @@ from test_bundle import states_equal
 from test_factorized import quick, train_and_evaluate
 from test_quantizers import LargestTensor
 
-from vaevq_med.errors import VaevqMedError
+from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.quantizers import MGVQ, mgvq
 from vaevq_med.networks.quantizers.mgvq import draw_anchors
 

@@ -14,13 +14,12 @@ from monai.bundle import ConfigParser
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vaevq_med.engines import TrainingError
-from vaevq_med.engines.base_trainer import autocast_dtype
-from vaevq_med.engines.micro_batches import check_micro_batch_size, fitting, saved_bytes
-from vaevq_med.errors import VaevqMedError
-from vaevq_med.networks import TrainingForward
+from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.lean_convolution import norm_swish
 from vaevq_med.networks.quantizers import MGVQ, ResidualQuantizer, VectorQuantizerEMA
+from vaevq_med.networks.tokenizer import TrainingForward
+from vaevq_med.training.base import TrainingError, autocast_dtype
+from vaevq_med.training.micro_batches import check_micro_batch_size, fitting, saved_bytes
 
 
 def test_saved_bytes_are_those_that_autograd_keeps() -> None:
@@ -201,7 +200,7 @@ def test_an_item_that_does_not_fit_ends_training(toy_overrides: dict[str, Any]) 
 
 
 def test_auto_cuts_a_batch_that_is_too_large(toy_overrides: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from vaevq_med.engines import micro_batches
+    from vaevq_med.training import micro_batches
 
     # Nothing is free: one image at a time, and the discriminator's averages are as before the probe.
     monkeypatch.setattr(micro_batches, "free_bytes", lambda device: 0)
@@ -244,7 +243,7 @@ def test_an_image_of_the_default_step_stays_small() -> None:
 
 def test_no_more_is_tried_than_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph of a second image might end the process, on the CPU without an error that could be caught."""
-    from vaevq_med.engines import micro_batches
+    from vaevq_med.training import micro_batches
 
     tried: list[int] = []
 

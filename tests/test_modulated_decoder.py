@@ -11,11 +11,13 @@ from test_bundle import run_bundle
 from test_ema import evaluate
 from torch import Tensor, nn
 
-from vaevq_med.errors import VaevqMedError
-from vaevq_med.networks import Decoder, Encoder, ModulatedDecoder, VisualTokenizer, vqgan_preset
+from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.blocks import ResidualBlock
-from vaevq_med.networks.modulated_decoder import ModulatedNorm
+from vaevq_med.networks.decoder import Decoder
+from vaevq_med.networks.encoder import Encoder, vqgan_preset
+from vaevq_med.networks.modulated_decoder import ModulatedDecoder, ModulatedNorm
 from vaevq_med.networks.quantizers import SimVQ
+from vaevq_med.networks.tokenizer import VisualTokenizer
 
 SMALL: dict[str, Any] = {
     "num_channels": 8,

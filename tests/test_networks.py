@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from vaevq_med.errors import VaevqMedError
-from vaevq_med.networks import Decoder, Encoder, PatchDiscriminator, TrainingForward, VisualTokenizer, vqgan_preset
+from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.blocks import AttentionBlock, Downsample, ResidualBlock, Upsample
+from vaevq_med.networks.decoder import Decoder
+from vaevq_med.networks.discriminator import PatchDiscriminator
+from vaevq_med.networks.encoder import Encoder, vqgan_preset
 from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.quantizers import SimVQ, VectorQuantizer
-from vaevq_med.networks.tokenizer import released_estimator
+from vaevq_med.networks.tokenizer import TrainingForward, VisualTokenizer, released_estimator
 
 
 def count(module: nn.Module) -> float:
@@ -347,7 +349,11 @@ def test_monai_transformer_inferer_runs_unmodified() -> None:
 
 
 def test_gradients_reach_everything_that_is_trained() -> None:
-    from vaevq_med.losses import DCRLoss, KLLoss, RCSLoss, ReconstructionLoss, TokenizerObjective
+    from vaevq_med.losses.dcr import DCRLoss
+    from vaevq_med.losses.kl import KLLoss
+    from vaevq_med.losses.objective import TokenizerObjective
+    from vaevq_med.losses.rcs import RCSLoss
+    from vaevq_med.losses.reconstruction import ReconstructionLoss
 
     network = tokenizer().train()
     terms = {"reconstruction": ReconstructionLoss(), "kl": KLLoss(), "rcs": RCSLoss(), "dcr": DCRLoss()}

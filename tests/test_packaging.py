@@ -18,8 +18,8 @@ from monai.bundle import ckpt_export, onnx_export, verify_metadata, verify_net_i
 from test_bundle import evaluation_overrides, run_bundle
 from typer.testing import CliRunner
 
-from vaevq_med.apps.cli import app
-from vaevq_med.errors import VaevqMedError
+from vaevq_med.cli.app import app
+from vaevq_med.core.errors import VaevqMedError
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = {

@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from vaevq_med.apps import cli
-from vaevq_med.data import phantom, phantom_anatomy
-from vaevq_med.data.phantom import Label, PhantomConfig, PhantomScan, synthesize_subject, write_phantoms
-from vaevq_med.data.phantom_anatomy import deform, magnify, make_grid, smooth_noise
-from vaevq_med.errors import DataError, VaevqMedError
+from vaevq_med.cli import app as cli
+from vaevq_med.core.errors import DataError, VaevqMedError
+from vaevq_med.prepare.phantom import anatomy as phantom_anatomy
+from vaevq_med.prepare.phantom import subjects as phantom
+from vaevq_med.prepare.phantom.anatomy import deform, magnify, make_grid, smooth_noise
+from vaevq_med.prepare.phantom.subjects import Label, PhantomConfig, PhantomScan, synthesize_subject, write_phantoms
 
 SHAPE = (48, 56, 48)
 CONTRASTS = ("t1n", "t1c", "t2w", "t2f")

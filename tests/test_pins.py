@@ -17,8 +17,8 @@ import pytest
 import torch
 from conftest import trainer_of
 
-from vaevq_med.data.tokens import TokenDataset, load_token_store
-from vaevq_med.engines import StoredGenerator, StoredTokenizer
+from vaevq_med.tokens.store import TokenDataset, load_token_store
+from vaevq_med.trained.network import StoredGenerator, StoredTokenizer
 
 FOLDER = Path(__file__).resolve().parent / "fixtures"
 PINS = json.loads((FOLDER / "pins.json").read_text())
@@ -48,7 +48,7 @@ def test_a_checkpoint_keeps_its_hash_and_loads(name: str) -> None:
 
 @pytest.mark.parametrize("kind", ["indices", "latents"])
 def test_a_token_store_keeps_its_hash_and_its_values(kind: str, tmp_path: Path) -> None:
-    from vaevq_med.apps.encode_tokens import EncodeTokens
+    from vaevq_med.tokens.encode import EncodeTokens
 
     assert load_token_store(FOLDER / f"tokens_{kind}").content_hash == PINS["store"][kind]
     EncodeTokens(FOLDER / "simvq.pt", FOLDER / "slices", tmp_path / kind, kind=kind, workers=0, device="cpu").run()

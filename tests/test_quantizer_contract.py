@@ -9,7 +9,7 @@ import torch
 from monai.data import MetaTensor
 from quantizer_cases import CASES, Case
 
-from vaevq_med.errors import VaevqMedError
+from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks import quantizers
 from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.quantizers.base import CodebookQuantizer, Quantizer

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vaevq_med.errors import VaevqMedError
+from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.quantizers import SimVQ, VectorQuantizer, nearest, nearest_codeword
 from vaevq_med.networks.quantizers.base import CodebookQuantizer

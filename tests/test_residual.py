@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from vaevq_med.errors import VaevqMedError
+from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.quantizers import ResidualQuantizer, SimVQ, VectorQuantizer, VectorQuantizerEMA
 from vaevq_med.networks.quantizers.base import CodebookQuantizer

@@ -11,8 +11,8 @@ import pytest
 import torch
 from test_bundle import run_bundle
 
-from vaevq_med.engines import read_checkpoint
-from vaevq_med.engines.summary import peak_memory
+from vaevq_med.trained.file import read_checkpoint
+from vaevq_med.training.summary import peak_memory
 
 
 def test_a_resumed_run_goes_on_counting(toy_overrides: dict[str, Any]) -> None:

@@ -13,10 +13,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vaevq_med.inferers.diffusion import StaticPredictor, denoised, ldm_scheduler
-from vaevq_med.inferers.drawing import TokenRule, draw_indices, filter_logits
-from vaevq_med.inferers.static_steps import StaticSteps
-from vaevq_med.networks import LatentDiffusionUNet, LlamaGen
+from vaevq_med.networks.generators.ddim import StaticPredictor, denoised, ldm_scheduler
+from vaevq_med.networks.generators.drawing import TokenRule, draw_indices, filter_logits
+from vaevq_med.networks.generators.latent_diffusion import LatentDiffusionUNet
+from vaevq_med.networks.generators.llamagen import LlamaGen
+from vaevq_med.networks.generators.static_steps import StaticSteps
 
 
 class Traffic(TorchDispatchMode):

@@ -30,14 +30,17 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from vaevq_med.apps import cli, slice_extract, workplace
-from vaevq_med.data import read_image, slices
-from vaevq_med.data.manifest import load_manifest
-from vaevq_med.data.recipes import Recipe, load_recipe
-from vaevq_med.data.slices import resize_images, resize_labels
-from vaevq_med.data.transforms import nonzero_percentiles
-from vaevq_med.data.volumes import read_volume
-from vaevq_med.errors import DataError
+from vaevq_med.cli import app as cli
+from vaevq_med.core import folder as workplace
+from vaevq_med.core.errors import DataError
+from vaevq_med.images.manifest import load_manifest
+from vaevq_med.images.pixels import read_image
+from vaevq_med.images.volumes import read_volume
+from vaevq_med.prepare.recipes import Recipe, load_recipe
+from vaevq_med.prepare.volumes import slices
+from vaevq_med.prepare.volumes import source as slice_extract
+from vaevq_med.prepare.volumes.slices import resize_images, resize_labels
+from vaevq_med.prepare.volumes.transforms import nonzero_percentiles
 
 MODALITIES = ("t1n", "t1c", "t2w", "t2f")
 SHAPE = (24, 28, 20)
@@ -1022,7 +1025,7 @@ def test_the_number_of_workers_changes_no_byte(
 
 def test_a_killed_run_is_taken_up(many: tuple[Path, Path], extract: Callable[..., Outcome], tmp_path: Path) -> None:
     output = tmp_path / "out"
-    command = [sys.executable, "-m", "vaevq_med.apps.cli", "slice-extract", many[0], output, "--size", 192]
+    command = [sys.executable, "-m", "vaevq_med.cli.app", "slice-extract", many[0], output, "--size", 192]
     process = subprocess.Popen([str(part) for part in [*command, "--workers", 2]], stderr=subprocess.DEVNULL)
     end = time.monotonic() + 120
     while len(list((output / ".slices").glob("*.json"))) < 2:

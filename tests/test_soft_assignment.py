@@ -11,7 +11,7 @@ from scipy.special import entr, softmax
 from test_quantizers import LargestTensor
 from torch import Tensor
 
-from vaevq_med.errors import VaevqMedError
+from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.quantizers.soft_assignment import assignment_entropy, assignment_statistics, soft_codes
 
 T = 0.3

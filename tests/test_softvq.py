@@ -17,7 +17,7 @@ from test_bundle import evaluation_overrides, run_bundle
 from test_factorized import quick, train_and_evaluate
 from test_quantizers import LargestTensor
 
-from vaevq_med.errors import VaevqMedError
+from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.quantizers import SimVQ, SoftVQ, soft_assignment
 
 

@@ -14,9 +14,11 @@ import torch
 from test_llamagen import HEIGHT, WIDTH, K, grid, toy
 from torch import Tensor
 
-from vaevq_med.inferers import StepStore, captured, generate_indices
-from vaevq_med.inferers.captured import CudaGraphs, Replayed
-from vaevq_med.networks import LlamaGen
+from vaevq_med.networks.generators import captured
+from vaevq_med.networks.generators.autoregressive import generate_indices
+from vaevq_med.networks.generators.captured import CudaGraphs, Replayed
+from vaevq_med.networks.generators.llamagen import LlamaGen
+from vaevq_med.networks.generators.static_steps import StepStore
 
 BUCKET = 4
 """Narrower than a sequence of the tests, so that each crosses borders."""

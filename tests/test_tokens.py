@@ -20,16 +20,20 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.functional import ten_crop
 from typer.testing import CliRunner
 
-from vaevq_med.apps import cli, encode_tokens
-from vaevq_med.apps.encode_tokens import EncodeReport, EncodeTokens
-from vaevq_med.data import LoadSliced, SliceDataset, TokenDataset, load_token_store
-from vaevq_med.data.token_writer import STATE, TokenWriter
-from vaevq_med.data.tokens import index_type
-from vaevq_med.data.views import LoadViews, plan_views
-from vaevq_med.engines import StoredTokenizer
-from vaevq_med.errors import ItemError, VaevqMedError
-from vaevq_med.networks import Decoder, Encoder, ModulatedDecoder, VisualTokenizer
+from vaevq_med.cli import app as cli
+from vaevq_med.core.errors import ItemError, VaevqMedError
+from vaevq_med.images.dataset import LoadSliced, SliceDataset
+from vaevq_med.networks.decoder import Decoder
+from vaevq_med.networks.encoder import Encoder
+from vaevq_med.networks.modulated_decoder import ModulatedDecoder
 from vaevq_med.networks.quantizers.base import Quantizer
+from vaevq_med.networks.tokenizer import VisualTokenizer
+from vaevq_med.tokens import encode as encode_tokens
+from vaevq_med.tokens.encode import EncodeReport, EncodeTokens
+from vaevq_med.tokens.store import TokenDataset, index_type, load_token_store
+from vaevq_med.tokens.views import LoadViews, plan_views
+from vaevq_med.tokens.writer import STATE, TokenWriter
+from vaevq_med.trained.network import StoredTokenizer
 
 SMALL: dict[str, Any] = {
     "num_channels": 4,

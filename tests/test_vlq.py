@@ -13,11 +13,11 @@ from conftest import BUNDLE, toy_config
 from monai.bundle import ConfigParser
 from test_factorized import quick, train_and_evaluate
 
-from vaevq_med.errors import VaevqMedError
-from vaevq_med.losses import DCRLoss
-from vaevq_med.networks import TrainingForward
+from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.losses.dcr import DCRLoss
+from vaevq_med.networks.outputs import LossOutput, TokenizerOutput
 from vaevq_med.networks.quantizers import VectorQuantizer, VectorQuantizerEMA
-from vaevq_med.outputs import LossOutput, TokenizerOutput
+from vaevq_med.networks.tokenizer import TrainingForward
 
 # What toy sizes need beside what is the same for all.
 SIZES: dict[str, dict[str, Any]] = {

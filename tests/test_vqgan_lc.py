@@ -16,14 +16,15 @@ from test_ema import evaluate, quick
 from torch import nn
 from typer.testing import CliRunner
 
-from vaevq_med.apps.cli import app
-from vaevq_med.apps.feature_codebook import FeatureCodebook, StreamingClusters
-from vaevq_med.data import LoadPhotograph, SliceDataset
-from vaevq_med.engines import StoredTokenizer
-from vaevq_med.errors import DataError, VaevqMedError
+from vaevq_med.cli.app import app
+from vaevq_med.core.errors import DataError, VaevqMedError
+from vaevq_med.evaluation.codebook import FeatureCodebook, StreamingClusters
+from vaevq_med.images.dataset import SliceDataset
+from vaevq_med.images.pixels import LoadPhotograph
 from vaevq_med.networks.features import feature_network
 from vaevq_med.networks.quantizers import VQGANLC
 from vaevq_med.networks.quantizers.vqgan_lc import read_features
+from vaevq_med.trained.network import StoredTokenizer
 
 
 def saved(path: Path, table: Any) -> Path:

@@ -18,13 +18,13 @@ from monai.data import set_track_meta
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vaevq_med.errors import DataError
-from vaevq_med.resources import bundle_path
+from vaevq_med.core.errors import DataError
+from vaevq_med.core.resources import bundle_path
 
 
 def pack(dataset_dir: Path, output: Path, image_size: int, max_items: Mapping[str, int]) -> None:
     """Write a data set's training and test slices to one compressed ``.npz`` that travels to a GPU machine."""
-    from vaevq_med.data import LoadSliced, SliceDataset
+    from vaevq_med.images.dataset import LoadSliced, SliceDataset
 
     arrays: dict[str, np.ndarray] = {}
     for split, limit in max_items.items():

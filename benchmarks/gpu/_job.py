@@ -16,14 +16,16 @@ from _setting import Setting
 from ignite.engine import Events
 from torch import Tensor
 
-from vaevq_med.apps.encode_tokens import describe_tokenizer, encode_views
-from vaevq_med.data.token_writer import TokenWriter
-from vaevq_med.data.tokens import FORMAT, index_type
-from vaevq_med.engines import TokenizerEvaluator, TrainingCheckpoint
-from vaevq_med.inferers import generate_images, generate_indices
-from vaevq_med.metrics import ReconstructionEvaluation
-from vaevq_med.networks import VisualTokenizer
+from vaevq_med.evaluation.reconstruction import ReconstructionEvaluation
 from vaevq_med.networks.features import feature_network
+from vaevq_med.networks.generators.autoregressive import generate_indices
+from vaevq_med.networks.generators.ddim import generate_images
+from vaevq_med.networks.tokenizer import VisualTokenizer
+from vaevq_med.tokens.encode import describe_tokenizer, encode_views
+from vaevq_med.tokens.store import FORMAT, index_type
+from vaevq_med.tokens.writer import TokenWriter
+from vaevq_med.training.checkpoint import TrainingCheckpoint
+from vaevq_med.training.tokenizer_evaluator import TokenizerEvaluator
 
 _STEPS, _BROKEN_AT = 4, 2
 _SMALL_GENERATORS: dict[str, dict[str, Any]] = {

@@ -99,7 +99,7 @@ def sample_ldm(setting: Setting, batch: int) -> None:
     """Steps of LDM-4's network a second, and the share of the measured rate of bf16 products."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from vaevq_med.networks import LatentDiffusionUNet
+    from vaevq_med.networks.generators.latent_diffusion import LatentDiffusionUNet
 
     small = setting.small
     sizes: dict[str, Any] = {"in_channels": 64}

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from vaevq_med.losses.adversarial import adaptive_weight
 from vaevq_med.networks import blocks
-from vaevq_med.outputs import TokenizerOutput
-from vaevq_med.precision import full_precision
+from vaevq_med.networks.outputs import TokenizerOutput
+from vaevq_med.networks.precision import full_precision
 
 AT_ONCE = 8
 """Images that go through the network at once where rows are compared."""

@@ -171,7 +171,7 @@ class _Waits(TorchFunctionMode):
     values. Counters that stay on the CPU, of the optimizer's steps and the average's updates, are not among them.
     """
 
-    COUNTERS = ("optim/adam", "engines/ema")
+    COUNTERS = ("optim/adam", "training/ema")
 
     NAMES = frozenset(
         "item tolist cpu numpy __bool__ __int__ __float__ __index__ nonzero masked_select unique equal".split()

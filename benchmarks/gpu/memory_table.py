@@ -14,9 +14,9 @@ import typer
 from _fake_cuda import CONTEXT, FakeCuda, fake_cuda
 from monai.bundle import ConfigParser
 
-from vaevq_med.engines import TokenizerTrainer
-from vaevq_med.engines.micro_batches import _SHARE, fitting, saved_bytes, training_state_bytes
-from vaevq_med.resources import bundle_path
+from vaevq_med.core.resources import bundle_path
+from vaevq_med.training.micro_batches import _SHARE, fitting, saved_bytes, training_state_bytes
+from vaevq_med.training.tokenizer import TokenizerTrainer
 
 GIB = 2**30
 BATCH_SIZE = 32

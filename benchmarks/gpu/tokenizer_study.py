@@ -40,12 +40,13 @@ from _common import PackedSlices, configure, pack, prepare, write_json
 from _measure import hardware
 from _record import process_age
 
-from vaevq_med.engines import TokenizerEvaluator
+from vaevq_med.evaluation.reconstruction import ReconstructionEvaluation
+from vaevq_med.evaluation.report import EvaluationReport
 from vaevq_med.losses.kl import content_mask, kl_per_token
-from vaevq_med.metrics import EvaluationReport, ReconstructionEvaluation
 from vaevq_med.networks.features import feature_network
 from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.tokenizer import VisualTokenizer
+from vaevq_med.training.tokenizer_evaluator import TokenizerEvaluator
 
 ROWS = (
     "M0=ablation_m0",

@@ -1,21 +1,21 @@
-"""Volumes to slices, data sets of slices, and synthetic subjects."""
+"""Old addresses of what is now in ``images`` and ``tokens``."""
 
-from vaevq_med.data.dataset import REGIONS, LoadSliced, ResumableBatchSampler, SliceDataset
-from vaevq_med.data.images import LoadPhotograph, RandResizedCropd, ResizeShortSided, read_image
-from vaevq_med.data.loading import training_loader
-from vaevq_med.data.tokens import TokenDataset, TokenStore, load_token_store
+from vaevq_med.core.lazy import lazy
 
-__all__ = [
-    "REGIONS",
-    "LoadPhotograph",
-    "LoadSliced",
-    "RandResizedCropd",
-    "ResizeShortSided",
-    "ResumableBatchSampler",
-    "SliceDataset",
-    "TokenDataset",
-    "TokenStore",
-    "load_token_store",
-    "read_image",
-    "training_loader",
-]
+__getattr__, __dir__, __all__ = lazy(
+    __name__,
+    {
+        "LoadPhotograph": "vaevq_med.images.pixels",
+        "LoadSliced": "vaevq_med.images.dataset",
+        "REGIONS": "vaevq_med.images.dataset",
+        "RandResizedCropd": "vaevq_med.images.pixels",
+        "ResizeShortSided": "vaevq_med.images.pixels",
+        "ResumableBatchSampler": "vaevq_med.images.dataset",
+        "SliceDataset": "vaevq_med.images.dataset",
+        "TokenDataset": "vaevq_med.tokens.store",
+        "TokenStore": "vaevq_med.tokens.store",
+        "load_token_store": "vaevq_med.tokens.store",
+        "read_image": "vaevq_med.images.pixels",
+        "training_loader": "vaevq_med.images.loading",
+    },
+)

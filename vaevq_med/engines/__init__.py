@@ -1,95 +1,57 @@
-"""Trainer, evaluator and their handlers on MONAI's engines."""
+"""Old addresses of what is now in ``training``, ``trained``, ``evaluation`` and ``generation``."""
 
-from vaevq_med.engines.base_trainer import BaseTrainer, TrainingError, precision_name
-from vaevq_med.engines.checkpoint import CheckpointError, TrainingCheckpoint, read_checkpoint
-from vaevq_med.engines.config import ConfigError, check_config, current_config, initialize, run, shared
-from vaevq_med.engines.distributed import (
-    default_device,
-    is_main,
-    named_device,
-    rank,
-    stop_process_group,
-    synchronized,
-    world_size,
-)
-from vaevq_med.engines.ema import exponential_moving_average
-from vaevq_med.engines.evaluation import (
-    EvaluationHandler,
-    EvaluationTracker,
-    ValidationSummary,
-    evaluation_split,
-    label_map,
-    validation_split,
-)
-from vaevq_med.engines.evaluator import TokenizerEvaluator
-from vaevq_med.engines.generator_evaluator import GeneratorEvaluator
-from vaevq_med.engines.generator_trainer import GeneratorTrainer
-from vaevq_med.engines.generators import (
-    check_fit,
-    checked_learning_rate,
-    decay_groups,
-    evenly_spaced,
-    prepared_generator,
-    tokens_tags,
-    tokens_validation_split,
-)
-from vaevq_med.engines.predictions import PredictionWriter
-from vaevq_med.engines.progress import ProgressReporter
-from vaevq_med.engines.samples import SampleWriter
-from vaevq_med.engines.sampling import ImageSampler, SamplePlan, SamplingSettings
-from vaevq_med.engines.schedules import cosine_with_warmup
-from vaevq_med.engines.stored import StoredGenerator, StoredTokenizer
-from vaevq_med.engines.summary import RunSummary
-from vaevq_med.engines.tracking import MLflowTracker
-from vaevq_med.engines.trainer import TokenizerTrainer
+from vaevq_med.core.lazy import lazy
 
-__all__ = [
-    "BaseTrainer",
-    "CheckpointError",
-    "ConfigError",
-    "EvaluationHandler",
-    "EvaluationTracker",
-    "GeneratorEvaluator",
-    "GeneratorTrainer",
-    "ImageSampler",
-    "MLflowTracker",
-    "PredictionWriter",
-    "ProgressReporter",
-    "RunSummary",
-    "SamplePlan",
-    "SampleWriter",
-    "SamplingSettings",
-    "StoredGenerator",
-    "StoredTokenizer",
-    "TokenizerEvaluator",
-    "TokenizerTrainer",
-    "TrainingCheckpoint",
-    "TrainingError",
-    "ValidationSummary",
-    "check_config",
-    "check_fit",
-    "checked_learning_rate",
-    "cosine_with_warmup",
-    "current_config",
-    "decay_groups",
-    "default_device",
-    "evaluation_split",
-    "evenly_spaced",
-    "exponential_moving_average",
-    "initialize",
-    "is_main",
-    "label_map",
-    "named_device",
-    "precision_name",
-    "prepared_generator",
-    "rank",
-    "read_checkpoint",
-    "run",
-    "shared",
-    "stop_process_group",
-    "synchronized",
-    "tokens_tags",
-    "tokens_validation_split",
-    "validation_split",
-    "world_size",
-]
+__getattr__, __dir__, __all__ = lazy(
+    __name__,
+    {
+        "BaseTrainer": "vaevq_med.training.base",
+        "CheckpointError": "vaevq_med.trained.file",
+        "ConfigError": "vaevq_med.training.config",
+        "EvaluationHandler": "vaevq_med.evaluation.handler",
+        "EvaluationTracker": "vaevq_med.evaluation.handler",
+        "GeneratorEvaluator": "vaevq_med.training.generator_evaluator",
+        "GeneratorTrainer": "vaevq_med.training.generator",
+        "ImageSampler": "vaevq_med.generation.sampling",
+        "MLflowTracker": "vaevq_med.training.tracking",
+        "PredictionWriter": "vaevq_med.evaluation.predictions",
+        "ProgressReporter": "vaevq_med.training.progress",
+        "RunSummary": "vaevq_med.training.summary",
+        "SamplePlan": "vaevq_med.generation.sampling",
+        "SampleWriter": "vaevq_med.generation.samples",
+        "SamplingSettings": "vaevq_med.generation.sampling",
+        "StoredGenerator": "vaevq_med.trained.network",
+        "StoredTokenizer": "vaevq_med.trained.network",
+        "TokenizerEvaluator": "vaevq_med.training.tokenizer_evaluator",
+        "TokenizerTrainer": "vaevq_med.training.tokenizer",
+        "TrainingCheckpoint": "vaevq_med.training.checkpoint",
+        "TrainingError": "vaevq_med.training.base",
+        "ValidationSummary": "vaevq_med.evaluation.handler",
+        "check_config": "vaevq_med.training.config",
+        "check_fit": "vaevq_med.trained.fit",
+        "checked_learning_rate": "vaevq_med.training.second_stage",
+        "cosine_with_warmup": "vaevq_med.training.schedules",
+        "current_config": "vaevq_med.training.config",
+        "decay_groups": "vaevq_med.training.second_stage",
+        "default_device": "vaevq_med.trained.device",
+        "evaluation_split": "vaevq_med.evaluation.handler",
+        "evenly_spaced": "vaevq_med.training.second_stage",
+        "exponential_moving_average": "vaevq_med.training.ema",
+        "initialize": "vaevq_med.training.config",
+        "is_main": "vaevq_med.training.distributed",
+        "label_map": "vaevq_med.evaluation.handler",
+        "named_device": "vaevq_med.trained.device",
+        "precision_name": "vaevq_med.training.base",
+        "prepared_generator": "vaevq_med.training.second_stage",
+        "rank": "vaevq_med.training.distributed",
+        "read_checkpoint": "vaevq_med.trained.file",
+        "run": "vaevq_med.training.config",
+        "shared": "vaevq_med.training.config",
+        "stop_process_group": "vaevq_med.training.distributed",
+        "synchronized": "vaevq_med.training.distributed",
+        "tokens_tags": "vaevq_med.training.second_stage",
+        "tokens_validation_split": "vaevq_med.training.second_stage",
+        "validation_split": "vaevq_med.evaluation.handler",
+        "world_size": "vaevq_med.training.distributed",
+    },
+)

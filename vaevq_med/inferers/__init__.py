@@ -1,20 +1,23 @@
-"""Sampling from trained second-stage networks."""
+"""Old addresses of what is now in ``networks.generators``.
 
-from vaevq_med.inferers.autoregressive import generate_indices
-from vaevq_med.inferers.diffusion import check_ddim_steps, generate_images, ldm_scheduler, set_ddim_steps
-from vaevq_med.inferers.drawing import MAX_GUIDANCE, MIN_TEMPERATURE, draw_indices, filter_logits, guided_logits
-from vaevq_med.inferers.static_steps import StepStore
+The address of ``ldm_scheduler`` stands in the checkpoints of diffusion models, so that this one stays.
+"""
 
-__all__ = [
-    "MAX_GUIDANCE",
-    "MIN_TEMPERATURE",
-    "StepStore",
-    "check_ddim_steps",
-    "draw_indices",
-    "filter_logits",
-    "generate_images",
-    "generate_indices",
-    "guided_logits",
-    "ldm_scheduler",
-    "set_ddim_steps",
-]
+from vaevq_med.core.lazy import lazy
+
+__getattr__, __dir__, __all__ = lazy(
+    __name__,
+    {
+        "MAX_GUIDANCE": "vaevq_med.networks.generators.drawing",
+        "MIN_TEMPERATURE": "vaevq_med.networks.generators.drawing",
+        "StepStore": "vaevq_med.networks.generators.static_steps",
+        "check_ddim_steps": "vaevq_med.networks.generators.ddim",
+        "draw_indices": "vaevq_med.networks.generators.drawing",
+        "filter_logits": "vaevq_med.networks.generators.drawing",
+        "generate_images": "vaevq_med.networks.generators.ddim",
+        "generate_indices": "vaevq_med.networks.generators.autoregressive",
+        "guided_logits": "vaevq_med.networks.generators.drawing",
+        "ldm_scheduler": "vaevq_med.networks.generators.ddim",
+        "set_ddim_steps": "vaevq_med.networks.generators.ddim",
+    },
+)

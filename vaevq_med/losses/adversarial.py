@@ -7,9 +7,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vaevq_med.errors import VaevqMedError
+from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.losses.base import check_choice, paths
-from vaevq_med.outputs import TokenizerOutput
+from vaevq_med.networks.outputs import TokenizerOutput
 
 LOSSES = ("hinge", "non_saturating")
 GAN_PATHS = ("quantized", "continuous", "both", "mean_logits")

@@ -7,8 +7,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from vaevq_med.errors import VaevqMedError
-from vaevq_med.outputs import TokenizerOutput
+from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks.outputs import TokenizerOutput
 
 PATHS = ("both", "continuous")
 PATH_REDUCTIONS = ("sum", "mean")

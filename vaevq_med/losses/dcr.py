@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from vaevq_med.errors import VaevqMedError
+from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.losses.base import LossTerm
-from vaevq_med.outputs import TokenizerOutput
+from vaevq_med.networks.outputs import TokenizerOutput
 
 # The largest standard deviation for which a codebook counts as one point.
 _MIN_SCALE = 1e-7

@@ -11,9 +11,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from vaevq_med.errors import VaevqMedError
+from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.losses.base import LossTerm, check_choice
-from vaevq_med.outputs import TokenizerOutput
+from vaevq_med.networks.outputs import TokenizerOutput
 
 
 def kl_per_token(mean: Tensor, logvar: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vaevq_med.outputs import TokenizerOutput
+from vaevq_med.networks.outputs import TokenizerOutput
 
 
 def cut_at_reconstructions(output: TokenizerOutput) -> TokenizerOutput:

@@ -9,12 +9,12 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from vaevq_med.errors import VaevqMedError
+from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.losses.adversarial import AdversarialTerm, adaptive_weight
 from vaevq_med.losses.base import LossTerm, paths
 from vaevq_med.losses.kl import KLLoss
 from vaevq_med.losses.known_gradient import cut_at_reconstructions, gradients, with_gradient
-from vaevq_med.outputs import LossOutput, TokenizerOutput
+from vaevq_med.networks.outputs import LossOutput, TokenizerOutput
 
 # What VQGAN's adaptive weight measures the GAN's gradient against.
 _LIKELIHOOD_TERMS = ("reconstruction", "perceptual")

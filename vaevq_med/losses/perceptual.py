@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vaevq_med.losses.base import PATH_REDUCTIONS, PATHS, LossTerm, check_choice, combine, paths
 from vaevq_med.networks.features import feature_network
-from vaevq_med.outputs import TokenizerOutput
+from vaevq_med.networks.outputs import TokenizerOutput
 
 
 class PerceptualLoss(LossTerm):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vaevq_med.errors import VaevqMedError
+from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.losses.base import LossTerm, check_choice
-from vaevq_med.outputs import TokenizerOutput
+from vaevq_med.networks.outputs import TokenizerOutput
 
 
 def representation_coherence(

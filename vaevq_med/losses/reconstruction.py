@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vaevq_med.losses.base import PATH_REDUCTIONS, PATHS, LossTerm, check_choice, combine, paths
-from vaevq_med.outputs import TokenizerOutput
+from vaevq_med.networks.outputs import TokenizerOutput
 
 KINDS = ("l2", "l1", "calibrated")
 

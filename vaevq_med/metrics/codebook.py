@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vaevq_med.errors import VaevqMedError
-from vaevq_med.ranges import check_range
+from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks.ranges import check_range
 
 
 class CodebookUsage:

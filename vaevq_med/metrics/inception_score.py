@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vaevq_med.errors import VaevqMedError
+from vaevq_med.core.errors import VaevqMedError
 
 _PUBLISHED_SPLITS = 10
 _LEAST_OF_SPLIT = 1000

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vaevq_med.errors import VaevqMedError
+from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.metrics.neighbors import BLOCK_ELEMENTS, NearestNeighbors, unit_length
 
 LEVELS = 255

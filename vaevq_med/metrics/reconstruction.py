@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from vaevq_med.precision import full_precision
+from vaevq_med.networks.precision import full_precision
 
 MAX_PSNR = 100.0
 

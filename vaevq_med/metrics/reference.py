@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vaevq_med.errors import DataError
+from vaevq_med.core.errors import DataError
 from vaevq_med.metrics.statistics import FeatureStatistics
 
 _FORMAT = 1

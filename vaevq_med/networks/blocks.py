@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vaevq_med.errors import VaevqMedError
+from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.lean_convolution import norm_swish, norm_swish_convolution, upsampled_convolution
 
 _CONVOLUTIONS = {2: nn.Conv2d, 3: nn.Conv3d}

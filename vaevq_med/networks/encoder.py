@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vaevq_med.errors import VaevqMedError
+from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.blocks import (
     AttentionBlock,
     Downsample,

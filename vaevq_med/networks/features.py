@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vaevq_med.errors import MissingWeightsError, VaevqMedError
+from vaevq_med.core.errors import MissingWeightsError, VaevqMedError
 from vaevq_med.networks.weights import find_weights, read_weights, sha256_of
 
 NAMES = ("efficientnet-lite0", "vgg", "alex", "squeeze", "inception", "radimagenet")

@@ -14,7 +14,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor
 
-from vaevq_med.errors import VaevqMedError
+from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.blocks import Conditioned, check_channels, convolution, group_norm
 from vaevq_med.networks.decoder import Decoder
 

@@ -11,13 +11,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from vaevq_med.errors import VaevqMedError
+from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.decoder import Decoder
 from vaevq_med.networks.encoder import Encoder
 from vaevq_med.networks.modulated_decoder import ModulatedDecoder
+from vaevq_med.networks.outputs import Posterior, QuantizerOutput, TokenizerOutput
 from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.quantizers.base import Quantizer
-from vaevq_med.outputs import Posterior, QuantizerOutput, TokenizerOutput
 
 ESTIMATORS = ("straight_through", "released")
 

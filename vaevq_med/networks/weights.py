@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vaevq_med.errors import MissingWeightsError
+from vaevq_med.core.errors import MissingWeightsError
 
 WEIGHTS_DIR = Path("~/.cache/vaevq_med/weights")
 _OFFLINE = "offline alternative: efficientnet-lite0, which comes with the installation"

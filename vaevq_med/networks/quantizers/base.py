@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vaevq_med.errors import VaevqMedError
+from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks.outputs import Posterior, QuantizerOutput
 from vaevq_med.networks.quantizers.nearest import nearest_codeword
-from vaevq_med.outputs import Posterior, QuantizerOutput
-from vaevq_med.ranges import check_range
+from vaevq_med.networks.ranges import check_range
 
 ASSIGNMENTS = ("euclidean", "posterior")
 

@@ -20,10 +20,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vaevq_med.errors import VaevqMedError
+from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks.outputs import Posterior, QuantizerOutput
 from vaevq_med.networks.quantizers.base import CodebookQuantizer, FollowsLatents, rows
 from vaevq_med.networks.quantizers.clusters import assignment_totals, draw_replacements
-from vaevq_med.outputs import Posterior, QuantizerOutput
 
 
 class VectorQuantizerEMA(FollowsLatents, CodebookQuantizer):

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vaevq_med.errors import VaevqMedError
+from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks.outputs import Posterior, QuantizerOutput
 from vaevq_med.networks.quantizers.base import vq_losses
 from vaevq_med.networks.quantizers.grouped import GroupedQuantizer, look_up_groups
-from vaevq_med.outputs import Posterior, QuantizerOutput
 
 
 class FactorizedQuantizer(GroupedQuantizer):

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vaevq_med.errors import VaevqMedError
+from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks.outputs import Posterior, QuantizerOutput
 from vaevq_med.networks.quantizers.base import ASSIGNMENTS, Quantizer, rows
 from vaevq_med.networks.quantizers.nearest import nearest_codeword
-from vaevq_med.outputs import Posterior, QuantizerOutput
 
 
 class GaussianQuantizer(Quantizer):

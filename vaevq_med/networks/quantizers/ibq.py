@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vaevq_med.errors import VaevqMedError
+from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks.outputs import Posterior, QuantizerOutput
 from vaevq_med.networks.quantizers.base import Quantizer, look_up, rows, vq_losses
 from vaevq_med.networks.quantizers.soft_assignment import assignment_entropy, soft_codes
-from vaevq_med.outputs import Posterior, QuantizerOutput
 
 
 class IBQ(Quantizer):

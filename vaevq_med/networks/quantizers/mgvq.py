@@ -23,11 +23,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from vaevq_med.errors import VaevqMedError
+from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks.outputs import Posterior, QuantizerOutput
 from vaevq_med.networks.quantizers.base import FollowsLatents, rows, vq_losses
 from vaevq_med.networks.quantizers.clusters import from_first_process, is_distributed, number_from_first_process
 from vaevq_med.networks.quantizers.grouped import GroupedQuantizer, look_up_groups
-from vaevq_med.outputs import Posterior, QuantizerOutput
 
 # Probabilities held at once while anchors are drawn.
 _CHUNK = {"cpu": 2**19, "other": 2**22}

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vaevq_med.errors import VaevqMedError
+from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks.precision import full_precision
 from vaevq_med.networks.quantizers.distances import distances_of, scores_of
 from vaevq_med.networks.quantizers.nearest_fixed import nearer, nearest_of_block, nearest_of_unsettled, nearest_within
-from vaevq_med.precision import full_precision
 
 # Scores held at once when the caller does not say: a tile that stays in a CPU's cache, and one that fills a GPU.
 _DEFAULT_CHUNK = {"cpu": 2**20, "other": 2**24}

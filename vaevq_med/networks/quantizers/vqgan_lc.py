@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vaevq_med.errors import VaevqMedError
+from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.quantizers.base import CodebookQuantizer
 
 _MAKE = "vaevq-med feature-codebook DATASET {path} --num-embeddings {count}"

@@ -1,1 +1,0 @@
-"""The commands of ``vaevq-med``, one file each."""

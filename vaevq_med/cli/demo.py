@@ -1,0 +1,128 @@
+"""``vaevq-med demo``: synthetic subjects to an evaluated tokenizer, by the commands that a user would type."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.core.resources import bundle_path
+
+_MARK = ".vaevq_med_demo"
+_SHAPE = "91,109,91"
+_SMALL = ("--batch_size", "16", "--num_workers", "0")
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """What the demo ends with.
+
+    Attributes:
+        metrics: name to value, over the test split.
+        pictures: grids of reconstructions.
+        tracking_uri: where the MLflow run is.
+    """
+
+    metrics: dict[str, float]
+    pictures: list[Path]
+    tracking_uri: str
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Synthetic subjects, slices, training, evaluation; each a subprocess running the documented command.
+
+    Args:
+        output: folder of everything that the demo writes; a folder of an earlier demo is replaced.
+        subjects: synthetic subjects.
+        epochs: epochs to train; None takes the overlay's.
+        seed: seed of the subjects and of the training.
+        announce: called with each step's title and command line.
+    """
+
+    output: Path
+    subjects: int = 6
+    epochs: int | None = None
+    seed: int = 0
+    announce: Callable[[str, str], None] = field(default=lambda title, command: None)
+
+    def run(self) -> DemoReport:
+        """Run the steps.
+
+        Raises:
+            VaevqMedError: the output folder holds something else, or a step failed.
+        """
+        self._make_output()
+        volumes, slices, trained = self.output / "volumes", self.output / "slices", self.output / "run"
+        tracking_uri = f"sqlite:///{(self.output / 'mlflow.db').as_posix()}"
+        root = bundle_path("brats")
+        tool = [sys.executable, "-m", "vaevq_med.cli.app"]
+        bundle = [sys.executable, "-m", "monai.bundle", "run"]
+        shared = ["--dataset_dir", str(slices), "--output_dir", str(trained), "--tracking_uri", tracking_uri]
+        self._call(
+            "Synthetic subjects",
+            [
+                *[*tool, "phantom", str(volumes), "--subjects", str(self.subjects)],
+                *["--seed", str(self.seed), "--shape", _SHAPE],
+            ],
+        )
+        splits = self.output / "splits.json"
+        splits.write_text(json.dumps(self._splits(volumes), indent=2) + "\n")
+        self._call(
+            "Slices",
+            [*tool, "slice-extract", str(volumes), str(slices), "--size", "64", "--split-file", str(splits)],
+        )
+        overlay = f"['{root / 'train.json'}','{root / 'overlays' / 'demo.json'}']"
+        epochs = [] if self.epochs is None else ["--max_epochs", str(self.epochs)]
+        self._call(
+            "Training",
+            [*bundle, "training", "--config_file", overlay, *shared, "--seed", str(self.seed), *epochs],
+        )
+        self._call(
+            "Evaluation",
+            [*bundle, "evaluating", "--config_file", str(root / "evaluate.json"), *shared, *_SMALL],
+        )
+        return self._report(trained / "evaluation" / "test", tracking_uri)
+
+    def _make_output(self) -> None:
+        if self.output.exists() and any(self.output.iterdir()):
+            if not (self.output / _MARK).is_file():
+                raise VaevqMedError(
+                    f"{self.output}: found a folder that the demo did not make, expected none, an empty one, or "
+                    "that of an earlier demo; name another with --output"
+                )
+            shutil.rmtree(self.output)
+        self.output.mkdir(parents=True, exist_ok=True)
+        (self.output / _MARK).touch()
+
+    @staticmethod
+    def _splits(volumes: Path) -> dict[str, str]:
+        """The last patient for test, the one before for validation, the others for training."""
+        patients = sorted({folder.name.rsplit("-", 1)[0] for folder in volumes.iterdir() if folder.is_dir()})
+        if len(patients) < 3:
+            raise VaevqMedError(f"found {len(patients)} synthetic patients, expected at least 3")
+        splits = dict.fromkeys(patients, "training")
+        splits[patients[-1]], splits[patients[-2]] = "test", "validation"
+        return splits
+
+    def _call(self, title: str, command: list[str]) -> None:
+        self.announce(title, shlex.join([Path(command[0]).name, *command[1:]]))
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
+        status = subprocess.run(command, env=environment, check=False).returncode
+        if status != 0:
+            raise VaevqMedError(f"the step {title!r} ended with exit code {status}, expected 0; see its output above")
+
+    @staticmethod
+    def _report(folder: Path, tracking_uri: str) -> DemoReport:
+        record: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
+        overall = record["summary"]["overall"]
+        metrics = {name: float(value["value"]) for name, value in overall.items()}
+        return DemoReport(metrics, sorted(folder.glob("*.png")), tracking_uri)

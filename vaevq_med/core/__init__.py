@@ -1,0 +1,1 @@
+"""What every room uses and no image is known to: errors, resources, jobs, folders."""

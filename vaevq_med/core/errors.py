@@ -1,0 +1,39 @@
+"""Errors that a user can act on: one line, without a traceback, from the command line."""
+
+
+class VaevqMedError(Exception):
+    """An expected failure; its message says what was found and what was expected, in one line."""
+
+
+class MissingWeightsError(VaevqMedError):
+    """The weights of a feature network are not on this machine."""
+
+
+class DataError(VaevqMedError):
+    """A data set, or a file of one, is not what was expected."""
+
+
+class ItemError(DataError):
+    """An item of a data set cannot be read, in this process or in one that a ``DataLoader`` started.
+
+    Of an error in a worker, PyTorch keeps the class and the text of the traceback, and calls the class with that text:
+    the message is what the text ends with.
+
+    Args:
+        message: what was found and expected, or the text of a traceback that ends with it.
+    """
+
+    def __init__(self, message: str) -> None:
+        _, _, said = message.rpartition(f"{type(self).__module__}.{type(self).__qualname__}: ")
+        super().__init__(" ".join(said.split("\n")).strip())
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """The first error of a chain of causes, or the first of this package on the way to it."""
+    while True:
+        if isinstance(error, VaevqMedError):
+            return error
+        cause = error.__cause__ or error.__context__
+        if cause is None:
+            return error
+        error = cause

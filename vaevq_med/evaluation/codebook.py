@@ -1,0 +1,319 @@
+"""``vaevq-med feature-codebook``: cluster a feature network's features of the training images, for VQGAN-LC.
+
+Source: VQGAN-LC (arXiv 2406.11837), which averages CLIP's patch features over a grid and clusters those of each class
+apart, so that a class of few images has as many codewords as one of many.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from monai.data import DataLoader
+from monai.transforms import CenterSpatialCropd, Compose, EnsureTyped
+from numpy.typing import NDArray
+
+from vaevq_med.core.errors import DataError, VaevqMedError
+from vaevq_med.core.jobs import check_workers
+from vaevq_med.images.dataset import SliceDataset
+from vaevq_med.images.pixels import LoadPhotograph, ResizeShortSided
+from vaevq_med.networks.features import FeatureNetwork, feature_network
+from vaevq_med.trained.device import named_device
+
+Features = NDArray[np.float32]
+_START = 3
+"""Features a center that the centers are drawn from at first."""
+_STEP = 1024
+"""Features of an update, at least."""
+
+
+@dataclass(frozen=True)
+class FeatureCodebookReport:
+    """What a run wrote.
+
+    Attributes:
+        output: the file.
+        images: training images looked at.
+        features: features clustered.
+        classes: centers of each class; empty where all images were clustered together.
+        num_embeddings: K.
+        num_features: F.
+        distinct: centers that differ from one another.
+    """
+
+    output: Path
+    images: int
+    features: int
+    classes: dict[str, int]
+    num_embeddings: int
+    num_features: int
+    distinct: int
+
+
+class StreamingClusters:
+    """K-means over features that come in portions; it holds no more than a few features a center.
+
+    The centers start by k-means++ among the first three features a center and move by mini-batches
+    (scikit-learn's ``MiniBatchKMeans``), each feature seen once.
+
+    Args:
+        num_clusters: number of centers.
+        seed: seed of the start.
+    """
+
+    def __init__(self, num_clusters: int, seed: int = 0) -> None:
+        from sklearn.cluster import MiniBatchKMeans
+
+        self.num_clusters = num_clusters
+        self.model = MiniBatchKMeans(n_clusters=num_clusters, random_state=seed, n_init=1)
+        self.waiting: list[Features] = []
+        self.count = 0
+
+    @property
+    def _portion(self) -> int:
+        """Features that the next update waits for."""
+        return max(_STEP, self.num_clusters if hasattr(self.model, "cluster_centers_") else _START * self.num_clusters)
+
+    def add(self, features: Features) -> None:
+        """Take ``[N, F]`` features."""
+        self.waiting.append(features)
+        self.count += len(features)
+        while sum(map(len, self.waiting)) >= self._portion:
+            joined = np.concatenate(self.waiting)
+            portion, rest = joined[: self._portion], joined[self._portion :]
+            self.waiting = [rest]
+            self._update(portion)
+
+    def _update(self, portion: Features) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of fewer distinct features than centers, which the report counts
+            self.model.partial_fit(portion)
+
+    def centers(self) -> Features:
+        """The centers ``[num_clusters, F]``.
+
+        Raises:
+            DataError: there were fewer features than centers.
+        """
+        if self.count < self.num_clusters:
+            raise DataError(f"found {self.count} features, expected at least {self.num_clusters}, one a codeword")
+        rest = np.concatenate(self.waiting)
+        if len(rest):
+            self.waiting = [rest[:0]]
+            self._update(rest)
+        return np.asarray(self.model.cluster_centers_, dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class FeatureCodebook:
+    """Cluster the features of a data set's training images into a codebook.
+
+    The images are brought to a square of ``image_size`` pixels; the network's deepest feature map is averaged over
+    ``grid x grid`` cells, each of which is one feature.
+
+    Attributes:
+        dataset: folder of ``dataset.json``.
+        output: file to write, ``.npz``.
+        num_embeddings: K, codewords in all.
+        network: name of the feature network.
+        weights: file of its weights, where it is not in a usual place.
+        grid: cells along each axis.
+        image_size: pixels along each axis.
+        per_class: cluster the images of each class apart (contrasts of an MRI, classes of ImageNet), K shared evenly.
+        max_items: look at this many images at most, evenly spaced; None looks at all.
+        batch_size: images at once.
+        workers: processes that read images; 0 reads in this one, None takes one a core.
+        seed: seed of the order of the images and of the centers.
+        device: where the network runs; None takes the GPU where there is one.
+    """
+
+    dataset: Path
+    output: Path
+    num_embeddings: int
+    network: str = "efficientnet-lite0"
+    weights: Path | None = None
+    grid: int = 8
+    image_size: int = 256
+    per_class: bool = True
+    max_items: int | None = None
+    batch_size: int = 32
+    workers: int | None = None
+    seed: int = 0
+    device: str | None = None
+
+    def run(
+        self,
+        *,
+        on_start: Callable[[int], None] = lambda total: None,
+        on_images: Callable[[int], None] = lambda count: None,
+    ) -> FeatureCodebookReport:
+        """Extract the features, cluster them as they come, and write the centers.
+
+        Args:
+            on_start: called once with the number of images.
+            on_images: called with the number of images of each batch that is done.
+
+        Raises:
+            DataError: there is no data set, its training split is empty, or it has too few features for K.
+            VaevqMedError: an option is out of its range, or the feature network is not here.
+        """
+        self._check()
+        network = feature_network(self.network, self.weights).to(named_device(self.device))
+        images = SliceDataset(
+            dataset_dir=self.dataset,
+            split="training",
+            max_items=self.max_items,
+            transform=Compose(
+                [
+                    LoadPhotograph(in_channels=3),
+                    ResizeShortSided("image", size=self.image_size),
+                    CenterSpatialCropd("image", roi_size=(self.image_size, self.image_size)),
+                    EnsureTyped("image", track_meta=False),
+                ]
+            ),
+        )
+        groups = self._groups(images)
+        shares = self._shares(groups)
+        self._check_number(groups, shares)
+        on_start(len(images))
+        parts, count = [], 0
+        clusters = {name: StreamingClusters(shares[name], self.seed) for name in groups}
+        left = {name: len(members) for name, members in groups.items()}
+        for names, features in self._features(network, images, groups):
+            for name in dict.fromkeys(names):
+                chosen = [position for position, other in enumerate(names) if other == name]
+                clusters[name].add(features[chosen].reshape(-1, features.shape[-1]))
+                left[name] -= len(chosen)
+                if not left[name]:
+                    # Done with: its features are let go before the next class's come.
+                    done = clusters.pop(name)
+                    parts.append(done.centers())
+                    count += done.count
+            on_images(len(names))
+        table = np.concatenate(parts)
+        classes = {name: shares[name] for name in groups} if self.per_class else {}
+        provenance = {
+            "network": network.name,
+            "weights_sha256": network.weights_sha256,
+            "dataset": images.manifest.content.get("name", ""),
+            "content_hash": images.manifest.content_hash,
+            "split_hash": images.manifest.split_hash,
+            "split": "training",
+            "images": len(images),
+            "features": count,
+            "grid": self.grid,
+            "image_size": self.image_size,
+            "max_items": self.max_items,
+            "seed": self.seed,
+            "classes": classes,
+        }
+        self._write(table, provenance)
+        distinct = len(np.unique(table, axis=0))
+        return FeatureCodebookReport(
+            output=self.output,
+            images=len(images),
+            features=count,
+            classes=classes,
+            num_embeddings=table.shape[0],
+            num_features=table.shape[1],
+            distinct=distinct,
+        )
+
+    def _check(self) -> None:
+        check_workers(self.workers, least=0)
+        if self.output.suffix != ".npz":
+            raise VaevqMedError(f"output {self.output}: found the suffix {self.output.suffix!r}, expected .npz")
+        counts = {"num-embeddings": self.num_embeddings, "grid": self.grid, "batch-size": self.batch_size}
+        for name, value in counts.items():
+            if value < 1:
+                raise VaevqMedError(f"--{name}: found {value}, expected 1 or more")
+        if not 0 <= self.seed < 2**32:
+            raise VaevqMedError(f"--seed: found {self.seed}, expected 0 to {2**32 - 1}")
+        if not 32 <= self.image_size <= 4096:
+            raise VaevqMedError(f"--image-size: found {self.image_size}, expected 32 to 4096")
+        try:
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.output.parent):
+                pass
+        except OSError as error:
+            raise VaevqMedError(f"output {self.output}: found it not writable ({error.strerror})") from None
+
+    def _groups(self, images: SliceDataset) -> dict[str, list[int]]:
+        """Positions of the images of each class, by its name, or its number where it has none."""
+        if not self.per_class:
+            return {"": list(range(len(images)))}
+        groups: dict[str, list[int]] = {}
+        for position, entry in enumerate(images.data):
+            groups.setdefault(str(entry.get("modality") or entry.get("label", "")), []).append(position)
+        return groups
+
+    def _shares(self, groups: dict[str, list[int]]) -> dict[str, int]:
+        """Centers of each class: K shared evenly, the first ones one more where it does not divide."""
+        if self.num_embeddings < len(groups):
+            raise DataError(
+                f"--num-embeddings: found {self.num_embeddings} for {len(groups)} classes, expected one a class or "
+                "more; --no-per-class clusters all images together"
+            )
+        whole, rest = divmod(self.num_embeddings, len(groups))
+        return {name: whole + (number < rest) for number, name in enumerate(groups)}
+
+    def _check_number(self, groups: dict[str, list[int]], shares: dict[str, int]) -> None:
+        """Refuse, before anything is computed, a K that there are not enough features for."""
+        for name, members in groups.items():
+            count = len(members) * self.grid**2
+            if count < shares[name]:
+                of = f" of class {name}" if name else ""
+                raise DataError(
+                    f"{self.dataset}: found {count} features{of} ({len(members)} training images of "
+                    f"{self.grid}x{self.grid}), expected at least {shares[name]} for --num-embeddings "
+                    f"{self.num_embeddings}; lower it, or raise --grid"
+                )
+
+    def _features(
+        self, network: FeatureNetwork, images: SliceDataset, groups: dict[str, list[int]]
+    ) -> Iterator[tuple[list[str], Features]]:
+        """Classes of a batch's images and their features ``[B, grid^2, F]``, class after class, shuffled within."""
+        generator = np.random.default_rng(self.seed)
+        order = [(name, int(member)) for name, members in groups.items() for member in generator.permutation(members)]
+        loader: Any = DataLoader(
+            images,
+            sampler=[member for _, member in order],
+            batch_size=self.batch_size,
+            num_workers=(os.cpu_count() or 1) if self.workers is None else self.workers,
+        )
+        start = 0
+        for batch in loader:
+            with torch.inference_mode():
+                maps = network.deepest(batch["image"].to(named_device(self.device)))
+                if min(maps.shape[2:]) < self.grid:
+                    raise VaevqMedError(
+                        f"--grid: found {self.grid}, expected at most {min(maps.shape[2:])}, the feature map of "
+                        f"{network.name} at {self.image_size} pixels; raise --image-size, or lower it"
+                    )
+                cells = F.adaptive_avg_pool2d(maps, self.grid).flatten(2).mT
+            names = [name for name, _ in order[start : start + len(cells)]]
+            start += len(cells)
+            yield names, cells.float().cpu().numpy()
+
+    def _write(self, table: Features, provenance: dict[str, Any]) -> None:
+        """Put the whole file in place, or nothing."""
+        handle, name = tempfile.mkstemp(dir=self.output.parent, prefix=f".{self.output.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.savez(file, features=table, provenance=np.array(json.dumps(provenance)))
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, self.output)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise

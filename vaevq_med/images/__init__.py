@@ -1,0 +1,18 @@
+"""Files to tensors: manifests, pixels, volumes, data sets, splits."""
+
+from vaevq_med.core.lazy import lazy
+
+__getattr__, __dir__, __all__ = lazy(
+    __name__,
+    {
+        "LoadPhotograph": "pixels",
+        "LoadSliced": "dataset",
+        "REGIONS": "dataset",
+        "RandResizedCropd": "pixels",
+        "ResizeShortSided": "pixels",
+        "ResumableBatchSampler": "dataset",
+        "SliceDataset": "dataset",
+        "read_image": "pixels",
+        "training_loader": "loading",
+    },
+)

@@ -1,0 +1,316 @@
+"""Slices as training and evaluation items, and a batch order that can be taken up anywhere.
+
+A data set's index carries the epoch: item ``k`` is element ``k % len`` as epoch ``k // len`` draws it. Random
+transforms are seeded by that index alone, so what a step sees depends on its number, and neither on the
+number of workers nor on where a run was interrupted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from monai.data import Dataset
+from monai.transforms import Compose, Randomizable, Transform
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from vaevq_med.core.errors import DataError, ItemError, VaevqMedError, root_cause
+from vaevq_med.images.manifest import SPLITS, Manifest, load_manifest
+from vaevq_med.images.pixels import describe, match_channels, read_image
+
+REGIONS = ("whole_tumor", "tumor_core", "enhancing_tumor")
+MAX_CHANNELS = 4
+
+
+def mix_seeds(*values: int) -> int:
+    """A 32-bit seed from several integers, by numpy's seed sequence."""
+    return int(np.random.SeedSequence(values).generate_state(1)[0])
+
+
+class LoadSliced(Transform):
+    """Read the slice that an entry names, as ``image`` in [-1, 1], and the masks of its regions.
+
+    Args:
+        image_size: side in pixels; a stored slice of another size is resized (antialiased; masks nearest).
+        in_channels: channels of the image. A grayscale slice is repeated to them, color is averaged to one; of an entry
+            that stacks several contrasts there have to be as many.
+        label_map: label values of each region, for :data:`REGIONS`; None or empty reads no segmentation.
+
+    The result holds ``image`` float ``[C, S, S]`` in [-1, 1], ``modality``, ``patient``, ``case``, ``path``
+    (strings), ``slice`` and ``label`` (int) and, with a label map, ``brain`` and each region as bool
+    ``[S, S]``; the masks of a slice without a segmentation are empty. Of stacked contrasts, ``path`` is the first's.
+    """
+
+    def __init__(
+        self, *, image_size: int, in_channels: int = 1, label_map: Mapping[str, Sequence[int]] | None = None
+    ) -> None:
+        if not 1 <= in_channels <= MAX_CHANNELS:
+            raise DataError(f"in_channels: found {in_channels}, expected 1 to {MAX_CHANNELS}")
+        self.image_size = image_size
+        self.in_channels = in_channels
+        if label_map and set(REGIONS) - set(label_map):
+            raise DataError(f"label_map: found {', '.join(label_map)}, expected {', '.join(REGIONS)}")
+        self.label_map = {name: tuple(label_map[name]) for name in REGIONS} if label_map else None
+
+    def __call__(self, entry: Mapping[Hashable, Any]) -> dict[str, Any]:
+        """Read one entry of a slice data set."""
+        image = self._read(entry["image"])
+        item = describe(entry)
+        size = (self.image_size, self.image_size)
+        if self.label_map is not None:
+            item["brain"] = self._resize_mask(image.amax(0) > 0)
+            labels = self._labels(entry, image)
+            for name, values in self.label_map.items():
+                mask = torch.isin(labels, torch.tensor(values, dtype=labels.dtype))
+                item[name] = self._resize_mask(mask)
+        if tuple(image.shape[-2:]) != size:
+            image = F.interpolate(image[None], size=size, mode="bicubic", antialias=True)[0].clamp(0, 1)
+        item["image"] = (match_channels(image, self.in_channels) * 2 - 1).contiguous()
+        return item
+
+    def _read(self, paths: str | Sequence[str]) -> Tensor:
+        """One image, or the single channels of several, one after the other."""
+        if isinstance(paths, str):
+            return read_image(paths)
+        if len(paths) != self.in_channels:
+            raise DataError(
+                f"in_channels: found {self.in_channels}, expected {len(paths)}, as many as contrasts are stacked"
+            )
+        images = [match_channels(read_image(path), 1) for path in paths]
+        for path, image in zip(paths, images, strict=True):
+            if image.shape != images[0].shape:
+                raise DataError(
+                    f"{path}: found {image.shape[2]}x{image.shape[1]} pixels, expected "
+                    f"{images[0].shape[2]}x{images[0].shape[1]} as {paths[0]}"
+                )
+        return torch.cat(images)
+
+    @staticmethod
+    def _labels(entry: Mapping[Hashable, Any], image: Tensor) -> Tensor:
+        if not entry.get("segmentation"):
+            return torch.zeros(image.shape[-2:], dtype=torch.uint8)
+        path = entry["segmentation"]
+        try:
+            with Image.open(path) as stored:
+                return torch.from_numpy(np.array(stored, dtype=np.uint8))
+        except (OSError, ValueError, SyntaxError) as error:
+            raise DataError(f"{path}: found an unreadable segmentation ({error}), expected an 8-bit PNG") from error
+
+    def _resize_mask(self, mask: Tensor) -> Tensor:
+        size = (self.image_size, self.image_size)
+        if tuple(mask.shape) == size:
+            return mask
+        return F.interpolate(mask[None, None].float(), size=size, mode="nearest-exact")[0, 0] > 0.5
+
+
+def stack_entries(entries: Sequence[Mapping[str, Any]], modalities: Sequence[str]) -> list[dict[str, Any]]:
+    """One entry for each slice of which every contrast is there, whose ``image`` lists their paths.
+
+    Args:
+        entries: of a datalist, with ``case``, ``slice`` and ``modality``; their contrasts share one grid.
+        modalities: contrasts, in the order of the channels.
+
+    Returns:
+        Entries in the order of the first contrast's; ``modality`` joins the names with ``+``.
+
+    Examples:
+        >>> pair = [{"image": f"{m}.png", "case": "a", "slice": 3, "modality": m} for m in ("t1n", "t2w")]
+        >>> stack_entries(pair, ["t2w", "t1n"])[0]["image"]
+        ['t2w.png', 't1n.png']
+    """
+    found: dict[tuple[str, int], dict[str, Mapping[str, Any]]] = {}
+    for entry in entries:
+        place = (str(entry.get("case", "")), int(entry.get("slice", -1)))
+        found.setdefault(place, {})[str(entry.get("modality", ""))] = entry
+    left_out = ("label", "intensity_window", "foreground")
+    return [
+        {
+            **{key: value for key, value in group[modalities[0]].items() if key not in left_out},
+            "image": [str(group[name]["image"]) for name in modalities],
+            "modality": "+".join(modalities),
+        }
+        for group in found.values()
+        if all(name in group for name in modalities)
+    ]
+
+
+class SliceDataset(Dataset):
+    """One split of a data set written by ``vaevq-med slice-extract`` or ``vaevq-med imagenet-prepare``.
+
+    Args:
+        dataset_dir: folder of ``dataset.json``; an entry needs ``image`` only.
+        split: ``training``, ``validation`` or ``test``.
+        transform: dictionary transforms; the first is usually :class:`LoadSliced` or :class:`LoadPhotograph`.
+        modalities: keep these contrasts only, e.g. ``["t1n", "t2f"]``; None keeps all.
+        stack_modalities: make one item of all kept contrasts of a slice, in the order of ``modalities`` or of the
+            datalist, instead of one an image; a slice that lacks one is left out.
+        max_items: keep at most this many items, evenly spaced over the split.
+        shard: ``(rank, world size)``: keep this rank's share of the items.
+        seed: seed of the random transforms.
+
+    Raises:
+        DataError: there is no data set, the split is empty, or a contrast is unknown.
+    """
+
+    def __init__(
+        self,
+        *,
+        dataset_dir: str | Path,
+        split: str,
+        transform: Compose | Transform | None = None,
+        modalities: Sequence[str] | None = None,
+        stack_modalities: bool = False,
+        max_items: int | None = None,
+        shard: tuple[int, int] = (0, 1),
+        seed: int = 0,
+    ) -> None:
+        manifest = load_manifest(dataset_dir)
+        entries = _select(manifest, split, modalities, stack_modalities)
+        if max_items is not None and max_items < 1:
+            raise DataError(f"max_items: found {max_items}, expected 1 or more, or null for all")
+        if max_items is not None and max_items < len(entries):
+            keep = np.linspace(0, len(entries) - 1, max_items).round().astype(int)
+            entries = [entries[i] for i in keep]
+        rank, world_size = shard
+        root = Path(dataset_dir)
+        data = []
+        for index, entry in list(enumerate(entries))[rank::world_size]:
+            image = entry["image"]
+            paths = str(root / image) if isinstance(image, str) else [str(root / path) for path in image]
+            item = {**entry, "image": paths, "index": index}
+            if entry.get("segmentation"):
+                item["segmentation"] = str(root / str(entry["segmentation"]))
+            data.append(item)
+        super().__init__(data=data, transform=transform)
+        self.seed = seed
+        self.split = split
+        self.manifest = manifest
+        self.num_items = len(entries)
+
+    def __getitem__(self, index: int) -> Any:  # type: ignore[override]
+        """Item ``index % len(self)`` as epoch ``index // len(self)`` draws it.
+
+        Raises:
+            ItemError: a file of it is missing or damaged; a ``DataLoader`` with workers raises it alike.
+        """
+        if index < 0:
+            raise IndexError(index)
+        transform = self.transform
+        if isinstance(transform, (Compose, Randomizable)):
+            transform.set_random_state(seed=mix_seeds(self.seed, index))
+        try:
+            return super().__getitem__(index % len(self.data))
+        except Exception as error:
+            cause = root_cause(error)
+            if isinstance(cause, VaevqMedError):
+                raise ItemError(str(cause)) from None
+            raise
+
+
+def _select(
+    manifest: Manifest, split: str, modalities: Sequence[str] | None, stack_modalities: bool
+) -> Sequence[Mapping[str, Any]]:
+    """A split's entries of the chosen contrasts."""
+    entries = manifest.entries(split)
+    where = manifest.path.parent
+    found = sorted({str(entry["modality"]) for entry in entries if "modality" in entry})
+    if modalities is not None:
+        unknown = sorted(set(modalities) - set(found))
+        if unknown and entries:
+            raise DataError(
+                f"{where}: found no modality {', '.join(unknown)} in split {split!r}, "
+                f"expected some of {', '.join(found) or 'none, as the images have no modality'}"
+            )
+        entries = [entry for entry in entries if entry.get("modality") in modalities]
+    if stack_modalities and entries:
+        listed = [str(name) for name in manifest.content.get("modality", {}).values() if name in found]
+        chosen = list(modalities or listed or found)
+        if not chosen:
+            raise DataError(f"{where}: found images without a modality, expected some to stack (stack_modalities)")
+        stacked = stack_entries(entries, chosen)
+        if not stacked:
+            raise DataError(
+                f"{where}: found no slice in split {split!r} with all of {', '.join(chosen)}, expected at least one"
+            )
+        return stacked
+    if not entries:
+        counts = ", ".join(f"{s} {len(manifest.entries(s))}" for s in SPLITS)
+        raise DataError(
+            f"{where}: found an empty split {split!r} ({counts}), expected at least one image; "
+            + manifest.splitting_advice()
+        )
+    return entries
+
+
+class ResumableBatchSampler(Sampler[list[int]]):
+    """An endless stream of shuffled batches whose n-th batch depends on the seed and n alone.
+
+    The stream is one permutation of the data set after the other, cut into global batches; each process
+    takes its share of a global batch, so the order of the images is the same on any number of processes
+    that make the same global batch.
+
+    Args:
+        num_items: size of the data set.
+        batch_size: images a process and step.
+        seed: seed of the permutations.
+        start: the first batch to yield; a resumed run sets it to the iteration it stands at.
+        rank: this process's number.
+        world_size: number of processes.
+
+    Example:
+        >>> first = ResumableBatchSampler(5, batch_size=2, seed=1)
+        >>> stream = iter(first)
+        >>> batches = [next(stream) for _ in range(4)]
+        >>> later = iter(ResumableBatchSampler(5, batch_size=2, seed=1, start=3))
+        >>> next(later) == batches[3]
+        True
+    """
+
+    def __init__(
+        self,
+        num_items: int,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if num_items < 1 or batch_size < 1:
+            raise DataError(f"found {num_items} items in batches of {batch_size}, expected at least 1 of each")
+        self.num_items = num_items
+        self.batch_size = batch_size
+        self.seed = seed
+        self.start = start
+        self.rank = rank
+        self.world_size = world_size
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Steps that see about each image once: ``num_items // global batch``, at least 1."""
+        return max(1, self.num_items // (self.batch_size * self.world_size))
+
+    def _permutation(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(mix_seeds(self.seed, epoch))
+        return torch.randperm(self.num_items, generator=generator).tolist()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield this process's share of each global batch, for ever, from batch ``start`` on."""
+        batch = self.start
+        epoch, permutation = -1, []  # type: int, list[int]
+        while True:
+            first = (batch * self.world_size + self.rank) * self.batch_size
+            share = []
+            for position in range(first, first + self.batch_size):
+                if position // self.num_items != epoch:
+                    epoch = position // self.num_items
+                    permutation = self._permutation(epoch)
+                share.append(epoch * self.num_items + permutation[position % self.num_items])
+            yield share
+            batch += 1

@@ -1,0 +1,165 @@
+"""Sampling a tokenizer's indices from :class:`LlamaGen` (arXiv 2406.06525), one after the other in raster order.
+
+Keys and values of the places so far are kept in memory that is taken once; on a GPU the step of a token is replayed as
+a CUDA graph (see :mod:`vaevq_med.networks.generators.static_steps`). Classifier-free guidance (arXiv 2207.12598),
+in LlamaGen's form on the logits, runs the labels and the null class as one batch of twice the size.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks.generators.drawing import MIN_TEMPERATURE, RandomSource, TokenRule, check_guidance, draw_indices
+from vaevq_med.networks.generators.llamagen import LlamaGen
+from vaevq_med.networks.generators.static_steps import Kept, StepStore
+from vaevq_med.networks.ranges import check_range
+
+
+@torch.no_grad()
+def generate_indices(
+    network: LlamaGen,
+    *,
+    labels: Tensor | None = None,
+    num_samples: int | None = None,
+    guidance_scale: float = 1.0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    known: Tensor | None = None,
+    mask: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    generator: RandomSource = None,
+    progress: Callable[[int, int], None] | None = None,
+    store: StepStore | None = None,
+) -> Tensor:
+    """Indices of new images.
+
+    The logits are guided, divided by the temperature and filtered, in fp32; the network runs in evaluation mode.
+
+    With ``known`` and ``mask`` some tokens are given, to fill the rest in around them (inpainting). Their values stay,
+    and every token after them in raster order is drawn given them. A token before a known one knows nothing of it, as
+    the network is causal: what comes before a gap is continued into it, what comes after is not anticipated, and seams
+    may show there.
+
+    All draws come from one generator, token by token for the whole batch, so that a sample depends on the batch's size
+    and its place in it, but not on the labels or the known tokens of its companions. With a generator for each sample
+    it depends on neither. On a GPU the numbers of several tokens are drawn at once, so that they are others than on a
+    CPU even from one generator.
+
+    Args:
+        network: on the device where it is to run; its mode is left as it was.
+        labels: integers ``[B]``, from 0 to ``num_classes``, which is the null class.
+        num_samples: B, needed where there are no labels; all are then of the null class.
+        guidance_scale: s in ``u + s (c - u)``; 1 is no guidance and takes half the work.
+        temperature: from 0.001 to 1000; divides the logits.
+        top_k: see :func:`filter_logits`; 0 keeps all, 1 takes the likeliest.
+        top_p: see :func:`filter_logits`; 1 keeps all.
+        known: integers ``[B, h, w, G]``; where the mask is false they may be anything.
+        mask: booleans ``[B, h, w, G]`` or ``[B, h, w]``, true where ``known`` is kept.
+        dtype: type of weights, keys and values while it runs, such as ``torch.bfloat16``, in a copy of the network; the
+            network's own when absent.
+        generator: of the draws, or one for each sample; the global one when absent.
+        progress: called with the tokens done and all tokens of an image after each; on a GPU, once the token is on its
+            way.
+        store: what a GPU replays, kept for further calls; made anew for this one when absent. On a CPU it is better
+            left out, as the steps that a graph allows are slower there.
+
+    Returns:
+        int64 ``[B, h, w, G]``.
+
+    Raises:
+        VaevqMedError: an argument is out of its range or does not fit the others, or guidance has no labels.
+    """
+    check_guidance(guidance_scale)
+    if labels is None and guidance_scale != 1:
+        raise VaevqMedError(f"guidance_scale is {guidance_scale} without labels; expected labels, or 1")
+    if not MIN_TEMPERATURE <= temperature <= 1 / MIN_TEMPERATURE:
+        raise VaevqMedError(
+            f"temperature is {temperature}; expected {MIN_TEMPERATURE:g} to {1 / MIN_TEMPERATURE:g} (top_k 1 takes the "
+            "likeliest)"
+        )
+    batch = _batch_size(labels, num_samples)
+    if isinstance(generator, Sequence) and len(generator) != batch:
+        raise VaevqMedError(f"found {len(generator)} generators; expected one, or one for each of {batch} samples")
+    classes = network.check_labels(labels, batch)
+    kept = _kept(network, known, mask, batch)
+    if guidance_scale != 1:
+        classes = torch.cat([classes, torch.full_like(classes, network.null_class)])
+    rule = TokenRule(guidance_scale, temperature, top_k, top_p)
+    if store is None and classes.device.type == "cuda":
+        store = StepStore()
+    if store is None and dtype is not None and dtype != network.token_embedding.weight.dtype:
+        network = copy.deepcopy(network).to(dtype)
+    training = network.training
+    network.eval()
+    try:
+        with torch.autocast(classes.device.type, enabled=False):
+            if store is None:
+                tokens = _grown(network, classes, rule, kept, generator, progress)
+            else:
+                steps = store.steps(network, rule, batch=batch, dtype=dtype, inpaint=kept is not None)
+                tokens = steps.run(classes, kept, generator, progress)
+    finally:
+        network.train(training)
+    return tokens.view(batch, *network.grid_size, network.num_codebooks)
+
+
+def _grown(
+    network: LlamaGen,
+    classes: Tensor,
+    rule: TokenRule,
+    kept: Kept | None,
+    generator: RandomSource,
+    progress: Callable[[int, int], None] | None,
+) -> Tensor:
+    """Tokens ``[B, h w G]``, each from the places so far alone."""
+    cache = network.new_cache(len(classes))
+    copies = 2 if rule.guided else 1
+    tokens = torch.empty(len(classes) // copies, cache.capacity, dtype=torch.int64, device=classes.device)
+    inputs = classes
+    for place in range(cache.capacity):
+        drawn = draw_indices(rule.filtered(network.step(inputs, cache)), generator)
+        if kept is not None:
+            drawn = torch.where(kept[0][:, place], kept[1][:, place], drawn)
+        tokens[:, place] = drawn
+        inputs = drawn.repeat(copies)
+        if progress is not None:
+            progress(place + 1, cache.capacity)
+    return tokens
+
+
+def _batch_size(labels: Tensor | None, num_samples: int | None) -> int:
+    if labels is None:
+        if num_samples is None or num_samples < 1:
+            raise VaevqMedError(f"num_samples is {num_samples} without labels; expected at least 1")
+        return num_samples
+    if labels.ndim != 1 or len(labels) == 0 or num_samples not in (None, len(labels)):
+        raise VaevqMedError(
+            f"labels have shape {tuple(labels.shape)} and num_samples is {num_samples}; expected [B] and B or None"
+        )
+    return len(labels)
+
+
+def _kept(network: LlamaGen, known: Tensor | None, mask: Tensor | None, batch: int) -> Kept | None:
+    """Mask and values of the known tokens, ``[B, h w G]`` each on the network's device."""
+    if known is None and mask is None:
+        return None
+    if known is None or mask is None:
+        raise VaevqMedError(f"found {'mask without known' if known is None else 'known without mask'}; expected both")
+    shape = (batch, *network.grid_size, network.num_codebooks)
+    if mask.ndim == 3:
+        mask = mask.unsqueeze(-1).expand(*mask.shape, network.num_codebooks)
+    if known.shape != shape or mask.shape != shape or mask.dtype != torch.bool:
+        raise VaevqMedError(
+            f"known has shape {tuple(known.shape)} and the mask {tuple(mask.shape)} of {mask.dtype}; "
+            f"expected {list(shape)} each, and torch.bool"
+        )
+    values = known.long().masked_fill(~mask.to(known.device), 0)
+    check_range("known indices", values, network.num_embeddings - 1)
+    device = network.token_embedding.weight.device
+    return mask.to(device).flatten(1), values.to(device).flatten(1)

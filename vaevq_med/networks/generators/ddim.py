@@ -1,0 +1,237 @@
+"""Images from a latent diffusion model by DDIM (arXiv 2010.02502) with classifier-free guidance (arXiv 2207.12598)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from monai.networks.schedulers import DDIMScheduler
+from torch import Tensor
+
+from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks.generators.captured import CudaGraphs, Graphs, Replayed
+from vaevq_med.networks.generators.drawing import check_guidance, guided_logits
+from vaevq_med.networks.generators.latent_diffusion import LatentDiffusionUNet
+from vaevq_med.networks.tokenizer import VisualTokenizer
+
+
+def ldm_scheduler(num_train_timesteps: int = 1000) -> DDIMScheduler:
+    """LDM's schedule: ``beta`` from 0.0015 to 0.0195, linear in its square root.
+
+    Raises:
+        VaevqMedError: there are fewer than 2 times.
+    """
+    if num_train_timesteps < 2:
+        raise VaevqMedError(f"num_train_timesteps: found {num_train_timesteps}, expected 2 or more")
+    return DDIMScheduler(
+        num_train_timesteps=num_train_timesteps,
+        schedule="scaled_linear_beta",
+        beta_start=0.0015,
+        beta_end=0.0195,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def check_ddim_steps(num_steps: int, num_train_timesteps: int) -> None:
+    """Refuse an S whose S times, ``T // S`` apart, end two steps or more before T: noise is not the start of those.
+
+    Args:
+        num_steps: S.
+        num_train_timesteps: T.
+
+    Raises:
+        VaevqMedError: S is not below T, or is such a number; the nearest others are named.
+
+    >>> check_ddim_steps(250, 1000), check_ddim_steps(30, 1000)
+    (None, None)
+    """
+    if not 1 <= num_steps < num_train_timesteps:
+        raise VaevqMedError(f"num_steps is {num_steps}; expected 1 to {num_train_timesteps - 1}")
+
+    def fits(steps: int) -> bool:
+        return num_train_timesteps % steps <= num_train_timesteps // steps
+
+    if not fits(num_steps):
+        lower = next(filter(fits, range(num_steps, 0, -1)))
+        higher = next(filter(fits, range(num_steps, num_train_timesteps)))
+        last = (num_steps - 1) * (num_train_timesteps // num_steps) + 1
+        raise VaevqMedError(
+            f"num_steps is {num_steps}, which starts at time {last} of {num_train_timesteps}; expected e.g. {lower} or "
+            f"{higher}, which start near its end"
+        )
+
+
+def set_ddim_steps(scheduler: DDIMScheduler, num_steps: int) -> None:
+    """Choose S of the T times as LDM does: 1, 1 + c, 1 + 2c, ... with ``c = T // S``, from the last to the first.
+
+    MONAI's own choice spreads them over the whole schedule, while its steps go back by ``T // S`` each: the two agree
+    only here. Where S does not divide T, LDM's goes on by the same steps up to T, and so takes more than S.
+
+    Raises:
+        VaevqMedError: see :func:`check_ddim_steps`.
+    """
+    check_ddim_steps(num_steps, scheduler.num_train_timesteps)
+    scheduler.set_timesteps(num_steps)
+    interval = scheduler.num_train_timesteps // num_steps
+    scheduler.timesteps = (torch.arange(num_steps) * interval).flip(0) + scheduler.steps_offset
+
+
+def _in_type(network: LatentDiffusionUNet, device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """The network under autocast to a type, its output in fp32."""
+
+    def predict(*args: Tensor, **kwargs: Tensor | None) -> Tensor:
+        with torch.autocast(device.type, dtype=dtype):
+            return network(*args, **kwargs).float()
+
+    return predict
+
+
+class StaticPredictor:
+    """The network over static memory, so that a GPU replays its pass at each step as a CUDA graph.
+
+    Under autocast it has to be used within one context from the first call to the last: the graph reads the weights
+    that the warm-up cast, which autocast keeps until the context ends.
+
+    Args:
+        predict: the network.
+        graphs: how a pass is captured.
+
+    Attributes:
+        replayed: what does the passes.
+    """
+
+    def __init__(self, predict: Callable[..., Tensor], graphs: Graphs) -> None:
+        self.replayed = Replayed(graphs)
+        self._predict = predict
+        self._given: list[Tensor | None] = []
+        self._found: Tensor | None = None
+
+    def __call__(self, x: Tensor, timesteps: Tensor, context: Tensor | None) -> Tensor:
+        """As the network; shapes are those of the first call, and the next call overwrites what this one returns."""
+        given = [x, timesteps, context]
+        if self._found is None:
+            self._given = [None if value is None else value.clone() for value in given]
+            self._found = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for own, value in zip(self._given, given, strict=True):
+            if own is not None and value is not None:
+                own.copy_(value)
+        self.replayed("pass", self._work)
+        return self._found
+
+    def _work(self) -> None:
+        assert self._found is not None
+        x, timesteps, context = self._given
+        self._found.copy_(self._predict(x, timesteps=timesteps, context=context))
+
+
+@torch.no_grad()
+def generate_images(
+    network: LatentDiffusionUNet,
+    tokenizer: VisualTokenizer,
+    labels: Tensor | None = None,
+    *,
+    num_images: int | None = None,
+    grid_size: tuple[int, int],
+    scheduler: DDIMScheduler | None = None,
+    num_steps: int = 250,
+    guidance_scale: float = 1.5,
+    quantize: bool = True,
+    dtype: torch.dtype | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    graphs: Graphs | None = None,
+) -> Tensor:
+    """Draw images: noise, ``num_steps`` of DDIM (eta = 0), the scale factor undone, the codebook, the decoder.
+
+    On a GPU the network's pass is captured as a CUDA graph after a few steps, and replayed in the others.
+
+    Args:
+        network: in evaluation mode.
+        tokenizer: in evaluation mode, on the same device.
+        labels: a class an image, ``[B]``; None draws without a class.
+        num_images: B, where there are no labels.
+        grid_size: h and w of the latent.
+        scheduler: the schedule trained with; :func:`ldm_scheduler` when absent.
+        num_steps: S, at least 1 and fewer than the schedule's; see :func:`check_ddim_steps`.
+        guidance_scale: s in ``u + s (c - u)`` of the predictions u without and c with the class; 1 takes c alone, at
+            half the cost. Without labels it is not used.
+        quantize: replace each generated vector by its codeword before decoding, as LDM does.
+        dtype: type that the network is autocast to, such as ``torch.bfloat16``; the decoder never is.
+        generator: of the noise, on the CPU, or one for each image; the global one when absent.
+        graphs: captures the network's pass; by default CUDA graphs on a GPU, and on a CPU nothing.
+
+    Returns:
+        Images ``[B, C, H, W]``, not clamped.
+
+    Raises:
+        VaevqMedError: an argument out of range, or a network without its scale factor.
+    """
+    scheduler = scheduler or ldm_scheduler()
+    set_ddim_steps(scheduler, num_steps)
+    check_guidance(guidance_scale)
+    if labels is not None and num_images not in (None, len(labels)):
+        raise VaevqMedError(f"num_images is {num_images} with {len(labels)} labels; expected one of the two")
+    if network.in_channels != tokenizer.embedding_dim:
+        raise VaevqMedError(
+            f"the diffusion model has {network.in_channels} channels; expected those of the tokenizer's latent, "
+            f"{tokenizer.embedding_dim}"
+        )
+    device = next(network.parameters()).device
+    count = len(labels) if labels is not None else num_images or 1
+    shape = (network.in_channels, *grid_size)
+    if isinstance(generator, Sequence):
+        if len(generator) != count:
+            raise VaevqMedError(f"found {len(generator)} generators; expected one, or one for each of {count} images")
+        noise = torch.stack([torch.randn(shape, generator=g) for g in generator]).to(device)
+    else:
+        noise = torch.randn(count, *shape, generator=generator).to(device)
+    guided = labels is not None and guidance_scale != 1
+    scale_factor = network.measured_scale_factor()
+    predict: Callable[..., Tensor] = network if dtype is None else _in_type(network, device, dtype)
+    if graphs is None and device.type == "cuda":
+        graphs = CudaGraphs(device)
+    if graphs is not None:
+        predict = StaticPredictor(predict, graphs)
+    times = scheduler.timesteps.tolist()
+    # Outermost, so that autocast keeps the weights that it casts until the last step.
+    with torch.autocast(device.type, enabled=False):
+        context = None if labels is None else labels.to(device)
+        null_class = network.null_class if guided else None
+        latent = denoised(predict, noise, context, scheduler, times, null_class, guidance_scale)
+        latent = latent / scale_factor
+        return tokenizer.decode_stage_2_outputs(latent) if quantize else tokenizer.decode(latent)
+
+
+def denoised(
+    predict: Callable[..., Tensor],
+    latent: Tensor,
+    labels: Tensor | None,
+    scheduler: DDIMScheduler,
+    times: Sequence[int],
+    null_class: int | None = None,
+    guidance_scale: float = 1.0,
+) -> Tensor:
+    """What DDIM makes of noise; MONAI's ``DiffusionInferer`` does the same but waits for the device at every step.
+
+    Args:
+        predict: the network.
+        latent: noise, ``[B, D, h, w]``.
+        labels: ``[B]``, or None.
+        scheduler: of which a step is taken at each time, with its tables on the CPU.
+        times: its times, known to the host, which looks up the schedule by them; they go to the device together.
+        null_class: the label to contrast the others with; None for no guidance.
+        guidance_scale: of that contrast.
+    """
+    guided = labels is not None and null_class is not None
+    if labels is not None and null_class is not None:
+        labels = torch.cat([torch.full_like(labels, null_class), labels])  # [2 B]
+    on_device = torch.tensor(times, dtype=torch.float32, device=latent.device)
+    for step, time in enumerate(times):
+        inputs = torch.cat([latent, latent]) if guided else latent
+        noise = predict(inputs, timesteps=on_device[step : step + 1], context=labels)
+        if guided:
+            unconditional, conditional = noise.chunk(2)
+            noise = guided_logits(conditional, unconditional, guidance_scale)  # [B, D, h, w]
+        latent, _ = scheduler.step(noise, time, latent)
+    return latent

@@ -1,0 +1,163 @@
+"""The noise predictor of LDM-4 (latent diffusion, arXiv 2112.10752, App. E: class-conditional ImageNet).
+
+MONAI's U-Net in that configuration: width 192 times (1, 2, 3, 5), two residual blocks a level, one spatial transformer
+of one head at the lower three resolutions, cross-attention to one learned vector a class. MONAI's
+``LatentDiffusionInferer`` runs it unmodified with labels as ``conditioning`` and :attr:`null_class` as
+``cfg_fill_value``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from monai.networks.nets import DiffusionModelUNet
+from torch import Tensor, nn
+
+from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks.ranges import check_range
+
+
+class LatentDiffusionUNet(nn.Module):
+    """Predicts the noise in a latent ``[B, D, h, w]`` at a time, given a class.
+
+    One index more than the classes is the *null class*, which stands for no class: training puts it in place of a share
+    of the labels, and classifier-free guidance contrasts the two. Without classes it is the only one.
+
+    Args:
+        in_channels: D, channels of the tokenizer's latent.
+        num_classes: labels 0 to ``num_classes - 1``; 0 for an unconditional model.
+        num_channels: width at the latent's own resolution.
+        channel_mult: width of each resolution over ``num_channels``, each half as fine as the one before.
+        attention_levels: whether each resolution has spatial transformers; by default all but the finest.
+        num_res_blocks: residual blocks a level.
+        cross_attention_dim: length of a class's vector.
+
+    Raises:
+        VaevqMedError: sizes that do not fit together.
+
+    Example:
+        >>> network = LatentDiffusionUNet(in_channels=4, num_classes=3, num_channels=32, channel_mult=(1, 2))
+        >>> network(torch.zeros(2, 4, 8, 8), torch.tensor([0, 999]), torch.tensor([2, network.null_class])).shape
+        torch.Size([2, 4, 8, 8])
+    """
+
+    scale_factor: Tensor
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        num_classes: int = 0,
+        num_channels: int = 192,
+        channel_mult: Sequence[int] = (1, 2, 3, 5),
+        attention_levels: Sequence[bool] | None = None,
+        num_res_blocks: int = 2,
+        cross_attention_dim: int = 512,
+    ) -> None:
+        super().__init__()
+        levels = [level > 0 for level in range(len(channel_mult))] if attention_levels is None else attention_levels
+        if len(levels) != len(channel_mult):
+            raise VaevqMedError(
+                f"attention_levels has {len(levels)} entries; expected one a level, {len(channel_mult)} as channel_mult"
+            )
+        if min(in_channels, num_channels, cross_attention_dim, num_res_blocks, *channel_mult) < 1 or num_classes < 0:
+            raise VaevqMedError(
+                f"in_channels is {in_channels}, num_classes {num_classes}, num_channels {num_channels}, channel_mult "
+                f"{list(channel_mult)}, num_res_blocks {num_res_blocks} and cross_attention_dim {cross_attention_dim}; "
+                "expected num_classes at least 0 and all others at least 1"
+            )
+        if num_channels % 32:
+            raise VaevqMedError(f"num_channels is {num_channels}; expected a multiple of 32, the groups of GroupNorm")
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+        self.downsampling = 2 ** (len(channel_mult) - 1)
+        channels = [num_channels * factor for factor in channel_mult]
+        self.class_embedding = nn.Embedding(num_classes + 1, cross_attention_dim)
+        self.unet = DiffusionModelUNet(
+            spatial_dims=2,
+            in_channels=in_channels,
+            out_channels=in_channels,
+            num_res_blocks=num_res_blocks,
+            channels=channels,
+            attention_levels=tuple(bool(level) for level in levels),
+            norm_num_groups=32,
+            num_head_channels=channels,
+            with_conditioning=True,
+            transformer_num_layers=1,
+            cross_attention_dim=cross_attention_dim,
+        )
+        self.register_buffer("scale_factor", torch.tensor(math.nan))
+        self._read: tuple[Tensor | None, int | None, float] = (None, None, math.nan)
+
+    @property
+    def null_class(self) -> int:
+        """The index that stands for no class."""
+        return self.num_classes
+
+    def set_scale_factor(self, latents: Tensor) -> float:
+        """Measure what latents are multiplied by before diffusion, ``1 / std`` of some of them (Sec. 4.3.2 there).
+
+        It is kept in the network's state, since samples are divided by it before they are decoded.
+
+        Args:
+            latents: ``[B, D, h, w]`` of the training split; the deviation is over all their elements.
+
+        Raises:
+            VaevqMedError: they have no spread, or are not finite.
+        """
+        std = float(latents.double().std())
+        if not (math.isfinite(std) and std > 0):
+            raise VaevqMedError(f"the latents have the standard deviation {std}; expected a finite one above 0")
+        self.scale_factor.fill_(1 / std)
+        return 1 / std
+
+    def measured_scale_factor(self) -> float:
+        """The factor that was measured.
+
+        Raises:
+            VaevqMedError: none was, or it is not above 0.
+        """
+        # Read again only where it was written: to read it makes the host wait for a device.
+        version = None if self.scale_factor.is_inference() else self.scale_factor._version
+        known, known_version, factor = self._read
+        if known is not self.scale_factor or known_version != version or version is None:
+            factor = float(self.scale_factor)
+            self._read = self.scale_factor, version, factor
+        if not (math.isfinite(factor) and factor > 0):
+            found = "no scale factor" if math.isnan(factor) else f"the scale factor {factor:g}"
+            raise VaevqMedError(f"found {found}; expected one measured in training, above 0")
+        return factor
+
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
+        """The noise in ``x``.
+
+        Args:
+            x: noisy scaled latents, ``[B, D, h, w]``.
+            timesteps: ``[B]``, or one for all, from 0.
+            context: labels ``[B]``; the null class when absent.
+
+        Returns:
+            ``[B, D, h, w]``.
+
+        Raises:
+            VaevqMedError: a shape that does not fit, or a label out of range.
+        """
+        if (
+            x.ndim != 4
+            or x.shape[1] != self.in_channels
+            or x.shape[2] % self.downsampling
+            or x.shape[3] % self.downsampling
+        ):
+            raise VaevqMedError(
+                f"the latent has shape {tuple(x.shape)}; expected [B, {self.in_channels}, h, w] with h and w "
+                f"multiples of {self.downsampling}"
+            )
+        if context is None:
+            context = torch.full((x.shape[0],), self.null_class, device=x.device)
+        if context.shape != (x.shape[0],):
+            raise VaevqMedError(f"labels have shape {tuple(context.shape)}; expected [{x.shape[0]}]")
+        check_range("labels", context, self.null_class)
+        embedded = self.class_embedding(context.long()).unsqueeze(1)
+        return self.unet(x, timesteps=timesteps.expand(x.shape[0]), context=embedded)

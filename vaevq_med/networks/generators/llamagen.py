@@ -1,0 +1,337 @@
+"""LlamaGen (Sun et al., arXiv 2406.06525): a Llama-like transformer that predicts an image's indices in raster order.
+
+The sequence is a class token, then the indices; what comes out at a place is a distribution over the index that
+follows. Blocks are normalized first, by RMSNorm (arXiv 1910.07467), have no biases, and use SwiGLU (2002.05202) and
+rotary positions (2104.09864): half of a head's channels turn with the row, the other half with the column. As in the
+authors' code, the class token is not turned by an angle of zero but multiplied by zero: its query and key vanish, every
+token gives it the logit 0, and it conditions the others through its value alone.
+
+Tokenizers with several codebooks (G > 1) are not in the publication. Here the G indices of a position are G tokens of
+one sequence of ``h w G``, predicted in turn, each from all before it: a table of embeddings and a head for each
+codebook, and the rotation of the position's row and column for all G. The tables tell the codebooks apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Self, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks.generators.llama_blocks import KeyValueCache, LlamaBlock, StaticCache, axial_rotations
+from vaevq_med.networks.ranges import check_range
+
+PRESETS: Mapping[str, Mapping[str, int]] = MappingProxyType(
+    {
+        "S": {"depth": 12, "num_heads": 6, "width": 384},
+        "B": {"depth": 12, "num_heads": 12, "width": 768},
+        "L": {"depth": 24, "num_heads": 16, "width": 1024},
+        "XL": {"depth": 36, "num_heads": 20, "width": 1280},
+        "XXL": {"depth": 48, "num_heads": 24, "width": 1536},
+        "3B": {"depth": 24, "num_heads": 32, "width": 3200},
+    }
+)
+"""Published sizes, and S, which is ours: the depth of B at half its width, for a few thousand images."""
+
+# Logits that the loss holds at once: 64 MiB in fp32.
+_LOSS_CHUNK = 2**24
+
+
+class LlamaGen(nn.Module):
+    """An autoregressive transformer over a tokenizer's indices, conditioned by a class.
+
+    Weights start as N(0, 0.02^2), the heads as zero, so that an untrained network gives every index the same
+    probability. The default dropouts are the published ones.
+
+    Args:
+        num_embeddings: K, codewords of each codebook.
+        grid_size: latent positions ``(h, w)``, or one number for a square.
+        width: channels of a token.
+        depth: blocks.
+        num_heads: attention heads; ``width / num_heads`` is a multiple of 4.
+        num_classes: labels are 0 to ``num_classes - 1``; ``num_classes`` itself is the null class, which stands for no
+            label, and the only one of a network without classes (0).
+        num_codebooks: G, indices a position.
+        token_dropout: share of the channels of embedded tokens dropped in training.
+        attention_dropout: of the attention weights.
+        residual_dropout: of each attention's output.
+        ffn_dropout: of each perceptron's output.
+        label_dropout: share of the labels that :meth:`loss` replaces by the null class in training, for guidance.
+
+    Raises:
+        VaevqMedError: a number is out of its range, or sizes do not fit together.
+
+    Example:
+        >>> network = LlamaGen(num_embeddings=8, grid_size=2, width=8, depth=1, num_heads=2, num_classes=3)
+        >>> network(torch.zeros(1, 4, dtype=torch.int64), torch.tensor([2])).shape
+        torch.Size([1, 4, 8])
+    """
+
+    def __init__(
+        self,
+        *,
+        num_embeddings: int,
+        grid_size: int | tuple[int, int],
+        width: int,
+        depth: int,
+        num_heads: int,
+        num_classes: int = 0,
+        num_codebooks: int = 1,
+        token_dropout: float = 0.1,
+        attention_dropout: float = 0.0,
+        residual_dropout: float = 0.1,
+        ffn_dropout: float = 0.1,
+        label_dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.grid_size = (grid_size, grid_size) if isinstance(grid_size, int) else _pair(grid_size)
+        counts = {"num_embeddings": num_embeddings, "depth": depth, "num_codebooks": num_codebooks}
+        for name, value in {**counts, "grid_size": min(self.grid_size)}.items():
+            if value < 1:
+                raise VaevqMedError(f"{name} is {value}; expected at least 1")
+        if num_classes < 0:
+            raise VaevqMedError(f"num_classes is {num_classes}; expected 0 or more")
+        if num_heads < 1 or width < 1 or width % (4 * num_heads):
+            raise VaevqMedError(
+                f"width is {width} with num_heads {num_heads}; expected a multiple of 4 channels for each head"
+            )
+        shares = {"token_dropout": token_dropout, "attention_dropout": attention_dropout, "ffn_dropout": ffn_dropout}
+        for name, share in {**shares, "residual_dropout": residual_dropout, "label_dropout": label_dropout}.items():
+            if not 0 <= share < 1:
+                raise VaevqMedError(f"{name} is {share}; expected from 0 to below 1")
+        self.num_embeddings = num_embeddings
+        self.num_codebooks = num_codebooks
+        self.num_classes = num_classes
+        self.num_heads = num_heads
+        self.head_dim = width // num_heads
+        self.label_dropout = label_dropout
+        self.class_embedding = nn.Embedding(num_classes + 1, width)
+        self.token_embedding = nn.Embedding(num_codebooks * num_embeddings, width)
+        self.token_dropout = nn.Dropout(token_dropout)
+        self.blocks = nn.ModuleList(
+            LlamaBlock(
+                width=width,
+                num_heads=num_heads,
+                attention_dropout=attention_dropout,
+                residual_dropout=residual_dropout,
+                ffn_dropout=ffn_dropout,
+            )
+            for _ in range(depth)
+        )
+        self.norm = nn.RMSNorm(width, eps=1e-5)
+        self.heads = nn.ModuleList(nn.Linear(width, num_embeddings, bias=False) for _ in range(num_codebooks))
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        for head in self.heads:
+            nn.init.zeros_(cast(nn.Linear, head).weight)
+
+    @classmethod
+    def preset(cls, name: str, **options: Any) -> Self:
+        """A network of a size in :data:`PRESETS`; ``options`` are the constructor's other arguments.
+
+        Width, depth and heads may stand among them as the preset has them, or as None.
+
+        With K = 16,384, 1000 classes and one codebook the parameters are, in millions: S 34.2, B 110.9, L 342.9,
+        XL 774.7, XXL 1411.0, 3B 3096.7.
+
+        Raises:
+            VaevqMedError: there is no such size, or another width, depth or number of heads beside it.
+        """
+        if name not in PRESETS:
+            raise VaevqMedError(f"no LlamaGen preset {name!r}; expected one of {', '.join(PRESETS)}")
+        for key, value in PRESETS[name].items():
+            if options.get(key) not in (None, value):
+                raise VaevqMedError(
+                    f"LlamaGen preset {name!r}: found {key} {options[key]} beside the name, expected {value} or null"
+                )
+        return cls(**{**options, **PRESETS[name]})
+
+    @property
+    def null_class(self) -> int:
+        """The label that stands for no label."""
+        return self.num_classes
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of an image, ``h w G``."""
+        return math.prod(self.grid_size) * self.num_codebooks
+
+    def rotations(self, device: torch.device) -> Tensor:
+        """:func:`axial_rotations` of the sequence, ``[h w G, head_dim / 2, 2]``; fp32 whatever the weights' type."""
+        table = axial_rotations(*self.grid_size, self.head_dim, num_codebooks=self.num_codebooks, device=device)
+        return table[: self.sequence_length]
+
+    def new_cache(self, batch_size: int) -> KeyValueCache:
+        """An empty cache for so many images, in the weights' type and on their device."""
+        return KeyValueCache(**self._cache_options(batch_size))
+
+    def new_static_cache(self, batch_size: int) -> StaticCache:
+        """The same for :meth:`static_step`."""
+        return StaticCache(**self._cache_options(batch_size))
+
+    def _cache_options(self, batch_size: int) -> dict[str, Any]:
+        weight = self.token_embedding.weight
+        return {
+            "depth": len(self.blocks),
+            "batch_size": batch_size,
+            "num_heads": self.num_heads,
+            "rotations": self.rotations(weight.device),
+            "dtype": weight.dtype,
+        }
+
+    def forward(self, indices: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits of every index, each from the label and the indices before it.
+
+        Args:
+            indices: integers ``[B, n]`` with one codebook, ``[B, n, G]``, or the grid ``[B, h, w, G]``; ``n`` is at
+                most ``h w``. The last one is predicted but not looked at.
+            labels: integers ``[B]``, from 0 to ``num_classes``; the null class when absent.
+
+        Returns:
+            The indices' shape with K at its end.
+
+        Raises:
+            VaevqMedError: a shape does not fit, or an index or a label is out of range.
+        """
+        hidden = self.features(indices, labels)
+        parts = [head(hidden[:, g :: self.num_codebooks]) for g, head in enumerate(self.heads)]
+        logits = parts[0] if len(parts) == 1 else torch.stack(parts, dim=2)
+        return logits.reshape(*indices.shape, self.num_embeddings)
+
+    def features(self, indices: Tensor, labels: Tensor | None = None) -> Tensor:
+        """What the heads are given, ``[B, n G, width]``; arguments and errors as for calling the network."""
+        tokens = self._tokens(indices)
+        labels = self.check_labels(labels, len(tokens))
+        count = tokens.shape[1]
+        codebook = torch.arange(count - 1, device=tokens.device) % self.num_codebooks
+        embedded = self.token_embedding(tokens[:, :-1] + codebook * self.num_embeddings)
+        x = self.token_dropout(torch.cat([self.class_embedding(labels).unsqueeze(1), embedded], dim=1))
+        rotations = self.rotations(x.device)[:count]
+        for block in self.blocks:
+            x = block(x, rotations)
+        return self.norm(x)
+
+    def loss(
+        self, indices: Tensor, labels: Tensor | None = None, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Mean cross-entropy of all indices with the true ones before them (teacher forcing), in nats a token.
+
+        Logits are formed a bounded number at a time, and again in the backward pass. In training, a share
+        ``label_dropout`` of the labels is replaced by the null class.
+
+        Args:
+            indices: as for calling the network.
+            labels: likewise.
+            generator: of the label dropout's draws; the global one when absent.
+
+        Raises:
+            VaevqMedError: as for calling the network.
+        """
+        if labels is not None and self.training and self.label_dropout:
+            device = labels.device if generator is None else generator.device
+            dropped = torch.rand(len(labels), generator=generator, device=device) < self.label_dropout
+            labels = labels.masked_fill(dropped.to(labels.device), self.null_class)
+        hidden = self.features(indices, labels)
+        tokens = indices.flatten(1).long()
+        step = max(1, _LOSS_CHUNK // self.num_embeddings)
+        total = torch.zeros((), device=hidden.device)
+        for g, head in enumerate(self.heads):
+            rows = hidden[:, g :: self.num_codebooks].flatten(0, 1)
+            targets = tokens[:, g :: self.num_codebooks].flatten()
+            for part, wanted in zip(rows.split(step), targets.split(step), strict=True):
+                total = total + checkpoint(
+                    _summed_cross_entropy, part, head, wanted, use_reentrant=False, preserve_rng_state=False
+                )
+        return total / tokens.numel()
+
+    def step(self, inputs: Tensor, cache: KeyValueCache) -> Tensor:
+        """Logits ``[B, K]`` of the next token; ``inputs`` ``[B]`` are the labels at first, then the last tokens.
+
+        For evaluation mode without gradients; neither labels nor tokens are checked here.
+
+        Raises:
+            VaevqMedError: the cache is full.
+        """
+        place = cache.length
+        if place == cache.capacity:
+            raise VaevqMedError(f"the cache holds {place} places; expected fewer than the sequence's {cache.capacity}")
+        if place == 0:
+            x = self.class_embedding(inputs)
+        else:
+            x = self.token_embedding(inputs + (place - 1) % self.num_codebooks * self.num_embeddings)
+        x = x.unsqueeze(1)
+        rotations = cache.rotations[place : place + 1]
+        for layer, block in enumerate(self.blocks):
+            x = block(x, rotations, cache, layer)
+        cache.length += 1
+        return self.heads[place % self.num_codebooks](self.norm(x[:, 0]))
+
+    def static_step(self, inputs: Tensor, cache: StaticCache, *, codebook: int, end: int, first: bool) -> Tensor:
+        """:meth:`step` at the place that the cache holds on the device, which stays as it is.
+
+        The operations are the same at every place of a codebook below ``end``, and none of them waits for the device.
+
+        Args:
+            inputs: ``[B]``, as for :meth:`step`.
+            cache: where the step writes.
+            codebook: that of the token to predict, the place modulo G.
+            end: places that attention reads, more than the place.
+            first: whether the place is 0, so that the inputs are labels.
+
+        Returns:
+            Logits ``[B, K]``.
+        """
+        if first:
+            x = self.class_embedding(inputs)
+        else:
+            x = self.token_embedding(inputs + (codebook - 1) % self.num_codebooks * self.num_embeddings)
+        x = x.unsqueeze(1)
+        turns = cache.open(end)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, turns, cache, layer)
+        return self.heads[codebook](self.norm(x[:, 0]))
+
+    def check_labels(self, labels: Tensor | None, batch_size: int) -> Tensor:
+        """Labels int64 ``[B]`` on the network's device, the null class where there are none.
+
+        Raises:
+            VaevqMedError: their shape is another, or one is out of range.
+        """
+        device = self.class_embedding.weight.device
+        if labels is None:
+            return torch.full((batch_size,), self.null_class, device=device)
+        if labels.shape != (batch_size,):
+            raise VaevqMedError(f"labels have shape {tuple(labels.shape)}; expected [{batch_size}]")
+        check_range("labels", labels, self.null_class)
+        return labels.to(device=device, dtype=torch.int64)
+
+    def _tokens(self, indices: Tensor) -> Tensor:
+        height, width = self.grid_size
+        shape, codebooks = tuple(indices.shape), self.num_codebooks
+        fits = {
+            2: codebooks == 1 and 0 < shape[-1] <= height * width,
+            3: shape[-1] == codebooks and 0 < shape[1] <= height * width,
+            4: shape[1:] == (height, width, codebooks),
+        }
+        if not fits.get(len(shape), False):
+            flat = f"[B, n{'' if codebooks == 1 else f', {codebooks}'}] with n from 1 to {height * width}"
+            raise VaevqMedError(f"indices have shape {shape}; expected {flat}, or [B, {height}, {width}, {codebooks}]")
+        check_range("indices", indices, self.num_embeddings - 1)
+        return indices.flatten(1).long()
+
+
+def _pair(grid_size: tuple[int, int]) -> tuple[int, int]:
+    if len(grid_size) != 2:
+        raise VaevqMedError(f"grid_size is {tuple(grid_size)}; expected (height, width) or one number")
+    return int(grid_size[0]), int(grid_size[1])
+
+
+def _summed_cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
+    return F.cross_entropy(head(hidden).float(), targets, reduction="sum")

@@ -1,0 +1,297 @@
+"""Synthetic multi-contrast subjects in BraTS 2024 layout, for the demo, the tests and air-gapped trials.
+
+A subject is the MNI152 template (from nilearn's wheel) deformed into one person's brain, with a tumor grown
+along its white matter, rendered in the four contrasts of BraTS and labeled in ``seg``. Nothing is
+downloaded. A subject depends on the seed and its number alone: neither on how many are made, nor in which
+order, nor by how many processes.
+"""
+
+from __future__ import annotations
+
+import gzip
+import multiprocessing
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+
+from vaevq_med.core.errors import DataError, VaevqMedError
+from vaevq_med.prepare.phantom.anatomy import FULL_SHAPE, build_anatomy, make_grid
+from vaevq_med.prepare.phantom.contrast import CONTRASTS, find_vessels, render
+from vaevq_med.prepare.phantom.tumor import Label, grow_tumor, plan_tumor
+
+__all__ = [
+    "Label",
+    "PhantomConfig",
+    "PhantomScan",
+    "case_name",
+    "plan_cases",
+    "synthesize_subject",
+    "write_phantoms",
+]
+
+TIMEPOINTS = (100, 101)
+"""The timepoint numbers of BraTS 2024; the second follows surgery."""
+MAX_SUBJECTS = 9999
+_MIN_EDGE = 24
+
+
+class _Stream(IntEnum):
+    """Independent sources of randomness of one subject."""
+
+    ANATOMY = 0
+    TUMOR = 1
+    GROWTH = 2
+    VESSELS = 3
+    SCAN = 4
+
+
+@dataclass(frozen=True)
+class PhantomConfig:
+    """How synthetic subjects are made.
+
+    Attributes:
+        shape: voxels along left-right, posterior-anterior, inferior-superior; the field of view stays
+            182 x 218 x 182 mm, so the default has 1 mm voxels and ``(91, 109, 91)`` has 2 mm ones.
+        seed: another seed gives other subjects under the same names.
+        deformation: spread of the brains' shapes, 0 (all the template's) to 1.5.
+        noise: standard deviation of the noise in each receive channel, as a fraction of the brightest
+            healthy parenchyma, 0 to 0.5.
+        bias_field: standard deviation of the logarithm of the bias field, 0 to 0.5.
+
+    Raises:
+        VaevqMedError: a value is out of its range.
+    """
+
+    shape: tuple[int, int, int] = FULL_SHAPE
+    seed: int = 0
+    deformation: float = 1.0
+    noise: float = 0.02
+    bias_field: float = 0.08
+
+    def __post_init__(self) -> None:
+        edges = tuple(self.shape)
+        if len(edges) != 3 or any(not _MIN_EDGE <= edge <= 512 for edge in edges):
+            raise VaevqMedError(
+                f"shape {'x'.join(map(str, edges))}: expected three numbers of voxels from {_MIN_EDGE} to 512"
+            )
+        if self.seed < 0:
+            raise VaevqMedError(f"seed {self.seed}: expected 0 or more")
+        for name, limit in (("deformation", 1.5), ("noise", 0.5), ("bias_field", 0.5)):
+            value = getattr(self, name)
+            if not 0 <= value <= limit:
+                raise VaevqMedError(f"{name} {value}: expected 0 to {limit}")
+
+
+@dataclass(frozen=True)
+class PhantomScan:
+    """One timepoint of one synthetic patient.
+
+    Attributes:
+        name: the case's name, as ``BraTS-GLI-90001-100``.
+        volumes: ``t1n``, ``t1c``, ``t2w``, ``t2f`` int16 with zero background, and ``seg`` uint8 with the
+            classes of ``Label``; each of the configured shape.
+        affine: voxel to MNI millimeters, ``[4, 4]``.
+    """
+
+    name: str
+    volumes: Mapping[str, NDArray[Any]]
+    affine: NDArray[np.float64]
+
+
+def case_name(subject: int, timepoint: int) -> str:
+    """Name a case as BraTS 2024 glioma does, with patient numbers from 90001 that no release uses.
+
+    Args:
+        subject: the patient, from 1.
+        timepoint: 100 or 101.
+
+    Returns:
+        The name.
+
+    Examples:
+        >>> case_name(7, 100)
+        'BraTS-GLI-90007-100'
+    """
+    return f"BraTS-GLI-9{subject:04d}-{timepoint}"
+
+
+def plan_cases(subjects: int) -> list[tuple[int, int]]:
+    """List the scans of the patients: every third patient has a second timepoint.
+
+    Args:
+        subjects: number of patients, 1 to 9999.
+
+    Returns:
+        Pairs of patient and timepoint, ordered.
+
+    Raises:
+        VaevqMedError: the number is out of its range.
+
+    Examples:
+        >>> plan_cases(3)
+        [(1, 100), (2, 100), (3, 100), (3, 101)]
+    """
+    if not 1 <= subjects <= MAX_SUBJECTS:
+        raise VaevqMedError(f"{subjects} subjects: expected 1 to {MAX_SUBJECTS}")
+    return [
+        (subject, timepoint)
+        for subject in range(1, subjects + 1)
+        for timepoint in (TIMEPOINTS if subject % 3 == 0 else TIMEPOINTS[:1])
+    ]
+
+
+def synthesize_subject(
+    subject: int,
+    timepoint: int = TIMEPOINTS[0],
+    config: PhantomConfig | None = None,
+) -> PhantomScan:
+    """Make one scan of one synthetic patient.
+
+    Both timepoints of a patient share the anatomy, the tumor's place and its outline; at the second a
+    resection cavity has replaced part of the tumor. Of three patients the first is scanned before surgery,
+    the second after it, the third before and after.
+
+    Args:
+        subject: the patient, 1 to 9999.
+        timepoint: 100, or 101 for the scan after surgery.
+        config: how; the defaults without one.
+
+    Returns:
+        The scan; the same for the same arguments.
+
+    Raises:
+        VaevqMedError: a number is out of its range.
+        DataError: nilearn's MNI152 maps are not installed.
+    """
+    config = config or PhantomConfig()
+    if not 1 <= subject <= MAX_SUBJECTS:
+        raise VaevqMedError(f"subject {subject}: expected 1 to {MAX_SUBJECTS}")
+    if timepoint not in TIMEPOINTS:
+        raise VaevqMedError(f"timepoint {timepoint}: expected one of {', '.join(map(str, TIMEPOINTS))}")
+
+    def source(stream: _Stream, *more: int) -> np.random.Generator:
+        return np.random.default_rng(np.random.SeedSequence(config.seed, spawn_key=(subject, stream, *more)))
+
+    resected = timepoint != TIMEPOINTS[0] or subject % 3 == 2
+    grid = make_grid(config.shape)
+    plan = plan_tumor(source(_Stream.TUMOR))
+    anatomy = build_anatomy(source(_Stream.ANATOMY), grid, config.deformation, plan.mass_effect)
+    lesion = grow_tumor(source(_Stream.GROWTH), plan, grid, anatomy, resected=resected)
+    vessels = find_vessels(source(_Stream.VESSELS), grid, anatomy)
+    volumes: dict[str, NDArray[Any]] = {}
+
+    def place(values: NDArray[Any]) -> NDArray[Any]:
+        volume = np.zeros(grid.shape, dtype=values.dtype)
+        volume[grid.window][anatomy.mask] = values
+        return volume
+
+    for number, (name, contrast) in enumerate(CONTRASTS.items()):
+        scan = source(_Stream.SCAN, timepoint, number)
+        volumes[name] = place(
+            render(
+                scan,
+                contrast,
+                grid,
+                anatomy,
+                lesion,
+                vessels,
+                noise=config.noise,
+                bias_field=config.bias_field,
+            )
+        )
+    volumes["seg"] = place(lesion.label)
+    return PhantomScan(case_name(subject, timepoint), volumes, grid.affine)
+
+
+def write_phantoms(
+    output: Path,
+    subjects: int,
+    config: PhantomConfig | None = None,
+    *,
+    workers: int = 1,
+    on_case: Callable[[str], None] | None = None,
+) -> list[Path]:
+    """Write synthetic subjects as ``OUTPUT/<case>/<case>-{t1n,t1c,t2w,t2f,seg}.nii.gz``.
+
+    Each file appears whole or not at all; a second run writes the same bytes over the first.
+
+    Args:
+        output: folder to write into; made where absent.
+        subjects: number of patients; every third has two timepoints, a case each.
+        config: how; the defaults without one.
+        workers: processes; the files do not depend on it.
+        on_case: called with the name of each case that is done.
+
+    Returns:
+        The folders of the cases, ordered by name.
+
+    Raises:
+        VaevqMedError: a number is out of its range.
+        DataError: nilearn's MNI152 maps are not installed, or the output cannot be written.
+    """
+    config = config or PhantomConfig()
+    if workers < 1:
+        raise VaevqMedError(f"{workers} workers: expected 1 or more")
+    cases = plan_cases(subjects)
+    output = Path(output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot make the output folder {output}: {error.strerror}") from error
+    workers = min(workers, len(cases))
+    if workers == 1:
+        for subject, timepoint in cases:
+            name = _write_case(output, subject, timepoint, config)
+            if on_case:
+                on_case(name)
+    else:
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            jobs = [pool.submit(_write_case, output, *case, config) for case in cases]
+            try:
+                for job in as_completed(jobs):
+                    name = job.result()
+                    if on_case:
+                        on_case(name)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    return [output / case_name(*case) for case in cases]
+
+
+def _write_case(output: Path, subject: int, timepoint: int, config: PhantomConfig) -> str:
+    """Make and write one case; its name."""
+    scan = synthesize_subject(subject, timepoint, config)
+    folder = output / scan.name
+    try:
+        folder.mkdir(exist_ok=True)
+        for contrast, volume in scan.volumes.items():
+            image = nib.Nifti1Image(volume, scan.affine)
+            image.header.set_xyzt_units("mm")
+            image.set_sform(scan.affine, code="mni")
+            image.set_qform(scan.affine, code="mni")
+            _write_whole(
+                folder / f"{scan.name}-{contrast}.nii.gz",
+                gzip.compress(image.to_bytes(), compresslevel=1, mtime=0),
+            )
+    except OSError as error:
+        raise DataError(f"cannot write case {scan.name} to {output}: {error.strerror}") from error
+    return scan.name
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name beside it, then move it into place."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,350 @@
+"""Finding cases: BraTS 2017 to 2024, the Decathlon's brain tumors, and CSV files of paths.
+
+Nothing is read here but names, so that a search over thousands of cases takes a moment.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+
+from vaevq_med.core.errors import DataError
+from vaevq_med.prepare.volumes.labels import BRATS2021, BRATS2024, BRATS2024_PED, DECATHLON
+
+SUFFIXES = (".nii.gz", ".nii", ".mha", ".nrrd")
+CONTRAST_ALIASES: Mapping[str, str] = {
+    "t1": "t1n",
+    "t1n": "t1n",
+    "t1ce": "t1c",
+    "t1gd": "t1c",
+    "t1c": "t1c",
+    "t2": "t2w",
+    "t2w": "t2w",
+    "flair": "t2f",
+    "t2f": "t2f",
+    "seg": "seg",
+}
+"""What the releases call the contrasts, to the names of BraTS 2023 and 2024."""
+DECATHLON_CHANNELS: Mapping[str, int] = {"t2f": 0, "t1n": 1, "t1c": 2, "t2w": 3}
+"""Order of the contrasts in Task01_BrainTumour's 4D volumes: FLAIR, T1w, T1gd, T2w."""
+
+_BRATS_2023 = re.compile(r"(?P<case>(?P<patient>BraTS-(?P<kind>[A-Za-z]+)-[0-9]+)-[0-9]+)[-_](?P<contrast>[a-z0-9]+)")
+_BRATS_2021 = re.compile(
+    r"(?P<case>brats[0-9]{2,4}_[a-z0-9_]+?)_(?P<contrast>t1|t1ce|t1gd|t2|flair|seg)", re.IGNORECASE
+)
+_BRATS_2019 = re.compile(r"(brats1[789]_.+)_[0-9]+", re.IGNORECASE)
+_DECATHLON = re.compile(r"BRATS_[0-9]+")
+_CASE_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,126}[A-Za-z0-9_-])?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a volume is.
+
+    Attributes:
+        path: its file.
+        channel: index along the fourth axis of a 4D file, or None for a 3D one.
+    """
+
+    path: Path
+    channel: int | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One examination of one patient.
+
+    Attributes:
+        name: unique, and safe as a folder's name.
+        patient: whom the split keeps together.
+        images: contrast to volume.
+        segmentation: the labels, or None.
+        label_map: name of the map that the segmentation's values follow.
+    """
+
+    name: str
+    patient: str
+    images: Mapping[str, Source]
+    segmentation: Source | None
+    label_map: str
+
+
+@dataclass
+class CaseSearch:
+    """What was found.
+
+    Attributes:
+        cases: by name.
+        problems: case (or file) and what is wrong with it; such a case is left out.
+        notes: what a user should know besides.
+    """
+
+    cases: list[Case] = field(default_factory=list)
+    problems: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def strip_suffix(name: str) -> str | None:
+    """A volume's file name without its suffix, or None where it is no volume's.
+
+    Examples:
+        >>> strip_suffix("a-t1n.nii.gz"), strip_suffix("a.png")
+        ('a-t1n', None)
+    """
+    for suffix in SUFFIXES:
+        if name.lower().endswith(suffix):
+            return name[: -len(suffix)]
+    return None
+
+
+def patient_of(case: str) -> str:
+    """The patient of a case that is named as BraTS names them; other names are their own patient.
+
+    Examples:
+        >>> patient_of("BraTS-GLI-00005-101"), patient_of("BraTS2021_00000"), patient_of("Brats18_TCIA01_131_1")
+        ('BraTS-GLI-00005', 'BraTS2021_00000', 'Brats18_TCIA01_131')
+    """
+    match = _BRATS_2023.fullmatch(f"{case}-seg")
+    if match:
+        return match["patient"]
+    match = _BRATS_2019.fullmatch(case)
+    return match[1] if match else case
+
+
+def check_case_name(name: str) -> None:
+    """Refuse a name that cannot be a folder's, or would lead out of one.
+
+    Raises:
+        DataError: the name has other characters than letters, digits, ``.``, ``_`` and ``-``, or is too long.
+    """
+    if not _CASE_NAME.fullmatch(name):
+        raise DataError(
+            f"found case name {name!r}, expected 1 to 128 letters, digits, '.', '_' or '-', "
+            "starting with a letter or digit"
+        )
+
+
+def find_cases(
+    root: Path, modalities: Sequence[str], *, label_map: str | None = None, exclude: Path | None = None
+) -> CaseSearch:
+    """Find cases under any nesting, by the names of their files.
+
+    Args:
+        root: folder to search.
+        modalities: contrasts that every case must have.
+        label_map: what the segmentations' values mean, where the file names tell it wrongly.
+        exclude: a folder to leave out.
+
+    Returns:
+        Cases, and what stood in the way of others.
+
+    Raises:
+        DataError: ``root`` is no readable folder.
+    """
+    if not os.path.isdir(root):
+        found = "a file" if os.path.exists(root) else "nothing"
+        raise DataError(f"input {root}: found {found}, expected a folder of cases")
+    search = CaseSearch()
+    files: dict[str, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
+    maps: dict[str, str] = {}
+    patients: dict[str, str] = {}
+    strangers: list[Path] = []
+    for path in _walk(root, search, exclude):
+        stem = strip_suffix(path.name)
+        if stem is None:
+            continue
+        place = _decathlon_place(path, stem)
+        match = None if place else _BRATS_2023.fullmatch(stem)
+        older = None if place or match else _BRATS_2021.fullmatch(stem)
+        if place:
+            case, contrast, kind = stem, place, DECATHLON.name
+        elif match and match["contrast"] in CONTRAST_ALIASES:
+            case, contrast = match["case"], CONTRAST_ALIASES[match["contrast"]]
+            kind = (BRATS2024_PED if match["kind"].upper() == "PED" else BRATS2024).name
+        elif older:
+            case, contrast, kind = older["case"], CONTRAST_ALIASES[older["contrast"].lower()], BRATS2021.name
+        else:
+            strangers.append(path)
+            continue
+        files[case][contrast].append(path)
+        maps[case] = kind
+        patients[case] = patient_of(case)
+    for name in sorted(files):
+        case_or_problem = _assemble(name, patients[name], files[name], modalities, label_map or maps[name], root)
+        if isinstance(case_or_problem, Case):
+            search.cases.append(case_or_problem)
+        else:
+            search.problems.append((name, case_or_problem))
+    _add_notes(search, strangers, maps, label_map, root)
+    if not search.cases and not search.problems:
+        raise DataError(
+            f"input {root}: found no case"
+            + (f" but {len(strangers)} volumes of other names ({_relative(strangers[0], root)})" if strangers else "")
+            + ", expected BraTS or Decathlon names such as BraTS-GLI-00005-100-t1n.nii.gz; "
+            "describe another layout with --cases"
+        )
+    return search
+
+
+def read_cases(table: Path, root: Path, modalities: Sequence[str], *, label_map: str | None = None) -> CaseSearch:
+    """Read cases from a CSV of paths.
+
+    The columns are ``case``, one for each contrast (under any of :data:`CONTRAST_ALIASES`), and, where there
+    are any, ``patient`` and ``seg``; others are left out.
+
+    Args:
+        table: the CSV file.
+        root: what relative paths start from.
+        modalities: contrasts that every case must have.
+        label_map: what the segmentations' values mean; by default those of BraTS 2024.
+
+    Returns:
+        Cases, and what stood in the way of others.
+
+    Raises:
+        DataError: the table cannot be read, lacks a column or has no row.
+    """
+    try:
+        reader = csv.reader(io.StringIO(table.read_text(encoding="utf-8-sig")), skipinitialspace=True)
+        header = [column.strip() for column in next(reader, [])]
+        columns = [CONTRAST_ALIASES.get(column.lower(), column.lower()) for column in header]
+        rows = [dict(zip_longest(columns, (v.strip() for v in row[: len(columns)]), fillvalue="")) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"cases {table}: found no readable CSV ({error}), expected one with a header") from error
+    used = ("case", "patient", *modalities, "seg")
+    missing = [name for name in ("case", *modalities) if name not in columns]
+    if missing:
+        raise DataError(
+            f"cases {table}: found columns {', '.join(header) or 'none'}, expected also {', '.join(missing)}"
+        )
+    repeated = [name for name in used if columns.count(name) > 1]
+    if repeated:
+        raise DataError(f"cases {table}: found {columns.count(repeated[0])} columns for {repeated[0]}, expected one")
+    rows = [row for row in rows if any(row.values())]
+    if not rows:
+        raise DataError(f"cases {table}: found no rows, expected one for each case")
+    search = CaseSearch()
+    ignored = [column for column, name in zip(header, columns, strict=True) if name not in used]
+    if ignored:
+        search.notes.append(f"cases {table.name}: columns {', '.join(ignored)} are not used")
+    counts: dict[str, int] = defaultdict(int)
+    for row in rows:
+        counts[row["case"]] += 1
+    for row in rows:
+        name = row["case"]
+        volumes = {name: [root / row[name]] for name in (*modalities, "seg") if row.get(name)}
+        absent = [path for (path,) in volumes.values() if not os.path.isfile(path)]
+        try:
+            check_case_name(name)
+        except DataError as error:
+            search.problems.append((_printable(name) or "(no name)", str(error)))
+            continue
+        if counts[name] > 1:
+            if all(problem[0] != name for problem in search.problems):
+                search.problems.append((name, f"found {counts[name]} rows of this name in {table.name}, expected one"))
+            continue
+        if absent:
+            search.problems.append((name, f"found no file {_printable(absent[0])}, expected one as {table.name} says"))
+            continue
+        patient = row.get("patient") or patient_of(name)
+        made = _assemble(name, patient, volumes, modalities, label_map or BRATS2024.name, root)
+        if isinstance(made, Case):
+            search.cases.append(made)
+        else:
+            search.problems.append((name, made))
+    search.cases.sort(key=lambda case: case.name)
+    return search
+
+
+def _walk(root: Path, search: CaseSearch, exclude: Path | None) -> Iterator[Path]:
+    """Files below a folder, in order; links are followed, once each, and hidden names left out."""
+
+    def unreadable(error: OSError) -> None:
+        search.problems.append(
+            (_printable(error.filename), f"found an unreadable folder ({error.strerror}), expected to read it")
+        )
+
+    excluded = exclude.resolve() if exclude is not None else None
+    seen: set[Path] = set()
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=unreadable):
+        real = Path(folder).resolve()
+        if real in seen or real == excluded:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(folder) / name for name in sorted(names) if not name.startswith("."))
+
+
+def _decathlon_place(path: Path, stem: str) -> str:
+    """``image`` or ``seg`` for a file of Task01_BrainTumour, otherwise nothing."""
+    if not _DECATHLON.fullmatch(stem):
+        return ""
+    return {"imagesTr": "image", "imagesTs": "image", "labelsTr": "seg"}.get(path.parent.name, "")
+
+
+def _assemble(
+    name: str,
+    patient: str,
+    files: Mapping[str, Sequence[Path]],
+    modalities: Sequence[str],
+    label_map: str,
+    root: Path,
+) -> Case | str:
+    """A case from its files, or what is wrong with it."""
+    for contrast, paths in sorted(files.items()):
+        if len(paths) > 1:
+            shown = " and ".join(_relative(path, root) for path in paths[:2])
+            same_folder = len({path.parent for path in paths}) == 1
+            what = f"{len(paths)} files for {contrast}" if same_folder else "a duplicate case name"
+            return f"found {what} ({shown}), expected one"
+    if "image" in files:
+        stacked = files["image"][0]
+        unknown = [m for m in modalities if m not in DECATHLON_CHANNELS]
+        if unknown:
+            return f"found contrasts {', '.join(DECATHLON_CHANNELS)}, expected also {', '.join(unknown)}"
+        images = {m: Source(stacked, DECATHLON_CHANNELS[m]) for m in modalities}
+    else:
+        missing = [m for m in modalities if m not in files]
+        if missing:
+            found = ", ".join(sorted(files)) or "nothing"
+            return f"missing {', '.join(missing)}; found {found}, expected {', '.join(modalities)}"
+        images = {m: Source(files[m][0]) for m in modalities}
+    segmentation = Source(files["seg"][0]) if files.get("seg") else None
+    return Case(name, patient, images, segmentation, label_map)
+
+
+def _relative(path: Path, root: Path) -> str:
+    return _printable(path.relative_to(root).as_posix() if path.is_relative_to(root) else path)
+
+
+def _printable(text: object) -> str:
+    """One line that any stream can encode, whatever bytes a file's name is made of."""
+    return "".join(c if c.isprintable() else "?" for c in str(text))
+
+
+def _add_notes(
+    search: CaseSearch, strangers: Sequence[Path], maps: Mapping[str, str], label_map: str | None, root: Path
+) -> None:
+    if strangers:
+        search.notes.append(
+            f"{len(strangers)} volumes of other names were left out (first: {_relative(strangers[0], root)}); "
+            "describe them with --cases"
+        )
+    kinds = {maps[case.name] for case in search.cases}
+    if {BRATS2021.name, BRATS2024.name} <= kinds:
+        search.notes.append(
+            "BraTS 2021 and 2023/2024 cases together: the releases share patients under different names, "
+            "and a split cannot know them; give the patients with --cases"
+        )
+    if label_map is None and any(c.label_map == BRATS2024_PED.name and c.segmentation for c in search.cases):
+        search.notes.append(
+            "BraTS-PED segmentations are read as those of 2024 (1 = ET); for the 2023 release: --label-map brats2024"
+        )

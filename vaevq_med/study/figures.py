@@ -1,0 +1,153 @@
+"""Pictures of a comparison: utilization bars, curves over K, reconstructions or generated images side by side."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.evaluation.pictures import comparison_grid, save_figure
+from vaevq_med.images.generated import LIST_NAME, find_samples
+from vaevq_med.study.plan import Row
+from vaevq_med.study.tables import COLUMNS, MethodResult
+
+_SWEPT = ("utilization", "rfid", "psnr")
+
+
+def _spread(value: float) -> float:
+    return 0.0 if math.isnan(value) else value
+
+
+def utilization_bars(methods: Sequence[MethodResult], path: Path) -> bool:
+    """The paper's Figure 5: a bar a method, its height the utilization, a whisker the spread over seeds.
+
+    Args:
+        methods: rows of the table.
+        path: PNG file to write.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    shown = [m for m in methods if "utilization" in m.figures]
+    if not shown:
+        return False
+    figure = Figure(figsize=(1.6 + 0.9 * len(shown), 3.6), layout="constrained")
+    axis = figure.subplots()
+    heights = [100 * m.figures["utilization"].mean for m in shown]
+    spread = [100 * _spread(m.figures["utilization"].std) for m in shown]
+    bars = axis.bar(range(len(shown)), heights, yerr=spread if any(spread) else None, capsize=3, color="#4c72b0")
+    axis.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
+    axis.set_xticks(range(len(shown)), [m.method.title for m in shown], rotation=30, ha="right", fontsize=8)
+    axis.set_ylabel("codebook utilization (%)")
+    axis.set_ylim(0, 110)
+    axis.grid(axis="y", alpha=0.3)
+    save_figure(figure, path)
+    return True
+
+
+def sweep_curves(methods: Sequence[MethodResult], path: Path) -> bool:
+    """The paper's Figure 7: utilization, rFID and PSNR over K, a line a method.
+
+    Args:
+        methods: points of the sweep.
+        path: PNG file to write.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    points = [m for m in methods if m.method.num_embeddings is not None]
+    names = [name for name in _SWEPT if any(name in m.figures for m in points)]
+    if not names:
+        return False
+    columns = {column.name: column for column in COLUMNS}
+    figure = Figure(figsize=(4 * len(names), 3.4), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        scale = columns[name].scale
+        for family in dict.fromkeys(m.method.family for m in points):
+            own = [m for m in points if m.method.family == family and name in m.figures]
+            own.sort(key=lambda m: m.method.num_embeddings or 0)
+            axis.errorbar(
+                [m.method.num_embeddings for m in own],
+                [scale * m.figures[name].mean for m in own],
+                yerr=[scale * _spread(m.figures[name].std) for m in own],
+                marker="o",
+                capsize=3,
+                label=own[0].method.title.rsplit(", K = ", 1)[0] if own else family,
+            )
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("codewords K")
+        axis.set_ylabel(columns[name].title)
+        axis.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=8)
+    save_figure(figure, path)
+    return True
+
+
+def sample_grid(rows: Sequence[Row], generated: Sequence[Path], count: int, path: Path) -> None:
+    """A row a method, a column a sample number: the same numbers, which are of the same labels, for all.
+
+    Args:
+        rows: a finished row of each method.
+        generated: folder of each one's samples.
+        count: samples of each.
+        path: PNG file to write.
+
+    Raises:
+        DataError: the samples are not there any more.
+    """
+    samples = [find_samples(folder)[:count] for folder in generated]
+    columns = max(len(found) for found in samples)
+    figure = Figure(figsize=(1.6 * columns + 1.4, 1.85 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for row, folder, found, line in zip(rows, generated, samples, axes, strict=True):
+        with (folder / LIST_NAME).open(newline="", encoding="utf-8") as file:
+            names = {entry["file"]: f"{entry['name']} {entry['number']}".strip() for entry in csv.DictReader(file)}
+        for axis in line:
+            axis.set_xticks([])
+            axis.set_yticks([])
+        for axis, sample in zip(line, found, strict=False):
+            with Image.open(folder / sample.name) as image:
+                axis.imshow(np.asarray(image), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axis.set_title(names.get(sample.name, sample.name), fontsize=7)
+        line[0].set_ylabel(row.method.title.replace(", ", "\n"), fontsize=8)
+    save_figure(figure, path)
+
+
+@torch.no_grad()
+def reconstructions(rows: Sequence[Row], count: int, path: Path) -> None:
+    """The paper's Figure 6: a row an image, a column a method, with error maps; evenly spaced images of the split.
+
+    Args:
+        rows: a finished row of each method.
+        count: images.
+        path: PNG file to write.
+
+    Raises:
+        VaevqMedError: a checkpoint is not there any more.
+    """
+    columns: dict[str, torch.Tensor] = {}
+    images = torch.empty(0)
+    labels: list[str] = []
+    for row in rows:
+        if not row.checkpoint.is_file():
+            raise VaevqMedError(
+                f"{row.checkpoint}: found no checkpoint to draw from; --pictures 0 leaves the figure out"
+            )
+        parser = row.parser("evaluating")
+        if not labels:
+            dataset = parser.get_parsed_content("dataset")
+            chosen = dict.fromkeys(np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist())
+            items = [dataset[i] for i in chosen]
+            images = torch.stack([torch.as_tensor(item["image"]) for item in items])
+            labels = [f"{item['modality']}\n{item['case'] or Path(item['path']).stem}" for item in items]
+        network, device = parser.get_parsed_content("network"), parser.get_parsed_content("device")
+        columns[row.method.name] = torch.cat([network(image[None].to(device)).float().cpu() for image in images])
+    titles = {row.method.name: row.method.title for row in rows}
+    comparison_grid(images, columns, titles=titles, labels=labels, path=path)

@@ -1,0 +1,224 @@
+"""Spread over seeds, bootstrap over patients, and the paired test of the best method against the next.
+
+The images of one patient resemble each other, so they are not independent: where there are patients, they are what is
+resampled and tested (cluster bootstrap; Wilcoxon's signed-rank test over the patients' means).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vaevq_med.core.errors import VaevqMedError
+
+PER_IMAGE = ("psnr", "ssim", "lpips")
+HIGHER_IS_BETTER = {
+    **{"psnr": True, "ssim": True, "rfid": False, "lpips": False, "utilization": True, "perplexity": True},
+    **{"gfid": False, "precision": True, "recall": True, "inception_score": True},
+}
+RESAMPLES = 10_000
+LEVEL = 0.05
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Images:
+    """Per-image figures of one method, each averaged over its seeds.
+
+    Attributes:
+        keys: what identifies each image.
+        patients: patient of each image; empty strings where there are none.
+        values: metric to one figure an image.
+    """
+
+    keys: tuple[str, ...]
+    patients: tuple[str, ...]
+    values: Mapping[str, Array]
+
+    def units(self) -> tuple[str, NDArray[np.int64]]:
+        """What is independent, ``patients`` or ``images``, and the number of the unit that each image belongs to.
+
+        Patients where at least two are named; otherwise images.
+        """
+        names = sorted({name for name in self.patients if name})
+        if len(names) < 2 or not all(self.patients):
+            return "images", np.arange(len(self.keys))
+        number = {name: i for i, name in enumerate(names)}
+        return "patients", np.array([number[name] for name in self.patients])
+
+
+def _keys(rows: Sequence[Mapping[str, str]]) -> tuple[str, ...]:
+    """What identifies the images wherever the data set's folder is: number in the split and file name."""
+    return tuple(f"{row.get('index', '')} {PurePath(row['path']).name}" for row in rows)
+
+
+def over_seeds(runs: Sequence[Sequence[Mapping[str, str]]]) -> Images:
+    """Average the rows of ``per_image.csv`` of one method's seeds.
+
+    Args:
+        runs: one list of rows a seed.
+
+    Raises:
+        VaevqMedError: the seeds were not evaluated on the same images.
+    """
+    keys = _keys(runs[0])
+    for rows in runs[1:]:
+        if _keys(rows) != keys:
+            raise VaevqMedError(
+                f"found seeds evaluated on different images ({len(keys)} and {len(rows)}), expected the same ones; "
+                "evaluate them again in another output folder"
+            )
+    values = {
+        name: np.mean([[float(row[name]) for row in rows] for rows in runs], axis=0)
+        for name in PER_IMAGE
+        if all(name in row for rows in runs for row in rows)
+    }
+    return Images(keys, tuple(row.get("patient", "") for row in runs[0]), values)
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (NaN for fewer than two values).
+
+    Example:
+        >>> mean_and_spread([1.0, 3.0])
+        (2.0, 1.4142135623730951)
+    """
+    if not values:
+        return math.nan, math.nan
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+
+
+def bootstrap_interval(
+    values: Array, units: NDArray[np.int64], *, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile interval of the mean over images when whole units are drawn with replacement.
+
+    Args:
+        values: one figure an image, ``[N]``.
+        units: number of each image's unit, from 0 on, ``[N]``.
+        resamples: draws.
+        level: 1 minus the interval's coverage.
+        seed: seed of the draws.
+
+    Returns:
+        The lower and the upper end; NaN for fewer than two units.
+    """
+    sums = np.bincount(units, weights=values)
+    counts = np.bincount(units).astype(float)
+    if len(counts) < 2:
+        return math.nan, math.nan
+    rng = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    block = max(1, 2_000_000 // len(counts))
+    for first in range(0, resamples, block):
+        drawn = rng.integers(0, len(counts), size=(min(block, resamples - first), len(counts)))
+        means[first : first + block] = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+    low, high = np.quantile(means, [level / 2, 1 - level / 2])
+    return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """Wilcoxon's signed-rank test, two-sided, of the best method against the next.
+
+    Attributes:
+        metric: what is compared.
+        best: name of the best method by its mean.
+        next: name of the second best.
+        unit: ``patients`` or ``images``.
+        n: pairs.
+        difference: mean over the pairs of best minus next.
+        p_value: None where it was not computed.
+        note: why not, or what to keep in mind.
+    """
+
+    metric: str
+    best: str
+    next: str
+    unit: str
+    n: int
+    difference: float
+    p_value: float | None
+    note: str = ""
+
+    def record(self) -> dict[str, Any]:
+        """As JSON-ready values."""
+        return asdict(self)
+
+
+def smallest_p_value(n: int) -> float:
+    """The smallest two-sided p-value that n pairs can give: all of one sign, ``2 / 2^n``.
+
+    Example:
+        >>> smallest_p_value(5), smallest_p_value(6)
+        (0.0625, 0.03125)
+    """
+    return min(1.0, 2.0 ** (1 - n))
+
+
+def wilcoxon(differences: Array) -> float:
+    """Two-sided p-value of scipy's signed-rank test, zero differences left out; 1 where all are zero."""
+    from scipy.stats import wilcoxon as signed_rank
+
+    moved = differences[differences != 0]
+    return 1.0 if len(moved) == 0 else float(signed_rank(moved).pvalue)
+
+
+def best_against_next(metric: str, methods: Mapping[str, Images]) -> list[PairedTest]:
+    """Test the best method against the next by one per-image metric.
+
+    Args:
+        metric: one of :data:`PER_IMAGE`.
+        methods: name to its images.
+
+    Returns:
+        Nothing for fewer than two methods with the metric; one test over patients, or over images where there are
+        no patients; where there are too few patients for a p-value below 0.05, a second over images, marked.
+
+    Raises:
+        VaevqMedError: best and next were not evaluated on the same images.
+    """
+    having = {name: images for name, images in methods.items() if metric in images.values}
+    if len(having) < 2:
+        return []
+    sign = -1 if HIGHER_IS_BETTER[metric] else 1
+    best, second = sorted(having, key=lambda name: sign * float(having[name].values[metric].mean()))[:2]
+    first, other = having[best], having[second]
+    if first.keys != other.keys:
+        raise VaevqMedError(
+            f"methods {best} and {second}: found different images ({len(first.keys)} and {len(other.keys)}), expected "
+            "the same ones; evaluate them again in another output folder"
+        )
+    differences = first.values[metric] - other.values[metric]
+    unit, units = first.units()
+    patients = sorted({name for name in first.patients if name})
+    counts = np.bincount(units)
+    paired = np.bincount(units, weights=differences) / counts
+    tests = []
+    if patients:
+        few = len(patients)
+        if unit == "patients" and smallest_p_value(few) < LEVEL:
+            mean = float(paired.mean())
+            return [PairedTest(metric, best, second, unit, few, mean, wilcoxon(paired))]
+        mean = float(paired.mean()) if unit == "patients" else float(differences.mean())
+        note = (
+            f"{few} patient{'s' if few > 1 else ''}: too few for any p-value below {LEVEL}: "
+            f"the smallest possible is {smallest_p_value(few):.3g}, 6 patients are needed"
+        )
+        tests.append(PairedTest(metric, best, second, "patients", few, mean, None, note))
+    note, p_value, count = "", None, len(differences)
+    if smallest_p_value(count) >= LEVEL:
+        note = f"{count} image{'s' if count > 1 else ''}: too few for any p-value below {LEVEL}"
+    else:
+        p_value = wilcoxon(differences)
+        if patients:
+            note = "images of one patient are not independent, so the p-value is too small"
+    mean = float(differences.mean())
+    tests.append(PairedTest(metric, best, second, "images", count, mean, p_value, note))
+    return tests

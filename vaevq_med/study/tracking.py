@@ -1,0 +1,74 @@
+"""The MLflow run that a comparison's rows are nested under."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from vaevq_med.study.plan import Plan
+from vaevq_med.trained.network import StoredNetwork
+from vaevq_med.training.tracking import MLflowTracker
+
+
+def log_to_training(plan: Plan, checkpoint: Path, figures: Mapping[str, float]) -> None:
+    """Log figures to the MLflow run that wrote a checkpoint; a failing server stops nothing.
+
+    Args:
+        plan: where it is tracked.
+        checkpoint: of the training.
+        figures: name to value.
+    """
+    tracker = MLflowTracker(tracking_uri=plan.tracking_uri, experiment=plan.experiment())
+    if not tracker.enabled:
+        return
+    with tracker.guard():
+        stored = StoredNetwork(checkpoint)
+        if stored.run_id is None:
+            return
+        tracker.start_run(stored.run_id, resume=False)
+        tracker.log_metrics(figures, stored.iteration)
+        tracker.flush()
+
+
+class ParentRun:
+    """One run a comparison, with the table's figures; a failing server stops nothing.
+
+    Args:
+        plan: what is compared.
+        run_id: the run of an earlier call, to go on with.
+    """
+
+    def __init__(self, plan: Plan, run_id: str | None = None) -> None:
+        families = dict.fromkeys(method.family or method.name for method in plan.methods)
+        self._tracker = MLflowTracker(
+            tracking_uri=plan.tracking_uri,
+            experiment=plan.experiment(),
+            run_name=f"{plan.kind} {', '.join(families)}",
+            config=plan.shared(),
+            tags={"vaevq_med.comparison": plan.kind},
+        )
+        self._run_id = run_id
+
+    def open(self) -> str | None:
+        """Start or take up the run; its id, None where tracking is off or fails."""
+        if not self._tracker.enabled:
+            return None
+        with self._tracker.guard():
+            self._tracker.start_run(self._run_id)
+        return self._tracker.run_id
+
+    def close(self, status: str, figures: Mapping[str, float], files: Sequence[Path] = ()) -> None:
+        """Log the table and end the run.
+
+        Args:
+            status: ``FINISHED``, ``FAILED`` or ``KILLED``.
+            figures: name to value.
+            files: artifacts.
+        """
+        if self._tracker.run_id is None:
+            return
+        with self._tracker.guard():
+            self._tracker.log_metrics(figures, 0)
+            for path in files:
+                self._tracker.log_artifact(path)
+            self._tracker.end_run(status)

@@ -1,0 +1,12 @@
+"""A tokenizer's output as data."""
+
+from vaevq_med.core.lazy import lazy
+
+__getattr__, __dir__, __all__ = lazy(
+    __name__,
+    {
+        "TokenDataset": "store",
+        "TokenStore": "store",
+        "load_token_store": "store",
+    },
+)

@@ -1,0 +1,285 @@
+"""Writing a token store, image after image, so that an interrupted run goes on where it stood."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vaevq_med.core.errors import DataError
+from vaevq_med.core.files import atomic_write_text
+from vaevq_med.images.manifest import SPLITS
+from vaevq_med.tokens.store import FILE_NAME, TokenStore, header_hash, items_hash, load_token_store, stored_type
+
+STATE = ".encode-tokens"
+_PROGRESS = "progress.json"
+
+
+def array_head(shape: Sequence[int], dtype: np.dtype[Any]) -> bytes:
+    """What a ``.npy`` file starts with.
+
+    Args:
+        shape: of the array.
+        dtype: of the array.
+    """
+    buffer = io.BytesIO()
+    descr = np.lib.format.dtype_to_descr(dtype)
+    np.lib.format.write_array_header_1_0(buffer, {"descr": descr, "fortran_order": False, "shape": tuple(shape)})
+    return buffer.getvalue()
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            yield from _leaves(item, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value
+
+
+def difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
+    """The first setting in which two descriptions differ, or None.
+
+    Args:
+        found: nested dictionaries of plain values.
+        expected: the same.
+
+    Examples:
+        >>> difference({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}})
+        'a.c 2, expected 3'
+    """
+    before, after = dict(_leaves(found)), dict(_leaves(expected))
+    for name in (*after, *before):
+        if before.get(name) != after.get(name):
+            return f"{name} {_short(before.get(name))}, expected {_short(after.get(name))}"
+    return None
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def check_output(root: Path) -> None:
+    """Refuse a folder that holds something else than a token store.
+
+    Args:
+        root: where a store is to be.
+
+    Raises:
+        DataError: it is a file, or has other things in it.
+    """
+    if root.exists() and not root.is_dir():
+        raise DataError(f"output {root}: found a file, expected a folder or nothing")
+    if (root / FILE_NAME).exists() or (root / STATE / _PROGRESS).is_file():
+        return
+    if root.is_dir() and any(not entry.name.startswith(".") for entry in root.iterdir()):
+        raise DataError(
+            f"output {root}: found a folder with other things in it, expected none, an empty one, or one of an "
+            "earlier encode-tokens"
+        )
+
+
+class TokenWriter:
+    """Fills the arrays of a store, which is a store only once it is finished.
+
+    While it is written, a folder of work in progress holds each split's array, as far as it goes, and how much of it is
+    safely on the disk. A context manager: leaving it, however, keeps what was appended.
+
+    Args:
+        root: folder of the store.
+        header: the description without hashes; each of its ``splits`` has ``shape`` and ``views``.
+        items: of each split, in the order of its array.
+        overwrite: let go of what is there, whatever it is of.
+
+    Raises:
+        DataError: the folder holds something else, or a store of other settings.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        header: Mapping[str, Any],
+        items: Mapping[str, Sequence[Mapping[str, Any]]],
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        self.root = root
+        self.items = items
+        self.header: dict[str, Any] = json.loads(json.dumps(header))
+        for split, described in self.header["splits"].items():
+            described["items_sha256"] = items_hash(items[split])
+        self.dtype = stored_type(self.header["dtype"])
+        self.state = root / STATE
+        self._files: dict[str, BinaryIO] = {}
+        self.finished: TokenStore | None = None
+        self.done = dict.fromkeys(self.header["splits"], 0)
+        check_output(root)
+        if overwrite:
+            self._clear()
+        elif (root / FILE_NAME).exists():
+            self.finished = self._check_finished()
+        elif (self.state / _PROGRESS).is_file():
+            self._resume()
+        if self.finished is None:
+            self.state.mkdir(parents=True, exist_ok=True)
+            self._record()
+
+    def __enter__(self) -> TokenWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if self.finished is None:
+                self.save()
+        finally:
+            while self._files:
+                with contextlib.suppress(OSError):
+                    self._files.popitem()[1].close()
+
+    def append(self, split: str, values: NDArray[Any]) -> None:
+        """Write the next images of a split.
+
+        Args:
+            split: one of the header's.
+            values: ``[n, views, ...]``.
+
+        Raises:
+            DataError: a value is not finite in the type of the store.
+        """
+        with np.errstate(over="ignore"):
+            stored = values.astype(self.dtype)
+        if self.dtype.kind == "f" and not np.isfinite(stored).all():
+            finite = bool(np.isfinite(values).all())
+            found = f"a latent of {np.abs(values).max():g}" if finite else "a latent that is not finite"
+            expected = f"at most {np.finfo(self.dtype).max:g}, which {self.dtype.name} holds"
+            wider = "; name --dtype float32" if finite and self.dtype.itemsize == 2 else ""
+            raise DataError(
+                f"{self.root}: found {found} in {self.items[split][self.done[split]]['id']} or close by, expected "
+                f"{expected}{wider}"
+            )
+        self._file(split).write(stored.tobytes())
+        self.done[split] += len(values)
+
+    def save(self) -> None:
+        """Put on the disk what was appended, then how much that is."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        self._record()
+
+    def finish(self) -> TokenStore:
+        """Put the arrays in place and describe them.
+
+        Raises:
+            DataError: a split has fewer images than it should.
+        """
+        for split, described in self.header["splits"].items():
+            if self.done[split] != described["shape"][0]:
+                raise DataError(f"{self.root}: found {self.done[split]} images, expected {described['shape'][0]}")
+            self._file(split)
+        self.save()
+        header = json.loads(json.dumps(self.header))
+        for split, described in header["splits"].items():
+            self._files.pop(split).close()
+            if self._part(split).exists():
+                os.replace(self._part(split), self._place(split))
+            with self._place(split).open("rb") as array:
+                described["sha256"] = hashlib.file_digest(array, "sha256").hexdigest()
+        self._describe({**header, "content_hash": header_hash(header)})
+        (self.state / _PROGRESS).unlink()
+        self.finished = load_token_store(self.root)
+        return self.finished
+
+    def _describe(self, header: Mapping[str, Any]) -> None:
+        """Write ``tokens.json``, one item a line."""
+        head = json.dumps(header, indent=1, ensure_ascii=False)
+        splits = (
+            f"  {json.dumps(split)}: [\n"
+            + ",\n".join(f"   {json.dumps(item, ensure_ascii=False)}" for item in items)
+            + "\n  ]"
+            for split, items in self.items.items()
+        )
+        text = head.removesuffix("\n}") + ',\n "items": {\n' + ",\n".join(splits) + "\n }\n}\n"
+        atomic_write_text(self.root / FILE_NAME, text)
+
+    def _part(self, split: str) -> Path:
+        return self.state / f"{split}.npy.part"
+
+    def _place(self, split: str) -> Path:
+        return self.root / f"{split}.npy"
+
+    def _file(self, split: str) -> BinaryIO:
+        """A split's file, which ends after the images that are done."""
+        if split not in self._files:
+            shape = self.header["splits"][split]["shape"]
+            head = array_head(shape, self.dtype)
+            path = self._place(split) if self._place(split).exists() else self._part(split)
+            file = path.open("r+b" if path.exists() else "w+b")
+            self._files[split] = file
+            if file.read(len(head)) != head:
+                file.seek(0)
+                file.write(head)
+                self.done[split] = 0
+            row = int(np.prod(shape[1:])) * self.dtype.itemsize
+            self.done[split] = min(self.done[split], (file.seek(0, os.SEEK_END) - len(head)) // row)
+            file.truncate(len(head) + self.done[split] * row)
+            file.seek(0, os.SEEK_END)
+        return self._files[split]
+
+    def _record(self) -> None:
+        record = {"header": self.header, "done": self.done}
+        atomic_write_text(self.state / _PROGRESS, json.dumps(record, indent=1) + "\n")
+
+    def _refuse(self, what: str, found: Mapping[str, Any]) -> None:
+        other = difference(found, self.header)
+        if other is not None:
+            raise DataError(
+                f"output {self.root}: found {what} of {other}; choose another folder, or replace it with --overwrite"
+            )
+
+    def _check_finished(self) -> TokenStore:
+        store = load_token_store(self.root)
+        header = {key: value for key, value in store.content.items() if key not in ("content_hash", "items")}
+        header["splits"] = {
+            split: {key: value for key, value in described.items() if key != "sha256"}
+            for split, described in header["splits"].items()
+        }
+        self._refuse("a token store", header)
+        for split in store.splits:
+            store.array(split)
+        self.done = {split: described["shape"][0] for split, described in self.header["splits"].items()}
+        return store
+
+    def _resume(self) -> None:
+        path = self.state / _PROGRESS
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            header, done = dict(record["header"]), {split: int(record["done"][split]) for split in record["done"]}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{path}: found an unreadable record ({error}), expected that of an interrupted run; start anew with "
+                "--overwrite"
+            ) from None
+        self._refuse("an unfinished token store", header)
+        self.done = done
+        for split in self.done:
+            self._file(split)
+
+    def _clear(self) -> None:
+        """Let go of a store, or of what there is of one."""
+        for split in SPLITS:
+            self._place(split).unlink(missing_ok=True)
+            self._part(split).unlink(missing_ok=True)
+        (self.root / FILE_NAME).unlink(missing_ok=True)
+        (self.state / _PROGRESS).unlink(missing_ok=True)

@@ -1,0 +1,16 @@
+"""A checkpoint read back: its file, its network, its bundle."""
+
+from vaevq_med.core.lazy import lazy
+
+__getattr__, __dir__, __all__ = lazy(
+    __name__,
+    {
+        "CheckpointError": "file",
+        "StoredGenerator": "network",
+        "StoredTokenizer": "network",
+        "check_fit": "fit",
+        "default_device": "device",
+        "named_device": "device",
+        "read_checkpoint": "file",
+    },
+)

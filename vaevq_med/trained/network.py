@@ -1,0 +1,321 @@
+"""A network as its checkpoint describes it, so that what uses it needs neither overlays nor overrides.
+
+A checkpoint holds the merged configuration. Only its plain values and components of
+``vaevq_med.networks`` are read back: an expression in a file must not run as code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from pydoc import locate
+from typing import Any
+
+import torch
+from monai.bundle import ConfigParser
+from torch import nn
+
+from vaevq_med import networks
+from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks import quantizers
+from vaevq_med.networks.generators.latent_diffusion import LatentDiffusionUNet
+from vaevq_med.networks.generators.llamagen import LlamaGen
+from vaevq_med.networks.tokenizer import VisualTokenizer
+from vaevq_med.networks.weights import read_weights
+from vaevq_med.trained.file import CheckpointError, file_sha256, load_state, read_checkpoint
+from vaevq_med.trained.fit import check_fit
+
+_ALLOWED = frozenset(
+    f"{module.__name__}.{name}"
+    for module in (networks, quantizers)
+    for name in module.__all__
+    if isinstance(getattr(module, name), type) and issubclass(getattr(module, name), nn.Module)
+) | {"vaevq_med.networks.LlamaGen.preset"}
+
+
+def _name(kind: type[nn.Module]) -> str:
+    return f"vaevq_med.networks.{kind.__name__}"
+
+
+def _target(definition: Any) -> Any:
+    """What a network's definition names, or the definition where it is none."""
+    return definition.get("_target_") if isinstance(definition, Mapping) else definition
+
+
+def _plain(value: Any, config: Mapping[str, Any], path: Path, depth: int = 0) -> Any:
+    """Replace references by the values they name; refuse expressions and foreign components."""
+    if depth > 20:
+        raise CheckpointError(f"{path}: found references that go in a circle, expected plain values")
+    if isinstance(value, Mapping):
+        target = value.get("_target_")
+        if target is not None and target not in _ALLOWED:
+            raise CheckpointError(
+                f"{path}: found the component {target!r}, expected one of {', '.join(sorted(_ALLOWED))}"
+            )
+        reserved = [key for key in value if str(key).startswith("_") and key not in ("_target_", "_notes_")]
+        if reserved:
+            raise CheckpointError(f"{path}: found {', '.join(reserved)} in the network's definition, expected none")
+        # Their values are part of the weights, so that the files need not be there.
+        files = getattr(locate(target), "initial_files", ()) if isinstance(target, str) else ()
+        return {key: None if key in files else _plain(item, config, path, depth + 1) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item, config, path, depth + 1) for item in value]
+    if isinstance(value, str):
+        if value.startswith("@"):
+            found: Any = config
+            for key in value[1:].replace("::", "#").split("#"):
+                found = found[int(key)] if isinstance(found, list) else found[key]
+            return _plain(found, config, path, depth + 1)
+        if value.startswith(("$", "%")):
+            raise CheckpointError(
+                f"{path}: found the expression {value!r} in the network's definition, expected plain values"
+            )
+    return value
+
+
+class StoredNetwork:
+    """A trained network and the settings it was trained with.
+
+    Args:
+        path: checkpoint written by training.
+        weights: ``ema`` for the averaged weights (the raw ones where none were kept), or ``network``.
+        config: settings of the training run, where ``path`` is a plain state dictionary as in a packed bundle.
+
+    Attributes:
+        path: the checkpoint.
+        config: the configuration it was trained with, unresolved.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable, of another version, or holds an expression where plain
+            values are due.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        weights: str = "ema",
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        if weights not in ("ema", "network"):
+            raise CheckpointError(f"weights: found {weights!r}, expected 'ema' or 'network'")
+        self.path = Path(path)
+        self.weights = weights
+        if config is not None:
+            self._state: dict[str, Any] = {"network": read_weights(self.path)}
+            self.config = dict(config)
+        else:
+            self._state = read_checkpoint(self.path)
+            self.config = json.loads(self._state.get("config") or "{}")
+
+    def value(self, key: str, *default: Any) -> Any:
+        """A top-level setting of the training run, such as ``image_size``.
+
+        Args:
+            key: its id.
+            *default: what to return where the run has no such setting; without it, that is an error.
+        """
+        if default and key not in self.config:
+            return default[0]
+        try:
+            return _plain(self.config[key], self.config, self.path)
+        except (KeyError, IndexError) as error:
+            raise CheckpointError(f"{self.path}: found no setting {error}, expected the run's configuration") from error
+
+    @property
+    def iteration(self) -> int:
+        """Iterations that the weights were trained for."""
+        return int(self._state.get("iteration", 0))
+
+    @property
+    def data(self) -> Mapping[str, Any]:
+        """The data set it was trained on: ``split_hash``, ``content_hash``, ``patients``; empty if unknown.
+
+        A generator's has ``tokens`` too, the description of its token store.
+        """
+        return self._state.get("data", {})
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow run that trained it."""
+        return self._state.get("extra", {}).get("mlflow_run_id")
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the checkpoint file."""
+        return file_sha256(self.path)
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 of the network's definition and weights alone, with the prefix ``sha256:``."""
+        digest = hashlib.sha256(json.dumps(self.value("network_def"), sort_keys=True).encode())
+        for name, value in sorted(self._chosen.items()):
+            digest.update(f"\n{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            digest.update(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return f"sha256:{digest.hexdigest()}"
+
+    @property
+    def _chosen(self) -> Mapping[str, Any]:
+        """The weights that are used."""
+        return self._state.get(self.weights) or self._state["network"]
+
+    def _build(self, *kinds: type[nn.Module]) -> Any:
+        """The network of one of these kinds, with its weights, in evaluation mode."""
+        definition = self.value("network_def")
+        network = ConfigParser({"network_def": definition}).get_parsed_content("network_def")
+        if not isinstance(network, kinds):
+            expected = " or ".join(map(_name, kinds))
+            raise CheckpointError(
+                f"{self.path}: found a checkpoint of {_target(definition)}, expected that of {expected}"
+            )
+        load_state(network, self._chosen, self.path, "network")
+        return network.eval()
+
+
+class StoredTokenizer(StoredNetwork):
+    """A trained tokenizer and the settings it was trained with.
+
+    Args:
+        path: checkpoint written by training.
+        weights: ``ema`` for the averaged weights (the raw ones where none were kept), or ``network``.
+        readout: which of the quantizer's ways to decode is used, or None for the one that it was trained with.
+        config: settings of the training run, where ``path`` is a plain state dictionary as in a packed bundle.
+
+    Raises:
+        CheckpointError: see :class:`StoredNetwork`.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        weights: str = "ema",
+        readout: str | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(path, weights=weights, config=config)
+        self._readout = readout
+
+    @classmethod
+    def of_hash(cls, path: str | Path, content_hash: str, readout: str | None = None) -> StoredTokenizer | None:
+        """The averaged or the raw weights of a checkpoint, whichever have a content hash; None if neither has.
+
+        Args:
+            path: the checkpoint.
+            content_hash: of a tokenizer.
+            readout: as for the class.
+        """
+        stored = cls(path, readout=readout)
+        for stored.weights in ("ema", "network"):
+            if stored.content_hash == content_hash:
+                return stored
+        return None
+
+    def check_target(self) -> None:
+        """Refuse, without building it, another network's checkpoint.
+
+        Raises:
+            CheckpointError: naming what was found.
+        """
+        target, expected = _target(self.value("network_def")), _name(VisualTokenizer)
+        if target != expected:
+            raise CheckpointError(f"{self.path}: found a checkpoint of {target}, expected that of {expected}")
+
+    @property
+    def readout(self) -> str | None:
+        """How the quantizer is decoded, or None where that is not said."""
+        return self._readout or self.value("network_def")["quantizer"].get("readout")
+
+    def network(self) -> VisualTokenizer:
+        """Build the tokenizer and load its weights.
+
+        Raises:
+            VaevqMedError: the checkpoint is another network's, or the quantizer has no such read-out.
+        """
+        network: VisualTokenizer = self._build(VisualTokenizer)
+        if self._readout is not None:
+            network.quantizer.select_readout(self._readout)
+        return network
+
+
+class StoredGenerator(StoredNetwork):
+    """A trained generator, and what its checkpoint says of the tokens that it was trained on.
+
+    Args:
+        path: checkpoint written by training.
+        weights: ``ema`` for the averaged weights, or ``network``.
+
+    Raises:
+        CheckpointError: see :class:`StoredNetwork`.
+    """
+
+    @property
+    def tokens(self) -> Mapping[str, Any]:
+        """``content_hash``, ``kind``, ``tokenizer``, ``grid``, ``image_size``, ``in_channels`` and ``label``.
+
+        Raises:
+            CheckpointError: the checkpoint is no generator's.
+        """
+        if "tokens" not in self.data:
+            raise CheckpointError(
+                f"{self.path}: found a checkpoint that no token store belongs to, expected a generator's "
+                "(python -m monai.bundle run training --config_file bundles/brats/train_autoregressive.json)"
+            )
+        return self.data["tokens"]
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Names of the labels by number; empty where there are none."""
+        return tuple(self.tokens["label"]["names"])
+
+    def provenance(self, **further: Any) -> dict[str, Any]:
+        """What a generated image depends on: the generator's weights, its tokenizer, its images, and ``further``."""
+        described = self.tokens["tokenizer"]
+        return {
+            "generator": self.content_hash,
+            "tokenizer": described["content_hash"],
+            "readout": described["readout"],
+            "trained_on": {name: self.data.get(name) for name in ("content_hash", "split_hash")},
+            "views": self.tokens.get("views"),
+            **further,
+        }
+
+    def network(self) -> LlamaGen | LatentDiffusionUNet:
+        """Build the generator and load its weights.
+
+        Raises:
+            VaevqMedError: the checkpoint is another network's, or the network does not fit its tokens, or has no scale
+                factor.
+        """
+        tokens = self.tokens
+        if tokens["kind"] == "latents" and "scale_factor" not in self._chosen:
+            raise CheckpointError(f"{self.path}: found no scale factor; expected one measured in training, above 0")
+        network: LlamaGen | LatentDiffusionUNet = self._build(LlamaGen, LatentDiffusionUNet)
+        check_fit(network, tokens, str(self.path))
+        if isinstance(network, LatentDiffusionUNet):
+            try:
+                network.measured_scale_factor()
+            except VaevqMedError as error:
+                raise CheckpointError(f"{self.path}: {error}") from None
+        return network
+
+    def tokenizer(self, path: str | Path) -> VisualTokenizer:
+        """The tokenizer that made the tokens, with the weights and the read-out that it made them with.
+
+        Args:
+            path: its checkpoint.
+
+        Raises:
+            VaevqMedError: it is another tokenizer.
+        """
+        described = self.tokens["tokenizer"]
+        found = StoredTokenizer.of_hash(path, described["content_hash"], described["readout"])
+        if found is not None:
+            return found.network()
+        StoredTokenizer(path).network()
+        raise CheckpointError(
+            f"{path}: found another tokenizer ({StoredTokenizer(path).content_hash[:19]}...), expected "
+            f"{described['content_hash'][:19]}..., which made the tokens of {self.path}"
+        )

@@ -1,0 +1,39 @@
+"""An optimizer's loop, its checkpoint, its MLflow run."""
+
+from vaevq_med.core.lazy import lazy
+
+__getattr__, __dir__, __all__ = lazy(
+    __name__,
+    {
+        "BaseTrainer": "base",
+        "ConfigError": "config",
+        "GeneratorEvaluator": "generator_evaluator",
+        "GeneratorTrainer": "generator",
+        "MLflowTracker": "tracking",
+        "ProgressReporter": "progress",
+        "RunSummary": "summary",
+        "TokenizerEvaluator": "tokenizer_evaluator",
+        "TokenizerTrainer": "tokenizer",
+        "TrainingCheckpoint": "checkpoint",
+        "TrainingError": "base",
+        "check_config": "config",
+        "checked_learning_rate": "second_stage",
+        "cosine_with_warmup": "schedules",
+        "current_config": "config",
+        "decay_groups": "second_stage",
+        "evenly_spaced": "second_stage",
+        "exponential_moving_average": "ema",
+        "initialize": "config",
+        "is_main": "distributed",
+        "precision_name": "base",
+        "prepared_generator": "second_stage",
+        "rank": "distributed",
+        "run": "config",
+        "shared": "config",
+        "stop_process_group": "distributed",
+        "synchronized": "distributed",
+        "tokens_tags": "second_stage",
+        "tokens_validation_split": "second_stage",
+        "world_size": "distributed",
+    },
+)

@@ -1,0 +1,287 @@
+"""Checkpoints of state dictionaries: written atomically, loadable with ``weights_only=True``, resumable."""
+
+from __future__ import annotations
+
+import json
+import signal
+import tempfile
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+
+from vaevq_med import __version__
+from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.tokens.store import TokenDataset
+from vaevq_med.trained.file import FORMAT, CheckpointError, atomic_save, load_state, read_checkpoint
+from vaevq_med.training import distributed
+from vaevq_med.training.base import BaseTrainer, _plain
+
+_REQUIRED = ("network", "optimizer", "objective", "schedulers", "iteration", "epoch_length", "rng", "best")
+_ALIKE = (
+    *("network_def", "discriminator_def", "image_size", "in_channels", "seed"),
+    *("num_train_timesteps", "scheduler"),
+)
+"""Settings that a run does not resume without."""
+_KERNELS = ("fused", "foreach", "capturable")
+
+
+def _identity(dataset: Any) -> dict[str, Any]:
+    """What a checkpoint says of the data it was trained on."""
+    if isinstance(dataset, TokenDataset):
+        return _store_identity(dataset)
+    manifest = getattr(dataset, "manifest", None)
+    if manifest is None:
+        return {}
+    return {
+        "split_hash": manifest.split_hash,
+        "content_hash": manifest.content_hash,
+        "patients": sorted({str(e["patient"]) for e in manifest.entries(dataset.split) if "patient" in e}),
+    }
+
+
+def _store_identity(dataset: TokenDataset) -> dict[str, Any]:
+    """What a generator's checkpoint says of its tokens, of the tokenizer and of the images behind them."""
+    store = dataset.store
+    described = ("content_hash", "kind", "tokenizer", "grid", "image_size", "in_channels", "label")
+    return {
+        "split_hash": store.content["data"]["split_hash"],
+        "content_hash": store.content["data"]["content_hash"],
+        "patients": sorted({str(item["patient"]) for item in dataset.items if "patient" in item}),
+        "tokens": {**{key: store.content[key] for key in described}, "views": list(store.views(dataset.split))},
+    }
+
+
+def _load_scheduler(scheduler: Any, state: Mapping[str, Any]) -> None:
+    """Take up a schedule where it stood, at the base rates and length of this configuration."""
+    base = list(scheduler.base_lrs)
+    scheduler.load_state_dict(dict(state))
+    scheduler.base_lrs = base
+    for group, rate, factor in zip(scheduler.optimizer.param_groups, base, scheduler.lr_lambdas, strict=True):
+        group["initial_lr"] = rate
+        group["lr"] = rate * factor(scheduler.last_epoch)
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Take up averages and rates; by which kernels a step is computed is for this configuration to say."""
+    kernels = [{name: group[name] for name in _KERNELS if name in group} for group in optimizer.param_groups]
+    groups = [{**stored, **own} for stored, own in zip(state["param_groups"], kernels, strict=True)]
+    optimizer.load_state_dict({**state, "param_groups": groups})
+
+
+class TrainingCheckpoint:
+    """Save and resume a :class:`BaseTrainer`: nothing is lost to a kill but the last few iterations.
+
+    ``last.pt`` is written every ``interval`` iterations, at the end of each epoch after its validation, and on
+    SIGINT or SIGTERM (which end the run after the current iteration); ``best.pt`` when the validation metric
+    improves. A resumed run on the CPU ends with the same bits as an unbroken one.
+
+    Args:
+        directory: where checkpoints go.
+        sampler: the training ``ResumableBatchSampler``, which a resumed run starts at its iteration.
+        dataset: the training data set, whose split a resumed run has to share.
+        interval: iterations between checkpoints.
+        resume: ``auto`` takes up ``last.pt`` if there is one; False starts anew; a path takes up that file.
+        metric: validation metric that decides ``best.pt``.
+        mode: ``max`` or ``min``.
+        config: resolved configuration, stored as JSON; a run resumes only with the same network definition.
+        evaluator: validation engine whose ``state.metrics`` hold ``metric``.
+    """
+
+    def __init__(
+        self,
+        *,
+        directory: str | Path,
+        sampler: Any,
+        dataset: Any = None,
+        interval: int = 1000,
+        resume: bool | str = "auto",
+        metric: str = "psnr",
+        mode: str = "max",
+        config: Mapping[str, Any] | None = None,
+        evaluator: Engine | None = None,
+    ) -> None:
+        if mode not in ("max", "min"):
+            raise VaevqMedError(f"checkpoint mode: found {mode!r}, expected 'max' or 'min'")
+        if interval < 1:
+            raise VaevqMedError(f"checkpoint_interval: found {interval}, expected 1 or more")
+        self.directory = Path(directory)
+        self.sampler = sampler
+        self.data = _identity(dataset)
+        self.interval = interval
+        self.resume = resume
+        self.metric = metric
+        self.mode = mode
+        self.config = dict(config or {})
+        self.evaluator = evaluator
+        self.best: dict[str, Any] | None = None
+        self.extra: dict[str, Any] = {}
+        self.interrupted_by: str | None = None
+        self._old_handlers: dict[int, Any] = {}
+
+    @property
+    def last(self) -> Path:
+        """The newest checkpoint."""
+        return self.directory / "last.pt"
+
+    def attach(self, engine: BaseTrainer) -> None:
+        """Resume if there is something to resume, and register the events.
+
+        Raises:
+            CheckpointError: the checkpoint does not fit, or the directory cannot be written to.
+        """
+        self._check_directory()
+        source = self.last if self.resume in ("auto", True) else Path(str(self.resume))
+        if self.resume and (self.resume != "auto" or source.is_file()):
+            self.load(engine, source)
+        engine.add_event_handler(Events.STARTED, self._started)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
+        engine.add_event_handler(Events.COMPLETED | Events.TERMINATE | Events.EXCEPTION_RAISED, self._finished)
+
+    def _check_directory(self) -> None:
+        """Find out now, and not after an hour, whether checkpoints can be written."""
+        if not distributed.is_main():
+            return
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.directory):
+                pass
+        except OSError as error:
+            raise CheckpointError(
+                f"output_dir {self.directory.parent}: found it not writable ({error.strerror}), expected a folder to "
+                "write to; name another with --output_dir"
+            ) from None
+
+    def state_dict(self, engine: BaseTrainer) -> dict[str, Any]:
+        """Everything a resumed run needs, as tensors and plain values."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        state: dict[str, Any] = {
+            "format": FORMAT,
+            "version": __version__,
+            "network": engine.network.state_dict(),
+            "optimizer": engine.optimizer.state_dict(),
+            "objective": engine.control_state(),
+            "schedulers": [scheduler.state_dict() for scheduler in engine.schedulers],
+            "iteration": engine.state.iteration,
+            "epoch_length": engine.state.epoch_length,
+            "rng": {"torch": torch.get_rng_state(), "cuda": cuda},
+            "best": self.best,
+            "config": json.dumps(self.config, default=str),
+            "extra": dict(self.extra),
+            "data": self.data,
+        }
+        if engine.ema is not None:
+            state["ema"] = engine.ema.module.state_dict()
+            state["ema_updates"] = int(engine.ema.n_averaged)
+        if engine.discriminator is not None:
+            state["discriminator"] = _plain(engine.discriminator).state_dict()
+        if engine.d_optimizer is not None:
+            state["d_optimizer"] = engine.d_optimizer.state_dict()
+        return state
+
+    def load(self, engine: BaseTrainer, path: Path) -> None:
+        """Put a checkpoint's state into the engine and everything it holds."""
+        state = read_checkpoint(path)
+        missing = [key for key in _REQUIRED if key not in state]
+        if missing:
+            raise CheckpointError(f"{path}: found no {', '.join(missing)}, expected a checkpoint to resume from")
+        stored = json.loads(state.get("config") or "{}")
+        tokens, wanted = (data.get("tokens", {}).get("content_hash") for data in (state.get("data", {}), self.data))
+        if tokens != wanted:
+            raise CheckpointError(
+                f"{path}: found a run on another token store ({str(tokens)[:19]}...), expected {str(wanted)[:19]}...; "
+                "choose another output_dir, or start anew with --resume False"
+            )
+        known, current = state.get("data", {}).get("split_hash"), self.data.get("split_hash")
+        if known and current and known != current:
+            raise CheckpointError(
+                f"{path}: found a run on another split of the data ({known[:19]}...), expected {current[:19]}...: "
+                "patients may have changed sides; choose another output_dir, or start anew with --resume False"
+            )
+        for key in _ALIKE:
+            if key in stored and key in self.config and stored[key] != json.loads(json.dumps(self.config[key])):
+                raise CheckpointError(
+                    f"{path}: found a run of another {key}, expected this configuration's; choose another "
+                    "output_dir, or start anew with --resume False"
+                )
+        if state.get("epoch_length") != engine.state.epoch_length:
+            raise CheckpointError(
+                f"{path}: found a run of {state.get('epoch_length')} iterations an epoch, expected "
+                f"{engine.state.epoch_length}: the data set or the batch size has changed; choose another "
+                "output_dir, or start anew with --resume False"
+            )
+        load_state(engine.network, state["network"], path, "network")
+        if engine.ema is not None and "ema" in state:
+            load_state(engine.ema.module, state["ema"], path, "ema")
+            engine.ema.n_averaged.fill_(state["ema_updates"])
+        if engine.discriminator is not None and "discriminator" in state:
+            load_state(_plain(engine.discriminator), state["discriminator"], path, "discriminator")
+        _load_optimizer(engine.optimizer, state["optimizer"])
+        if engine.d_optimizer is not None and "d_optimizer" in state:
+            _load_optimizer(engine.d_optimizer, state["d_optimizer"])
+        engine.load_control_state(state["objective"])
+        for scheduler, scheduler_state in zip(engine.schedulers, state["schedulers"], strict=True):
+            _load_scheduler(scheduler, scheduler_state)
+        torch.set_rng_state(state["rng"]["torch"])
+        if torch.cuda.is_available() and len(state["rng"]["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+        if path.resolve().parent == self.directory.resolve():
+            self.best = state["best"]
+            self.extra = dict(state.get("extra", {}))
+        engine.state.iteration = state["iteration"]
+        engine.state.epoch = state["iteration"] // state["epoch_length"]
+        self.sampler.start = state["iteration"]
+        engine.logger.warning("Resuming from %s at iteration %d", path, state["iteration"])
+
+    def save(self, engine: BaseTrainer, name: str = "last.pt") -> None:
+        """Write a checkpoint, on the main process.
+
+        Raises:
+            TrainingError: a term of an iteration since the last one was not finite; nothing is written.
+        """
+        engine.check_terms()
+        if distributed.is_main():
+            atomic_save(self.state_dict(engine), self.directory / name)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.interrupted_by = signal.Signals(number).name
+
+    def _started(self, engine: BaseTrainer) -> None:
+        self.interrupted_by = None
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old_handlers[number] = signal.signal(number, self._on_signal)
+
+    def _iteration_completed(self, engine: BaseTrainer) -> None:
+        at_epoch_end = engine.state.iteration % engine.state.epoch_length == 0
+        if self.interrupted_by is not None:
+            engine.state.interrupted = True
+        if self.interrupted_by is not None and not at_epoch_end:
+            self.save(engine)
+            engine.terminate()
+        elif engine.state.iteration % self.interval == 0 and not at_epoch_end:
+            self.save(engine)
+
+    def _epoch_completed(self, engine: BaseTrainer) -> None:
+        metrics = self.evaluator.state.metrics if self.evaluator is not None else {}
+        fresh = self.evaluator is not None and self.evaluator.state.epoch > 0
+        value: Any = metrics.get(self.metric) if fresh else None
+        improved = value is not None and (
+            self.best is None or (value > self.best["value"] if self.mode == "max" else value < self.best["value"])
+        )
+        if improved:
+            self.best = {"metric": self.metric, "value": float(value), "epoch": engine.state.epoch}
+            self.save(engine, "best.pt")
+        self.save(engine)
+        if self.interrupted_by is not None:
+            engine.terminate()
+
+    def _finished(self, engine: BaseTrainer, *error: BaseException) -> None:
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        self._old_handlers.clear()

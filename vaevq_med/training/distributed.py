@@ -1,0 +1,54 @@
+"""Process group, device and rank for single- and multi-process runs (torchrun)."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from vaevq_med.trained.device import default_device
+
+
+def rank() -> int:
+    """This process's rank; 0 outside a process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes; 1 outside a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process writes files and prints."""
+    return rank() == 0
+
+
+def start_process_group() -> None:
+    """Join torchrun's process group: NCCL with GPUs, gloo without; nothing outside torchrun."""
+    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(default_device())
+        dist.init_process_group("nccl", device_id=default_device())
+    else:
+        dist.init_process_group("gloo")
+
+
+def stop_process_group() -> None:
+    """Leave the process group, if one was joined."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for every process."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def synchronized(module: nn.Module) -> nn.Module:
+    """``module`` with batch norms that share their statistics over GPUs; as it is on the CPU, which has none."""
+    return nn.SyncBatchNorm.convert_sync_batchnorm(module) if torch.cuda.is_available() else module

@@ -1,0 +1,118 @@
+"""What a generator's training needs of its token store: that the two fit, the scale of latents, who is validated on."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.core.options import expect, is_number
+from vaevq_med.networks.generators.latent_diffusion import LatentDiffusionUNet
+from vaevq_med.networks.generators.llamagen import LlamaGen
+from vaevq_med.tokens.store import TokenDataset, load_token_store
+from vaevq_med.trained.fit import check_fit
+from vaevq_med.training import distributed
+
+logger = logging.getLogger(__name__)
+Generator = LlamaGen | LatentDiffusionUNet
+
+
+def evenly_spaced(num_items: int, max_items: int | None) -> list[int]:
+    """At most ``max_items`` of the numbers below ``num_items``, evenly spaced; all of them where it is None.
+
+    Raises:
+        VaevqMedError: ``max_items`` is below 1.
+
+    >>> evenly_spaced(9, 3)
+    [0, 4, 8]
+    """
+    if max_items is not None and max_items < 1:
+        raise VaevqMedError(f"max_items: found {max_items}, expected 1 or more, or null for all")
+    count = num_items if max_items is None else min(max_items, num_items)
+    return np.linspace(0, num_items - 1, count).round().astype(int).tolist()
+
+
+def tokens_validation_split(tokens_dir: str | Path) -> str:
+    """``validation``, or, where the store has no such images, ``training``, with a warning.
+
+    Args:
+        tokens_dir: token store.
+
+    Raises:
+        DataError: there is no store.
+    """
+    store = load_token_store(tokens_dir)
+    if "validation" in store.splits and store.items("validation"):
+        return "validation"
+    if distributed.is_main():
+        logger.warning(
+            "%s: no images of the validation split, so training images are validated on; encode a data set that has "
+            "some, or pass --val_split test",
+            tokens_dir,
+        )
+    return "training"
+
+
+def tokens_tags(dataset: TokenDataset) -> dict[str, str]:
+    """Hashes of the store, the images behind it and the tokenizer, as tags of an MLflow run."""
+    content = dataset.store.content
+    return {
+        "data.name": str(content["data"]["name"]),
+        "data.content_hash": str(content["data"]["content_hash"]),
+        "tokens.content_hash": dataset.store.content_hash,
+        "tokens.tokenizer": str(content["tokenizer"]["content_hash"]),
+    }
+
+
+def prepared_generator(network: Generator, dataset: TokenDataset, *, scale_items: int = 256) -> Generator:
+    """The network, after a check that it fits the data; a diffusion model has its scale factor measured.
+
+    Args:
+        network: to train.
+        dataset: its training data.
+        scale_items: latents, evenly spaced over the data, that the scale factor is measured on.
+
+    Raises:
+        VaevqMedError: they do not fit, or the latents have no spread.
+    """
+    check_fit(network, dataset.store.content, str(dataset.store.root))
+    if isinstance(network, LatentDiffusionUNet):
+        chosen = evenly_spaced(len(dataset), scale_items)
+        network.set_scale_factor(torch.stack([dataset[number]["latent"] for number in chosen]))
+    return network
+
+
+def checked_learning_rate(learning_rate: float) -> float:
+    """The rate.
+
+    Raises:
+        DataError: it is no finite number of at least 0.
+    """
+    expect(is_number(learning_rate, 0, sys.float_info.max), "learning_rate", learning_rate, "a number of at least 0")
+    return learning_rate
+
+
+def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups of an optimizer that decays matrices and no vectors.
+
+    Args:
+        module: its trained parameters are dealt out.
+        weight_decay: of those with two or more dimensions; 0 for biases and scales of norms.
+
+    Returns:
+        The groups that have parameters, the decayed ones first.
+
+    Example:
+        >>> [(len(group["params"]), group["weight_decay"]) for group in decay_groups(nn.Linear(2, 3), 0.05)]
+        [(1, 0.05), (1, 0.0)]
+    """
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    matrices, vectors = ([p for p in trained if (p.ndim >= 2) is large] for large in (True, False))
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,95 @@
+"""Evaluation of a tokenizer on MONAI's ``SupervisedEvaluator``: each image is encoded and decoded once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from monai.engines import SupervisedEvaluator
+from monai.utils.enums import CommonKeys as Keys
+from torch import Tensor
+
+from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks.posterior import DiagonalGaussian
+from vaevq_med.networks.tokenizer import VisualTokenizer
+from vaevq_med.training.base_evaluator import BaseEvaluator
+
+
+class TokenizerEvaluator(BaseEvaluator):
+    """Reconstruct each batch through the codebook, and, for a variational tokenizer, without it.
+
+    ``engine.state.output`` holds ``image``, ``pred`` (the quantized path), ``indices`` ``[B, h, w, G]`` and, for a
+    variational tokenizer, ``indices_sample`` (a sample quantized, for its utilization).
+
+    Args:
+        device: where to evaluate.
+        val_data_loader: yields dictionaries with ``image`` ``[B, C, H, W]`` in [-1, 1].
+        network: the tokenizer, usually with its averaged weights.
+        quantize: ``mode`` quantizes the posterior's mean, ``sample`` a sample of it.
+        precision: ``fp32``, or ``bf16`` for autocast.
+        seed: seed of the samples, drawn anew at each run of the evaluator.
+        val_handlers: ignite handlers.
+        **kwargs: passed on to ``SupervisedEvaluator``.
+    """
+
+    def __init__(
+        self,
+        *,
+        device: torch.device | str,
+        val_data_loader: Iterable[Any],
+        network: VisualTokenizer,
+        quantize: str = "mode",
+        precision: str = "fp32",
+        seed: int = 0,
+        val_handlers: Sequence[Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if quantize not in ("mode", "sample"):
+            raise VaevqMedError(f"quantize: found {quantize!r}, expected 'mode' or 'sample'")
+        super().__init__(
+            device=device,
+            val_data_loader=val_data_loader,
+            network=network,
+            precision=precision,
+            seed=seed,
+            val_handlers=val_handlers,
+            **kwargs,
+        )
+        self.quantize = quantize
+        self.generator: torch.Generator | None = None
+
+    def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
+        """Evaluate once; the samples are the same at every call."""
+        self.generator = torch.Generator(self.state.device).manual_seed(self.seed)
+        super().run(global_epoch)
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, continuous: bool = False) -> dict[str, Tensor]:
+        """Reconstruct ``[B, C, H, W]`` in [-1, 1]; the keys are those of ``state.output`` without ``image``.
+
+        Args:
+            images: the originals.
+            continuous: decode the posterior's mean too, as ``pred_continuous``, which doubles the decoder's work.
+        """
+        network: VisualTokenizer = self.network  # type: ignore[assignment]
+        network.eval()
+        encoded = network.encode(images)
+        if not isinstance(encoded, DiagonalGaussian):
+            quantized = network.quantize(encoded)
+            return {Keys.PRED: network.decode(quantized.quantized).float(), "indices": quantized.indices}
+        mean = encoded.mode()
+        sample = encoded.sample(self.generator)
+        of_mean = network.quantize(mean, posterior=encoded)
+        of_sample = network.quantize(sample, posterior=encoded)
+        chosen = of_mean if self.quantize == "mode" else of_sample
+        found = {"indices": chosen.indices, "indices_sample": of_sample.indices}
+        if not continuous:
+            return {Keys.PRED: network.decode(chosen.quantized).float(), **found}
+        decoded = network.decode(torch.cat([chosen.quantized, mean])).float()
+        return dict(zip((Keys.PRED, "pred_continuous"), decoded.chunk(2), strict=True)) | found
+
+    def _iteration(self, engine: SupervisedEvaluator, batchdata: dict[str, Any]) -> dict[str, Any]:
+        images = torch.as_tensor(batchdata[Keys.IMAGE]).to(engine.state.device, non_blocking=True)
+        with self._autocast():
+            return {Keys.IMAGE: images, **self.inferer(images, self.reconstruct)}
