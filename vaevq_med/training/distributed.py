@@ -38,8 +38,12 @@ def start_process_group() -> None:
 
 
 def stop_process_group() -> None:
-    """Leave the process group, if one was joined."""
+    """Leave the process group, if one was joined, when every process has come here.
+
+    A process that ends while another is still at work has aborted now and then, as its interpreter was taken down.
+    """
     if dist.is_available() and dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 
