@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -20,6 +21,7 @@ from vaevq_med.images.splits import (
     read_split_file,
     split_by_file,
     split_by_hash,
+    split_by_rule,
 )
 from vaevq_med.prepare.recipes import Recipe, load_recipe
 from vaevq_med.prepare.volumes.find import CaseSearch, Source, find_cases, patient_of, read_cases
@@ -461,6 +463,48 @@ def test_every_patient_gets_one_split(some: set[str], a: float, b: float) -> Non
     splits = split_by_hash(some, rule)
     assert set(splits) == some
     assert sum(count_patients(splits).values()) == len(some)
+
+
+shares = st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted)
+
+
+@given(patients, shares, st.integers(0, 2**63 - 1), st.randoms())
+def test_quotas_are_kept_to_within_one_patient(some: set[str], bounds: list[float], seed: int, chance: Any) -> None:
+    rule = SplitRule(seed=seed, training=bounds[0], validation=bounds[1] - bounds[0])
+    splits = split_by_rule(some, rule)
+    assert set(splits) == some
+    wanted = {"training": bounds[0], "validation": bounds[1] - bounds[0], "test": 1 - bounds[1]}
+    for split, count in count_patients(splits).items():
+        assert abs(count - wanted[split] * len(some)) < 1 + 1e-9
+    shuffled = sorted(some)
+    chance.shuffle(shuffled)
+    assert split_by_rule(shuffled, rule) == splits
+
+
+@given(patients, patients, st.integers(0, 2**63 - 1))
+def test_who_was_dealt_keeps_the_split(some: set[str], more: set[str], seed: int) -> None:
+    rule = SplitRule(seed=seed)
+    before = split_by_rule(some, rule)
+    after = split_by_rule(some | more, rule, before)
+    assert before == {patient: after[patient] for patient in some}
+
+
+def test_small_data_sets_get_the_shares_that_they_ask_for() -> None:
+    """42 patients: the hash alone gives 34, 7 and 1."""
+    names = [f"BraTS-GLI-{n:05d}" for n in range(42)]
+    assert count_patients(split_by_rule(names, SplitRule())) == {"training": 34, "validation": 4, "test": 4}
+    # One more after another: who comes later fills what is missing.
+    splits: dict[str, str] = {}
+    for number in range(1, 43):
+        splits = split_by_rule(names[:number], SplitRule(), splits)
+    assert count_patients(splits) == {"training": 34, "validation": 4, "test": 4}
+
+
+def test_the_deal_by_quota_is_frozen() -> None:
+    """In the order of the hashes, training first."""
+    order = sorted("abcd", key=lambda name: int(hashlib.sha256(f"0:{name}".encode()).hexdigest(), 16))
+    splits = split_by_rule("abcd", SplitRule(training=0.5, validation=0.25))
+    assert [splits[name] for name in order] == ["training", "training", "validation", "test"]
 
 
 def test_split_files_as_json_and_csv(tmp_path: Path) -> None:

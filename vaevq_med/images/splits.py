@@ -11,8 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vaevq_med.core.errors import DataError
+from vaevq_med.core.folder import RECIPE
 from vaevq_med.core.options import expect, is_int, is_number
-from vaevq_med.images.manifest import SPLITS
+from vaevq_med.images.manifest import SPLITS, load_manifest
+
+SPLIT_FILE = "splits.json"
+"""Who stands in which split of a data set; ``--split-file`` takes it too."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,9 @@ def patient_position(patient: str, seed: int = 0) -> float:
 
 
 def split_by_hash(patients: Iterable[str], rule: SplitRule) -> dict[str, str]:
-    """Deal patients by the hash of their names, so that new patients move nobody.
+    """Deal by the hash of the names alone, so that every copy and every part of a data set is dealt alike.
+
+    A small data set may miss its shares by much: see :func:`split_by_rule`.
 
     Args:
         patients: names.
@@ -74,6 +80,68 @@ def split_by_hash(patients: Iterable[str], rule: SplitRule) -> dict[str, str]:
         else:
             splits[patient] = "test"
     return splits
+
+
+def split_by_rule(patients: Iterable[str], rule: SplitRule, dealt: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Deal patients by quota: each split gets its share of them all, to within one.
+
+    Who was dealt before keeps the split. The others are taken in the order of the hashes of their names, training
+    first, so that a choice depends neither on the order they come in nor on chance.
+
+    Args:
+        patients: all that are to stand in a split.
+        rule: seed and shares.
+        dealt: splits of an earlier deal; it may hold other patients too.
+
+    Returns:
+        Patient to split.
+
+    Examples:
+        >>> sorted(split_by_rule(["a", "b", "c"], SplitRule(training=0.7, validation=0.3)).values())
+        ['training', 'training', 'validation']
+    """
+    wanted = sorted(set(patients))
+    splits = {name: dealt[name] for name in wanted if name in dealt} if dealt else {}
+    new = sorted((name for name in wanted if name not in splits), key=lambda name: patient_position(name, rule.seed))
+    shares = {
+        "training": rule.training,
+        "validation": rule.validation,
+        "test": max(0.0, 1 - rule.training - rule.validation),
+    }
+    lacking = {split: shares[split] * len(wanted) - count for split, count in count_patients(splits).items()}
+    quota = dict.fromkeys(SPLITS, 0)
+    for _ in new:
+        split = max(SPLITS, key=lambda name: lacking[name])
+        quota[split] += 1
+        lacking[split] -= 1
+    order = (split for split in SPLITS for _ in range(quota[split]))
+    return splits | dict(zip(new, order, strict=True))
+
+
+def remembered_splits(dataset_dir: Path, rule: SplitRule) -> dict[str, str]:
+    """Who was dealt to which split of a data set by this rule; none where it was another one, or there is no data set.
+
+    Args:
+        dataset_dir: folder of the data set.
+        rule: of the deal to come.
+
+    Raises:
+        DataError: the data set's file of splits is damaged.
+    """
+    try:
+        recipe = json.loads((dataset_dir / RECIPE).read_text(encoding="utf-8"))
+        if SplitRule(**recipe["split"]) != rule:
+            return {}
+    except (OSError, ValueError, KeyError, TypeError, DataError):
+        return {}
+    if (dataset_dir / SPLIT_FILE).is_file():
+        return read_split_file(dataset_dir / SPLIT_FILE)
+    # A data set from before there was such a file.
+    try:
+        manifest = load_manifest(dataset_dir)
+    except DataError:
+        return {}
+    return {entry["patient"]: split for split in SPLITS for entry in manifest.entries(split) if "patient" in entry}
 
 
 def read_split_file(path: str | Path) -> dict[str, str]:

@@ -17,7 +17,7 @@ from vaevq_med.core.files import atomic_write_text
 from vaevq_med.core.folder import RECIPE, REPORT, Workplace
 from vaevq_med.core.jobs import Problem, attempt, check_workers, run_jobs
 from vaevq_med.images.manifest import SPLITS, split_hash, write_manifest
-from vaevq_med.images.splits import count_patients, split_by_file, split_by_hash
+from vaevq_med.images.splits import SPLIT_FILE, count_patients, remembered_splits, split_by_file, split_by_rule
 from vaevq_med.prepare.recipes import Recipe, load_recipe
 from vaevq_med.prepare.volumes.find import Case, CaseSearch, find_cases, read_cases
 from vaevq_med.prepare.volumes.labels import BRATS2024, label_map
@@ -200,7 +200,7 @@ class SliceExtract:
         patients = sorted({case.patient for case in cases})
         if self.split_file is not None:
             return split_by_file(patients, self.split_file)
-        return split_by_hash(patients, self.recipe.split)
+        return split_by_rule(patients, self.recipe.split, remembered_splits(self.output, self.recipe.split))
 
     @staticmethod
     def _target_map(cases: Sequence[Case]) -> str:
@@ -291,6 +291,8 @@ class SliceExtract:
         with self._workplace.writing():
             atomic_write_text(self.output / RECIPE, json.dumps(self.recipe.to_dict(), indent=2) + "\n")
             atomic_write_text(self.output / REPORT, _report_text(report, len(done)))
+            standing = {patient: splits[patient] for patient in sorted({case.patient for case in done})}
+            atomic_write_text(self.output / SPLIT_FILE, json.dumps(standing, indent=1, ensure_ascii=False) + "\n")
             write_manifest(self.output, content)
         return report
 
