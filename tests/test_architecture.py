@@ -206,3 +206,21 @@ def test_the_command_line_loads_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
+
+
+LIBRARY = (
+    *("networks.encoder", "networks.tokenizer", "networks.quantizers", "networks.generators.llamagen"),
+    *("networks.generators.base", "losses.objective", "losses.kl", "trained.network", "trained.file", "metrics"),
+)
+
+
+def test_networks_losses_and_checkpoints_load_neither_monai_nor_the_compiler() -> None:
+    """``import monai`` takes some ten seconds, the compiler of PyTorch two."""
+    program = (
+        "import sys, torch\n"
+        + "".join(f"import vaevq_med.{module}\n" for module in LIBRARY)
+        + "print(*[name for name in ('monai', 'torch._dynamo', 'sympy', 'torchmetrics') if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []

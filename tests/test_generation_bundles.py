@@ -27,7 +27,7 @@ from test_tokens import encode, write_checkpoint
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.generation.samples import picture_grid
 from vaevq_med.generation.sampling import ImageSampler, SamplePlan, resolve_labels
-from vaevq_med.networks.generators.autoregressive import generate_indices
+from vaevq_med.networks.generators.autoregressive import autoregressive_draws, generate_indices
 from vaevq_med.networks.generators.ddim import generate_images, ldm_scheduler
 from vaevq_med.networks.generators.drawing import draw_indices
 from vaevq_med.networks.generators.latent_diffusion import LatentDiffusionUNet
@@ -35,11 +35,15 @@ from vaevq_med.networks.generators.llamagen import LlamaGen
 from vaevq_med.networks.generators.static_steps import StepStore
 from vaevq_med.tokens.store import TokenDataset, load_token_store
 from vaevq_med.trained.file import read_checkpoint
-from vaevq_med.trained.fit import check_fit
 from vaevq_med.trained.network import StoredGenerator
 from vaevq_med.training.config import check_config
 from vaevq_med.training.generator_evaluator import GeneratorEvaluator
-from vaevq_med.training.second_stage import decay_groups, evenly_spaced, tokens_validation_split
+from vaevq_med.training.second_stage import (
+    decay_groups,
+    evenly_spaced,
+    prepared_generator,
+    tokens_validation_split,
+)
 
 KINDS = ("autoregressive", "diffusion")
 STORES = {"autoregressive": "indices", "diffusion": "latents"}
@@ -474,9 +478,10 @@ def test_without_validation_images_training_images_are_validated_on(
     assert "training images are validated on" in caplog.text
 
 
-def test_a_foreign_network_fits_no_tokens(stores: dict[str, Path]) -> None:
-    with pytest.raises(VaevqMedError, match="found a Linear"):
-        check_fit(torch.nn.Linear(1, 1), load_token_store(stores["diffusion"]).content, "store")
+def test_a_network_that_draws_nothing_is_no_generator(stores: dict[str, Path]) -> None:
+    dataset = TokenDataset(tokens_dir=stores["diffusion"], split="training", kind="latents")
+    with pytest.raises(VaevqMedError, match="Linear"):
+        prepared_generator(torch.nn.Linear(1, 1), dataset)  # type: ignore[arg-type]
 
 
 def test_a_grid_of_pictures_places_each() -> None:
@@ -591,18 +596,16 @@ def test_the_steps_of_a_gpu_serve_every_batch(
     run_bundle("generate.json", overrides)
     before = pictures(folder)
     recorder = Recorder()
-    original = ImageSampler.__init__
+    original = LlamaGen.draws
 
-    def with_store(self: ImageSampler, **arguments: Any) -> None:
-        original(self, **arguments)
-        assert self.store is None  # on a CPU
-        self.store = StepStore(graphs=recorder)
+    def with_store(self: LlamaGen, tokenizer: Any, *, settings: Any, **arguments: Any) -> Any:
+        return autoregressive_draws(self, tokenizer, settings, StepStore(graphs=recorder))
 
-    monkeypatch.setattr(ImageSampler, "__init__", with_store)
+    monkeypatch.setattr(LlamaGen, "draws", with_store)
     run_bundle("generate.json", {**overrides, "generated_dir": str(tmp_path / "replayed")})
     assert recorder.captures == 1
     # What "auto" comes to is recorded, and on a CPU that is fp32.
-    monkeypatch.setattr(ImageSampler, "__init__", original)
+    monkeypatch.setattr(LlamaGen, "draws", original)
     run_bundle("generate.json", drawing("autoregressive", num_samples=6, generated_dir=str(tmp_path / "auto")))
     assert pictures(tmp_path / "replayed") == pictures(tmp_path / "auto") == before
 

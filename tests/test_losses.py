@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from torch.distributions import Normal, kl_divergence
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.losses.adversarial import AdversarialTerm, adaptive_weight, discriminator_loss, generator_loss
+from vaevq_med.losses.base import LossTerm
 from vaevq_med.losses.dcr import DCRLoss, gaussian_wasserstein2_to_standard
 from vaevq_med.losses.kl import KLLoss, content_mask, kl_to_standard_normal
 from vaevq_med.losses.objective import TokenizerObjective
@@ -569,3 +573,41 @@ def test_dcr_gradient_is_that_of_finite_differences(shape: tuple[int, ...]) -> N
     # All variances equal, where eigenvectors have no gradient.
     cross = torch.cat([torch.eye(4), -torch.eye(4)]).double().mul(0.7).requires_grad_()
     assert torch.autograd.gradcheck(gaussian_wasserstein2_to_standard, cross)
+
+
+class Steered(LossTerm):
+    """A term from elsewhere, whose strength grows by one at each batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("strength", torch.tensor(1.0))
+
+    strength: Tensor
+
+    def forward(self, target: Tensor, output: TokenizerOutput) -> Tensor:
+        return self.strength * output.reconstruction.mean()
+
+    @contextmanager
+    def one_update(self) -> Iterator[None]:
+        yield
+        self.strength += 1
+
+    def control(self) -> Tensor:
+        return self.strength
+
+    def figures(self) -> Mapping[str, Tensor]:
+        return {"strength": self.strength}
+
+
+def test_a_term_from_elsewhere_is_steered_logged_and_kept_in_checkpoints() -> None:
+    objective = TokenizerObjective(terms={"mine": Steered(), "dcr": DCRLoss()}, weights={"mine": 2.0, "dcr": 0})
+    images = torch.ones(1, 1, 4, 4)
+    output = cast(TokenizerOutput, SimpleNamespace(reconstruction=images))
+    for number in (1.0, 2.0):
+        with objective.one_update():
+            for _ in range(3):
+                found = objective.generator(images, output)
+        assert found.terms == {"mine": number, "mine_strength": number}
+    other = TokenizerObjective(terms={"mine": Steered()}, weights={"mine": 1.0})
+    other.load_control_state(objective.control_state())
+    assert objective.control_state() == other.control_state() == {"mine": 3.0}

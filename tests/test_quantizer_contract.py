@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import pkgutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from quantizer_cases import CASES, Case
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks import quantizers
 from vaevq_med.networks.posterior import DiagonalGaussian
-from vaevq_med.networks.quantizers.base import CodebookQuantizer, Quantizer
+from vaevq_med.networks.quantizers.base import Quantizer
 
 
 @pytest.fixture(params=list(CASES))
@@ -33,9 +36,17 @@ def latent(quantizer: Quantizer, seed: int = 1) -> tuple[torch.Tensor, DiagonalG
 
 
 def test_every_quantizer_has_a_case() -> None:
-    named = {getattr(quantizers, name) for name in quantizers.__all__}
-    concrete = {kind for kind in named if isinstance(kind, type) and issubclass(kind, Quantizer)}
-    concrete -= {Quantizer, CodebookQuantizer}
+    """Every class of every file, whether or not the package exports it."""
+    modules = [
+        importlib.import_module(f"{quantizers.__name__}.{module.name}")
+        for module in pkgutil.iter_modules(quantizers.__path__)
+    ]
+    concrete = {
+        kind
+        for module in modules
+        for kind in vars(module).values()
+        if isinstance(kind, type) and issubclass(kind, Quantizer) and not inspect.isabstract(kind)
+    }
     assert {type(case.make()) for case in CASES.values()} == concrete
 
 

@@ -42,8 +42,18 @@ def _version(value: bool) -> None:
 @app.callback()
 def _root(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
+    trusted: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PACKAGE",
+            help="A package whose networks a checkpoint may name, beside this one and those that are installed as "
+            "components of it; repeatable, before the command. Its code runs.",
+        ),
+    ] = None,
 ) -> None:
-    pass
+    from vaevq_med.core.components import trust
+
+    trust(trusted or ())
 
 
 # --- data preparation -------------------------------------------------------------------------------

@@ -28,7 +28,6 @@ __getattr__, __dir__, __all__ = lazy(
         "TrainingError": "vaevq_med.training.base",
         "ValidationSummary": "vaevq_med.evaluation.handler",
         "check_config": "vaevq_med.training.config",
-        "check_fit": "vaevq_med.trained.fit",
         "checked_learning_rate": "vaevq_med.training.second_stage",
         "cosine_with_warmup": "vaevq_med.training.schedules",
         "current_config": "vaevq_med.training.config",

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,83 +16,77 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.core.options import expect, is_int, is_number
+from vaevq_med.core.options import expect, is_int
 from vaevq_med.images.dataset import mix_seeds
-from vaevq_med.networks.generators.autoregressive import generate_indices
-from vaevq_med.networks.generators.ddim import check_ddim_steps, generate_images, ldm_scheduler
-from vaevq_med.networks.generators.drawing import MAX_GUIDANCE, MIN_TEMPERATURE
-from vaevq_med.networks.generators.llamagen import LlamaGen
-from vaevq_med.networks.generators.static_steps import StepStore
+from vaevq_med.networks.generators.base import Generator
 from vaevq_med.networks.tokenizer import VisualTokenizer
 from vaevq_med.tokens.store import TokenDataset
 from vaevq_med.tokens.views import View
 from vaevq_med.trained.network import StoredGenerator
 from vaevq_med.training.base_evaluator import BaseEvaluator
-from vaevq_med.training.second_stage import Generator
 
-_AUTOREGRESSIVE = {"guidance_scale": 2.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-_DIFFUSION = {"guidance_scale": 1.5, "num_steps": 250, "quantize": True}
 _WHOLE = 2**63 - 1
-_LEAST = sys.float_info.min
-_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "guidance_scale": (lambda value: is_number(value, 0, MAX_GUIDANCE), f"a number from 0 to {MAX_GUIDANCE:g}"),
-    "temperature": (
-        lambda value: is_number(value, MIN_TEMPERATURE, 1 / MIN_TEMPERATURE),
-        f"a number from {MIN_TEMPERATURE:g} to {1 / MIN_TEMPERATURE:g} (top_k 1 takes the likeliest)",
-    ),
-    "top_k": (lambda value: is_int(value, 0, _WHOLE), "a whole number, 0 to keep all"),
-    "top_p": (lambda value: is_number(value, _LEAST, 1), "a number above 0 and at most 1"),
-    "num_steps": (lambda value: is_int(value, 1, _WHOLE), "a whole number from 1"),
-    "quantize": (lambda value: isinstance(value, bool), "True or False"),
-}
 
 
-@dataclass(frozen=True)
 class SamplingSettings:
-    """How images are drawn; None takes the published value of the generator's kind.
+    """How images are drawn; None, or a setting left out, takes the published value of the generator's kind.
 
-    Attributes:
+    Args:
         guidance_scale: 2 (LlamaGen-B) or 1.5 (LDM-4) with labels; 1, no guidance, without.
         temperature: autoregressive; divides the logits, 1.
         top_k: autoregressive; 0, which keeps all.
         top_p: autoregressive; 1, which keeps all.
         num_steps: diffusion; of DDIM, 250.
         quantize: diffusion; replace generated vectors by their codewords before decoding, True.
+        **further: settings of other generators.
     """
 
-    guidance_scale: float | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    num_steps: int | None = None
-    quantize: bool | None = None
+    def __init__(
+        self,
+        *,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        num_steps: int | None = None,
+        quantize: bool | None = None,
+        **further: Any,
+    ) -> None:
+        self.chosen = {
+            "guidance_scale": guidance_scale,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "num_steps": num_steps,
+            "quantize": quantize,
+            **further,
+        }
 
     def for_network(self, network: Generator) -> dict[str, Any]:
         """Every setting that this network has, by name.
 
         Raises:
-            VaevqMedError: a setting of the other kind, or out of its range, or guidance without labels.
+            VaevqMedError: a setting of another generator, or out of its range, or guidance without labels.
         """
-        kind = "autoregressive" if isinstance(network, LlamaGen) else "diffusion"
-        chosen = dict(_AUTOREGRESSIVE if isinstance(network, LlamaGen) else _DIFFUSION)
-        if network.num_classes == 0:
-            chosen["guidance_scale"] = 1.0
-        for name, value in ((field.name, getattr(self, field.name)) for field in fields(self)):
+        values = {name: setting.default for name, setting in network.settings.items()}
+        if network.num_classes == 0 and "guidance_scale" in values:
+            values["guidance_scale"] = 1.0
+        for name, value in self.chosen.items():
             if value is None:
                 continue
-            if name not in chosen:
+            if name not in values:
                 raise VaevqMedError(
-                    f"{name}: found {value} for a generator of kind {kind!r}, expected none; its settings are "
-                    f"{', '.join(chosen)}"
+                    f"{name}: found {value} for a {type(network).__name__}, expected none; its settings are "
+                    f"{', '.join(values)}"
                 )
-            valid, expected = _RANGES[name]
-            expect(valid(value), name, value, expected)
-            chosen[name] = value
-        if network.num_classes == 0 and chosen["guidance_scale"] != 1:
+            setting = network.settings[name]
+            expect(setting.valid(value), name, value, setting.expected)
+            values[name] = value
+        if network.num_classes == 0 and values.get("guidance_scale", 1) != 1:
             raise VaevqMedError(
-                f"guidance_scale: found {chosen['guidance_scale']} for a generator without labels, expected 1 or null"
+                f"guidance_scale: found {values['guidance_scale']} for a generator without labels, expected 1 or null"
             )
-        return chosen
+        return values
 
 
 def resolve_labels(labels: Any, names: Sequence[str]) -> list[int]:
@@ -315,14 +307,8 @@ class ImageSampler(BaseEvaluator):
             val_handlers=val_handlers,
             **kwargs,
         )
-        self.tokenizer = tokenizer
-        self.settings = dict(settings)
-        self.grid = (int(stored.tokens["grid"][0]), int(stored.tokens["grid"][1]))
-        # The graphs of a GPU serve every batch of the same size.
-        self.store = StepStore() if self.state.device.type == "cuda" else None
-        if not isinstance(network, LlamaGen):
-            self.scheduler = ldm_scheduler(int(stored.value("num_train_timesteps")))
-            check_ddim_steps(self.settings["num_steps"], self.scheduler.num_train_timesteps)
+        height, width = map(int, stored.tokens["grid"])
+        self._draw = network.draws(tokenizer, grid=(height, width), settings=settings, trained_with=stored.value)
 
     def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
         """Draw what is to be drawn."""
@@ -334,32 +320,8 @@ class ImageSampler(BaseEvaluator):
     @torch.no_grad()
     def sample(self, labels: Tensor, seeds: Sequence[int], known: Tensor | None, mask: Tensor | None) -> Tensor:
         """Images ``[B, C, H, W]``, one a label and seed; the other arguments as for ``generate_indices``."""
-        device = self.state.device
         classes = labels if self.network.num_classes else None
-        if isinstance(self.network, LlamaGen):
-            indices = generate_indices(
-                self.network,
-                labels=classes,
-                num_samples=len(labels),
-                known=known,
-                mask=mask,
-                dtype=self.autocast_dtype,
-                generator=[torch.Generator(device).manual_seed(seed) for seed in seeds],
-                store=self.store,
-                **self.settings,
-            )
-            return self.tokenizer.decode_indices(indices)
-        return generate_images(
-            self.network,  # type: ignore[arg-type]
-            self.tokenizer,
-            classes,
-            num_images=None if classes is not None else len(labels),
-            grid_size=self.grid,
-            scheduler=self.scheduler,
-            dtype=self.autocast_dtype,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            **self.settings,
-        )
+        return self._draw(classes, seeds, known=known, mask=mask, dtype=self.autocast_dtype)
 
     def _iteration(self, engine: SupervisedEvaluator, batchdata: dict[str, Any]) -> dict[str, Any]:
         labels, seeds = batchdata[Keys.LABEL].to(engine.state.device), batchdata["seed"].tolist()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,18 @@ class LossTerm(nn.Module, ABC):
     @abstractmethod
     def forward(self, target: Tensor, output: TokenizerOutput) -> Tensor:
         """The term for images ``target`` ``[B, C, H, W]`` in [-1, 1], a scalar."""
+
+    def one_update(self) -> AbstractContextManager[None]:
+        """Count the calls inside as parts of one batch; what steers the term moves once, and not after an error."""
+        return nullcontext()
+
+    def control(self) -> Tensor | None:
+        """The buffer that steers the term, which a checkpoint carries; None for most."""
+        return None
+
+    def figures(self) -> Mapping[str, Tensor]:
+        """What is logged beside the term's value, under the term's name and these."""
+        return {}
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -115,6 +115,14 @@ class KLLoss(LossTerm):
                 self._move(torch.stack(parts).sum(dim=0))
         finally:
             self._parts = None
+
+    def control(self) -> Tensor:
+        """The factor."""
+        return self.factor
+
+    def figures(self) -> Mapping[str, Tensor]:
+        """The factor, where there is a budget."""
+        return {} if self.target is None else {"factor": self.factor}
 
     @torch.no_grad()
     def _steer(self, per_token: Tensor, target: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.losses.adversarial import AdversarialTerm, adaptive_weight
 from vaevq_med.losses.base import LossTerm, paths
-from vaevq_med.losses.kl import KLLoss
 from vaevq_med.losses.known_gradient import cut_at_reconstructions, gradients, with_gradient
 from vaevq_med.networks.outputs import LossOutput, TokenizerOutput
 
@@ -60,20 +60,28 @@ class TokenizerObjective(nn.Module):
     def one_update(self) -> Iterator[None]:
         """Count the calls inside as parts of one batch: what steers the terms moves once, and not after an error."""
         with ExitStack() as stack:
-            for term in self.terms.values():
-                if isinstance(term, KLLoss):
-                    stack.enter_context(term.one_update())
+            for _, term in self._named_terms():
+                stack.enter_context(term.one_update())
             yield
 
     def control_state(self) -> dict[str, Tensor]:
         """What steers the terms (the KL budget's factor), for checkpoints; no network weights."""
-        return {name: term.factor.clone() for name, term in self.terms.items() if isinstance(term, KLLoss)}
+        return {name: control.clone() for name, control in self._controls()}
 
     def load_control_state(self, state: Mapping[str, Tensor]) -> None:
         """Take up what :meth:`control_state` gave."""
-        for name, term in self.terms.items():
-            if isinstance(term, KLLoss) and name in state:
-                term.factor.copy_(state[name])
+        for name, control in self._controls():
+            if name in state:
+                control.copy_(state[name])
+
+    def _named_terms(self) -> Iterator[tuple[str, LossTerm]]:
+        yield from ((name, cast(LossTerm, term)) for name, term in self.terms.items())
+
+    def _controls(self) -> Iterator[tuple[str, Tensor]]:
+        for name, term in self._named_terms():
+            control = term.control()
+            if control is not None:
+                yield name, control
 
     def is_adversarial(self, step: int) -> bool:
         """Whether the GAN takes part at iteration ``step``, counted from 0."""
@@ -145,9 +153,8 @@ class TokenizerObjective(nn.Module):
             both = [one + weight.to(two.dtype) * two for one, two in zip(of_likelihood, of_gan, strict=True)]
             total = total + with_gradient(likelihood.detach() + weight * gan.detach(), images, both)
         terms = {name: value.detach() for name, value in values.items()}
-        for name, term in self.terms.items():
-            if isinstance(term, KLLoss) and term.target is not None:
-                terms[f"{name}_factor"] = term.factor.detach().clone()
+        for name, term in self._named_terms():
+            terms |= {f"{name}_{figure}": value.detach().clone() for figure, value in term.figures().items()}
         return LossOutput(total=total, terms=terms)
 
     def discriminator(

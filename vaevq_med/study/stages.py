@@ -52,9 +52,9 @@ class Generator:
         Raises:
             VaevqMedError: naming the first.
         """
-        from vaevq_med.generation.sampling import _AUTOREGRESSIVE, _DIFFUSION
+        from vaevq_med.networks import LatentDiffusionUNet, LlamaGen
 
-        settings = {"indices": _AUTOREGRESSIVE, "latents": _DIFFUSION}
+        settings = {network.kind: network.settings for network in (LlamaGen, LatentDiffusionUNet)}
         own = settings[self.kind]
         wrong = [name for name in ids if name not in own and any(name in others for others in settings.values())]
         if wrong:

@@ -25,6 +25,8 @@ from vaevq_med.images.manifest import SPLITS
 FILE_NAME = "tokens.json"
 FORMAT = 1
 KINDS = ("indices", "latents")
+KEYS = {"indices": "indices", "latents": "latent"}
+"""What an item of a :class:`TokenDataset` calls the values of a kind."""
 COMMAND = "vaevq-med encode-tokens CHECKPOINT DATASET"
 _REQUIRED = ("tokenizer", "grid", "dtype", "image_size", "in_channels", "label", "data", "splits", "items")
 

@@ -8,7 +8,6 @@ __getattr__, __dir__, __all__ = lazy(
         "CheckpointError": "file",
         "StoredGenerator": "network",
         "StoredTokenizer": "network",
-        "check_fit": "fit",
         "default_device": "device",
         "named_device": "device",
         "read_checkpoint": "file",

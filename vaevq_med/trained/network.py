@@ -1,7 +1,7 @@
 """A network as its checkpoint describes it, so that what uses it needs neither overlays nor overrides.
 
-A checkpoint holds the merged configuration. Only its plain values and components of
-``vaevq_med.networks`` are read back: an expression in a file must not run as code.
+A checkpoint holds the merged configuration. Only its plain values and components of ``vaevq_med.networks`` and of
+trusted packages are read back: an expression in a file must not run as code.
 """
 
 from __future__ import annotations
@@ -10,29 +10,20 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from pydoc import locate
 from typing import Any
 
 import torch
-from monai.bundle import ConfigParser
 from torch import nn
 
-from vaevq_med import networks
+from vaevq_med.core.components import ComponentError, build, resolve
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.networks import quantizers
-from vaevq_med.networks.generators.latent_diffusion import LatentDiffusionUNet
-from vaevq_med.networks.generators.llamagen import LlamaGen
+from vaevq_med.networks.generators.base import Generator
 from vaevq_med.networks.tokenizer import VisualTokenizer
 from vaevq_med.networks.weights import read_weights
 from vaevq_med.trained.file import CheckpointError, file_sha256, load_state, read_checkpoint
-from vaevq_med.trained.fit import check_fit
 
-_ALLOWED = frozenset(
-    f"{module.__name__}.{name}"
-    for module in (networks, quantizers)
-    for name in module.__all__
-    if isinstance(getattr(module, name), type) and issubclass(getattr(module, name), nn.Module)
-) | {"vaevq_med.networks.LlamaGen.preset"}
+# The part of this package that a network's definition may name.
+_OWN = "vaevq_med.networks"
 
 
 def _name(kind: type[nn.Module]) -> str:
@@ -50,15 +41,15 @@ def _plain(value: Any, config: Mapping[str, Any], path: Path, depth: int = 0) ->
         raise CheckpointError(f"{path}: found references that go in a circle, expected plain values")
     if isinstance(value, Mapping):
         target = value.get("_target_")
-        if target is not None and target not in _ALLOWED:
-            raise CheckpointError(
-                f"{path}: found the component {target!r}, expected one of {', '.join(sorted(_ALLOWED))}"
-            )
+        try:
+            component = None if target is None else resolve(target, nn.Module, own=_OWN)
+        except ComponentError as error:
+            raise CheckpointError(f"{path}: {error}") from error
         reserved = [key for key in value if str(key).startswith("_") and key not in ("_target_", "_notes_")]
         if reserved:
             raise CheckpointError(f"{path}: found {', '.join(reserved)} in the network's definition, expected none")
         # Their values are part of the weights, so that the files need not be there.
-        files = getattr(locate(target), "initial_files", ()) if isinstance(target, str) else ()
+        files = getattr(component, "initial_files", ())
         return {key: None if key in files else _plain(item, config, path, depth + 1) for key, item in value.items()}
     if isinstance(value, list):
         return [_plain(item, config, path, depth + 1) for item in value]
@@ -161,15 +152,12 @@ class StoredNetwork:
         """The weights that are used."""
         return self._state.get(self.weights) or self._state["network"]
 
-    def _build(self, *kinds: type[nn.Module]) -> Any:
-        """The network of one of these kinds, with its weights, in evaluation mode."""
+    def _build(self, kind: type[nn.Module], expected: str) -> Any:
+        """The network of this kind, with its weights, in evaluation mode."""
         definition = self.value("network_def")
-        network = ConfigParser({"network_def": definition}).get_parsed_content("network_def")
-        if not isinstance(network, kinds):
-            expected = " or ".join(map(_name, kinds))
-            raise CheckpointError(
-                f"{self.path}: found a checkpoint of {_target(definition)}, expected that of {expected}"
-            )
+        network = build(definition, nn.Module, own=_OWN)
+        if not isinstance(network, kind):
+            raise CheckpointError(f"{self.path}: found a checkpoint of {_target(definition)}, expected {expected}")
         load_state(network, self._chosen, self.path, "network")
         return network.eval()
 
@@ -234,7 +222,7 @@ class StoredTokenizer(StoredNetwork):
         Raises:
             VaevqMedError: the checkpoint is another network's, or the quantizer has no such read-out.
         """
-        network: VisualTokenizer = self._build(VisualTokenizer)
+        network: VisualTokenizer = self._build(VisualTokenizer, f"that of {_name(VisualTokenizer)}")
         if self._readout is not None:
             network.quantizer.select_readout(self._readout)
         return network
@@ -282,7 +270,7 @@ class StoredGenerator(StoredNetwork):
             **further,
         }
 
-    def network(self) -> LlamaGen | LatentDiffusionUNet:
+    def network(self) -> Generator:
         """Build the generator and load its weights.
 
         Raises:
@@ -292,13 +280,12 @@ class StoredGenerator(StoredNetwork):
         tokens = self.tokens
         if tokens["kind"] == "latents" and "scale_factor" not in self._chosen:
             raise CheckpointError(f"{self.path}: found no scale factor; expected one measured in training, above 0")
-        network: LlamaGen | LatentDiffusionUNet = self._build(LlamaGen, LatentDiffusionUNet)
-        check_fit(network, tokens, str(self.path))
-        if isinstance(network, LatentDiffusionUNet):
-            try:
-                network.measured_scale_factor()
-            except VaevqMedError as error:
-                raise CheckpointError(f"{self.path}: {error}") from None
+        network: Generator = self._build(Generator, "that of a generator, such as vaevq_med.networks.LlamaGen")
+        network.check_fit(tokens, str(self.path))
+        try:
+            network.check_ready()
+        except VaevqMedError as error:
+            raise CheckpointError(f"{self.path}: {error}") from None
         return network
 
     def tokenizer(self, path: str | Path) -> VisualTokenizer:

@@ -12,7 +12,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from pydoc import locate
 from typing import Any
@@ -21,8 +21,9 @@ import torch
 from monai.bundle import BundleWorkflow, ConfigParser
 from monai.bundle.properties import InferProperties, MetaProperties, TrainProperties
 from monai.data import set_track_meta
-from monai.utils import set_determinism
+from monai.utils import ensure_tuple, set_determinism
 
+from vaevq_med.core.components import trust
 from vaevq_med.core.errors import VaevqMedError, root_cause
 from vaevq_med.core.options import expect, is_int
 from vaevq_med.images.manifest import load_manifest
@@ -50,6 +51,21 @@ def running_parser() -> ConfigParser | None:
             return owner.parser
         frame = frame.f_back
     return None
+
+
+def _own_ids() -> frozenset[str]:
+    """The ids of the running bundle's own file, the first one that MONAI was given; none outside one.
+
+    An override may replace a part of the configuration by one that no longer refers to an id, which is then no
+    misspelling.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        files = frame.f_locals.get("config_file")
+        if files and frame.f_globals.get("__name__") == "monai.bundle.scripts":
+            return frozenset(map(str, ConfigParser.load_config_file(ensure_tuple(files)[0])))
+        frame = frame.f_back
+    return frozenset()
 
 
 def _strings(config: Any) -> Iterator[str]:
@@ -94,13 +110,14 @@ def _check_type(name: str, value: Any, annotation: Any, config: Mapping[str, Any
         raise ConfigError(f"{name}: found {value!r}, expected {words}")
 
 
-def check_config(config: Mapping[str, Any]) -> None:
+def check_config(config: Mapping[str, Any], own_ids: Iterable[str] = ()) -> None:
     """Refuse top-level ids that nothing refers to, and arguments that a ``_target_`` does not take.
 
     Arguments of this package's components that are numbers or truth values have to be such.
 
     Args:
         config: the merged, unresolved configuration.
+        own_ids: ids that the bundle's own file has, which stay legal where an override replaced what referred to them.
 
     Raises:
         ConfigError: naming the nearest valid name, or what the value has to be.
@@ -112,7 +129,7 @@ def check_config(config: Mapping[str, Any]) -> None:
         used.update(_REFERENCE.findall(text))
     known = {key for key in config if key in used}
     for key in config:
-        if key not in used:
+        if key not in used and key not in own_ids:
             raise ConfigError(
                 f"found the unknown id {key!r}, expected one that the bundle uses: {_suggestion(key, known)}"
             )
@@ -209,6 +226,7 @@ def initialize(
     device: str | torch.device | None = None,
     deterministic: bool = False,
     tf32: bool = True,
+    trusted: Iterable[str] = (),
     config: Mapping[str, Any] | None = None,
 ) -> None:
     """Check the configuration, set seeds and the process group, and build the engine.
@@ -222,11 +240,13 @@ def initialize(
         device: device that has to exist.
         deterministic: ask PyTorch for deterministic algorithms.
         tf32: allow TF32 in matrix products and convolutions on GPUs that have it.
+        trusted: packages whose components a checkpoint may name, beside this one and those that are published to it.
         config: configuration to check; by default the running bundle's.
     """
     parser = running_parser()
     with _in_one_line():
-        check_config(parser.get() if parser is not None and config is None else config or {})
+        trust(trusted)
+        check_config(parser.get() if parser is not None and config is None else config or {}, _own_ids())
         expect(is_int(seed, 0, 2**63 - 1), "seed", seed, "a whole number from 0")
         named_device(device)
         if dataset_dir is not None:

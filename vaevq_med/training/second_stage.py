@@ -13,14 +13,11 @@ from torch import nn
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.options import expect, is_number
-from vaevq_med.networks.generators.latent_diffusion import LatentDiffusionUNet
-from vaevq_med.networks.generators.llamagen import LlamaGen
-from vaevq_med.tokens.store import TokenDataset, load_token_store
-from vaevq_med.trained.fit import check_fit
+from vaevq_med.networks.generators.base import Generator
+from vaevq_med.tokens.store import KEYS, TokenDataset, load_token_store
 from vaevq_med.training import distributed
 
 logger = logging.getLogger(__name__)
-Generator = LlamaGen | LatentDiffusionUNet
 
 
 def evenly_spaced(num_items: int, max_items: int | None) -> list[int]:
@@ -71,20 +68,21 @@ def tokens_tags(dataset: TokenDataset) -> dict[str, str]:
 
 
 def prepared_generator(network: Generator, dataset: TokenDataset, *, scale_items: int = 256) -> Generator:
-    """The network, after a check that it fits the data; a diffusion model has its scale factor measured.
+    """The network, after a check that it fits the data and what it measures of it, such as the scale of latents.
 
     Args:
         network: to train.
         dataset: its training data.
-        scale_items: latents, evenly spaced over the data, that the scale factor is measured on.
+        scale_items: items, evenly spaced over the data, that it measures.
 
     Raises:
         VaevqMedError: they do not fit, or the latents have no spread.
     """
-    check_fit(network, dataset.store.content, str(dataset.store.root))
-    if isinstance(network, LatentDiffusionUNet):
-        chosen = evenly_spaced(len(dataset), scale_items)
-        network.set_scale_factor(torch.stack([dataset[number]["latent"] for number in chosen]))
+    if not isinstance(network, Generator):
+        raise VaevqMedError(f"network_def is a {type(network).__name__}; expected a generator, such as LlamaGen")
+    network.check_fit(dataset.store.content, str(dataset.store.root))
+    chosen = evenly_spaced(len(dataset), scale_items)
+    network.prepare(lambda: torch.stack([dataset[number][KEYS[network.kind]] for number in chosen]))
     return network
 
 

@@ -8,16 +8,19 @@ in LlamaGen's form on the logits, runs the labels and the null class as one batc
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks.generators.base import Draw
 from vaevq_med.networks.generators.drawing import MIN_TEMPERATURE, RandomSource, TokenRule, check_guidance, draw_indices
 from vaevq_med.networks.generators.llamagen import LlamaGen
 from vaevq_med.networks.generators.static_steps import Kept, StepStore
 from vaevq_med.networks.ranges import check_range
+from vaevq_med.networks.tokenizer import VisualTokenizer
 
 
 @torch.no_grad()
@@ -163,3 +166,42 @@ def _kept(network: LlamaGen, known: Tensor | None, mask: Tensor | None, batch: i
     check_range("known indices", values, network.num_embeddings - 1)
     device = network.token_embedding.weight.device
     return mask.to(device).flatten(1), values.to(device).flatten(1)
+
+
+def autoregressive_draws(
+    network: LlamaGen, tokenizer: VisualTokenizer, settings: Mapping[str, Any], store: StepStore | None = None
+) -> Draw:
+    """What draws indices and decodes them; the graphs of a GPU serve every batch of the same size.
+
+    Args:
+        network: in evaluation mode.
+        tokenizer: on the same device.
+        settings: of :func:`generate_indices`.
+        store: likewise; a new one on a GPU when absent.
+    """
+    device = network.token_embedding.weight.device
+    if store is None and device.type == "cuda":
+        store = StepStore()
+
+    def draw(
+        labels: Tensor | None,
+        seeds: Sequence[int],
+        *,
+        known: Tensor | None = None,
+        mask: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        indices = generate_indices(
+            network,
+            labels=labels,
+            num_samples=len(seeds),
+            known=known,
+            mask=mask,
+            dtype=dtype,
+            generator=[torch.Generator(device).manual_seed(seed) for seed in seeds],
+            store=store,
+            **settings,
+        )
+        return tokenizer.decode_indices(indices)
+
+    return draw

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from monai.networks.schedulers import DDIMScheduler
 from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks.generators.base import Draw
 from vaevq_med.networks.generators.captured import CudaGraphs, Graphs, Replayed
 from vaevq_med.networks.generators.drawing import check_guidance, guided_logits
 from vaevq_med.networks.generators.latent_diffusion import LatentDiffusionUNet
@@ -201,6 +203,54 @@ def generate_images(
         latent = denoised(predict, noise, context, scheduler, times, null_class, guidance_scale)
         latent = latent / scale_factor
         return tokenizer.decode_stage_2_outputs(latent) if quantize else tokenizer.decode(latent)
+
+
+def diffusion_draws(
+    network: LatentDiffusionUNet,
+    tokenizer: VisualTokenizer,
+    *,
+    grid: tuple[int, int],
+    settings: Mapping[str, Any],
+    num_train_timesteps: int,
+) -> Draw:
+    """What draws latents and decodes them.
+
+    Args:
+        network: in evaluation mode.
+        tokenizer: on the same device.
+        grid: h and w of the latent.
+        settings: of :func:`generate_images`.
+        num_train_timesteps: T.
+
+    Raises:
+        VaevqMedError: see :func:`check_ddim_steps`.
+    """
+    scheduler = ldm_scheduler(num_train_timesteps)
+    check_ddim_steps(settings["num_steps"], num_train_timesteps)
+
+    def draw(
+        labels: Tensor | None,
+        seeds: Sequence[int],
+        *,
+        known: Tensor | None = None,
+        mask: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        if known is not None or mask is not None:
+            raise VaevqMedError("found known tokens for a diffusion model; expected an autoregressive generator")
+        return generate_images(
+            network,
+            tokenizer,
+            labels,
+            num_images=None if labels is not None else len(seeds),
+            grid_size=grid,
+            scheduler=scheduler,
+            dtype=dtype,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            **settings,
+        )
+
+    return draw
 
 
 def denoised(

@@ -13,12 +13,16 @@ import torch
 from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.core.options import is_number
 
 RandomSource = torch.Generator | Sequence[torch.Generator] | None
 """One generator, or one for each entry of the first dimension, or the global one."""
 
 MIN_TEMPERATURE, MAX_GUIDANCE = 1e-3, 1e4
 """Beyond these the guided logits over the temperature may leave fp32, and every index drawn is then 0."""
+
+GUIDANCE_SCALE = (lambda value: is_number(value, 0, MAX_GUIDANCE), f"a number from 0 to {MAX_GUIDANCE:g}")
+"""Whether a scale may be chosen, and which may in words."""
 
 
 def guided_logits(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:

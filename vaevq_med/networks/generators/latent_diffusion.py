@@ -9,17 +9,24 @@ of one head at the lower three resolutions, cross-attention to one learned vecto
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from monai.networks.nets import DiffusionModelUNet
 from torch import Tensor, nn
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.core.options import is_int
+from vaevq_med.networks.generators.base import Draw, Generator, Setting
+from vaevq_med.networks.generators.drawing import GUIDANCE_SCALE
 from vaevq_med.networks.ranges import check_range
+from vaevq_med.networks.tokenizer import VisualTokenizer
 
 
-class LatentDiffusionUNet(nn.Module):
+class LatentDiffusionUNet(Generator):
     """Predicts the noise in a latent ``[B, D, h, w]`` at a time, given a class.
 
     One index more than the classes is the *null class*, which stands for no class: training puts it in place of a share
@@ -43,6 +50,14 @@ class LatentDiffusionUNet(nn.Module):
         torch.Size([2, 4, 8, 8])
     """
 
+    kind = "latents"
+    settings = MappingProxyType(
+        {
+            "guidance_scale": Setting(1.5, *GUIDANCE_SCALE),
+            "num_steps": Setting(250, lambda value: is_int(value, 1, sys.maxsize), "a whole number from 1"),
+            "quantize": Setting(True, lambda value: isinstance(value, bool), "True or False"),
+        }
+    )
     scale_factor: Tensor
 
     def __init__(
@@ -91,10 +106,37 @@ class LatentDiffusionUNet(nn.Module):
         self.register_buffer("scale_factor", torch.tensor(math.nan))
         self._read: tuple[Tensor | None, int | None, float] = (None, None, math.nan)
 
-    @property
-    def null_class(self) -> int:
-        """The index that stands for no class."""
-        return self.num_classes
+    def sizes(self, tokens: Mapping[str, Any], where: str) -> dict[str, tuple[Any, Any]]:
+        """The embedding dimension; the grid has to be one that the network can halve."""
+        grid = tokens["grid"]
+        if any(side % self.downsampling for side in grid):
+            raise VaevqMedError(
+                f"{where}: found a grid of {grid[0]}x{grid[1]}, expected multiples of {self.downsampling}, as the "
+                f"diffusion model halves it; shorten network_def#channel_mult"
+            )
+        return {"embedding_dim": (tokens["tokenizer"]["embedding_dim"], self.in_channels)}
+
+    def draws(
+        self,
+        tokenizer: VisualTokenizer,
+        *,
+        grid: tuple[int, int],
+        settings: Mapping[str, Any],
+        trained_with: Callable[[str], Any],
+    ) -> Draw:
+        """Draws by DDIM, with the times trained with."""
+        from vaevq_med.networks.generators.ddim import diffusion_draws
+
+        num_train_timesteps = int(trained_with("num_train_timesteps"))
+        return diffusion_draws(self, tokenizer, grid=grid, settings=settings, num_train_timesteps=num_train_timesteps)
+
+    def prepare(self, values: Callable[[], Tensor]) -> None:
+        """Measure the scale factor."""
+        self.set_scale_factor(values())
+
+    def check_ready(self) -> None:
+        """Refuse a network without a scale factor."""
+        self.measured_scale_factor()
 
     def set_scale_factor(self, latents: Tensor) -> float:
         """Measure what latents are multiplied by before diffusion, ``1 / std`` of some of them (Sec. 4.3.2 there).

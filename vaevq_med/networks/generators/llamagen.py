@@ -14,9 +14,10 @@ codebook, and the rotation of the position's row and column for all G. The table
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.core.options import is_int, is_number
+from vaevq_med.networks.generators.base import Draw, Generator, Setting
+from vaevq_med.networks.generators.drawing import GUIDANCE_SCALE, MIN_TEMPERATURE
 from vaevq_med.networks.generators.llama_blocks import KeyValueCache, LlamaBlock, StaticCache, axial_rotations
 from vaevq_med.networks.ranges import check_range
+from vaevq_med.networks.tokenizer import VisualTokenizer
 
 PRESETS: Mapping[str, Mapping[str, int]] = MappingProxyType(
     {
@@ -43,7 +48,7 @@ PRESETS: Mapping[str, Mapping[str, int]] = MappingProxyType(
 _LOSS_CHUNK = 2**24
 
 
-class LlamaGen(nn.Module):
+class LlamaGen(Generator):
     """An autoregressive transformer over a tokenizer's indices, conditioned by a class.
 
     Weights start as N(0, 0.02^2), the heads as zero, so that an untrained network gives every index the same
@@ -72,6 +77,23 @@ class LlamaGen(nn.Module):
         >>> network(torch.zeros(1, 4, dtype=torch.int64), torch.tensor([2])).shape
         torch.Size([1, 4, 8])
     """
+
+    presets: ClassVar[tuple[str, ...]] = ("preset",)
+    kind = "indices"
+    settings = MappingProxyType(
+        {
+            "guidance_scale": Setting(2.0, *GUIDANCE_SCALE),
+            "temperature": Setting(
+                1.0,
+                lambda value: is_number(value, MIN_TEMPERATURE, 1 / MIN_TEMPERATURE),
+                f"a number from {MIN_TEMPERATURE:g} to {1 / MIN_TEMPERATURE:g} (top_k 1 takes the likeliest)",
+            ),
+            "top_k": Setting(0, lambda value: is_int(value, 0, sys.maxsize), "a whole number, 0 to keep all"),
+            "top_p": Setting(
+                1.0, lambda value: is_number(value, sys.float_info.min, 1), "a number above 0 and at most 1"
+            ),
+        }
+    )
 
     def __init__(
         self,
@@ -153,10 +175,27 @@ class LlamaGen(nn.Module):
                 )
         return cls(**{**options, **PRESETS[name]})
 
-    @property
-    def null_class(self) -> int:
-        """The label that stands for no label."""
-        return self.num_classes
+    def sizes(self, tokens: Mapping[str, Any], where: str) -> dict[str, tuple[Any, Any]]:
+        """Codewords, codebooks and the grid."""
+        tokenizer = tokens["tokenizer"]
+        return {
+            "num_embeddings": (tokenizer["num_embeddings"], self.num_embeddings),
+            "num_codebooks": (tokenizer["num_codebooks"], self.num_codebooks),
+            "grid": (list(tokens["grid"]), list(self.grid_size)),
+        }
+
+    def draws(
+        self,
+        tokenizer: VisualTokenizer,
+        *,
+        grid: tuple[int, int],
+        settings: Mapping[str, Any],
+        trained_with: Callable[[str], Any],
+    ) -> Draw:
+        """Draws token by token."""
+        from vaevq_med.networks.generators.autoregressive import autoregressive_draws
+
+        return autoregressive_draws(self, tokenizer, settings)
 
     @property
     def sequence_length(self) -> int:

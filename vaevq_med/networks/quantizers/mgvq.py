@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks.compiling import outside_compiled_graphs
 from vaevq_med.networks.outputs import Posterior, QuantizerOutput
 from vaevq_med.networks.quantizers.base import FollowsLatents, rows, vq_losses
 from vaevq_med.networks.quantizers.clusters import from_first_process, is_distributed, number_from_first_process
@@ -152,9 +153,9 @@ class MGVQ(FollowsLatents, GroupedQuantizer):
                 self.follow(z.detach(), indices)
             return QuantizerOutput(quantized=quantized, codes=codes, indices=indices, losses=losses, codebook=codebook)
 
-    @torch.compiler.disable
+    @outside_compiled_graphs
     @torch.no_grad()
-    def update(self, z: Tensor, indices: Tensor) -> None:
+    def update(self, z: Tensor, indices: Tensor) -> None:  # type: ignore[override]
         """Count the codewords' use and revive the unused ones, on every process alike.
 
         Args:

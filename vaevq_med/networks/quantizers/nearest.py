@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks.compiling import outside_compiled_graphs
 from vaevq_med.networks.precision import full_precision
 from vaevq_med.networks.quantizers.distances import distances_of, scores_of
 from vaevq_med.networks.quantizers.nearest_fixed import nearer, nearest_of_block, nearest_of_unsettled, nearest_within
@@ -32,7 +33,7 @@ _FEW_LATENTS = 64
 _OPEN = -1
 
 
-@torch.compiler.disable
+@outside_compiled_graphs
 @torch.no_grad()
 def nearest_codeword(
     latents: Tensor,

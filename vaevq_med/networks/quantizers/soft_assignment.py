@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks.compiling import outside_compiled_graphs
 from vaevq_med.networks.precision import full_precision
 from vaevq_med.networks.quantizers.clusters import mean_of_processes
 
@@ -28,7 +29,7 @@ _FEWEST_LATENTS = 64
 _FLOOR = -60.0
 
 
-@torch.compiler.disable
+@outside_compiled_graphs
 def soft_codes(
     latents: Tensor, keys: Tensor, values: Tensor, *, temperature: float, chunk_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -64,7 +65,7 @@ def soft_codes(
     return mixture, indices
 
 
-@torch.compiler.disable
+@outside_compiled_graphs
 def assignment_statistics(
     latents: Tensor, keys: Tensor, *, temperature: float, chunk_size: int | None = None
 ) -> tuple[Tensor, Tensor]:

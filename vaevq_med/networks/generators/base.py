@@ -1,0 +1,146 @@
+"""The interface of a second-stage network: what a token store, a checkpoint and a sampler ask of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks.tokenizer import VisualTokenizer
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One of the settings that a generator draws by.
+
+    Attributes:
+        default: the published value.
+        valid: whether a value may be chosen.
+        expected: the valid values in words.
+    """
+
+    default: Any
+    valid: Callable[[Any], bool]
+    expected: str
+
+
+class Draw(Protocol):
+    """Draws images, one a seed, and serves batch after batch."""
+
+    def __call__(
+        self,
+        labels: Tensor | None,
+        seeds: Sequence[int],
+        *,
+        known: Tensor | None = None,
+        mask: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Images ``[B, C, H, W]``, not clamped.
+
+        Args:
+            labels: ``[B]`` on the network's device; None where there are no classes.
+            seeds: B numbers, of which each image depends on its own alone.
+            known: indices ``[B, h, w, G]`` that are given, to inpaint.
+            mask: bool ``[B, h, w]``, true where they are.
+            dtype: type that the network runs in; its own when absent.
+        """
+        ...
+
+
+class Generator(nn.Module, ABC):
+    """A network that draws what a tokenizer decodes.
+
+    A new one is a file with the network, and one with its loss; a bundle names both.
+
+    Attributes:
+        kind: which of a store's arrays it is trained on.
+        settings: of drawing, by name; ``guidance_scale`` is 1 in a network without classes.
+        num_classes: labels are below it; 0 for none. It is the index of the null class too.
+    """
+
+    kind: ClassVar[Literal["indices", "latents"]]
+    settings: ClassVar[Mapping[str, Setting]]
+    num_classes: int
+
+    @property
+    def null_class(self) -> int:
+        """The label that stands for no label."""
+        return self.num_classes
+
+    @abstractmethod
+    def sizes(self, tokens: Mapping[str, Any], where: str) -> dict[str, tuple[Any, Any]]:
+        """What has to agree with a store, by name: the store's value and the network's.
+
+        Args:
+            tokens: description of the store: ``kind``, ``tokenizer``, ``grid`` and ``label``.
+            where: what it was read from, for a message.
+
+        Raises:
+            VaevqMedError: a size that no other one fits.
+        """
+
+    @abstractmethod
+    def draws(
+        self,
+        tokenizer: VisualTokenizer,
+        *,
+        grid: tuple[int, int],
+        settings: Mapping[str, Any],
+        trained_with: Callable[[str], Any],
+    ) -> Draw:
+        """What draws images by these settings.
+
+        Args:
+            tokenizer: in evaluation mode, on the network's device.
+            grid: h and w of the tokens.
+            settings: a value for each of :attr:`settings`.
+            trained_with: the value of a setting of the training run, by its id.
+
+        Raises:
+            VaevqMedError: a setting does not fit the training.
+        """
+
+    def check_fit(self, tokens: Mapping[str, Any], where: str) -> None:
+        """Refuse tokens whose sizes are not the network's.
+
+        Args:
+            tokens: description of the store.
+            where: what it was read from, for the message.
+
+        Raises:
+            VaevqMedError: naming the size.
+        """
+        sizes = {
+            **self.sizes(tokens, where),
+            "kind": (tokens["kind"], self.kind),
+            "num_classes": (len(tokens["label"]["names"]), self.num_classes),
+        }
+        for name, (found, expected) in sizes.items():
+            if found != expected:
+                raise VaevqMedError(
+                    f"{where}: found tokens of {name} {found}, expected {name} {expected}, as the generator has"
+                )
+
+    def prepare(self, values: Callable[[], Tensor]) -> None:
+        """Measure what training needs of the data.
+
+        Args:
+            values: gives some of the training split, evenly spaced: indices ``[N, h, w, G]`` or latents
+                ``[N, D, h, w]``.
+
+        Raises:
+            VaevqMedError: they do not serve.
+        """
+
+    def check_ready(self) -> None:
+        """Refuse to draw where training has not measured what that needs.
+
+        Raises:
+            VaevqMedError: naming it.
+        """
