@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
 import subprocess
 import sys
 
@@ -61,3 +62,12 @@ def test_a_room_opens_without_what_is_in_it() -> None:
     program = "import sys, vaevq_med.training, vaevq_med.images, vaevq_med.engines; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("room", ["generation", "evaluation", "losses", "metrics", "networks", "trained", "training"])
+def test_no_name_of_a_room_is_one_of_its_modules(room: str) -> None:
+    """Importing the module would put it in the place of what the room's table gives."""
+    package = importlib.import_module(f"vaevq_med.{room}")
+    modules = {module.name for module in pkgutil.iter_modules(package.__path__)}
+    assert modules
+    assert not modules & set(package.__all__)

@@ -36,7 +36,7 @@ from vaevq_med.generation.samples import SampleWriter
 from vaevq_med.images.generated import find_samples, generation_record
 from vaevq_med.metrics import inception_score, memorization, neighbors, statistics
 from vaevq_med.metrics.frechet import FrechetDistance
-from vaevq_med.metrics.inception_score import score_splits
+from vaevq_med.metrics.inception import score_splits
 from vaevq_med.metrics.memorization import Neighbors, PixelSearch, cosine_neighbors, summarize_distances, threshold_of
 from vaevq_med.metrics.neighbors import NearestNeighbors, precision_recall
 from vaevq_med.metrics.reference import ReferenceCache, ReferenceFeatures

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import gzip
+import io
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -306,12 +308,12 @@ def test_files_are_named_and_stored_as_brats_2024(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Path, content: bytes) -> int:
-        with self.open("wb") as file:
-            file.write(content[:10])
-        raise OSError(errno.ENOSPC, "No space left on device")
+    class FullDisk(io.FileIO):
+        def write(self, content: Any) -> int:
+            super().write(content[:10])
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("vaevq_med.core.files.os.fdopen", FullDisk)
     with pytest.raises(DataError, match=r"BraTS-GLI-90001-100.*No space left"):
         write_phantoms(tmp_path, 1, PhantomConfig(shape=(24, 24, 24)))
     assert _files(tmp_path) == {}

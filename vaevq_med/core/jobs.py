@@ -14,9 +14,8 @@ from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
-
-import torch
 
 from vaevq_med.core.errors import DataError
 
@@ -97,8 +96,10 @@ def run_jobs(
         DataError: the disk is full, or a worker was killed; finished jobs are kept.
     """
     do = functools.partial(attempt, work, kind)
-    workers = min(workers or _cores(), len(jobs))
+    workers = min(workers or usable_cores(), len(jobs))
     if workers <= 1:
+        import torch  # see _start_worker
+
         on_start(len(jobs))
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -141,15 +142,34 @@ def _check(outcome: T | Problem, kind: str, name: str) -> T | Problem:
     return outcome
 
 
-def _cores() -> int:
-    """Cores that this process may use, which a cluster's scheduler sets."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+def usable_cores(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores that this process may use: its affinity, which a cluster's scheduler sets, and its control group's quota.
+
+    Args:
+        group: where the control group is mounted, version 2 or 1.
+    """
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    quotas = (
+        lambda: (group / "cpu.max").read_text().split(),
+        lambda: [(group / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")],
+    )
+    for read in quotas:
+        try:
+            quota, period = map(int, read())
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+        if quota > 0 and period > 0:
+            cores = min(cores, max(1, quota // period))
+    return cores
 
 
 def _start_worker(parent: int) -> None:
     """Leave interrupts to the parent, use one thread, and end when the parent has gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Only here, so that who starts no worker does not wait for its import.
+    import torch
+
     torch.set_num_threads(1)
 
     def watch() -> None:

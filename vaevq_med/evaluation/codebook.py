@@ -7,7 +7,6 @@ apart, so that a class of few images has as many codewords as one of many.
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,7 +22,8 @@ from monai.transforms import CenterSpatialCropd, Compose, EnsureTyped
 from numpy.typing import NDArray
 
 from vaevq_med.core.errors import DataError, VaevqMedError
-from vaevq_med.core.jobs import check_workers
+from vaevq_med.core.files import atomic_binary_writer
+from vaevq_med.core.jobs import check_workers, usable_cores
 from vaevq_med.images.dataset import SliceDataset
 from vaevq_med.images.pixels import LoadPhotograph, ResizeShortSided
 from vaevq_med.networks.features import FeatureNetwork, feature_network
@@ -288,7 +288,7 @@ class FeatureCodebook:
             images,
             sampler=[member for _, member in order],
             batch_size=self.batch_size,
-            num_workers=(os.cpu_count() or 1) if self.workers is None else self.workers,
+            num_workers=usable_cores() if self.workers is None else self.workers,
         )
         start = 0
         for batch in loader:
@@ -306,14 +306,5 @@ class FeatureCodebook:
 
     def _write(self, table: Features, provenance: dict[str, Any]) -> None:
         """Put the whole file in place, or nothing."""
-        handle, name = tempfile.mkstemp(dir=self.output.parent, prefix=f".{self.output.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, features=table, provenance=np.array(json.dumps(provenance)))
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, self.output)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        with atomic_binary_writer(self.output) as file:
+            np.savez(file, features=table, provenance=np.array(json.dumps(provenance)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +14,7 @@ from monai.transforms import CenterSpatialCropd, Compose, EnsureTyped
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from vaevq_med.core.jobs import usable_cores
 from vaevq_med.images.dataset import LoadSliced, SliceDataset
 from vaevq_med.images.manifest import Manifest
 from vaevq_med.images.pixels import LoadPhotograph, ResizeShortSided
@@ -68,7 +68,7 @@ class ImageReader:
         loader: Any = DataLoader(
             images,
             batch_size=self.batch_size,
-            num_workers=(os.cpu_count() or 1) if self.workers is None else self.workers,
+            num_workers=usable_cores() if self.workers is None else self.workers,
         )
         features: list[list[Tensor]] = [[] for _ in mirrored]
         for batch in loader:

@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from vaevq_med.core.files import atomic_binary_writer
 from vaevq_med.metrics.reconstruction import psnr_per_image, to_unit
 
 _ERROR_LIMIT = 0.25
@@ -19,9 +20,8 @@ def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, atomically."""
     FigureCanvasAgg(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    figure.savefig(part, dpi=100, format="png")
-    part.replace(path)
+    with atomic_binary_writer(path) as file:
+        figure.savefig(file, dpi=100, format="png")
 
 
 def reconstruction_grid(

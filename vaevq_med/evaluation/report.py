@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 from torch import Tensor
 
+from vaevq_med.core.files import atomic_write_text, atomic_writer
+
 Summary = dict[str, dict[str, float]]
-
-
-def _atomic(path: Path, write: Callable[[TextIO], object]) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", newline="", encoding="utf-8") as file:
-            write(file)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 @dataclass(frozen=True)
@@ -62,9 +50,11 @@ class EvaluationReport:
             "provenance": dict(self.provenance),
             "conventions": dict(self.conventions),
         }
-        _atomic(directory / "metrics.json", lambda file: file.write(json.dumps(_clean(record), indent=2) + "\n"))
-        _atomic(directory / "metrics.csv", self._write_metrics)
-        _atomic(directory / "per_image.csv", self._write_rows)
+        atomic_write_text(directory / "metrics.json", json.dumps(_clean(record), indent=2) + "\n")
+        with atomic_writer(directory / "metrics.csv") as file:
+            self._write_metrics(file)
+        with atomic_writer(directory / "per_image.csv") as file:
+            self._write_rows(file)
 
     def _write_metrics(self, file: TextIO) -> None:
         writer = csv.writer(file)

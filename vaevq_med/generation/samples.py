@@ -6,7 +6,6 @@ import contextlib
 import csv
 import io
 import json
-import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.core.files import atomic_write_text
+from vaevq_med.core.files import atomic_write_bytes, atomic_write_text
 from vaevq_med.core.options import expect, is_int
 from vaevq_med.generation.sampling import SamplePlan
 from vaevq_med.images.generated import LIST_NAME, SETTINGS_NAME
@@ -30,12 +29,6 @@ from vaevq_med.training import distributed
 KINDS = ("png", "npz")
 _GRID_SAMPLES = 64
 _OWN = re.compile(r"\.?(\d{6,}(-channel\d)?\.(png|npz)|samples\.csv|grid\.png|generation\.json)(\.part|\..*)?")
-
-
-def _atomic(path: Path, content: bytes) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(content)
-    os.replace(part, path)
 
 
 def _png(picture: NDArray[np.uint8]) -> bytes:
@@ -201,11 +194,11 @@ class SampleWriter:
             pictures = [levels.transpose(1, 2, 0).squeeze()] if len(self.suffixes) == 1 else list(levels)
             paths = self._paths(number)
             for picture, path in zip(pictures, paths, strict=False):
-                _atomic(path, _png(picture))
+                atomic_write_bytes(path, _png(picture), durable=False)
             if "npz" in self.write:
                 buffer = io.BytesIO()
                 np.savez(buffer, image=image, label=np.int64(label))
-                _atomic(paths[-1], buffer.getvalue())
+                atomic_write_bytes(paths[-1], buffer.getvalue(), durable=False)
             self._rows[number] = self._row(number)
         self._write_list()
 
@@ -234,7 +227,7 @@ class SampleWriter:
         turns = len(self.plan.labels or ())
         columns = turns if 1 < turns <= 10 else 8
         sheet = picture_grid(pictures, min(columns, len(pictures)))
-        _atomic(self.output_dir / "grid.png", _png(sheet))
+        atomic_write_bytes(self.output_dir / "grid.png", _png(sheet))
 
     def _pngs(self, number: int) -> list[Path]:
         return self._paths(number)[: len(self.suffixes)]

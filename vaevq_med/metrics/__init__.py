@@ -14,7 +14,7 @@ __getattr__, __dir__, __all__ = lazy(
         "ReferenceFeatures": "reference",
         "extrapolate_frechet_distance": "statistics",
         "frechet_distance": "statistics",
-        "inception_score": "inception_score",
+        "inception_score": "inception",
         "measure_generation": "generation",
         "precision_recall": "neighbors",
         "psnr_per_image": "reconstruction",

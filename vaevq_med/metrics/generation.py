@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vaevq_med.metrics.inception_score import inception_score, score_splits
+from vaevq_med.metrics.inception import inception_score, score_splits
 from vaevq_med.metrics.neighbors import precision_recall
 from vaevq_med.metrics.reference import ReferenceFeatures
 from vaevq_med.metrics.statistics import FeatureStatistics, extrapolate_frechet_distance, frechet_distance

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vaevq_med.core.errors import DataError
+from vaevq_med.core.files import atomic_binary_writer
 from vaevq_med.metrics.statistics import FeatureStatistics
 
 _FORMAT = 1
@@ -82,11 +81,9 @@ class ReferenceCache:
         Raises:
             DataError: the folder cannot be written.
         """
-        path, temporary = self.path(key), None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=self.folder, prefix=f".{path.name}.")
-            with os.fdopen(handle, "wb") as file:
+            with atomic_binary_writer(self.path(key)) as file:
                 np.savez(
                     file,
                     key=np.array(key_hash(key)),
@@ -95,16 +92,8 @@ class ReferenceCache:
                     count=np.array(reference.statistics.count),
                     features=reference.features.cpu().numpy(),
                 )
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException as error:
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
-            if isinstance(error, OSError):
-                raise DataError(
-                    f"cache {self.folder}: found it not writable ({error.strerror}), expected a folder with room; name "
-                    "another with --cache-dir"
-                ) from None
-            raise
+        except OSError as error:
+            raise DataError(
+                f"cache {self.folder}: found it not writable ({error.strerror}), expected a folder with room; name "
+                "another with --cache-dir"
+            ) from None

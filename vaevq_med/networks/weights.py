@@ -6,7 +6,6 @@ what other programs have fetched.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vaevq_med.core.errors import MissingWeightsError
+from vaevq_med.core.files import file_sha256
 
 WEIGHTS_DIR = Path("~/.cache/vaevq_med/weights")
 _OFFLINE = "offline alternative: efficientnet-lite0, which comes with the installation"
@@ -75,8 +75,7 @@ def candidates(file: WeightFile) -> list[Path]:
 
 @lru_cache(maxsize=32)
 def _digest(path: Path, size: int, modified: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(path)
 
 
 def sha256_of(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from vaevq_med.core.errors import DataError, VaevqMedError
 from vaevq_med.core.folder import Workplace
-from vaevq_med.core.jobs import check_workers
+from vaevq_med.core.jobs import check_workers, usable_cores
 from vaevq_med.images.dataset import SliceDataset
 from vaevq_med.images.manifest import SPLITS, Manifest, load_manifest
 from vaevq_med.networks.tokenizer import VisualTokenizer
@@ -294,7 +293,7 @@ class EncodeTokens:
             images,
             sampler=range(start, len(images)),
             batch_size=max(1, self.batch_size // views),
-            num_workers=(os.cpu_count() or 1) if self.workers is None else self.workers,
+            num_workers=usable_cores() if self.workers is None else self.workers,
         )
         for batch in loader:
             yield encode_views(network, batch["image"], self.kind, self.batch_size)

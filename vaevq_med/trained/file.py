@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ import torch
 from torch import nn
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.core.files import atomic_binary_writer
 
 FORMAT = 1
 
@@ -24,22 +22,8 @@ class CheckpointError(VaevqMedError):
 def atomic_save(state: Mapping[str, Any], path: Path) -> None:
     """Write ``state`` with ``torch.save`` so that ``path`` holds either the old or the whole new file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with atomic_binary_writer(path) as file:
+        torch.save(dict(state), file)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -17,10 +17,11 @@ from torch import nn
 
 from vaevq_med.core.components import ComponentError, build, resolve
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.core.files import file_sha256
 from vaevq_med.networks.generators.base import Generator
 from vaevq_med.networks.tokenizer import VisualTokenizer
 from vaevq_med.networks.weights import read_weights
-from vaevq_med.trained.file import CheckpointError, file_sha256, load_state, read_checkpoint
+from vaevq_med.trained.file import CheckpointError, load_state, read_checkpoint
 
 # The part of this package that a network's definition may name.
 _OWN = "vaevq_med.networks"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gzip
 import multiprocessing
-import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaevq_med.core.errors import DataError, VaevqMedError
+from vaevq_med.core.files import atomic_write_bytes
 from vaevq_med.prepare.phantom.anatomy import FULL_SHAPE, build_anatomy, make_grid
 from vaevq_med.prepare.phantom.contrast import CONTRASTS, find_vessels, render
 from vaevq_med.prepare.phantom.tumor import Label, grow_tumor, plan_tumor
@@ -277,21 +277,11 @@ def _write_case(output: Path, subject: int, timepoint: int, config: PhantomConfi
             image.header.set_xyzt_units("mm")
             image.set_sform(scan.affine, code="mni")
             image.set_qform(scan.affine, code="mni")
-            _write_whole(
+            atomic_write_bytes(
                 folder / f"{scan.name}-{contrast}.nii.gz",
                 gzip.compress(image.to_bytes(), compresslevel=1, mtime=0),
+                durable=False,
             )
     except OSError as error:
         raise DataError(f"cannot write case {scan.name} to {output}: {error.strerror}") from error
     return scan.name
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name beside it, then move it into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

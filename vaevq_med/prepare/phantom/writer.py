@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.core.jobs import usable_cores
 from vaevq_med.prepare.phantom.subjects import PhantomConfig, plan_cases, write_phantoms
 
 
@@ -59,7 +59,7 @@ class Phantom:
         Raises:
             VaevqMedError: an option is out of its range, or the output cannot be written.
         """
-        workers = (os.cpu_count() or 1) if self.workers is None else self.workers
+        workers = usable_cores() if self.workers is None else self.workers
         folders = write_phantoms(self.output, self.subjects, self.config, workers=workers, on_case=on_case)
         return PhantomReport(self.output, self.subjects, tuple(folder.name for folder in folders))
 
