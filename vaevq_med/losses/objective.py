@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +74,8 @@ class TokenizerObjective(nn.Module):
                 control.copy_(state[name])
 
     def _named_terms(self) -> Iterator[tuple[str, LossTerm]]:
-        yield from ((name, cast(LossTerm, term)) for name, term in self.terms.items())
+        """Those that have the interface's hooks: a plain module may be a term too, and has none."""
+        yield from ((name, term) for name, term in self.terms.items() if isinstance(term, LossTerm))
 
     def _controls(self) -> Iterator[tuple[str, Tensor]]:
         for name, term in self._named_terms():
