@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn import Linear
 
 from vaevq_med.networks.quantizers import CodebookQuantizer
 
@@ -80,7 +81,10 @@ def test_a_package_that_the_user_trusts_builds(package: Path) -> None:
         ("outside_quantizers.function", "derived from Module"),
         ("outside_quantizers.Other", "derived from Module"),
         ("outside_quantizers.Mine.codebook", "one of its presets"),
-        ("outside_quantizers", "found no module"),
+        ("outside_quantizers", "found no such module"),
+        ("outside_quantizers.nn.Linear", "derived from Module"),
+        ("outside_quantizers.torch.nn.Linear", "derived from Module"),
+        ("outside_quantizers.Linear", "derived from Module"),
     ],
 )
 def test_only_classes_of_the_interface_are_components(target: str, words: str, package: Path) -> None:
@@ -126,6 +130,13 @@ def test_installed_distributions_publish_their_packages(monkeypatch: pytest.Monk
     components._published.cache_clear()
     assert trusted_packages() == {"vaevq_med", "their_package"}
     components._published.cache_clear()
+
+
+def test_what_is_no_list_of_packages_is_refused() -> None:
+    with pytest.raises(ComponentError, match="expected a list"):
+        trust(3)
+    trust("one_package")
+    assert "one_package" in trusted_packages()
 
 
 @pytest.mark.parametrize("name", ["two words", "a.b", "", 3])

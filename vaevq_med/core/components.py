@@ -24,17 +24,19 @@ class ComponentError(VaevqMedError):
     """A file names a component that is not trusted, does not exist, or is of another kind."""
 
 
-def trust(packages: Iterable[str]) -> None:
+def trust(packages: object) -> None:
     """Let files name components of these packages, in this process.
 
     Args:
-        packages: names of top-level packages, such as ``my_quantizers``.
+        packages: names of top-level packages, such as ``my_quantizers``, or one of them.
 
     Raises:
-        ComponentError: one is no name of a top-level package.
+        ComponentError: they are no list, or one is no name of a top-level package.
     """
     if isinstance(packages, str):
         packages = [packages]
+    if not isinstance(packages, Iterable):
+        raise ComponentError(f"trusted is {packages!r}; expected a list of the names of packages")
     for name in packages:
         if not isinstance(name, str) or not name.isidentifier():
             raise ComponentError(
@@ -76,7 +78,7 @@ def resolve(target: str, base: type, *, own: str = OWN) -> Callable[..., Any]:
         )
     if first == OWN and not target.startswith(f"{own}."):
         raise ComponentError(f"found the component {target!r}, expected one of {own}")
-    found, method = _find(target, base)
+    found, method = _find(target)
     if not (isinstance(found, type) and issubclass(found, base)):
         raise ComponentError(f"found the component {target!r}, expected a class derived from {base.__name__}")
     if method is None:
@@ -87,8 +89,8 @@ def resolve(target: str, base: type, *, own: str = OWN) -> Callable[..., Any]:
     return preset
 
 
-def _find(target: str, base: type) -> tuple[Any, str | None]:
-    """What the name stands for; of a class' own attribute, the class and the attribute's name."""
+def _find(target: str) -> tuple[Any, str | None]:
+    """The class that the name stands for, or None, and the name of its attribute where that is what is named."""
     parts = target.split(".")
     for end in range(len(parts) - 1, 0, -1):
         module_name = ".".join(parts[:end])
@@ -100,14 +102,13 @@ def _find(target: str, base: type) -> tuple[Any, str | None]:
             raise ComponentError(f"component {target!r}: found no module {error.name!r}, which it needs") from error
         except Exception as error:
             raise ComponentError(f"component {target!r}: its module fails to import ({error})") from error
-        for place, name in enumerate(parts[end:], start=end):
-            if isinstance(found, type) and issubclass(found, base) and place == len(parts) - 1:
-                return found, name
-            found = getattr(found, name, None)
-        return found, None
-    raise ComponentError(
-        f"found the component {target!r}, expected one that can be imported: found no module {parts[0]!r}"
-    )
+        name, *rest = parts[end:]
+        kind = getattr(found, name, None)
+        # What a module merely imports is not its own, such as a module of PyTorch.
+        if not isinstance(kind, type) or kind.__module__.split(".")[0] not in trusted_packages() or len(rest) > 1:
+            return None, None
+        return kind, rest[0] if rest else None
+    raise ComponentError(f"component {target!r}: found no such module, expected the dotted name of a class in one")
 
 
 def build(definition: Any, base: type, *, own: str = OWN) -> Any:

@@ -226,7 +226,7 @@ def initialize(
     device: str | torch.device | None = None,
     deterministic: bool = False,
     tf32: bool = True,
-    trusted: Iterable[str] = (),
+    trusted: Any = (),
     config: Mapping[str, Any] | None = None,
 ) -> None:
     """Check the configuration, set seeds and the process group, and build the engine.
