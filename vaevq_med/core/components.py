@@ -79,7 +79,7 @@ def resolve(target: str, base: type, *, own: str = OWN) -> Callable[..., Any]:
     if first == OWN and not target.startswith(f"{own}."):
         raise ComponentError(f"found the component {target!r}, expected one of {own}")
     found, method = _find(target)
-    if not (isinstance(found, type) and issubclass(found, base)):
+    if found is None or not issubclass(found, base):
         raise ComponentError(f"found the component {target!r}, expected a class derived from {base.__name__}")
     if method is None:
         return found
@@ -89,13 +89,13 @@ def resolve(target: str, base: type, *, own: str = OWN) -> Callable[..., Any]:
     return preset
 
 
-def _find(target: str) -> tuple[Any, str | None]:
+def _find(target: str) -> tuple[type | None, str | None]:
     """The class that the name stands for, or None, and the name of its attribute where that is what is named."""
     parts = target.split(".")
     for end in range(len(parts) - 1, 0, -1):
         module_name = ".".join(parts[:end])
         try:
-            found: Any = importlib.import_module(module_name)
+            module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
             if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
                 continue
@@ -103,7 +103,7 @@ def _find(target: str) -> tuple[Any, str | None]:
         except Exception as error:
             raise ComponentError(f"component {target!r}: its module fails to import ({error})") from error
         name, *rest = parts[end:]
-        kind = getattr(found, name, None)
+        kind = getattr(module, name, None)
         # What a module merely imports is not its own, such as a module of PyTorch.
         if not isinstance(kind, type) or kind.__module__.split(".")[0] not in trusted_packages() or len(rest) > 1:
             return None, None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,6 +13,7 @@ from monai.transforms import CenterSpatialCropd, Compose, EnsureTyped
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from vaevq_med.core.files import file_sha256
 from vaevq_med.core.jobs import usable_cores
 from vaevq_med.images.dataset import LoadSliced, SliceDataset
 from vaevq_med.images.manifest import Manifest
@@ -160,7 +160,7 @@ class RealImages:
 
     def key(self, split: str, *, mirrored: bool = False) -> dict[str, Any]:
         """All that the features of a split, or of its mirror images, depend on."""
-        content = self.manifest.content_hash or f"file:{hashlib.sha256(self.manifest.path.read_bytes()).hexdigest()}"
+        content = self.manifest.content_hash or f"file:{file_sha256(self.manifest.path)}"
         key = {
             "content_hash": content,
             "split_hash": self.manifest.split_hash,

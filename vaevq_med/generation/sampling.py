@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.options import expect, is_int
 from vaevq_med.images.dataset import mix_seeds
-from vaevq_med.networks.generators.base import Generator
+from vaevq_med.networks.generators.base import Generator, Wanted
 from vaevq_med.networks.tokenizer import VisualTokenizer
 from vaevq_med.tokens.store import TokenDataset
 from vaevq_med.tokens.views import View
@@ -321,7 +321,7 @@ class ImageSampler(BaseEvaluator):
     def sample(self, labels: Tensor, seeds: Sequence[int], known: Tensor | None, mask: Tensor | None) -> Tensor:
         """Images ``[B, C, H, W]``, one a label and seed; the other arguments as for ``generate_indices``."""
         classes = labels if self.network.num_classes else None
-        return self._draw(classes, seeds, known=known, mask=mask, dtype=self.autocast_dtype)
+        return self._draw(Wanted(classes, seeds, known, mask, self.autocast_dtype))
 
     def _iteration(self, engine: SupervisedEvaluator, batchdata: dict[str, Any]) -> dict[str, Any]:
         labels, seeds = batchdata[Keys.LABEL].to(engine.state.device), batchdata["seed"].tolist()

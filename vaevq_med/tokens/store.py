@@ -280,9 +280,9 @@ class TokenDataset(Dataset[dict[str, Any]]):
         values = self._array[number, mix_seeds(self.seed, index) % self.num_views]
         item: dict[str, Any] = {"label": self.labels[number], "id": str(self.items[number]["id"])}
         if self.store.kind == "latents":
-            return {"latent": torch.from_numpy(values.astype(np.float32)), **item}
+            return {KEYS["latents"]: torch.from_numpy(values.astype(np.float32)), **item}
         indices = torch.from_numpy(values.astype(np.int64))
         highest, top = int(indices.max()), int(self.store.tokenizer["num_embeddings"]) - 1
         if highest > top:
             raise ItemError(f"{self.store.root}: found index {highest} in {item['id']}, expected 0 to {top}")
-        return {"indices": indices, **item}
+        return {KEYS["indices"]: indices, **item}

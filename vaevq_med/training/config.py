@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from pydoc import locate
+from types import FrameType
 from typing import Any
 
 import torch
@@ -42,14 +43,20 @@ class ConfigError(VaevqMedError):
     """A configuration has an id or an argument that nothing reads."""
 
 
-def running_parser() -> ConfigParser | None:
-    """The parser of the MONAI bundle workflow that is running, found on the call stack."""
+def _callers() -> Iterator[FrameType]:
+    """The frames of the call stack, the nearest first."""
     frame = inspect.currentframe()
     while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def running_parser() -> ConfigParser | None:
+    """The parser of the MONAI bundle workflow that is running, found on the call stack."""
+    for frame in _callers():
         owner = frame.f_locals.get("self")
         if isinstance(owner, BundleWorkflow) and hasattr(owner, "parser"):
             return owner.parser
-        frame = frame.f_back
     return None
 
 
@@ -59,12 +66,10 @@ def _own_ids() -> frozenset[str]:
     An override may replace a part of the configuration by one that no longer refers to an id, which is then no
     misspelling.
     """
-    frame = inspect.currentframe()
-    while frame is not None:
+    for frame in _callers():
         files = frame.f_locals.get("config_file")
         if files and frame.f_globals.get("__name__") == "monai.bundle.scripts":
             return frozenset(map(str, ConfigParser.load_config_file(ensure_tuple(files)[0])))
-        frame = frame.f_back
     return frozenset()
 
 

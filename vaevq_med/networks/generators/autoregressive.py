@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.networks.generators.base import Draw
+from vaevq_med.networks.generators.base import Draw, Wanted
 from vaevq_med.networks.generators.drawing import MIN_TEMPERATURE, RandomSource, TokenRule, check_guidance, draw_indices
-from vaevq_med.networks.generators.llamagen import LlamaGen
 from vaevq_med.networks.generators.static_steps import Kept, StepStore
 from vaevq_med.networks.ranges import check_range
 from vaevq_med.networks.tokenizer import VisualTokenizer
+
+if TYPE_CHECKING:
+    from vaevq_med.networks.generators.llamagen import LlamaGen
 
 
 @torch.no_grad()
@@ -183,22 +185,15 @@ def autoregressive_draws(
     if store is None and device.type == "cuda":
         store = StepStore()
 
-    def draw(
-        labels: Tensor | None,
-        seeds: Sequence[int],
-        *,
-        known: Tensor | None = None,
-        mask: Tensor | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Tensor:
+    def draw(wanted: Wanted) -> Tensor:
         indices = generate_indices(
             network,
-            labels=labels,
-            num_samples=len(seeds),
-            known=known,
-            mask=mask,
-            dtype=dtype,
-            generator=[torch.Generator(device).manual_seed(seed) for seed in seeds],
+            labels=wanted.labels,
+            num_samples=len(wanted.seeds),
+            known=wanted.known,
+            mask=wanted.mask,
+            dtype=wanted.dtype,
+            generator=[torch.Generator(device).manual_seed(seed) for seed in wanted.seeds],
             store=store,
             **settings,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,28 +29,27 @@ class Setting:
     expected: str
 
 
-class Draw(Protocol):
-    """Draws images, one a seed, and serves batch after batch."""
+@dataclass(frozen=True)
+class Wanted:
+    """Images to draw, one a seed.
 
-    def __call__(
-        self,
-        labels: Tensor | None,
-        seeds: Sequence[int],
-        *,
-        known: Tensor | None = None,
-        mask: Tensor | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Tensor:
-        """Images ``[B, C, H, W]``, not clamped.
+    Attributes:
+        labels: ``[B]`` on the network's device; None where there are no classes.
+        seeds: B numbers, of which each image depends on its own alone.
+        known: indices ``[B, h, w, G]`` that are given, to inpaint.
+        mask: bool ``[B, h, w]``, true where they are.
+        dtype: type that the network runs in; its own when absent.
+    """
 
-        Args:
-            labels: ``[B]`` on the network's device; None where there are no classes.
-            seeds: B numbers, of which each image depends on its own alone.
-            known: indices ``[B, h, w, G]`` that are given, to inpaint.
-            mask: bool ``[B, h, w]``, true where they are.
-            dtype: type that the network runs in; its own when absent.
-        """
-        ...
+    labels: Tensor | None
+    seeds: Sequence[int]
+    known: Tensor | None = None
+    mask: Tensor | None = None
+    dtype: torch.dtype | None = None
+
+
+Draw = Callable[[Wanted], Tensor]
+"""Gives the images ``[B, C, H, W]`` that are wanted, not clamped, batch after batch."""
 
 
 class Generator(nn.Module, ABC):

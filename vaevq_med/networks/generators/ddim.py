@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from monai.networks.schedulers import DDIMScheduler
 from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.networks.generators.base import Draw
+from vaevq_med.networks.generators.base import Draw, Wanted
 from vaevq_med.networks.generators.captured import CudaGraphs, Graphs, Replayed
 from vaevq_med.networks.generators.drawing import check_guidance, guided_logits
-from vaevq_med.networks.generators.latent_diffusion import LatentDiffusionUNet
 from vaevq_med.networks.tokenizer import VisualTokenizer
+
+if TYPE_CHECKING:
+    from vaevq_med.networks.generators.latent_diffusion import LatentDiffusionUNet
 
 
 def ldm_scheduler(num_train_timesteps: int = 1000) -> DDIMScheduler:
@@ -228,25 +230,18 @@ def diffusion_draws(
     scheduler = ldm_scheduler(num_train_timesteps)
     check_ddim_steps(settings["num_steps"], num_train_timesteps)
 
-    def draw(
-        labels: Tensor | None,
-        seeds: Sequence[int],
-        *,
-        known: Tensor | None = None,
-        mask: Tensor | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Tensor:
-        if known is not None or mask is not None:
+    def draw(wanted: Wanted) -> Tensor:
+        if wanted.known is not None or wanted.mask is not None:
             raise VaevqMedError("found known tokens for a diffusion model; expected an autoregressive generator")
         return generate_images(
             network,
             tokenizer,
-            labels,
-            num_images=None if labels is not None else len(seeds),
+            wanted.labels,
+            num_images=None if wanted.labels is not None else len(wanted.seeds),
             grid_size=grid,
             scheduler=scheduler,
-            dtype=dtype,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            dtype=wanted.dtype,
+            generator=[torch.Generator().manual_seed(seed) for seed in wanted.seeds],
             **settings,
         )
 

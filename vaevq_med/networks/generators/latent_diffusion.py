@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.options import is_int
 from vaevq_med.networks.generators.base import Draw, Generator, Setting
+from vaevq_med.networks.generators.ddim import diffusion_draws
 from vaevq_med.networks.generators.drawing import GUIDANCE_SCALE
 from vaevq_med.networks.ranges import check_range
 from vaevq_med.networks.tokenizer import VisualTokenizer
@@ -125,8 +126,6 @@ class LatentDiffusionUNet(Generator):
         trained_with: Callable[[str], Any],
     ) -> Draw:
         """Draws by DDIM, with the times trained with."""
-        from vaevq_med.networks.generators.ddim import diffusion_draws
-
         num_train_timesteps = int(trained_with("num_train_timesteps"))
         return diffusion_draws(self, tokenizer, grid=grid, settings=settings, num_train_timesteps=num_train_timesteps)
 

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.options import is_int, is_number
+from vaevq_med.networks.generators.autoregressive import autoregressive_draws
 from vaevq_med.networks.generators.base import Draw, Generator, Setting
 from vaevq_med.networks.generators.drawing import GUIDANCE_SCALE, MIN_TEMPERATURE
 from vaevq_med.networks.generators.llama_blocks import KeyValueCache, LlamaBlock, StaticCache, axial_rotations
@@ -193,8 +194,6 @@ class LlamaGen(Generator):
         trained_with: Callable[[str], Any],
     ) -> Draw:
         """Draws token by token."""
-        from vaevq_med.networks.generators.autoregressive import autoregressive_draws
-
         return autoregressive_draws(self, tokenizer, settings)
 
     @property

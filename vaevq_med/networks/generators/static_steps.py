@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,7 +22,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vaevq_med.networks.generators.captured import CudaGraphs, Graphs, Replayed
 from vaevq_med.networks.generators.drawing import RandomSource, TokenRule, fill_waits, soonest
-from vaevq_med.networks.generators.llamagen import LlamaGen
+
+if TYPE_CHECKING:
+    from vaevq_med.networks.generators.llamagen import LlamaGen
 
 Kept = tuple[Tensor, Tensor]
 """Where tokens are known, and their values; ``[B, h w G]`` each."""
