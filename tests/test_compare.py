@@ -27,7 +27,7 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.folder import Workplace
 from vaevq_med.study import rows as rows_module
 from vaevq_med.study.compare import Compare
-from vaevq_med.study.plan import ABLATION, TITLES, Budget, Bundle, parse_integers, parse_methods
+from vaevq_med.study.plan import ABLATION, Budget, Bundle, parse_integers, parse_methods
 from vaevq_med.study.rows import STATE, RowState, call, error_line, last_line
 from vaevq_med.trained.file import read_checkpoint
 from vaevq_med.training.config import check_config
@@ -302,7 +302,14 @@ def test_methods_are_the_overlays_of_the_bundle() -> None:
     vqgan, vaevq, mine = parse_methods("vqgan, vaevq,mine=simvq+f16", bundle)
     assert (vqgan.title, vaevq.title, mine.title) == ("VQGAN", "VAEVQ", "mine")
     assert (vaevq.overlays, mine.overlays) == (("paper",), ("simvq", "f16"))
-    assert [m.title for m in parse_methods(",".join(ABLATION), bundle)] == [TITLES[name] for name in ABLATION]
+    assert [m.title for m in parse_methods(",".join(ABLATION), bundle)] == [
+        "M0: VQGAN",
+        "SimVQ",
+        "M1: + VLQ",
+        "M2: + VLQ, RCS",
+        "M3: + VLQ, DCR",
+        "full: + VLQ, RCS, DCR",
+    ]
     for text, said in (
         ("vgqan", "did you mean 'vqgan'"),
         ("a=simvq+fsqq", "'fsqq'"),
@@ -346,7 +353,7 @@ def test_both_bundles_can_be_compared(slice_dataset: Path, tmp_path: Path) -> No
     command = Compare(output=tmp_path, bundle="imagenet", methods="vqgan,vaevq", dataset_dir=slice_dataset)
     training, evaluation = command.plan.rows()[1].commands().values()
     names = [Path(file).relative_to(BUNDLE.parent).as_posix() for file in flags(training)["config_file"]]
-    assert names == ["imagenet/train.json", "imagenet/overlays/paper.json"]
+    assert names == ["imagenet/train.json", "overlays/paper.json"]
     parser = ConfigParser()
     parser.read_config(flags(training)["config_file"])
     handlers = [handler["_target_"] for handler in parser.get()["train"]["handlers"]]
@@ -543,6 +550,7 @@ def test_torchrun_is_known_wherever_it_stands(
 @pytest.mark.parametrize("content", ['{"a":', "[1]", '{"network_def": 3}'])
 def test_an_overlay_that_is_none_is_one_line(content: str, slice_dataset: Path, tmp_path: Path) -> None:
     shutil.copytree(BUNDLE, tmp_path / "brats")
+    (tmp_path / "brats/overlays").mkdir()
     (tmp_path / "brats/overlays/mine.json").write_text(content)
     # What it says of the network is read by a sweep alone; a row's own run refuses it otherwise.
     for kind in ("sweep",) if "network_def" in content else ("compare", "sweep"):

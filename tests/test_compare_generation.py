@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import BUNDLE
+from conftest import BUNDLE, OVERLAYS
 from monai.bundle import ConfigWorkflow
 from PIL import Image
 from test_compare import flags
@@ -453,9 +453,7 @@ def test_commands_are_those_of_the_documentation(
     training = commands["training"]
     assert training[:2] == ["torchrun", "--nproc_per_node=2"]
     files = [str(BUNDLE / "train_autoregressive.json")]
-    files += [
-        str(BUNDLE / f"overlays_generation/{n}.json") for n in ("autoregressive_small_cpu", "generator_multi_gpu")
-    ]
+    files += [str(OVERLAYS / f"generation/{n}.json") for n in ("autoregressive_small_cpu", "generator_multi_gpu")]
     values = flags(training)
     assert values["config_file"] == files
     assert (values["seed"], values["parent_run_id"], values["run_name"]) == (3, "parent", "vqgan_llamagen seed 3")

@@ -17,6 +17,7 @@ import typer
 
 from vaevq_med.cli import compare as compare_cli
 from vaevq_med.cli import compare_generation as compare_generation_cli
+from vaevq_med.cli.overlays import overlays
 from vaevq_med.core.errors import VaevqMedError
 
 if TYPE_CHECKING:
@@ -631,6 +632,7 @@ def demo(
 for _command in (compare_cli.compare, compare_cli.ablate, compare_cli.sweep):
     app.command()(_command)
 app.command("compare-generation")(compare_generation_cli.compare_generation)
+app.command()(overlays)
 
 
 def main() -> None:

@@ -42,7 +42,7 @@ def compare_generation(
     images: Images = None,
     overlay: Annotated[
         list[str] | None,
-        typer.Option(help="Overlay of overlays_generation/; 'small_cpu' takes each generator's own; repeat."),
+        typer.Option(help="Overlay of bundles/overlays/generation; 'small_cpu' takes each generator's own; repeat."),
     ] = None,
     assignments: Annotated[
         list[str] | None,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.core.resources import bundle_path
+from vaevq_med.core.resources import bundle_path, overlay_path
 
 _MARK = ".vaevq_med_demo"
 _SHAPE = "91,109,91"
@@ -80,7 +80,7 @@ class Demo:
             "Slices",
             [*tool, "slice-extract", str(volumes), str(slices), "--size", "64", "--split-file", str(splits)],
         )
-        overlay = f"['{root / 'train.json'}','{root / 'overlays' / 'demo.json'}']"
+        overlay = f"['{root / 'train.json'}','{overlay_path('demo', root)}']"
         epochs = [] if self.epochs is None else ["--max_epochs", str(self.epochs)]
         self._call(
             "Training",

@@ -27,7 +27,7 @@ METHODS = "vqgan,vaevq"
 class CompareGeneration(Comparison):
     """Generators times tokenizers times seeds, each row the real commands.
 
-    Overlays are those of ``overlays_generation/``; the part of a name that says whose it is may be left out. The
+    Overlays are those of ``bundles/overlays/generation``; the part of a name that says whose it is may be left out. The
     arguments of every comparison, and these.
 
     Args:

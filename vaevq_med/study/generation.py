@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.core.resources import overlay_path
 from vaevq_med.images.generated import LIST_NAME
 from vaevq_med.study.plan import Bundle, Method, Plan, Row, check_ids, decisive, flags, has_id
 from vaevq_med.study.rows import RowResult, read_json
-from vaevq_med.study.stages import BOTH, FOLDER, Generator, Tokenizer, tokenizer_hash
+from vaevq_med.study.stages import BOTH, KIND, Generator, Tokenizer, tokenizer_hash
 from vaevq_med.study.words import Words
 from vaevq_med.tokens.store import FILE_NAME
 
@@ -69,7 +70,7 @@ class GenerationPlan(Plan):
                 raise VaevqMedError(f"{self.bundle.path}: found no {file}, expected a bundle that trains generators")
         for name in self.overlays:
             if not any(m.generator.overlays([name], self.bundle) for m in self.methods):
-                self.bundle.overlay(name, FOLDER)
+                overlay_path(name, self.bundle.path, KIND)
                 raise VaevqMedError(f"overlay: found {name!r}, expected one of a generator that is compared")
         for option, words, own in (
             ("encode", [word for m in self.methods for word in m.encode], ("--kind", "--overwrite", "--help")),
@@ -133,7 +134,7 @@ class GenerationPlan(Plan):
 
     def training_config(self, method: GenerationMethod) -> dict[str, Any]:
         """The merged configuration of a method's training, unresolved."""
-        return self.bundle.read(method.generator.file, self.composed(method), FOLDER)
+        return self.bundle.read(method.generator.file, self.composed(method), KIND)
 
     def experiment(self) -> str:
         """MLflow's experiment."""
@@ -223,16 +224,17 @@ class GenerationRow(Row):
         plan, generator = self.plan, self.method.generator
         start, app = [sys.executable], [sys.executable, "-m", "vaevq_med.cli.app"]
         paths = {"output_dir": str(self.folder)}
-        files = [generator.file, *(f"{FOLDER}/{name}.json" for name in plan.composed(self.method))]
+        folder = plan.bundle.path
+        files = [folder / generator.file, *(overlay_path(n, folder, KIND) for n in plan.composed(self.method))]
         training = {"tokens_dir": str(self.tokens), **paths, "tracking_uri": plan.tracking_uri, **self._training()}
         if parent_run_id is not None:
             training |= {"parent_run_id": parent_run_id, "run_name": self.label}
         run = ["-m", "monai.bundle", "run"]
-        config = ["--config_file", str([str(plan.bundle.path / file) for file in files])]
+        config = ["--config_file", str([str(file) for file in files])]
         train = [*(plan.launch_words() or start), *run, "training", *config, *flags(training)]
         # The folder is the comparison's own; samples of the same settings are kept.
         generating = {**paths, "tokenizer_path": str(self.tokenizer), "overwrite": "True", **self._generating()}
-        config = ["--config_file", str(plan.bundle.path / _GENERATE)]
+        config = ["--config_file", str(folder / _GENERATE)]
         return {
             **({} if self.is_encoded else {"encoding": [*app, *self.encoding(), *self.method.encode]}),
             "training": train,

@@ -1,6 +1,7 @@
 """What a comparison trains: methods by their overlays, seeds, one budget; and the commands of each row.
 
-A method is an overlay of the bundle, or several: any file of its ``overlays/`` folder can be compared by its name.
+A method is an overlay, or several: any file of ``bundles/overlays`` or of the bundle's own ``overlays/`` can be
+compared by its name.
 """
 
 from __future__ import annotations
@@ -18,49 +19,30 @@ from pydoc import ErrorDuringImport, locate
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vaevq_med.core.errors import VaevqMedError, root_cause
-from vaevq_med.core.resources import bundle_path
+from vaevq_med.core.resources import bundle_path, overlay_files, overlay_path, overlay_title
 from vaevq_med.images.manifest import load_manifest
 
 if TYPE_CHECKING:
     from monai.bundle import ConfigParser
 
 ALIASES = {"vaevq": "paper"}
-TITLES = {
-    "vqgan": "VQGAN",
-    "vqgan_ema": "VQGAN-EMA",
-    "vqgan_ema_revival": "VQGAN-EMA (revival)",
-    "mo_vqgan": "Mo-VQGAN",
-    "vqgan_lc": "VQGAN-LC",
-    "simvq": "SimVQ",
-    "softvq": "SoftVQ",
-    "vaevq": "VAEVQ",
-    "paper": "VAEVQ",
-    "paper_literal": "VAEVQ (literal constants)",
-    "released": "VAEVQ (released code)",
-    "information_matched": "VAEVQ (information-matched)",
-    "kl_budget": "VAEVQ (KL budget, mean)",
-    "fsq": "FSQ",
-    "ifsq": "iFSQ",
-    "lfq": "LFQ",
-    "ibq": "IBQ",
-    "rvq": "RVQ",
-    "fq": "FQ",
-    "mgvq": "MGVQ",
-    "fvq": "FVQ",
-    "gq": "GQ",
-    "ablation_m0": "M0: VQGAN",
-    "ablation_m1": "M1: + VLQ",
-    "ablation_m2": "M2: + VLQ, RCS",
-    "ablation_m3": "M3: + VLQ, DCR",
-    "ablation_full": "full: + VLQ, RCS, DCR",
-}
 ABLATION = ("ablation_m0", "simvq", "ablation_m1", "ablation_m2", "ablation_m3", "ablation_full")
 """The paper's Table 3, and SimVQ, whose codebook M1 to full have: it tells VLQ's part from the codebook's."""
 TORCHRUN = ("torchrun", "torch.distributed.run")
 # Where and under what name a run is tracked, and on what device it runs, change no figure.
 _NOT_SETTINGS = frozenset(
     {
-        *("_notes_", "_meta_", "imports", "bundle_root", "dataset_dir", "output_dir", "device", "num_workers"),
+        *(
+            "_notes_",
+            "_title_",
+            "_meta_",
+            "imports",
+            "bundle_root",
+            "dataset_dir",
+            "output_dir",
+            "device",
+            "num_workers",
+        ),
         *("tracking_uri", "experiment", "run_name", "parent_run_id", "checkpoint_interval", "resume"),
     }
 )
@@ -93,7 +75,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A MONAI bundle with ``train.json``, ``evaluate.json`` and ``overlays/``.
+    """A MONAI bundle with ``train.json`` and ``evaluate.json``.
 
     Attributes:
         name: its folder's name.
@@ -119,26 +101,9 @@ class Bundle:
     @property
     def overlays(self) -> list[str]:
         """Names of its overlays."""
-        return self.overlays_of("overlays")
+        return list(overlay_files(self.path))
 
-    def overlays_of(self, folder: str) -> list[str]:
-        """Names of the overlays in a folder of it."""
-        return sorted(path.stem for path in (self.path / folder).glob("*.json"))
-
-    def overlay(self, name: str, folder: str = "overlays") -> Path:
-        """File of an overlay.
-
-        Raises:
-            VaevqMedError: there is none of that name; the message names the nearest.
-        """
-        known = self.overlays_of(folder)
-        if name in known:
-            return self.path / folder / f"{name}.json"
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
-        raise VaevqMedError(f"bundle {self.name}: found no overlay {name!r}, expected a file of {folder}/; {hint}")
-
-    def read(self, file: str, overlays: Sequence[str] = (), folder: str = "overlays") -> dict[str, Any]:
+    def read(self, file: str, overlays: Sequence[str] = (), kind: str = "") -> dict[str, Any]:
         """A configuration merged with overlays, unresolved.
 
         Raises:
@@ -146,7 +111,7 @@ class Bundle:
         """
         from monai.bundle import ConfigParser
 
-        paths = [self.path / file, *(self.overlay(name, folder) for name in overlays)]
+        paths = [self.path / file, *(overlay_path(name, self.path, kind) for name in overlays)]
         for path in paths:
             try:
                 content = json.loads(path.read_text(encoding="utf-8"))
@@ -183,8 +148,8 @@ def parse_methods(text: str, bundle: Bundle) -> tuple[Method, ...]:
         if not name or not all(c.isalnum() or c in "._-" for c in name) or name.startswith("."):
             raise VaevqMedError(f"methods: found the name {name!r}, expected letters, digits, '_', '-' and '.'")
         for overlay in overlays:
-            bundle.overlay(overlay)
-        title = name if given else TITLES.get(name, name)
+            overlay_path(overlay, bundle.path)
+        title = name if given else overlay_title(overlay_path(overlays[0], bundle.path))
         methods.append(Method(name, overlays, title, family=name))
     titles = [method.title for method in methods]
     methods = [replace(m, title=f"{m.title} ({m.name})") if titles.count(m.title) > 1 else m for m in methods]
@@ -611,14 +576,15 @@ class Row:
             parent_run_id: MLflow run to nest the training under.
         """
         plan = self.plan
-        files = ["train.json", *(f"overlays/{name}.json" for name in plan.composed(self.method))]
+        folder = plan.bundle.path
+        files = [folder / "train.json", *(overlay_path(name, folder) for name in plan.composed(self.method))]
         training, evaluation = self._split()
         if parent_run_id is not None:
             training |= {"parent_run_id": parent_run_id, "run_name": self.label}
         start = [*(plan.launch_words() or [sys.executable]), "-m", "monai.bundle", "run"]
-        config = str([str(plan.bundle.path / file) for file in files])
+        config = str([str(file) for file in files])
         train = [*start, "training", "--config_file", config, *flags(training)]
-        evaluate = [*start, "evaluating", "--config_file", str(plan.bundle.path / "evaluate.json")]
+        evaluate = [*start, "evaluating", "--config_file", str(folder / "evaluate.json")]
         both = {"training": train, "evaluating": [*evaluate, *flags(evaluation)]}
         return {name: words for name, words in both.items() if name == "evaluating" or not self.method.decodes}
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.study.plan import TITLES, Bundle
+from vaevq_med.core.resources import bundle_path, overlay_files, overlay_title
+from vaevq_med.study.plan import ALIASES, Bundle
 from vaevq_med.study.rows import read_plan_record
 
-FOLDER = "overlays_generation"
+KIND = "generation"
+"""The folder of the generators' overlays among the overlays."""
 BOTH = "generator"
 """What the names of overlays of either generator begin with."""
 
@@ -35,7 +37,7 @@ class Generator:
 
     def overlays(self, names: Sequence[str], bundle: Bundle) -> tuple[str, ...]:
         """The overlays of this generator among ``names``, of which each may leave out the prefix."""
-        known = bundle.overlays_of(FOLDER)
+        known = overlay_files(bundle.path, KIND)
         found = []
         for name in names:
             forms = (name, f"{self.prefix}_{name}", f"{BOTH}_{name}")
@@ -88,7 +90,8 @@ class Tokenizer:
     @property
     def title(self) -> str:
         """What tables call it."""
-        return TITLES.get(self.name, self.name)
+        overlay = overlay_files(bundle_path("brats")).get(ALIASES.get(self.name, self.name))
+        return self.name if overlay is None else overlay_title(overlay)
 
 
 def parse_generators(text: str) -> tuple[Generator, ...]:
