@@ -422,6 +422,9 @@ def encode_tokens(
     workers: Annotated[int | None, typer.Option(help="Processes that read images; by default one a core.")] = None,
     device: Annotated[str | None, typer.Option(help="By default the GPU, where there is one.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a token store of other settings.")] = False,
+    any_shape: Annotated[
+        bool, typer.Option("--any-shape", help="Take images that are not brought to squares as in training.")
+    ] = False,
 ) -> None:
     """Write every image's indices or latents, with labels and the tokenizer's hash, for training a generator.
 
@@ -445,6 +448,7 @@ def encode_tokens(
         workers=workers,
         device=device,
         overwrite=overwrite,
+        any_shape=any_shape,
     )
     with _watched("image", "images") as (progress, start, _):
         report = command.run(on_start=start, on_images=lambda count: progress.advance(progress.task_ids[0], count))

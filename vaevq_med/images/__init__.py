@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = lazy(
         "ResumableBatchSampler": "dataset",
         "SliceDataset": "dataset",
         "read_image": "pixels",
+        "reader": "reading",
         "training_loader": "loading",
     },
 )

@@ -23,6 +23,7 @@ from torch.utils.data import Sampler
 from vaevq_med.core.errors import DataError, ItemError, VaevqMedError, root_cause
 from vaevq_med.images.manifest import SPLITS, Manifest, load_manifest
 from vaevq_med.images.pixels import describe, match_channels, read_image
+from vaevq_med.images.reading import shape_of
 
 REGIONS = ("whole_tumor", "tumor_core", "enhancing_tumor")
 MAX_CHANNELS = 4
@@ -146,7 +147,7 @@ class SliceDataset(Dataset):
     Args:
         dataset_dir: folder of ``dataset.json``; an entry needs ``image`` only.
         split: ``training``, ``validation`` or ``test``.
-        transform: dictionary transforms; the first is usually :class:`LoadSliced` or :class:`LoadPhotograph`.
+        transform: from an entry to an item, usually :func:`vaevq_med.images.reading.reader`.
         modalities: keep these contrasts only, e.g. ``["t1n", "t2f"]``; None keeps all.
         stack_modalities: make one item of all kept contrasts of a slice, in the order of ``modalities`` or of the
             datalist, instead of one an image; a slice that lacks one is left out.
@@ -192,6 +193,11 @@ class SliceDataset(Dataset):
         self.split = split
         self.manifest = manifest
         self.num_items = len(entries)
+
+    @property
+    def shape(self) -> str | None:
+        """How images are brought to squares (:data:`vaevq_med.images.reading.SHAPES`); None where that is unknown."""
+        return shape_of(type(one).__name__ for one in getattr(self.transform, "transforms", (self.transform,)))
 
     def __getitem__(self, index: int) -> Any:  # type: ignore[override]
         """Item ``index % len(self)`` as epoch ``index // len(self)`` draws it.

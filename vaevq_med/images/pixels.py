@@ -159,6 +159,11 @@ class LoadPhotograph(Transform):
 
     def __call__(self, entry: Mapping[Hashable, Any]) -> dict[str, Any]:
         """Read one entry of a datalist."""
+        if not isinstance(entry["image"], str):
+            raise DataError(
+                "stack_modalities: found contrasts to stack in a data set of photographs, expected slices; a datalist "
+                'of them says "reading": {"shape": "square", "channels": 1}'
+            )
         image = match_channels(read_image(entry["image"]), self.in_channels)
         return {**describe(entry), "image": (image * 2 - 1).contiguous()}
 
