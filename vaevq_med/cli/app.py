@@ -168,6 +168,10 @@ def imagenet_prepare(
     no_classes: Annotated[
         bool, typer.Option("--no-classes", help="Subfolders of a folder without train/ are no classes.")
     ] = False,
+    patients: Annotated[
+        Path | None,
+        typer.Option(help="CSV file,patient[,case] of whom each image shows: no patient in two splits."),
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; by default one a core.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and the space it takes.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace images that another recipe made.")] = False,
@@ -188,6 +192,7 @@ def imagenet_prepare(
         classes=classes,
         val_labels=val_labels,
         use_classes=not no_classes,
+        patients=patients,
         overwrite=overwrite,
     )
     if dry_run:
@@ -209,7 +214,8 @@ def imagenet_prepare(
     skipped = len(report.skipped)
     typer.echo(f"{report.output}: {report.written:,} images written, {report.reused:,} were done, {skipped} skipped")
     for split, count in report.images.items():
-        typer.echo(f"  {split}: {count:,} images")
+        of = f" of {report.patients[split]:,} patients" if report.patients else ""
+        typer.echo(f"  {split}: {count:,} images{of}")
     typer.echo(f"  {report.classes} classes")
     for kind, count in report.odd.items():
         typer.echo(f"  unusual: {count:,} {kind}")

@@ -39,6 +39,20 @@ class Batch:
         """Whether the images lie in an archive."""
         return self.inner is not None or bool(self.members)
 
+    def path_of(self, name: str) -> str:
+        """Path below the input of an image of this batch, by its name below :attr:`prefix`."""
+        return f"{self.prefix}/{name}" if self.prefix else name
+
+    def names(self) -> Iterator[str]:
+        """Each image's name below :attr:`prefix`.
+
+        Raises:
+            DataError: the archive is damaged.
+        """
+        yield from self.files
+        members = self.members if self.inner is None else list_archive(self.source, *self.inner)
+        yield from (name for name, _, _ in members)
+
     def contents(self) -> Iterator[tuple[str, Path | bytes]]:
         """Each image's name below :attr:`prefix`, with its file, or its bytes from the archive.
 
