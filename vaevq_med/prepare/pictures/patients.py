@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from vaevq_med.core.errors import DataError
@@ -13,7 +13,7 @@ People = dict[str, tuple[str, str]]
 """Patient and case of each image, by its path below the input."""
 
 
-def by_pattern(names: Sequence[str], pattern: str) -> People:
+def by_pattern(names: Collection[str], pattern: str) -> People:
     r"""What a regular expression finds in the files' names, or in their paths where it has a slash.
 
     Args:
@@ -38,7 +38,7 @@ def by_pattern(names: Sequence[str], pattern: str) -> People:
     return _complete(names, people, f"recipe patient {pattern!r}")
 
 
-def by_table(names: Sequence[str], path: Path, folder: Path | None) -> People:
+def by_table(names: Collection[str], path: Path, folder: Path | None) -> People:
     """What a CSV with the columns ``file``, ``patient`` and, where a patient has several, ``case`` says.
 
     Args:
@@ -80,7 +80,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str | None]]]:
         raise DataError(f"patients {path}: found no readable CSV ({error}), expected one with a header") from None
 
 
-def _complete(names: Sequence[str], people: People, source: str) -> People:
+def _complete(names: Collection[str], people: People, source: str) -> People:
     """Patient and case of each image; a case that several patients have one of has its patient's name in front."""
     unnamed = [name for name in names if name not in people]
     if unnamed:
@@ -90,7 +90,8 @@ def _complete(names: Sequence[str], people: People, source: str) -> People:
         owners.setdefault(case, set()).add(patient)
     return {
         name: (patient, case if len(owners[case]) == 1 else f"{patient}_{case}")
-        for name, (patient, case) in ((name, people[name]) for name in names)
+        for name, (patient, case) in people.items()
+        if name in names
     }
 
 

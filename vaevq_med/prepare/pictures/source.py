@@ -224,20 +224,18 @@ class ImagenetPrepare:
         """The search with whom the images show, as the table or the recipe says it."""
         if self.patients is None and self.recipe.patient is None:
             return replace(search, notes=(*search.notes, "no patients are named: images are taken as independent"))
-        names = [batch.path_of(name) for batch in search.batches for name in batch.names()]
+        splits = {batch.path_of(name): batch.split for batch in search.batches for name in batch.names()}
         if self.patients is not None:
-            people = by_table(names, self.patients, self.input if self.classes is None else None)
+            people = by_table(splits, self.patients, self.input if self.classes is None else None)
         else:
-            people = by_pattern(names, self.recipe.patient or "")
+            people = by_pattern(splits, self.recipe.patient or "")
         places: dict[str, str | None] = {}
-        for batch in search.batches:
-            for name in batch.names():
-                patient, _ = people[batch.path_of(name)]
-                if places.setdefault(patient, batch.split) != batch.split:
-                    raise DataError(
-                        f"input {self.input}: found patient {patient} in the folders of {places[patient]} and "
-                        f"{batch.split}, expected one of them"
-                    )
+        for name, (patient, _) in people.items():
+            if places.setdefault(patient, splits[name]) != splits[name]:
+                raise DataError(
+                    f"input {self.input}: found patient {patient} in the folders of {places[patient]} and "
+                    f"{splits[name]}, expected one of them"
+                )
         return replace(search, people=people)
 
     def _finished(self, batch: Batch) -> bool:
