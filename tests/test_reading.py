@@ -23,10 +23,10 @@ from vaevq_med.core.errors import DataError, VaevqMedError
 from vaevq_med.evaluation.codebook import FeatureCodebook
 from vaevq_med.evaluation.features import ImageReader, RealImages
 from vaevq_med.evaluation.handler import EvaluationHandler
-from vaevq_med.images.dataset import LoadSliced, SliceDataset
+from vaevq_med.images.dataset import SliceDataset
 from vaevq_med.images.manifest import Manifest, load_manifest
-from vaevq_med.images.pixels import LoadPhotograph, RandResizedCropd, ResizeShortSided
 from vaevq_med.images.reading import Reading, reader
+from vaevq_med.images.transforms import LoadPhotograph, LoadSliced, RandResizedCropd, ResizeShortSided
 from vaevq_med.metrics.reference import ReferenceCache
 from vaevq_med.networks.features import FeatureNetwork, feature_network
 from vaevq_med.tokens import encode as encode_module

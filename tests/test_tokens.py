@@ -22,8 +22,9 @@ from typer.testing import CliRunner
 
 from vaevq_med.cli import app as cli
 from vaevq_med.core.errors import ItemError, VaevqMedError
-from vaevq_med.images.dataset import LoadSliced, SliceDataset
+from vaevq_med.images.dataset import SliceDataset
 from vaevq_med.images.manifest import load_manifest
+from vaevq_med.images.transforms import LoadSliced
 from vaevq_med.networks.decoder import Decoder
 from vaevq_med.networks.encoder import Encoder
 from vaevq_med.networks.modulated_decoder import ModulatedDecoder

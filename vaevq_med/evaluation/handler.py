@@ -18,8 +18,8 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.evaluation.pictures import reconstruction_grid, usage_histogram
 from vaevq_med.evaluation.reconstruction import ReconstructionEvaluation
 from vaevq_med.evaluation.report import EvaluationReport
-from vaevq_med.images.dataset import REGIONS
 from vaevq_med.images.manifest import SPLITS, load_manifest
+from vaevq_med.images.transforms import REGIONS
 from vaevq_med.networks.features import feature_network
 from vaevq_med.networks.tokenizer import VisualTokenizer
 from vaevq_med.trained.network import StoredTokenizer

@@ -103,8 +103,7 @@ def reader(
     """
     from monai.transforms import CenterSpatialCropd, Compose, EnsureTyped, RandFlipd, RandSpatialCropd
 
-    from vaevq_med.images.dataset import LoadSliced
-    from vaevq_med.images.pixels import LoadPhotograph, RandResizedCropd, ResizeShortSided
+    from vaevq_med.images.transforms import LoadPhotograph, LoadSliced, RandResizedCropd, ResizeShortSided
 
     if transforms is not None:
         return Compose(list(transforms))
