@@ -128,10 +128,11 @@ def test_the_command_line_loads_nothing_heavy() -> None:
 LIBRARY = (
     *("networks.encoder", "networks.tokenizer", "networks.quantizers", "networks.generators.llamagen"),
     *("networks.generators.base", "losses.objective", "losses.kl", "trained.network", "trained.file", "metrics"),
+    *("images.reading", "prepare.pictures.source"),
 )
 
 
-def test_networks_losses_and_checkpoints_load_neither_monai_nor_the_compiler() -> None:
+def test_networks_losses_checkpoints_and_pictures_load_neither_monai_nor_the_compiler() -> None:
     """``import monai`` takes some ten seconds, the compiler of PyTorch two."""
     program = (
         "import sys, torch\n"

@@ -17,13 +17,12 @@ BRATS, IMAGENET = BUNDLE, BUNDLE.parent / "imagenet"
 SHARED = {"bundle_root", "dataset_dir", "output_dir"}
 GENERATION = {"bundle_root", "dataset_dir", "output_dir", "experiment"}
 DIFFERENT = {
-    "train.json": SHARED
-    | {"_notes_", "experiment", "in_channels", "train#preprocessing#transforms", "validate#preprocessing#transforms"},
-    "evaluate.json": SHARED | {"experiment", "split", "image_size", "preprocessing#transforms"},
+    "train.json": SHARED | {"_notes_", "experiment", "in_channels"},
+    "evaluate.json": SHARED | {"experiment", "split"},
     "train_autoregressive.json": GENERATION,
     "train_diffusion.json": GENERATION,
     "generate.json": {"bundle_root", "output_dir", "tokenizer_path"},
-    "inference.json": SHARED | {"_notes_", "split", "image_size", "preprocessing#transforms"},
+    "inference.json": SHARED | {"_notes_", "split"},
     "metadata.json": {
         *("changelog", "required_packages_version", "name", "task", "description", "data_source", "data_type"),
         *("image_classes", "pred_classes", "intended_use", "network_data_format"),

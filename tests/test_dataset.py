@@ -16,9 +16,10 @@ from monai.transforms import Compose, RandFlipd
 from PIL import Image
 
 from vaevq_med.core.errors import DataError
-from vaevq_med.images.dataset import LoadSliced, ResumableBatchSampler, SliceDataset
+from vaevq_med.images.dataset import ResumableBatchSampler, SliceDataset
 from vaevq_med.images.loading import training_loader
 from vaevq_med.images.pixels import read_image
+from vaevq_med.images.transforms import LoadSliced
 
 LABELS = {"whole_tumor": [1, 2, 3], "tumor_core": [1, 3], "enhancing_tumor": [3]}
 

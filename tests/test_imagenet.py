@@ -26,8 +26,9 @@ from scipy.io import savemat
 
 from vaevq_med.cli import app as cli
 from vaevq_med.core.errors import DataError
-from vaevq_med.images.dataset import LoadSliced, SliceDataset
-from vaevq_med.images.pixels import LoadPhotograph, RandResizedCropd, ResizeShortSided, read_image
+from vaevq_med.images.dataset import SliceDataset
+from vaevq_med.images.pixels import read_image
+from vaevq_med.images.transforms import LoadPhotograph, LoadSliced, RandResizedCropd, ResizeShortSided
 from vaevq_med.networks.features import feature_network
 from vaevq_med.prepare.pictures import store as image_store
 from vaevq_med.prepare.pictures.classes import check_ilsvrc, choose_classes

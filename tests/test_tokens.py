@@ -22,7 +22,9 @@ from typer.testing import CliRunner
 
 from vaevq_med.cli import app as cli
 from vaevq_med.core.errors import ItemError, VaevqMedError
-from vaevq_med.images.dataset import LoadSliced, SliceDataset
+from vaevq_med.images.dataset import SliceDataset
+from vaevq_med.images.manifest import load_manifest
+from vaevq_med.images.transforms import LoadSliced
 from vaevq_med.networks.decoder import Decoder
 from vaevq_med.networks.encoder import Encoder
 from vaevq_med.networks.modulated_decoder import ModulatedDecoder
@@ -236,7 +238,7 @@ def test_the_flipped_view_is_that_of_the_mirror_image(checkpoint: Path, slice_da
 def test_ten_crops_agree_with_torchvision(slice_dataset: Path) -> None:
     views = plan_views(flip=True, ten_crop=True)
     entry = SliceDataset(dataset_dir=slice_dataset, split="training").data[1]
-    cut = LoadViews(views, image_size=32, in_channels=1, photographs=False)(entry)["image"]
+    cut = LoadViews(views, image_size=32, in_channels=1, manifest=load_manifest(slice_dataset))(entry)["image"]
     assert cut.shape == (20, 1, 32, 32)
     by_name = {view.name: crop for view, crop in zip(views, cut, strict=True)}
     for scale, side in (("1.1", 35), ("1.05", 33)):

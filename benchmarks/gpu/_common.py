@@ -24,7 +24,8 @@ from vaevq_med.core.resources import bundle_path, overlay_path
 
 def pack(dataset_dir: Path, output: Path, image_size: int, max_items: Mapping[str, int]) -> None:
     """Write a data set's training and test slices to one compressed ``.npz`` that travels to a GPU machine."""
-    from vaevq_med.images.dataset import LoadSliced, SliceDataset
+    from vaevq_med.images.dataset import SliceDataset
+    from vaevq_med.images.transforms import LoadSliced
 
     arrays: dict[str, np.ndarray] = {}
     for split, limit in max_items.items():

@@ -169,6 +169,10 @@ def imagenet_prepare(
     no_classes: Annotated[
         bool, typer.Option("--no-classes", help="Subfolders of a folder without train/ are no classes.")
     ] = False,
+    patients: Annotated[
+        Path | None,
+        typer.Option(help="CSV file,patient[,case] of whom each image shows: no patient in two splits."),
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; by default one a core.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and the space it takes.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace images that another recipe made.")] = False,
@@ -189,6 +193,7 @@ def imagenet_prepare(
         classes=classes,
         val_labels=val_labels,
         use_classes=not no_classes,
+        patients=patients,
         overwrite=overwrite,
     )
     if dry_run:
@@ -210,7 +215,8 @@ def imagenet_prepare(
     skipped = len(report.skipped)
     typer.echo(f"{report.output}: {report.written:,} images written, {report.reused:,} were done, {skipped} skipped")
     for split, count in report.images.items():
-        typer.echo(f"  {split}: {count:,} images")
+        of = f" of {report.patients[split]:,} patients" if report.patients else ""
+        typer.echo(f"  {split}: {count:,} images{of}")
     typer.echo(f"  {report.classes} classes")
     for kind, count in report.odd.items():
         typer.echo(f"  unusual: {count:,} {kind}")
@@ -423,6 +429,9 @@ def encode_tokens(
     workers: Annotated[int | None, typer.Option(help="Processes that read images; by default one a core.")] = None,
     device: Annotated[str | None, typer.Option(help="By default the GPU, where there is one.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a token store of other settings.")] = False,
+    any_shape: Annotated[
+        bool, typer.Option("--any-shape", help="Take images that are not brought to squares as in training.")
+    ] = False,
 ) -> None:
     """Write every image's indices or latents, with labels and the tokenizer's hash, for training a generator.
 
@@ -446,6 +455,7 @@ def encode_tokens(
         workers=workers,
         device=device,
         overwrite=overwrite,
+        any_shape=any_shape,
     )
     with _watched("image", "images") as (progress, start, _):
         report = command.run(on_start=start, on_images=lambda count: progress.advance(progress.task_ids[0], count))

@@ -5,11 +5,11 @@ from vaevq_med.core.lazy import lazy
 __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
-        "LoadPhotograph": "vaevq_med.images.pixels",
-        "LoadSliced": "vaevq_med.images.dataset",
-        "REGIONS": "vaevq_med.images.dataset",
-        "RandResizedCropd": "vaevq_med.images.pixels",
-        "ResizeShortSided": "vaevq_med.images.pixels",
+        "LoadPhotograph": "vaevq_med.images.transforms",
+        "LoadSliced": "vaevq_med.images.transforms",
+        "REGIONS": "vaevq_med.images.transforms",
+        "RandResizedCropd": "vaevq_med.images.transforms",
+        "ResizeShortSided": "vaevq_med.images.transforms",
         "ResumableBatchSampler": "vaevq_med.images.dataset",
         "SliceDataset": "vaevq_med.images.dataset",
         "TokenDataset": "vaevq_med.tokens.store",

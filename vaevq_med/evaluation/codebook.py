@@ -18,14 +18,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.data import DataLoader
-from monai.transforms import CenterSpatialCropd, Compose, EnsureTyped
 from numpy.typing import NDArray
 
 from vaevq_med.core.errors import DataError, VaevqMedError
 from vaevq_med.core.files import atomic_binary_writer
 from vaevq_med.core.jobs import check_workers, usable_cores
 from vaevq_med.images.dataset import SliceDataset
-from vaevq_med.images.pixels import LoadPhotograph, ResizeShortSided
+from vaevq_med.images.reading import reader
 from vaevq_med.networks.features import FeatureNetwork, feature_network
 from vaevq_med.trained.device import named_device
 
@@ -172,14 +171,7 @@ class FeatureCodebook:
             dataset_dir=self.dataset,
             split="training",
             max_items=self.max_items,
-            transform=Compose(
-                [
-                    LoadPhotograph(in_channels=3),
-                    ResizeShortSided("image", size=self.image_size),
-                    CenterSpatialCropd("image", roi_size=(self.image_size, self.image_size)),
-                    EnsureTyped("image", track_meta=False),
-                ]
-            ),
+            transform=reader(self.dataset, image_size=self.image_size, in_channels=3),
         )
         groups = self._groups(images)
         shares = self._shares(groups)

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 from monai.data import DataLoader
-from monai.transforms import CenterSpatialCropd, Compose, EnsureTyped
+from monai.transforms import Compose
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from vaevq_med.core.files import file_sha256
 from vaevq_med.core.jobs import usable_cores
-from vaevq_med.images.dataset import LoadSliced, SliceDataset
+from vaevq_med.images.dataset import SliceDataset
 from vaevq_med.images.manifest import Manifest
-from vaevq_med.images.pixels import LoadPhotograph, ResizeShortSided
+from vaevq_med.images.reading import Reading, reader
 from vaevq_med.metrics.reconstruction import to_unit
 from vaevq_med.metrics.reference import ReferenceCache, ReferenceFeatures
 from vaevq_med.networks.features import FeatureNetwork
@@ -112,30 +112,15 @@ class RealImages:
     tokenizer_hash: str = ""
     _splits: dict[str, SliceDataset] = field(default_factory=dict, init=False, repr=False)
 
-    @property
-    def are_slices(self) -> bool:
-        """Whether the images are squares already, as ``slice-extract`` makes them."""
-        return "modality" in self.manifest.content
-
-    @property
-    def channels(self) -> int:
-        """Channels of the images: 1 or 3."""
-        return 1 if self.manifest.content.get("channels_per_image") == 1 else 3
+    @cached_property
+    def reading(self) -> Reading:
+        """How they are read."""
+        return Reading.of(self.manifest)
 
     @cached_property
     def transform(self) -> Compose:
-        """From an entry to a square in [-1, 1]: slices are resized; photographs by the short side, and cropped."""
-        size = self.image_size
-        if self.are_slices:
-            return Compose([LoadSliced(image_size=size, in_channels=self.channels)])
-        return Compose(
-            [
-                LoadPhotograph(in_channels=self.channels),
-                ResizeShortSided("image", size=size),
-                CenterSpatialCropd("image", roi_size=(size, size)),
-                EnsureTyped("image", track_meta=False),
-            ]
-        )
+        """From an entry to a square in [-1, 1]."""
+        return reader(self.manifest, image_size=self.image_size, in_channels=self.reading.channels)
 
     def has(self, split: str) -> bool:
         """Whether a split has images of the chosen contrasts."""
@@ -166,8 +151,8 @@ class RealImages:
             "split_hash": self.manifest.split_hash,
             "split": split,
             "image_size": self.image_size,
-            "square": "resized" if self.are_slices else "short side, center",
-            "channels": self.channels,
+            "square": "resized" if self.reading.shape == "square" else "short side, center",
+            "channels": self.reading.channels,
             "modalities": sorted(self.modalities) if self.modalities else None,
             "max_items": self.max_items,
             "network": self.reader.network.name,

@@ -19,8 +19,8 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.evaluation.pictures import reconstruction_grid, usage_histogram
 from vaevq_med.evaluation.reconstruction import ReconstructionEvaluation
 from vaevq_med.evaluation.report import EvaluationReport
-from vaevq_med.images.dataset import REGIONS
-from vaevq_med.images.manifest import load_manifest
+from vaevq_med.images.manifest import SPLITS, load_manifest
+from vaevq_med.images.transforms import REGIONS
 from vaevq_med.metrics.base import ImageMetric
 from vaevq_med.networks.features import feature_network
 from vaevq_med.networks.tokenizer import VisualTokenizer
@@ -85,6 +85,7 @@ class EvaluationHandler:
         pictures_dir: where a grid of a few fixed items goes, with the codebook-usage histogram, for training.
         num_pictures: rows of a grid.
         stored: the evaluated checkpoint, for the record.
+        any_shape: evaluate images that are brought to squares in another way than those that it was trained on.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class EvaluationHandler:
         pictures_dir: str | Path | None = None,
         num_pictures: int = 6,
         stored: StoredTokenizer | None = None,
+        any_shape: bool = False,
     ) -> None:
         self.dataset = dataset
         self.num_embeddings = num_embeddings
@@ -116,6 +118,7 @@ class EvaluationHandler:
         self.pictures_dir = None if pictures_dir is None else Path(pictures_dir)
         self.num_pictures = num_pictures
         self.stored = stored
+        self.any_shape = any_shape
         self.report: EvaluationReport | None = None
         self._evaluation: ReconstructionEvaluation | None = None
 
@@ -146,24 +149,29 @@ class EvaluationHandler:
                 record["readout"] = self.stored.readout
         return record
 
-    def _check_patients(self) -> None:
-        """Refuse to call a test what was trained on.
+    def _check_data(self) -> None:
+        """Refuse to call a test what was trained on, or what is read in another way.
 
         Raises:
-            VaevqMedError: a patient of the evaluated split was in the training data.
+            VaevqMedError: a patient of the evaluated split was in the training data, or the images have another shape.
         """
         manifest = getattr(self.dataset, "manifest", None)
+        if self.stored is not None and manifest is not None and not self.any_shape:
+            self.stored.check_shape(getattr(self.dataset, "shape", None), manifest.path.parent, "--any_shape True")
         if self.stored is None or manifest is None or self.dataset.split == "training":  # type: ignore[attr-defined]
             return
         split = self.dataset.split  # type: ignore[attr-defined]
         trained, entries = self.stored.data, manifest.entries(split)
         moved = trained.get("split_hash") != manifest.split_hash
-        if moved and trained.get("content_hash") == manifest.content_hash and "patient" not in entries[0]:
+        patients = set(trained.get("patients", ()))
+        named = {str(entry["patient"]) for one in SPLITS for entry in manifest.entries(one) if "patient" in entry}
+        told_apart = patients and patients <= named
+        if moved and trained.get("content_hash") == manifest.content_hash and not told_apart:
             raise VaevqMedError(
                 f"split {split!r}: found the images that {self.stored.path.name} was trained on dealt to other splits, "
                 "expected the same split"
             )
-        leaked = {str(entry["patient"]) for entry in entries if "patient" in entry} & set(trained.get("patients", ()))
+        leaked = {str(entry["patient"]) for entry in entries if "patient" in entry} & patients
         if leaked:
             raise VaevqMedError(
                 f"split {split!r}: found patient {min(leaked)}, whom {self.stored.path.name} was trained on, expected "
@@ -174,7 +182,7 @@ class EvaluationHandler:
         for network in (self.lpips, self.fid):
             if network is not None:
                 network.to(engine.state.device)
-        self._check_patients()
+        self._check_data()
         self._evaluation = ReconstructionEvaluation(
             num_embeddings=self.num_embeddings,
             num_codebooks=self.num_codebooks,

@@ -135,7 +135,7 @@ class EvaluateSamples:
             max_items=self.max_items,
         )
         generated = SampleDataset(
-            self.samples, samples, real.transform, max_items=self.max_items, gray=real.channels == 1
+            self.samples, samples, real.transform, max_items=self.max_items, gray=real.reading.channels == 1
         )
         self._check_numbers(len(generated), len(real.images(self.split)))
         check = NeighborSearch(self._reconstructed(real, told)) if self.memorization else None
@@ -229,10 +229,10 @@ class EvaluateSamples:
             return real
         stored = self._stored(self.tokenizer, told)
         made = int(stored.value("image_size")), int(stored.value("in_channels"))
-        if made != (real.image_size, real.channels):
+        if made != (real.image_size, real.reading.channels):
             raise VaevqMedError(
                 f"--tokenizer: found one of {made[0]} pixels and {made[1]} channels, expected {real.image_size} and "
-                f"{real.channels}, as the images have"
+                f"{real.reading.channels}, as the images have"
             )
         network = stored.network().to(real.reader.device).eval()
         # The hash is of the weights, whichever way the quantizer is decoded.
@@ -292,7 +292,7 @@ class EvaluateSamples:
             "split": self.split,
             "modalities": list(self.modalities) if self.modalities else None,
             "image_size": real.image_size,
-            "channels": real.channels,
+            "channels": real.reading.channels,
             "max_items": self.max_items,
             "n": len(generated),
             "n_reference": count,

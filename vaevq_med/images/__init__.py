@@ -5,14 +5,15 @@ from vaevq_med.core.lazy import lazy
 __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
-        "LoadPhotograph": "pixels",
-        "LoadSliced": "dataset",
-        "REGIONS": "dataset",
-        "RandResizedCropd": "pixels",
-        "ResizeShortSided": "pixels",
+        "LoadPhotograph": "transforms",
+        "LoadSliced": "transforms",
+        "REGIONS": "transforms",
+        "RandResizedCropd": "transforms",
+        "ResizeShortSided": "transforms",
         "ResumableBatchSampler": "dataset",
         "SliceDataset": "dataset",
         "read_image": "pixels",
+        "reader": "reading",
         "training_loader": "loading",
     },
 )

@@ -7,106 +7,24 @@ number of workers nor on where a run was interrupted.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from monai.data import Dataset
 from monai.transforms import Compose, Randomizable, Transform
-from PIL import Image
-from torch import Tensor
 from torch.utils.data import Sampler
 
 from vaevq_med.core.errors import DataError, ItemError, VaevqMedError, root_cause
 from vaevq_med.images.manifest import SPLITS, Manifest, load_manifest
-from vaevq_med.images.pixels import describe, match_channels, read_image
-
-REGIONS = ("whole_tumor", "tumor_core", "enhancing_tumor")
-MAX_CHANNELS = 4
+from vaevq_med.images.reading import shape_of
 
 
 def mix_seeds(*values: int) -> int:
     """A 32-bit seed from several integers, by numpy's seed sequence."""
     return int(np.random.SeedSequence(values).generate_state(1)[0])
-
-
-class LoadSliced(Transform):
-    """Read the slice that an entry names, as ``image`` in [-1, 1], and the masks of its regions.
-
-    Args:
-        image_size: side in pixels; a stored slice of another size is resized (antialiased; masks nearest).
-        in_channels: channels of the image. A grayscale slice is repeated to them, color is averaged to one; of an entry
-            that stacks several contrasts there have to be as many.
-        label_map: label values of each region, for :data:`REGIONS`; None or empty reads no segmentation.
-
-    The result holds ``image`` float ``[C, S, S]`` in [-1, 1], ``modality``, ``patient``, ``case``, ``path``
-    (strings), ``slice`` and ``label`` (int) and, with a label map, ``brain`` and each region as bool
-    ``[S, S]``; the masks of a slice without a segmentation are empty. Of stacked contrasts, ``path`` is the first's.
-    """
-
-    def __init__(
-        self, *, image_size: int, in_channels: int = 1, label_map: Mapping[str, Sequence[int]] | None = None
-    ) -> None:
-        if not 1 <= in_channels <= MAX_CHANNELS:
-            raise DataError(f"in_channels: found {in_channels}, expected 1 to {MAX_CHANNELS}")
-        self.image_size = image_size
-        self.in_channels = in_channels
-        if label_map and set(REGIONS) - set(label_map):
-            raise DataError(f"label_map: found {', '.join(label_map)}, expected {', '.join(REGIONS)}")
-        self.label_map = {name: tuple(label_map[name]) for name in REGIONS} if label_map else None
-
-    def __call__(self, entry: Mapping[Hashable, Any]) -> dict[str, Any]:
-        """Read one entry of a slice data set."""
-        image = self._read(entry["image"])
-        item = describe(entry)
-        size = (self.image_size, self.image_size)
-        if self.label_map is not None:
-            item["brain"] = self._resize_mask(image.amax(0) > 0)
-            labels = self._labels(entry, image)
-            for name, values in self.label_map.items():
-                mask = torch.isin(labels, torch.tensor(values, dtype=labels.dtype))
-                item[name] = self._resize_mask(mask)
-        if tuple(image.shape[-2:]) != size:
-            image = F.interpolate(image[None], size=size, mode="bicubic", antialias=True)[0].clamp(0, 1)
-        item["image"] = (match_channels(image, self.in_channels) * 2 - 1).contiguous()
-        return item
-
-    def _read(self, paths: str | Sequence[str]) -> Tensor:
-        """One image, or the single channels of several, one after the other."""
-        if isinstance(paths, str):
-            return read_image(paths)
-        if len(paths) != self.in_channels:
-            raise DataError(
-                f"in_channels: found {self.in_channels}, expected {len(paths)}, as many as contrasts are stacked"
-            )
-        images = [match_channels(read_image(path), 1) for path in paths]
-        for path, image in zip(paths, images, strict=True):
-            if image.shape != images[0].shape:
-                raise DataError(
-                    f"{path}: found {image.shape[2]}x{image.shape[1]} pixels, expected "
-                    f"{images[0].shape[2]}x{images[0].shape[1]} as {paths[0]}"
-                )
-        return torch.cat(images)
-
-    @staticmethod
-    def _labels(entry: Mapping[Hashable, Any], image: Tensor) -> Tensor:
-        if not entry.get("segmentation"):
-            return torch.zeros(image.shape[-2:], dtype=torch.uint8)
-        path = entry["segmentation"]
-        try:
-            with Image.open(path) as stored:
-                return torch.from_numpy(np.array(stored, dtype=np.uint8))
-        except (OSError, ValueError, SyntaxError) as error:
-            raise DataError(f"{path}: found an unreadable segmentation ({error}), expected an 8-bit PNG") from error
-
-    def _resize_mask(self, mask: Tensor) -> Tensor:
-        size = (self.image_size, self.image_size)
-        if tuple(mask.shape) == size:
-            return mask
-        return F.interpolate(mask[None, None].float(), size=size, mode="nearest-exact")[0, 0] > 0.5
 
 
 def stack_entries(entries: Sequence[Mapping[str, Any]], modalities: Sequence[str]) -> list[dict[str, Any]]:
@@ -146,7 +64,7 @@ class SliceDataset(Dataset):
     Args:
         dataset_dir: folder of ``dataset.json``; an entry needs ``image`` only.
         split: ``training``, ``validation`` or ``test``.
-        transform: dictionary transforms; the first is usually :class:`LoadSliced` or :class:`LoadPhotograph`.
+        transform: from an entry to an item, usually :func:`vaevq_med.images.reading.reader`.
         modalities: keep these contrasts only, e.g. ``["t1n", "t2f"]``; None keeps all.
         stack_modalities: make one item of all kept contrasts of a slice, in the order of ``modalities`` or of the
             datalist, instead of one an image; a slice that lacks one is left out.
@@ -192,6 +110,11 @@ class SliceDataset(Dataset):
         self.split = split
         self.manifest = manifest
         self.num_items = len(entries)
+
+    @property
+    def shape(self) -> str | None:
+        """How images are brought to squares (:data:`vaevq_med.images.reading.SHAPES`); None where that is unknown."""
+        return shape_of(type(one).__name__ for one in getattr(self.transform, "transforms", (self.transform,)))
 
     def __getitem__(self, index: int) -> Any:  # type: ignore[override]
         """Item ``index % len(self)`` as epoch ``index // len(self)`` draws it.

@@ -56,7 +56,7 @@ class Manifest:
     def splitting_advice(self) -> str:
         """How images come into an empty split."""
         firsts = [entry for split in SPLITS for entry in self.entries(split)[:1]]
-        if firsts and not any("patient" in entry for entry in firsts):
+        if firsts and not any("patient" in entry and "modality" in entry for entry in firsts):
             return (
                 "sort the images into folders train, val and test for vaevq-med imagenet-prepare, or see its --holdout"
             )

@@ -1,8 +1,7 @@
-"""Photographs and other ready-made 2D images: decoding, and MONAI dictionary transforms to squares of one size."""
+"""Ready-made 2D images, PNG, JPEG, TIFF or ``.npy``: decoding, and channels."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Hashable, Mapping
 from pathlib import Path
@@ -10,9 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from monai.config import KeysCollection
-from monai.transforms import MapTransform, Randomizable, Transform
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -140,128 +136,3 @@ def describe(entry: Mapping[Hashable, Any]) -> dict[str, Any]:
         "label": int(entry.get("label", -1)),
         "index": int(entry.get("index", -1)),
     }
-
-
-class LoadPhotograph(Transform):
-    """Read the image that an entry names, at its own size, upright, as ``image`` in [-1, 1].
-
-    Args:
-        in_channels: 1 or 3; gray is repeated to three channels, color is averaged to one.
-
-    The result holds ``image`` float ``[C, H, W]``, ``modality``, ``patient``, ``case``, ``path`` (strings), ``slice``,
-    ``label`` and ``index`` (int).
-    """
-
-    def __init__(self, *, in_channels: int = 3) -> None:
-        if in_channels not in (1, 3):
-            raise DataError(f"in_channels: found {in_channels}, expected 1 or 3")
-        self.in_channels = in_channels
-
-    def __call__(self, entry: Mapping[Hashable, Any]) -> dict[str, Any]:
-        """Read one entry of a datalist."""
-        image = match_channels(read_image(entry["image"]), self.in_channels)
-        return {**describe(entry), "image": (image * 2 - 1).contiguous()}
-
-
-def _resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bicubic with a low-pass filter, kept within [-1, 1]."""
-    if tuple(image.shape[-2:]) == size:
-        return image
-    return F.interpolate(image[None], size=size, mode="bicubic", antialias=True)[0].clamp(-1, 1)
-
-
-class ResizeShortSided(MapTransform):
-    """Resize so that the shorter side has a given length and the longer keeps the proportion (bicubic, antialiased).
-
-    MONAI's ``Resized`` knows the longest side only.
-
-    Args:
-        keys: items in [-1, 1], ``[C, H, W]``.
-        size: length of the shorter side in pixels.
-
-    Examples:
-        >>> ResizeShortSided("image", size=4)({"image": torch.zeros(3, 8, 16)})["image"].shape
-        torch.Size([3, 4, 8])
-    """
-
-    def __init__(self, keys: KeysCollection, *, size: int) -> None:
-        super().__init__(keys)
-        if size < 1:
-            raise DataError(f"size: found {size}, expected 1 or more")
-        self.size = size
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Resize the images of one item."""
-        result = dict(data)
-        for key in self.key_iterator(result):
-            height, width = result[key].shape[-2:]
-            short = min(height, width)
-            shape = (round(height * self.size / short), round(width * self.size / short))
-            result[key] = _resize(result[key], shape)
-        return result
-
-
-class RandResizedCropd(Randomizable, MapTransform):
-    """Crop a random share of the area in a random proportion, and resize it to a square (Inception's augmentation).
-
-    Source: Szegedy et al., arXiv 1409.4842, section 6. The share is uniform, the logarithm of the proportion too. After
-    ten draws that do not fit, the largest centered crop of an allowed proportion is taken.
-
-    Args:
-        keys: items in [-1, 1], ``[C, H, W]``, all of one size.
-        size: side of the square in pixels.
-        scale: least and greatest share of the area.
-        ratio: least and greatest width over height.
-    """
-
-    def __init__(
-        self,
-        keys: KeysCollection,
-        *,
-        size: int,
-        scale: tuple[float, float] = (0.5, 1.0),
-        ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    ) -> None:
-        super().__init__(keys)
-        if size < 1:
-            raise DataError(f"size: found {size}, expected 1 or more")
-        if not 0 < scale[0] <= scale[1] <= 1:
-            raise DataError(f"scale: found {list(scale)}, expected two rising shares in (0, 1]")
-        if not 0 < ratio[0] <= ratio[1]:
-            raise DataError(f"ratio: found {list(ratio)}, expected two rising proportions above 0")
-        self.size = size
-        self.scale = (scale[0], scale[1])
-        self.ratio = (ratio[0], ratio[1])
-        self.box = (0, 0, 1, 1)
-
-    def randomize(self, data: tuple[int, int]) -> None:
-        """Draw the crop.
-
-        Args:
-            data: height and width of the image.
-        """
-        height, width = data
-        for _ in range(10):
-            area = height * width * self.R.uniform(*self.scale)
-            ratio = math.exp(self.R.uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
-            crop_height, crop_width = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
-            if 0 < crop_height <= height and 0 < crop_width <= width:
-                top = int(self.R.randint(0, height - crop_height + 1))
-                left = int(self.R.randint(0, width - crop_width + 1))
-                self.box = (top, left, crop_height, crop_width)
-                return
-        ratio = min(max(width / height, self.ratio[0]), self.ratio[1])
-        crop_height = max(1, min(height, round(width / ratio)))
-        crop_width = max(1, min(width, round(height * ratio)))
-        self.box = ((height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width)
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Crop and resize the images of one item, all of them alike."""
-        result = dict(data)
-        first = result[self.first_key(result)]
-        self.randomize((int(first.shape[-2]), int(first.shape[-1])))
-        top, left, height, width = self.box
-        for key in self.key_iterator(result):
-            crop = result[key][..., top : top + height, left : left + width]
-            result[key] = _resize(torch.as_tensor(crop), (self.size, self.size)).contiguous()
-        return result

@@ -51,9 +51,13 @@ class AuditSplit:
         patients: dict[str, set[str]] = {split: set() for split in SPLITS}
         for split in SPLITS:
             for entry in manifest.entries(split):
-                patients[split].add(str(entry["patient"]))
-                places["patient", str(entry["patient"])].add(split)
-                places["patient", patient_of(str(entry["case"]))].add(split)
+                patient, case = str(entry["patient"]), str(entry["case"])
+                patients[split].add(patient)
+                places["patient", patient].add(split)
+                read = patient_of(case)
+                if read != patient:
+                    # The name of a case that says nothing of its patient may be another patient's.
+                    places["case" if read == case else "patient", read].add(split)
                 places["image", str(entry["image"])].add(split)
         leaks = [
             f"{kind} {name} stands in {' and '.join(s for s in SPLITS if s in found)}"

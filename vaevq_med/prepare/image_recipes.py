@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -33,6 +34,8 @@ class ImageRecipe:
         holdout: share of the training images that is set aside as validation, by the hash of their names; the
             validation images then make the test split.
         split: how the images of a folder without splits are dealt.
+        patient: regular expression whose group ``patient`` (and perhaps ``case``) names whom an image shows, in its
+            file's name, or in its path where the expression has a slash; None takes all images as independent.
     """
 
     name: str
@@ -42,6 +45,7 @@ class ImageRecipe:
     quality: int = 95
     holdout: float = 0.0
     split: SplitRule = field(default_factory=SplitRule)
+    patient: str | None = None
 
     def __post_init__(self) -> None:
         expect(isinstance(self.name, str) and self.name, "name", self.name, "a text")
@@ -52,6 +56,11 @@ class ImageRecipe:
         expect(self.format in FORMATS, "format", self.format, "one of " + ", ".join(FORMATS))
         expect(is_int(self.quality, 1, 100), "quality", self.quality, "1 to 100")
         expect(is_number(self.holdout, 0, 0.5), "holdout", self.holdout, "a share in [0, 0.5]")
+        try:
+            groups = {"patient"} if self.patient is None else re.compile(self.patient).groupindex
+        except (re.error, TypeError):
+            groups = {}
+        expect("patient" in groups, "patient", self.patient, "a regular expression with a group (?P<patient>...)")
 
     def with_options(self, *, resize: int | None = None, holdout: float | None = None) -> ImageRecipe:
         """This recipe with what the command line changes.

@@ -18,6 +18,7 @@ from vaevq_med.core.folder import Workplace
 from vaevq_med.core.jobs import check_workers, usable_cores
 from vaevq_med.images.dataset import SliceDataset
 from vaevq_med.images.manifest import SPLITS, Manifest, load_manifest
+from vaevq_med.images.reading import Reading
 from vaevq_med.networks.tokenizer import VisualTokenizer
 from vaevq_med.tokens.items import describe_items, label_of
 from vaevq_med.tokens.store import FORMAT, KINDS, TokenStore, index_type
@@ -105,6 +106,7 @@ class EncodeTokens:
         workers: processes that read images; 0 reads in this one, None takes one a core.
         device: where the network runs; None takes the GPU where there is one.
         overwrite: replace a store of other settings.
+        any_shape: take a data set whose images are brought to squares in another way than in training.
     """
 
     checkpoint: Path
@@ -121,6 +123,7 @@ class EncodeTokens:
     workers: int | None = None
     device: str | None = None
     overwrite: bool = False
+    any_shape: bool = False
 
     def run(
         self,
@@ -188,11 +191,12 @@ class EncodeTokens:
         return network
 
     def _datasets(self, stored: StoredTokenizer) -> dict[str, SliceDataset]:
-        """Each split to encode, read as the bundles' evaluation reads it."""
+        """Each split to encode."""
         manifest = load_manifest(self.dataset)
+        if not self.any_shape:
+            stored.check_shape(Reading.of(manifest).shape, self.dataset, "--any-shape")
         image_size, in_channels = int(stored.value("image_size")), int(stored.value("in_channels"))
         stacked = bool(stored.value("stack_modalities", False))
-        photographs = "modality" not in manifest.content and not stacked and in_channels in (1, 3)
         chosen = [split for split in SPLITS if split in (self.splits or SPLITS)]
         if self.splits is None:
             chosen = [split for split in chosen if manifest.entries(split)] or chosen
@@ -203,7 +207,7 @@ class EncodeTokens:
                 modalities=stored.value("modalities", None) if stacked else None,
                 stack_modalities=stacked,
                 transform=LoadViews(
-                    self._views(split), image_size=image_size, in_channels=in_channels, photographs=photographs
+                    self._views(split), image_size=image_size, in_channels=in_channels, manifest=manifest
                 ),
             )
             for split in chosen

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from monai.transforms import CenterSpatialCropd, Compose, EnsureTyped, Transform
+from monai.transforms import Transform
 from torchvision.transforms.functional import five_crop
 
-from vaevq_med.images.dataset import LoadSliced
-from vaevq_med.images.pixels import LoadPhotograph, ResizeShortSided
+from vaevq_med.images.manifest import Manifest
+from vaevq_med.images.reading import reader
 
 CROP_RANGES = (1.1, 1.05)
 _CROPS = ("top-left", "top-right", "bottom-left", "bottom-right", "center")
@@ -65,27 +65,6 @@ def plan_views(*, flip: bool, ten_crop: bool) -> tuple[View, ...]:
     return tuple(View(scale, crop, mirrored) for scale, crop in places for mirrored in sides)
 
 
-def square_loader(size: int, *, in_channels: int, photographs: bool) -> Transform:
-    """The transform with which the bundles' evaluation reads an image.
-
-    Args:
-        size: side of the image in pixels.
-        in_channels: its channels.
-        photographs: keep the proportions and cut the middle out (the ImageNet bundle), or resize a square slice
-            (the BraTS bundle).
-    """
-    if not photographs:
-        return LoadSliced(image_size=size, in_channels=in_channels)
-    return Compose(
-        [
-            LoadPhotograph(in_channels=in_channels),
-            ResizeShortSided("image", size=size),
-            CenterSpatialCropd("image", roi_size=(size, size)),
-            EnsureTyped("image", track_meta=False),
-        ]
-    )
-
-
 class LoadViews(Transform):
     """Read the image that an entry of a datalist names as ``image``, float ``[views, C, S, S]`` in [-1, 1].
 
@@ -93,14 +72,14 @@ class LoadViews(Transform):
         views: what to cut from it.
         image_size: S, side of a view in pixels.
         in_channels: C.
-        photographs: see :func:`square_loader`.
+        manifest: of the data set.
     """
 
-    def __init__(self, views: Sequence[View], *, image_size: int, in_channels: int, photographs: bool) -> None:
+    def __init__(self, views: Sequence[View], *, image_size: int, in_channels: int, manifest: Manifest) -> None:
         self.views = tuple(views)
         self.image_size = image_size
         self.loaders = {
-            scale: square_loader(int(image_size * scale), in_channels=in_channels, photographs=photographs)
+            scale: reader(manifest, image_size=image_size, in_channels=in_channels, scale=scale)
             for scale in dict.fromkeys(view.scale for view in views)
         }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from torch import nn
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.files import atomic_binary_writer
+from vaevq_med.images.reading import shape_of
 
 FORMAT = 1
 
@@ -48,6 +51,21 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if state.get("format", FORMAT) != FORMAT:
         raise CheckpointError(f"{path}: found checkpoint format {state['format']}, expected {FORMAT}")
     return state
+
+
+def stored_shape(data: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
+    """How the images of a training were brought to squares; None where that is unknown.
+
+    A checkpoint from before this was recorded has it in the transforms of its configuration.
+
+    Args:
+        data: what the checkpoint says of its data.
+        config: the configuration of its training, or what a packed bundle keeps of it.
+    """
+    told = data.get("reading") or config.get("reading")
+    if told:
+        return told["shape"]
+    return shape_of(re.findall(r'"_target_": "([^"]*)"', json.dumps(config.get("validate"))))
 
 
 def load_state(module: nn.Module, state: Mapping[str, Any], path: Path, name: str) -> None:

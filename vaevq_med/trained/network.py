@@ -21,7 +21,7 @@ from vaevq_med.core.files import file_sha256
 from vaevq_med.networks.generators.base import Generator
 from vaevq_med.networks.tokenizer import VisualTokenizer
 from vaevq_med.networks.weights import read_weights
-from vaevq_med.trained.file import CheckpointError, load_state, read_checkpoint
+from vaevq_med.trained.file import CheckpointError, load_state, read_checkpoint, stored_shape
 
 # The part of this package that a network's definition may name.
 _OWN = "vaevq_med.networks"
@@ -123,7 +123,7 @@ class StoredNetwork:
 
     @property
     def data(self) -> Mapping[str, Any]:
-        """The data set it was trained on: ``split_hash``, ``content_hash``, ``patients``; empty if unknown.
+        """The data it was trained on: ``split_hash``, ``content_hash``, ``patients``, ``reading``; empty if unknown.
 
         A generator's has ``tokens`` too, the description of its token store.
         """
@@ -211,6 +211,28 @@ class StoredTokenizer(StoredNetwork):
         target, expected = _target(self.value("network_def")), _name(VisualTokenizer)
         if target != expected:
             raise CheckpointError(f"{self.path}: found a checkpoint of {target}, expected that of {expected}")
+
+    @property
+    def shape(self) -> str | None:
+        """How its images were brought to squares, see :mod:`vaevq_med.images.reading`; None where that is unknown."""
+        return stored_shape(self.data, self.config)
+
+    def check_shape(self, found: str | None, dataset: Path, option: str) -> None:
+        """Refuse images that are brought to squares in another way than those of its training.
+
+        Args:
+            found: how they are; None where that is unknown, which is not refused.
+            dataset: their folder, for the message.
+            option: what allows them.
+
+        Raises:
+            CheckpointError: naming both.
+        """
+        if found and self.shape and found != self.shape:
+            raise CheckpointError(
+                f"{dataset}: found images that are read as {found}, expected {self.shape}, as {self.path} was trained "
+                f"on; {option} takes them all the same"
+            )
 
     @property
     def readout(self) -> str | None:

@@ -98,7 +98,7 @@ class BundlePack:
             config = json.loads((source / f"{name}.json").read_text())
             config["bundle_root"] = "."
             config["checkpoint_path"] = "$@bundle_root + '/models/model.pt'"
-            config["stored"]["config"] = settings
+            config["stored"]["config"] = settings | ({"reading": {"shape": stored.shape}} if stored.shape else {})
             _write(configs / f"{name}.json", config)
         train = json.loads((source / "train.json").read_text())
         # The run's own network and plain numbers, so that the packed bundle trains what it holds. An expression in a

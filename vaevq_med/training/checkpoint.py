@@ -17,7 +17,7 @@ from ignite.engine import Engine, Events
 from vaevq_med import __version__
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.tokens.store import TokenDataset
-from vaevq_med.trained.file import FORMAT, CheckpointError, atomic_save, load_state, read_checkpoint
+from vaevq_med.trained.file import FORMAT, CheckpointError, atomic_save, load_state, read_checkpoint, stored_shape
 from vaevq_med.training import distributed
 from vaevq_med.training.base import BaseTrainer, _plain
 
@@ -27,20 +27,25 @@ _ALIKE = (
     *("num_train_timesteps", "scheduler"),
 )
 """Settings that a run does not resume without."""
+_READ = ("image_size", "in_channels", "modalities", "stack_modalities")
+"""Settings that say how images are read, beside their shape."""
 _KERNELS = ("fused", "foreach", "capturable")
 
 
-def _identity(dataset: Any) -> dict[str, Any]:
+def _identity(dataset: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint says of the data it was trained on."""
     if isinstance(dataset, TokenDataset):
         return _store_identity(dataset)
     manifest = getattr(dataset, "manifest", None)
     if manifest is None:
         return {}
+    shape = getattr(dataset, "shape", None)
+    reading = {"reading": {"shape": shape, **{key: config[key] for key in _READ if key in config}}} if shape else {}
     return {
         "split_hash": manifest.split_hash,
         "content_hash": manifest.content_hash,
         "patients": sorted({str(e["patient"]) for e in manifest.entries(dataset.split) if "patient" in e}),
+        **reading,
     }
 
 
@@ -111,12 +116,12 @@ class TrainingCheckpoint:
             raise VaevqMedError(f"checkpoint_interval: found {interval}, expected 1 or more")
         self.directory = Path(directory)
         self.sampler = sampler
-        self.data = _identity(dataset)
         self.interval = interval
         self.resume = resume
         self.metric = metric
         self.mode = mode
         self.config = dict(config or {})
+        self.data = _identity(dataset, self.config)
         self.evaluator = evaluator
         self.best: dict[str, Any] | None = None
         self.extra: dict[str, Any] = {}
@@ -202,6 +207,12 @@ class TrainingCheckpoint:
             raise CheckpointError(
                 f"{path}: found a run on another split of the data ({known[:19]}...), expected {current[:19]}...: "
                 "patients may have changed sides; choose another output_dir, or start anew with --resume False"
+            )
+        shapes = stored_shape(state.get("data", {}), stored), stored_shape(self.data, self.config)
+        if None not in shapes and shapes[0] != shapes[1]:
+            raise CheckpointError(
+                f"{path}: found a run that read its images as {shapes[0]}, expected {shapes[1]}; name its transforms "
+                "in an overlay, choose another output_dir, or start anew with --resume False"
             )
         for key in _ALIKE:
             if key in stored and key in self.config and stored[key] != json.loads(json.dumps(self.config[key])):

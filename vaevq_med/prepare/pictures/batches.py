@@ -39,6 +39,22 @@ class Batch:
         """Whether the images lie in an archive."""
         return self.inner is not None or bool(self.members)
 
+    def path_of(self, name: str) -> str:
+        """Path below the input of an image of this batch, by its name below :attr:`prefix`."""
+        return f"{self.prefix}/{name}" if self.prefix else name
+
+    def names(self) -> Iterator[str]:
+        """Each image's name below :attr:`prefix`.
+
+        Raises:
+            DataError: the archive is damaged.
+        """
+        yield from self.files
+        yield from (name for name, _, _ in self._listed())
+
+    def _listed(self) -> Iterable[tuple[str, int, int]]:
+        return self.members if self.inner is None else list_archive(self.source, *self.inner)
+
     def contents(self) -> Iterator[tuple[str, Path | bytes]]:
         """Each image's name below :attr:`prefix`, with its file, or its bytes from the archive.
 
@@ -49,11 +65,7 @@ class Batch:
             yield from ((name, self.source / name) for name in self.files)
             return
         with self.source.open("rb") as stream:
-            if self.inner is None:
-                members: Iterable[tuple[str, int, int]] = self.members
-            else:
-                members = list_archive(self.source, *self.inner)
-            for name, offset, size in members:
+            for name, offset, size in self._listed():
                 stream.seek(offset)
                 yield name, stream.read(size)
 

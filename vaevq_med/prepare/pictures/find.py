@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -17,6 +17,7 @@ from vaevq_med.images.manifest import FILE_NAME
 from vaevq_med.prepare.pictures.batches import Batch, list_archive
 from vaevq_med.prepare.pictures.classes import choose_classes
 from vaevq_med.prepare.pictures.ground_truth import GroundTruth, find_ground_truth, read_ground_truth
+from vaevq_med.prepare.pictures.patients import People
 
 SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".tif", ".tiff", ".bmp", ".webp"})
 BATCH_SIZE = 512
@@ -38,6 +39,7 @@ class ImageSearch:
         classes: names of the classes, sorted; their positions are the labels.
         class_of: class of an image by its batch and name; None for none.
         notes: what a user should know besides.
+        people: patient and case of each image by its path, where they are known.
     """
 
     batches: tuple[Batch, ...]
@@ -45,6 +47,7 @@ class ImageSearch:
     class_of: Callable[[Batch, str], str | None]
     problems: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
+    people: People = field(default_factory=dict)
 
 
 @dataclass
@@ -209,7 +212,7 @@ def find_images(
         tail = "and were left out, as --classes needs them" if classes is not None else "in the datalist"
         notes.append(f"no ground truth was found (--val-labels): the validation images have no classes {tail}")
     if truth is not None:
-        found = {class_of(b, name) for b in flat for name in _names(b)}
+        found = {class_of(b, name) for b in flat for name in b.names()}
         if None in found:
             notes.append(f"some validation images are not in the ground truth {truth.path.name}; they have no class")
         named |= {name for name in found if name is not None}
@@ -260,11 +263,6 @@ def _restricted(batch: Batch, kept: frozenset[str], class_of: Callable[[Batch, s
     if not files and not members:
         return None
     return Batch(batch.name, batch.prefix, batch.source, batch.split, files=files, members=members)
-
-
-def _names(batch: Batch) -> Iterator[str]:
-    yield from batch.files
-    yield from (name for name, _, _ in batch.members)
 
 
 def _is_image(name: str) -> bool:

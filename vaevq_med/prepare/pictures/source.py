@@ -7,8 +7,8 @@ import hashlib
 import json
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,11 +18,13 @@ from vaevq_med.core.files import atomic_write_text
 from vaevq_med.core.folder import RECIPE, REPORT, Workplace
 from vaevq_med.core.jobs import Problem, attempt, check_workers, run_jobs
 from vaevq_med.images.manifest import SPLITS, split_hash, write_manifest
-from vaevq_med.images.splits import split_by_hash
+from vaevq_med.images.reading import Reading
+from vaevq_med.images.splits import SPLIT_FILE, count_patients, remembered_splits, split_by_hash, split_by_rule
 from vaevq_med.prepare.image_recipes import ImageRecipe, load_image_recipe
 from vaevq_med.prepare.pictures.batches import Batch
 from vaevq_med.prepare.pictures.classes import check_ilsvrc, deal
 from vaevq_med.prepare.pictures.find import ImageSearch, find_images
+from vaevq_med.prepare.pictures.patients import by_pattern, by_table
 from vaevq_med.prepare.pictures.store import (
     ODDITIES,
     STATE,
@@ -48,6 +50,7 @@ class ImageReport:
         skipped: file and what is wrong with it.
         notes: what a user should know besides.
         images: images in each split.
+        patients: patients in each split, where they are known.
         classes: how many classes there are.
         odd: unusual images by kind, see :data:`vaevq_med.prepare.pictures.store.ODDITIES`.
     """
@@ -58,6 +61,7 @@ class ImageReport:
     skipped: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
     images: dict[str, int]
+    patients: dict[str, int]
     classes: int
     odd: dict[str, int]
 
@@ -101,6 +105,7 @@ class ImagenetPrepare:
         classes: keep these only: a number, or a file or list of names.
         val_labels: classes of validation images that lie flat, where they are not found beside them.
         use_classes: whether subfolders of a folder without splits are classes.
+        patients: CSV of whom the images show, in place of the recipe's pattern.
         overwrite: replace a data set that another recipe made.
     """
 
@@ -111,6 +116,7 @@ class ImagenetPrepare:
     classes: str | None = None
     val_labels: Path | None = None
     use_classes: bool = True
+    patients: Path | None = None
     overwrite: bool = False
 
     def plan(self) -> ImagePlan:
@@ -212,7 +218,25 @@ class ImagenetPrepare:
             )
         if self.recipe.holdout and {"validation", "test"} <= given:
             raise DataError("holdout: found folders of validation and of test images, expected one of them at most")
-        return search
+        return self._with_patients(search)
+
+    def _with_patients(self, search: ImageSearch) -> ImageSearch:
+        """The search with whom the images show, as the table or the recipe says it."""
+        if self.patients is None and self.recipe.patient is None:
+            return replace(search, notes=(*search.notes, "no patients are named: images are taken as independent"))
+        splits = {batch.path_of(name): batch.split for batch in search.batches for name in batch.names()}
+        if self.patients is not None:
+            people = by_table(splits, self.patients, self.input if self.classes is None else None)
+        else:
+            people = by_pattern(splits, self.recipe.patient or "")
+        places: dict[str, str | None] = {}
+        for name, (patient, _) in people.items():
+            if places.setdefault(patient, splits[name]) != splits[name]:
+                raise DataError(
+                    f"input {self.input}: found patient {patient} in the folders of {places[patient]} and "
+                    f"{splits[name]}, expected one of them"
+                )
+        return replace(search, people=people)
 
     def _finished(self, batch: Batch) -> bool:
         try:
@@ -230,11 +254,10 @@ class ImagenetPrepare:
             )
         return record
 
-    def _split(self, batch: Batch, path: str, has_validation: bool) -> str:
-        # Without the suffix, which a resized copy may change: every copy has the same splits.
-        name = PurePosixPath(path).relative_to("images").with_suffix("").as_posix()
+    def _split(self, batch: Batch, name: str, dealt: Mapping[str, str], has_validation: bool) -> str:
+        """The split of a patient, or of an image where none are known."""
         if batch.split is None:
-            return split_by_hash([name], self.recipe.split)[name]
+            return dealt[name] if dealt else split_by_hash([name], self.recipe.split)[name]
         return deal(name, batch.split, self.recipe.holdout, self.recipe.split.seed, has_validation)
 
     def _finish(
@@ -248,6 +271,8 @@ class ImagenetPrepare:
         given = dict.fromkeys(SPLITS, 0)
         odd: dict[str, list[str]] = defaultdict(list)
         written = 0
+        rule, patients = self.recipe.split, {patient for patient, _ in search.people.values()}
+        dealt = split_by_rule(patients, rule, remembered_splits(self.output, rule))
         classes_of: dict[str, set[str]] = {split: set() for split in SPLITS}
         for batch in done:
             record = self._record(batch)
@@ -257,9 +282,14 @@ class ImagenetPrepare:
             for kind, paths in record.odd.items():
                 odd[kind] += paths
             for path, source in zip(record.images, record.sources, strict=True):
-                split = self._split(batch, path, has_validation)
-                given[batch.split or split] += 1
                 entry: dict[str, Any] = {"image": path}
+                # Without the suffix, which a resized copy may change: every copy has the same splits.
+                name = PurePosixPath(path).relative_to("images").with_suffix("").as_posix()
+                if search.people:
+                    name, entry["case"] = search.people[batch.path_of(source)]
+                    entry["patient"] = name
+                split = self._split(batch, name, dealt, has_validation)
+                given[batch.split or split] += 1
                 class_name = search.class_of(batch, source)
                 if class_name is not None:
                     entry["label"] = labels[class_name]
@@ -271,6 +301,7 @@ class ImagenetPrepare:
                 f"input {self.input}: found no image that could be read ({len(problems)} skipped), expected some"
             )
         notes = [*search.notes, *self._more_notes(entries, classes_of, given, search.classes, search.batches)]
+        standing = {e["patient"]: split for split in SPLITS for e in entries[split] if "patient" in e}
         report = ImageReport(
             output=self.output,
             written=written,
@@ -278,6 +309,7 @@ class ImagenetPrepare:
             skipped=tuple(sorted(problems.items())),
             notes=tuple(notes),
             images={split: len(entries[split]) for split in SPLITS},
+            patients=count_patients(standing) if standing else {},
             classes=len(search.classes),
             odd={kind: len(odd[kind]) for kind in ODDITIES if odd[kind]},
         )
@@ -286,6 +318,7 @@ class ImagenetPrepare:
             "description": self.recipe.description,
             "tensorImageSize": "2D",
             "channels_per_image": 3,
+            "reading": asdict(Reading("center_crop", channels=3)),
             "labels": {str(number): name for name, number in labels.items()},
             "image_size": self.recipe.resize,
             "recipe": self.recipe.to_dict(),
@@ -297,6 +330,11 @@ class ImagenetPrepare:
         with self._workplace.writing():
             atomic_write_text(self.output / RECIPE, json.dumps(self.recipe.to_dict(), indent=2) + "\n")
             atomic_write_text(self.output / REPORT, _report_text(report, odd))
+            if standing:
+                text = json.dumps(dict(sorted(standing.items())), indent=1, ensure_ascii=False)
+                atomic_write_text(self.output / SPLIT_FILE, text + "\n")
+            else:
+                (self.output / SPLIT_FILE).unlink(missing_ok=True)
             write_manifest(self.output, content)
         return report
 
@@ -342,6 +380,7 @@ def _report_text(report: ImageReport, odd: dict[str, list[str]]) -> str:
     """The report as JSON; nothing of it depends on which run wrote which image."""
     content = {
         "images": report.images,
+        "patients": report.patients,
         "classes": report.classes,
         "unusual": {
             kind: {"about": ODDITIES[kind], "count": count, "examples": sorted(odd[kind])[:_NAMED]}

@@ -220,11 +220,11 @@ def write_batch(batch: Batch, recipe: ImageRecipe, output: Path, limit: int | No
             try:
                 checked = check_image(source, where.suffix, recipe)
             except DataError as error:
-                record.skipped.append((f"{batch.prefix}/{name}" if batch.prefix else name, str(error)))
+                record.skipped.append((batch.path_of(name), str(error)))
                 continue
             path = where.with_suffix(checked.suffix).as_posix()
             if path in record.images:
-                record.skipped.append((f"{batch.prefix}/{name}", f"found another image of that name ({path})"))
+                record.skipped.append((batch.path_of(name), f"found another image of that name ({path})"))
                 continue
             size = _place(source if checked.content is None else checked.content, partial / "image", digest, path)
             (output / path).parent.mkdir(parents=True, exist_ok=True)

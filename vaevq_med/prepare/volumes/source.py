@@ -7,7 +7,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from vaevq_med.core.files import atomic_write_text
 from vaevq_med.core.folder import RECIPE, REPORT, Workplace
 from vaevq_med.core.jobs import Problem, attempt, check_workers, run_jobs
 from vaevq_med.images.manifest import SPLITS, split_hash, write_manifest
+from vaevq_med.images.reading import Reading
 from vaevq_med.images.splits import SPLIT_FILE, count_patients, remembered_splits, split_by_file, split_by_rule
 from vaevq_med.prepare.recipes import Recipe, load_recipe
 from vaevq_med.prepare.volumes.find import Case, CaseSearch, find_cases, read_cases
@@ -258,6 +259,7 @@ class SliceExtract:
             "tensorImageSize": "2D",
             "modality": {str(number): name for number, name in enumerate(self.recipe.modalities)},
             "channels_per_image": 1,
+            "reading": asdict(Reading("square", channels=1)),
             "label_map": {region: list(values) for region, values in labels.regions.items()},
             "segmentation_labels": {str(value): name for value, name in labels.labels.items()},
             "image_size": self.recipe.size,

@@ -1,0 +1,128 @@
+"""How files become tensors: the one definition, which a data set records and every stage calls.
+
+The data set says the geometry, the tokenizer says size and channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vaevq_med.core.errors import DataError
+from vaevq_med.core.options import expect, known
+from vaevq_med.images.manifest import Manifest, load_manifest
+
+if TYPE_CHECKING:
+    from monai.transforms import Compose
+
+SHAPES = {"LoadSliced": "square", "LoadPhotograph": "center_crop"}
+"""The shape that images come to, by the transform that loads them, which configurations of all times name."""
+AUGMENTATIONS = ("flip", "random_resized_crop")
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the images of a data set are read.
+
+    Attributes:
+        shape: ``square``: resized in both proportions; or ``center_crop``: resized by the shorter side, the middle cut.
+        channels: 1 or 3, of the images.
+        version: of this definition.
+    """
+
+    shape: str
+    channels: int
+    version: int = _VERSION
+
+    def __post_init__(self) -> None:
+        shapes = tuple(SHAPES.values())
+        expect(self.version == _VERSION, "reading.version", self.version, f"{_VERSION}, all that this version knows")
+        expect(self.shape in shapes, "reading.shape", self.shape, "one of " + ", ".join(shapes))
+        expect(self.channels in (1, 3), "reading.channels", self.channels, "1 or 3")
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Reading:
+        """What a data set says, or, where it is older, what its images are: slices have contrasts, photographs none.
+
+        Raises:
+            DataError: it says something else.
+        """
+        told = manifest.content.get("reading")
+        if told is None:
+            channels = 1 if manifest.content.get("channels_per_image") == 1 else 3
+            return cls("square" if "modality" in manifest.content else "center_crop", channels)
+        try:
+            expect(isinstance(told, Mapping), "reading", told, "an object")
+            known(told, cls, "reading")
+            return cls(**{"shape": None, "channels": None, **told})
+        except DataError as error:
+            raise DataError(f"{manifest.path}: {error}") from None
+
+
+def shape_of(loaders: Iterable[str]) -> str | None:
+    """The shape that images come to by transforms of these names; None where none of them loads an image.
+
+    Args:
+        loaders: names of classes, or their addresses.
+
+    Examples:
+        >>> shape_of(["vaevq_med.data.LoadPhotograph", "CenterSpatialCropd"])
+        'center_crop'
+    """
+    names = (loader.rpartition(".")[2] for loader in loaders)
+    return next((SHAPES[name] for name in names if name in SHAPES), None)
+
+
+def reader(
+    dataset_dir: str | Path | Manifest,
+    *,
+    image_size: int,
+    in_channels: int,
+    augment: str | None = None,
+    regions: bool = False,
+    scale: float = 1.0,
+    transforms: Sequence[Any] | None = None,
+) -> Compose:
+    """The transform from an entry of a datalist to an item with ``image``, float ``[C, S, S]`` in [-1, 1].
+
+    Args:
+        dataset_dir: folder of ``dataset.json``, or what is in it.
+        image_size: side of the image in pixels.
+        in_channels: its channels.
+        augment: ``flip`` for random mirror images, and a random place of the crop where there is one;
+            ``random_resized_crop`` for a random share and proportion in place of that; None for neither.
+        regions: add the masks of the tumor regions, where the data set has them.
+        scale: S over ``image_size``.
+        transforms: what a configuration names in place of all this.
+
+    Raises:
+        DataError: there is no data set, or an argument is out of its range.
+    """
+    from monai.transforms import CenterSpatialCropd, Compose, EnsureTyped, RandFlipd, RandSpatialCropd
+
+    from vaevq_med.images.transforms import LoadPhotograph, LoadSliced, RandResizedCropd, ResizeShortSided
+
+    if transforms is not None:
+        return Compose(list(transforms))
+    expect(augment is None or augment in AUGMENTATIONS, "augment", augment, f"{', '.join(AUGMENTATIONS)} or null")
+    expect(not (augment and regions), "augment", augment, "null where the regions' masks are read")
+    manifest = dataset_dir if isinstance(dataset_dir, Manifest) else load_manifest(dataset_dir)
+    side = int(image_size * scale)
+    resized = augment == "random_resized_crop"
+    chain: list[Any]
+    if Reading.of(manifest).shape == "square":
+        label_map = manifest.label_map if regions else None
+        chain = [LoadSliced(image_size=side, in_channels=in_channels, label_map=label_map)]
+    else:
+        chain = [LoadPhotograph(in_channels=in_channels)]
+        if not resized:
+            crop = RandSpatialCropd if augment else CenterSpatialCropd
+            chain += [ResizeShortSided("image", size=side), crop("image", roi_size=(side, side))]
+    if resized:
+        chain.append(RandResizedCropd("image", size=side))
+    if augment:
+        chain.append(RandFlipd("image", prob=0.5, spatial_axis=1))
+    return Compose([*chain, EnsureTyped("image", track_meta=False)])
