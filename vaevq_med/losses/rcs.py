@@ -24,7 +24,7 @@ def representation_coherence(
     positions open.
 
     Args:
-        codes: differentiable codes z_q, ``[B, D, h, w]``.
+        codes: differentiable codes z_q, ``[B, D, *grid]``.
         mean: posterior mean, of the same shape.
         std: posterior standard deviation, of the same shape, positive.
         detach_std: stop the gradient at ``std``, as the paper does; the released code does not.

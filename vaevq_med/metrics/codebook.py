@@ -33,7 +33,7 @@ class CodebookUsage:
         self.counts = torch.zeros(num_codebooks, num_embeddings, dtype=torch.int64, device=device)
 
     def update(self, indices: Tensor) -> None:
-        """Count indices ``[B, h, w, G]``.
+        """Count indices ``[B, *grid, G]``.
 
         Raises:
             VaevqMedError: for another number of codebooks, or an index not in [0, K).

@@ -31,7 +31,7 @@ class Decoder(nn.Module):
     upsampling by 2 (not after the finest level); GroupNorm, swish, 3x3 convolution. No output activation.
 
     Args:
-        spatial_dims: 2 or 3.
+        spatial_dims: 1, 2 or 3.
         out_channels: image channels C.
         num_channels: width of the finest level.
         channel_mult: width of each level, finest first, as a multiple of ``num_channels``.

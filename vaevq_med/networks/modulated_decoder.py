@@ -27,7 +27,7 @@ class ModulatedNorm(Conditioned):
 
     Args:
         num_channels: channels of ``h``.
-        spatial_dims: 2 or 3.
+        spatial_dims: 1, 2 or 3.
         embedding_dim: D, channels of the codes.
     """
 

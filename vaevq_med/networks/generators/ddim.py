@@ -137,7 +137,7 @@ def generate_images(
     labels: Tensor | None = None,
     *,
     num_images: int | None = None,
-    grid_size: tuple[int, int],
+    grid_size: tuple[int, ...],
     scheduler: DDIMScheduler | None = None,
     num_steps: int = 250,
     guidance_scale: float = 1.5,
@@ -211,7 +211,7 @@ def diffusion_draws(
     network: LatentDiffusionUNet,
     tokenizer: VisualTokenizer,
     *,
-    grid: tuple[int, int],
+    grid: tuple[int, ...],
     settings: Mapping[str, Any],
     num_train_timesteps: int,
 ) -> Draw:

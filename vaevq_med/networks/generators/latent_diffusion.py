@@ -109,6 +109,7 @@ class LatentDiffusionUNet(Generator):
 
     def sizes(self, tokens: Mapping[str, Any], where: str) -> dict[str, tuple[Any, Any]]:
         """The embedding dimension; the grid has to be one that the network can halve."""
+        self.check_plane(tokens, where)
         grid = tokens["grid"]
         if any(side % self.downsampling for side in grid):
             raise VaevqMedError(
@@ -121,7 +122,7 @@ class LatentDiffusionUNet(Generator):
         self,
         tokenizer: VisualTokenizer,
         *,
-        grid: tuple[int, int],
+        grid: tuple[int, ...],
         settings: Mapping[str, Any],
         trained_with: Callable[[str], Any],
     ) -> Draw:

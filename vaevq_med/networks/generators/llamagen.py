@@ -177,7 +177,8 @@ class LlamaGen(Generator):
         return cls(**{**options, **PRESETS[name]})
 
     def sizes(self, tokens: Mapping[str, Any], where: str) -> dict[str, tuple[Any, Any]]:
-        """Codewords, codebooks and the grid."""
+        """Codewords, codebooks and the grid, whose rows and columns the heads' channels turn with."""
+        self.check_plane(tokens, where)
         tokenizer = tokens["tokenizer"]
         return {
             "num_embeddings": (tokenizer["num_embeddings"], self.num_embeddings),
@@ -189,7 +190,7 @@ class LlamaGen(Generator):
         self,
         tokenizer: VisualTokenizer,
         *,
-        grid: tuple[int, int],
+        grid: tuple[int, ...],
         settings: Mapping[str, Any],
         trained_with: Callable[[str], Any],
     ) -> Draw:
@@ -367,7 +368,7 @@ class LlamaGen(Generator):
 
 def _pair(grid_size: tuple[int, int]) -> tuple[int, int]:
     if len(grid_size) != 2:
-        raise VaevqMedError(f"grid_size is {tuple(grid_size)}; expected (height, width) or one number")
+        raise VaevqMedError(f"grid_size is {tuple(grid_size)}; expected rows and columns, or one number for a square")
     return int(grid_size[0]), int(grid_size[1])
 
 

@@ -42,7 +42,10 @@ class FollowsLatents(ABC):
 
 
 class Quantizer(nn.Module, ABC):
-    """Turns a latent grid ``[B, D, h, w]`` into codebook indices ``[B, h, w, G]`` and back.
+    """Turns a latent grid ``[B, D, *grid]`` into codebook indices ``[B, *grid, G]`` and back.
+
+    The grid has one axis or more: a sequence ``n``, an image's ``h w``, a volume's ``d h w``. Positions count in
+    row-major order, and what each becomes does not depend on how they are laid out.
 
     Attributes:
         num_embeddings: K, codewords a codebook.
@@ -66,11 +69,11 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, z: Tensor, posterior: Posterior | None = None) -> QuantizerOutput:
-        """Quantize ``[B, D, h, w]``; ``posterior`` is what ``z`` came from, where there is one."""
+        """Quantize ``[B, D, *grid]``; ``posterior`` is what ``z`` came from, where there is one."""
 
     @abstractmethod
     def indices_to_codes(self, indices: Tensor) -> Tensor:
-        """Codes ``[B, D, h, w]`` of int64 indices ``[B, h, w, G]``."""
+        """Codes ``[B, D, *grid]`` of int64 indices ``[B, *grid, G]``."""
 
     @abstractmethod
     def codebook(self) -> Tensor | None:
@@ -116,22 +119,22 @@ class Quantizer(nn.Module, ABC):
         return self.num_codebooks * math.log2(self.num_embeddings)
 
     def check_latent(self, z: Tensor) -> None:
-        """Refuse what is not ``[B, D, h, w]``.
+        """Refuse what is not ``[B, D, *grid]``.
 
         Raises:
             VaevqMedError: saying the shape found.
         """
-        if z.ndim != 4 or z.shape[1] != self.embedding_dim:
-            raise VaevqMedError(f"the latent has shape {tuple(z.shape)}; expected [B, {self.embedding_dim}, h, w]")
+        if z.ndim < 3 or z.shape[1] != self.embedding_dim:
+            raise VaevqMedError(f"the latent has shape {tuple(z.shape)}; expected [B, {self.embedding_dim}, *grid]")
 
     def check_indices(self, indices: Tensor) -> None:
-        """Refuse what is not ``[B, h, w, G]`` in [0, K); the range is not looked at while a graph is exported.
+        """Refuse what is not ``[B, *grid, G]`` in [0, K); the range is not looked at while a graph is exported.
 
         Raises:
             VaevqMedError: saying the shape or range found.
         """
-        if indices.ndim != 4 or indices.shape[-1] != self.num_codebooks:
-            raise VaevqMedError(f"indices have shape {tuple(indices.shape)}; expected [B, h, w, {self.num_codebooks}]")
+        if indices.ndim < 3 or indices.shape[-1] != self.num_codebooks:
+            raise VaevqMedError(f"indices have shape {tuple(indices.shape)}; expected [B, *grid, {self.num_codebooks}]")
         check_range("indices", indices, self.num_embeddings - 1)
 
 
@@ -168,7 +171,7 @@ class CodebookQuantizer(Quantizer):
         """The ``[K, D]`` table of this step, differentiable."""
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
-        """Codes ``[B, D, h, w]`` of indices ``[B, h, w, 1]``.
+        """Codes ``[B, D, *grid]`` of indices ``[B, *grid, 1]``.
 
         Raises:
             VaevqMedError: the indices have another shape, or one of them is not in [0, K).
@@ -177,7 +180,7 @@ class CodebookQuantizer(Quantizer):
         return look_up(indices, self.codebook())
 
     def assign(self, z: Tensor, codebook: Tensor, posterior: Posterior | None = None) -> Tensor:
-        """Indices ``[B, h, w, 1]`` of ``z`` ``[B, D, h, w]``.
+        """Indices ``[B, *grid, 1]`` of ``z`` ``[B, D, *grid]``.
 
         Raises:
             VaevqMedError: the assignment needs a posterior and there is none.
@@ -192,12 +195,10 @@ class CodebookQuantizer(Quantizer):
             precision = rows(posterior.std.detach().float()).square().reciprocal()
         with torch.autocast(z.device.type, enabled=False):
             flat = rows(z.detach().float())
-            indices = nearest_codeword(flat, codebook.detach().float(), precision=precision)
-        batch, _, height, width = z.shape
-        return indices.view(batch, height, width, 1)
+            return on_grid(nearest_codeword(flat, codebook.detach().float(), precision=precision), z)
 
     def forward(self, z: Tensor, posterior: Posterior | None = None) -> QuantizerOutput:
-        """Quantize ``z`` ``[B, D, h, w]`` by the nearest codeword, with a straight-through gradient."""
+        """Quantize ``z`` ``[B, D, *grid]`` by the nearest codeword, with a straight-through gradient."""
         self.check_latent(z)
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
@@ -223,11 +224,26 @@ def vq_losses(z: Tensor, codes: Tensor) -> Mapping[str, Tensor]:
     }
 
 
+def channels_last(z: Tensor) -> Tensor:
+    """``[B, D, *grid]`` as ``[B, *grid, D]``."""
+    return z.movedim(1, -1)
+
+
+def channels_first(values: Tensor) -> Tensor:
+    """``[B, *grid, D]`` as ``[B, D, *grid]``."""
+    return values.movedim(-1, 1)
+
+
 def rows(z: Tensor) -> Tensor:
-    """``[B, D, h, w]`` as ``[B h w, D]``."""
-    return z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
+    """``[B, D, *grid]`` as ``[B n, D]``, n positions in row-major order."""
+    return channels_last(z).reshape(-1, z.shape[1])
+
+
+def on_grid(values: Tensor, z: Tensor, channels: int = 1) -> Tensor:
+    """What was found for each row of ``z`` ``[B, D, *grid]``, ``[B n]`` or ``[B n, C]``, as ``[B, *grid, C]``."""
+    return values.view(z.shape[0], *z.shape[2:], channels)
 
 
 def look_up(indices: Tensor, codebook: Tensor) -> Tensor:
-    """Codes ``[B, D, h, w]`` of indices ``[B, h, w, 1]`` in a table ``[K, D]``, differentiable."""
-    return F.embedding(indices.squeeze(-1), codebook).permute(0, 3, 1, 2)
+    """Codes ``[B, D, *grid]`` of indices ``[B, *grid, 1]`` in a table ``[K, D]``, differentiable."""
+    return channels_first(F.embedding(indices.squeeze(-1), codebook))

@@ -96,7 +96,7 @@ class VectorQuantizerEMA(FollowsLatents, CodebookQuantizer):
         return self.embedding
 
     def look_up(self, z: Tensor, posterior: Posterior | None = None) -> QuantizerOutput:
-        """Quantize ``z`` ``[B, D, h, w]`` and update nothing, whatever the mode."""
+        """Quantize ``z`` ``[B, D, *grid]`` and update nothing, whatever the mode."""
         output = super().forward(z, posterior)
         return QuantizerOutput(
             quantized=output.quantized,
@@ -108,7 +108,7 @@ class VectorQuantizerEMA(FollowsLatents, CodebookQuantizer):
         )
 
     def forward(self, z: Tensor, posterior: Posterior | None = None) -> QuantizerOutput:
-        """Quantize ``z`` ``[B, D, h, w]``, straight-through; in training mode, update the codebook afterwards."""
+        """Quantize ``z`` ``[B, D, *grid]``, straight-through; in training mode, update the codebook afterwards."""
         output = self.look_up(z, posterior)
         if self.training:
             self.follow(rows(z.detach()), output.indices.flatten())

@@ -66,7 +66,7 @@ class FactorizedQuantizer(GroupedQuantizer):
         )
 
     def forward(self, z: Tensor, posterior: Posterior | None = None) -> QuantizerOutput:
-        """Quantize ``z`` ``[B, D, h, w]``; the gradient passes straight through to the (normalized) groups."""
+        """Quantize ``z`` ``[B, D, *grid]``; the gradient passes straight through to the (normalized) groups."""
         self.check_latent(z)
         with torch.autocast(z.device.type, enabled=False):
             z = self.scale(z.float())
@@ -82,12 +82,12 @@ def mean_squared_cosine(groups: Tensor) -> Tensor:
     """Squared cosine of two groups' vectors, averaged over positions and pairs of groups.
 
     Args:
-        groups: ``[B, G, C, h, w]``, G at least 2.
+        groups: ``[B, G, C, *grid]``, G at least 2.
 
     >>> round(mean_squared_cosine(torch.tensor([[3.0, 4.0], [0.0, 2.0]]).view(1, 2, 2, 1, 1)).item(), 4)
     0.64
     """
     unit = F.normalize(groups, dim=2)
-    cosines = torch.einsum("bichw,bjchw->bijhw", unit, unit)
+    cosines = torch.einsum("bic...,bjc...->bij...", unit, unit)
     first, second = torch.triu_indices(groups.shape[1], groups.shape[1], offset=1, device=groups.device)
     return cosines[:, first, second].square().mean()

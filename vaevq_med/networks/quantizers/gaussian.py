@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.outputs import Posterior, QuantizerOutput
-from vaevq_med.networks.quantizers.base import ASSIGNMENTS, Quantizer, rows
+from vaevq_med.networks.quantizers.base import ASSIGNMENTS, Quantizer, channels_first, on_grid, rows
 from vaevq_med.networks.quantizers.nearest import nearest_codeword
 
 
@@ -77,16 +77,16 @@ class GaussianQuantizer(Quantizer):
         return self.embedding.expand(self.num_codebooks, -1, -1)
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
-        """Codes ``[B, D, h, w]`` of indices ``[B, h, w, G]``.
+        """Codes ``[B, D, *grid]`` of indices ``[B, *grid, G]``.
 
         Raises:
             VaevqMedError: the indices have another shape, or one of them is not in [0, K).
         """
         self.check_indices(indices)
-        return F.embedding(indices, self.embedding).flatten(3).permute(0, 3, 1, 2)
+        return channels_first(F.embedding(indices, self.embedding).flatten(-2))
 
     def assign(self, z: Tensor, posterior: Posterior | None) -> Tensor:
-        """Indices ``[B, h, w, G]`` of ``z`` ``[B, D, h, w]``.
+        """Indices ``[B, *grid, G]`` of ``z`` ``[B, D, *grid]``.
 
         Raises:
             VaevqMedError: the assignment needs a posterior and there is none.
@@ -100,14 +100,14 @@ class GaussianQuantizer(Quantizer):
                 )
             precision = self._groups(posterior.std).square().reciprocal()
         indices = nearest_codeword(self._groups(z), self.embedding, precision=precision)
-        return indices.view(z.shape[0], *z.shape[2:], self.num_codebooks)
+        return on_grid(indices, z, self.num_codebooks)
 
     def _groups(self, z: Tensor) -> Tensor:
-        """``[B, D, h, w]`` as ``[B h w G, D / G]``, detached."""
+        """``[B, D, *grid]`` as ``[B n G, D / G]``, detached."""
         return rows(z.detach().float()).reshape(-1, self.dims_per_codebook)
 
     def forward(self, z: Tensor, posterior: Posterior | None = None) -> QuantizerOutput:
-        """Quantize ``z`` ``[B, D, h, w]`` group by group."""
+        """Quantize ``z`` ``[B, D, *grid]`` group by group."""
         self.check_latent(z)
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.networks.quantizers.base import Quantizer, rows
+from vaevq_med.networks.quantizers.base import Quantizer, channels_first, on_grid, rows
 from vaevq_med.networks.quantizers.nearest import nearest_codeword
 
 
@@ -56,7 +56,7 @@ class GroupedQuantizer(Quantizer):
         return F.normalize(self.embedding, dim=-1) if self.normalize else self.embedding
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
-        """Codes ``[B, D, h, w]`` of indices ``[B, h, w, G]``.
+        """Codes ``[B, D, *grid]`` of indices ``[B, *grid, G]``.
 
         Raises:
             VaevqMedError: the indices have another shape, or one of them is not in [0, K).
@@ -65,28 +65,27 @@ class GroupedQuantizer(Quantizer):
         return look_up_groups(indices, self.codebook())
 
     def scale(self, z: Tensor) -> Tensor:
-        """What is quantized of the latent ``[B, D, h, w]``: its groups at length 1 where they are normalized."""
+        """What is quantized of the latent ``[B, D, *grid]``: its groups at length 1 where they are normalized."""
         return F.normalize(self.split(z), dim=2).reshape(z.shape) if self.normalize else z
 
     def split(self, z: Tensor) -> Tensor:
-        """``[B, D, h, w]`` as ``[B, G, D / G, h, w]``."""
+        """``[B, D, *grid]`` as ``[B, G, D / G, *grid]``."""
         return z.reshape(z.shape[0], self.num_codebooks, -1, *z.shape[2:])
 
     def assign(self, z: Tensor, codebook: Tensor) -> Tensor:
-        """Indices ``[B, h, w, G]`` of ``z`` ``[B, D, h, w]`` in the tables ``[G, K, D / G]``."""
-        batch, _, height, width = z.shape
+        """Indices ``[B, *grid, G]`` of ``z`` ``[B, D, *grid]`` in the tables ``[G, K, D / G]``."""
         groups = self.split(z.detach()).unbind(dim=1)
         found = [nearest_codeword(rows(g), table) for g, table in zip(groups, codebook.detach(), strict=True)]
-        return torch.stack(found, dim=-1).view(batch, height, width, self.num_codebooks)
+        return on_grid(torch.stack(found, dim=-1), z, self.num_codebooks)
 
 
 def look_up_groups(indices: Tensor, codebook: Tensor) -> Tensor:
-    """Codes ``[B, D, h, w]`` of indices ``[B, h, w, G]`` in tables ``[G, K, D / G]``, differentiable.
+    """Codes ``[B, D, *grid]`` of indices ``[B, *grid, G]`` in tables ``[G, K, D / G]``, differentiable.
 
     >>> look_up_groups(torch.tensor([[[[1, 0]]]]), torch.tensor([[[1.0], [2.0]], [[3.0], [4.0]]])).flatten().tolist()
     [2.0, 3.0]
     """
     groups, size, _ = codebook.shape
     offsets = size * torch.arange(groups, device=indices.device)
-    codes = F.embedding(indices + offsets, codebook.flatten(0, 1))
-    return codes.permute(0, 3, 4, 1, 2).flatten(1, 2)
+    codes = F.embedding(indices + offsets, codebook.flatten(0, 1))  # [B, *grid, G, D / G]
+    return channels_first(codes.flatten(-2))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.outputs import Posterior, QuantizerOutput
-from vaevq_med.networks.quantizers.base import Quantizer, look_up, rows, vq_losses
+from vaevq_med.networks.quantizers.base import Quantizer, channels_first, look_up, on_grid, rows, vq_losses
 from vaevq_med.networks.quantizers.soft_assignment import assignment_entropy, soft_codes
 
 
@@ -61,7 +61,7 @@ class IBQ(Quantizer):
         return self.embedding
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
-        """Codes ``[B, D, h, w]`` of indices ``[B, h, w, 1]``.
+        """Codes ``[B, D, *grid]`` of indices ``[B, *grid, 1]``.
 
         Raises:
             VaevqMedError: the indices have another shape, or one of them is not in [0, K).
@@ -70,15 +70,13 @@ class IBQ(Quantizer):
         return look_up(indices, self.codebook())
 
     def forward(self, z: Tensor, posterior: Posterior | None = None) -> QuantizerOutput:
-        """Quantize ``z`` ``[B, D, h, w]`` by the codeword of the largest inner product."""
+        """Quantize ``z`` ``[B, D, *grid]`` by the codeword of the largest inner product."""
         self.check_latent(z)
-        batch, dim, height, width = z.shape
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
             codebook, latents = self.codebook(), rows(z)
             mixture, index = soft_codes(latents, codebook, codebook.detach(), temperature=1.0)
-            soft = mixture.view(batch, height, width, dim).permute(0, 3, 1, 2)
-            indices = index.view(batch, height, width, 1)
+            soft, indices = channels_first(on_grid(mixture, z, self.embedding_dim)), on_grid(index, z)
             codes = look_up(indices, codebook)
             # The difference is exactly zero, so that the value is the code to the bit.
             quantized = codes + (soft - soft.detach())

@@ -84,9 +84,9 @@ class LFQ(ScalarQuantizer):
         return (steps > 0).long()
 
     def losses(self, latent: Tensor, codes: Tensor) -> Mapping[str, Tensor]:
-        """``commitment`` and ``entropy`` of the channels ``[B, h, w, d]``."""
+        """``commitment`` and ``entropy`` of the channels ``[B, *grid, d]``."""
         of_each, of_mean = bit_entropies(
-            latent.flatten(0, 2), self.temperature, self.bits_per_group, synchronize=self.training
+            latent.flatten(0, -2), self.temperature, self.bits_per_group, synchronize=self.training
         )
         return {"commitment": F.mse_loss(latent, codes), "entropy": of_each - of_mean}
 

@@ -107,7 +107,7 @@ class MGVQ(FollowsLatents, GroupedQuantizer):
         return F.normalize(table, dim=-1) if self.normalize else table
 
     def indices_to_codes(self, indices: Tensor, *, num_active: int | None = None) -> Tensor:
-        """Codes ``[B, D, h, w]`` of indices ``[B, h, w, G]``.
+        """Codes ``[B, D, *grid]`` of indices ``[B, *grid, G]``.
 
         Args:
             indices: int64, in [0, K).
@@ -125,8 +125,8 @@ class MGVQ(FollowsLatents, GroupedQuantizer):
         return self._keep(codes, num_active)
 
     def _keep(self, z: Tensor, num_active: int) -> Tensor:
-        """``z`` ``[B, D, h, w]`` with zeros in all but the first groups."""
-        kept = torch.zeros(1, self.embedding_dim, 1, 1, device=z.device, dtype=z.dtype)
+        """``z`` ``[B, D, *grid]`` with zeros in all but the first groups."""
+        kept = torch.zeros(1, self.embedding_dim, *[1] * (z.ndim - 2), device=z.device, dtype=z.dtype)
         kept[:, : num_active * (self.embedding_dim // self.num_codebooks)] = 1
         return z * kept
 
@@ -138,7 +138,7 @@ class MGVQ(FollowsLatents, GroupedQuantizer):
         return sum(u >= p for p in self.mask_probabilities)
 
     def forward(self, z: Tensor, posterior: Posterior | None = None) -> QuantizerOutput:
-        """Quantize ``z`` ``[B, D, h, w]``; in training mode, zero the last groups at random and revive codewords."""
+        """Quantize ``z`` ``[B, D, *grid]``; in training mode, zero the last groups at random and revive codewords."""
         self.check_latent(z)
         num_active = self._num_active(z.device)
         with torch.autocast(z.device.type, enabled=False):
@@ -159,8 +159,8 @@ class MGVQ(FollowsLatents, GroupedQuantizer):
         """Count the codewords' use and revive the unused ones, on every process alike.
 
         Args:
-            z: what was quantized, ``[B, D, h, w]``.
-            indices: ``[B, h, w, G]``.
+            z: what was quantized, ``[B, D, *grid]``.
+            indices: ``[B, *grid, G]``.
         """
         codebook = self.codebook().detach()  # [G, K, D / G], as it was searched
         size = self.num_embeddings

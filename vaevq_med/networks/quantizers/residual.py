@@ -80,7 +80,7 @@ class ResidualQuantizer(Quantizer):
         return
 
     def indices_to_codes(self, indices: Tensor, *, num_stages: int | None = None) -> Tensor:
-        """Codes ``[B, D, h, w]`` of indices ``[B, h, w, G]``.
+        """Codes ``[B, D, *grid]`` of indices ``[B, *grid, G]``.
 
         Args:
             indices: int64, in [0, K).
@@ -105,7 +105,7 @@ class ResidualQuantizer(Quantizer):
         return int(number_from_first_process(torch.randint(1, self.num_codebooks + 1, (1,)), device))
 
     def forward(self, z: Tensor, posterior: Posterior | None = None) -> QuantizerOutput:
-        """Quantize ``z`` ``[B, D, h, w]`` stage by stage, with one straight-through gradient."""
+        """Quantize ``z`` ``[B, D, *grid]`` stage by stage, with one straight-through gradient."""
         self.check_latent(z)
         kept = self._num_kept(z.device)
         with torch.autocast(z.device.type, enabled=False):

@@ -4,8 +4,8 @@
 learn through the mixture alone. The mixture is continuous, and is what the method decodes in training and inference;
 the likeliest codeword, ``argmax_k p_k``, is the hard read-out, the one that compares with discrete tokenizers.
 
-The positions, row by row, are cut into S contiguous segments, each with a codebook of its own. A position thus says
-which codebook its index belongs to: an index stands for a codeword only along with where it is.
+The positions, in row-major order, are cut into S contiguous segments, each with a codebook of its own. A position thus
+says which codebook its index belongs to: an index stands for a codeword only along with where it is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.outputs import Posterior, QuantizerOutput
-from vaevq_med.networks.quantizers.base import Quantizer
+from vaevq_med.networks.quantizers.base import Quantizer, channels_first, channels_last, on_grid
 from vaevq_med.networks.quantizers.soft_assignment import assignment_entropy, soft_codes
 
 
@@ -36,7 +36,7 @@ class SoftVQ(Quantizer):
     Args:
         num_embeddings: K, codewords of each segment's codebook; the authors' is 8192.
         embedding_dim: D; the authors' is 32.
-        num_segments: S; the authors' is 4. The h w positions need not be a multiple: the first segments have one more.
+        num_segments: S; the authors' is 4. The positions need not be a multiple: the first segments have one more.
         temperature: T of the mixture.
         entropy_temperature: T' of the entropy.
         readout: ``"soft"`` or ``"hard"``.
@@ -109,7 +109,7 @@ class SoftVQ(Quantizer):
         return F.normalize(self.embedding, dim=-1) if self.normalize else self.embedding
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
-        """Codewords ``[B, D, h, w]`` of indices ``[B, h, w, 1]``, each from the codebook of its position's segment.
+        """Codewords ``[B, D, *grid]`` of indices ``[B, *grid, 1]``, each from the codebook of its position's segment.
 
         Raises:
             VaevqMedError: the indices have another shape, or one of them is not in [0, K).
@@ -118,26 +118,24 @@ class SoftVQ(Quantizer):
         return self._look_up(indices, self.codebook())
 
     def _look_up(self, indices: Tensor, codebook: Tensor) -> Tensor:
-        batch, height, width, _ = indices.shape
-        parts = self._segments(indices.reshape(batch, height * width))
+        parts = self._segments(indices.flatten(1))
         codes = torch.cat([F.embedding(i, table) for i, table in zip(parts, codebook, strict=True)], dim=1)
-        return codes.transpose(1, 2).reshape(batch, self.embedding_dim, height, width)
+        return channels_first(codes.view(*indices.shape[:-1], self.embedding_dim))  # of [B, n, D]
 
     def _segments(self, positions: Tensor) -> tuple[Tensor, ...]:
-        """``[B, h w, ...]`` in S parts; some are empty where there are fewer positions than segments."""
+        """``[B, n, ...]`` in S parts; some are empty where there are fewer positions than segments."""
         return positions.tensor_split(self.num_segments, dim=1)
 
     def forward(self, z: Tensor, posterior: Posterior | None = None) -> QuantizerOutput:
-        """Mix codewords for ``z`` ``[B, D, h, w]``, or look up its likeliest ones."""
+        """Mix codewords for ``z`` ``[B, D, *grid]``, or look up its likeliest ones."""
         self.check_latent(z)
-        batch, _, height, width = z.shape
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
             if self.normalize:
                 z = F.normalize(z, dim=1)
             codebook = self.codebook()
             mixtures, indices, entropies = [], [], []
-            for part, table in zip(self._segments(z.flatten(2).transpose(1, 2)), codebook, strict=True):
+            for part, table in zip(self._segments(channels_last(z.flatten(2))), codebook, strict=True):
                 latents, keys = part.reshape(-1, self.embedding_dim), table.detach()
                 mixture, index = soft_codes(latents, keys, table, temperature=self.temperature)
                 mixtures.append(mixture.view(part.shape))
@@ -148,8 +146,8 @@ class SoftVQ(Quantizer):
                             latents, keys, temperature=self.entropy_temperature, synchronize=self.training
                         )
                     )
-            soft = torch.cat(mixtures, dim=1).transpose(1, 2).reshape(z.shape)
-            chosen = torch.cat(indices, dim=1).view(batch, height, width, 1)
+            soft = channels_first(on_grid(torch.cat(mixtures, dim=1), z, self.embedding_dim))
+            chosen = on_grid(torch.cat(indices, dim=1), z)
             losses = {"entropy": torch.stack(entropies).mean() if entropies else soft.sum()}
             if self.readout == "soft":
                 return QuantizerOutput(quantized=soft, codes=soft, indices=chosen, losses=losses, codebook=codebook)
