@@ -50,6 +50,19 @@ def test_every_quantizer_has_a_case() -> None:
     assert {type(case.make()) for case in CASES.values()} == concrete
 
 
+def test_what_fixes_the_number_of_codewords_is_an_argument(quantizer: Quantizer) -> None:
+    kind = type(quantizer)
+    assert kind.size_arguments
+    assert set(kind.size_arguments) <= set(inspect.signature(kind).parameters)
+
+
+def test_a_sweep_sets_the_number_of_codewords_alone_or_not_at_all() -> None:
+    kinds = {type(case.make()).__name__: type(case.make()).size_arguments for case in CASES.values()}
+    assert kinds["FSQ"] == kinds["IFSQ"] == ("levels", "embedding_dim")
+    assert kinds["LFQ"] == ("num_embeddings", "embedding_dim")
+    assert kinds["VectorQuantizer"] == kinds["MGVQ"] == ("num_embeddings",)
+
+
 def test_shapes_types_and_ranges(quantizer: Quantizer) -> None:
     z, posterior = latent(quantizer)
     for mode in (True, False):

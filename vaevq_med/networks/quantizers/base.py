@@ -55,11 +55,13 @@ class Quantizer(nn.Module, ABC):
         initial_files: arguments that name a file, or None, of values for a new run's start; where the weights come
             from a checkpoint they are None, so that the file is not needed.
         readouts: names of the ways to decode one trained quantizer, where there are several.
+        size_arguments: arguments that fix K; where there are several they change together, and no sweep can set one.
         readout: the one in use, or None where there is but one way.
     """
 
     initial_files: ClassVar[tuple[str, ...]] = ()
     readouts: ClassVar[tuple[str, ...]] = ()
+    size_arguments: ClassVar[tuple[str, ...]] = ("num_embeddings",)
 
     num_embeddings: int
     embedding_dim: int

@@ -12,6 +12,7 @@ probabilities of its first and of its last bits, so that the mean over n is one 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,8 @@ class LFQ(ScalarQuantizer):
         >>> output.indices.item(), output.codes.flatten().tolist()
         (5, [1.0, -1.0, 1.0])
     """
+
+    size_arguments: ClassVar[tuple[str, ...]] = ("num_embeddings", "embedding_dim")
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ straight-through gradient; one through each stage, as some code has it, adds up 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,8 @@ class ResidualQuantizer(Quantizer):
         >>> quantizer(torch.zeros(1, 4, 2, 2)).indices.shape, quantizer.bits_per_position
         (torch.Size([1, 2, 2, 3]), 9.0)
     """
+
+    size_arguments: ClassVar[tuple[str, ...]] = ("stages",)
 
     def __init__(
         self, *, stages: Sequence[CodebookQuantizer], num_codebooks: int | None = None, dropout: bool = False
