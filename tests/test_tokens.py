@@ -24,11 +24,10 @@ from typer.testing import CliRunner
 from vaevq_med.cli import app as cli
 from vaevq_med.core.errors import ItemError, VaevqMedError
 from vaevq_med.images.dataset import LoadSliced, SliceDataset
-from vaevq_med.networks.decoder import Decoder
+from vaevq_med.networks.decoder import Decoder, ModulatedDecoder
 from vaevq_med.networks.encoder import Encoder
 from vaevq_med.networks.generators.latent_diffusion import LatentDiffusionUNet
 from vaevq_med.networks.generators.llamagen import LlamaGen
-from vaevq_med.networks.modulated_decoder import ModulatedDecoder
 from vaevq_med.networks.quantizers.base import Quantizer
 from vaevq_med.networks.tokenizer import VisualTokenizer
 from vaevq_med.tokens import encode as encode_tokens

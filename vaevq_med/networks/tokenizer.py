@@ -15,7 +15,6 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.blocks import convolution
 from vaevq_med.networks.decoder import Decoder
 from vaevq_med.networks.encoder import Encoder
-from vaevq_med.networks.modulated_decoder import ModulatedDecoder
 from vaevq_med.networks.outputs import Posterior, QuantizerOutput, TokenizerOutput
 from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.quantizers.base import Quantizer
@@ -85,7 +84,7 @@ class VisualTokenizer(nn.Module):
             raise VaevqMedError(
                 f"embedding_dim is {embedding_dim}; expected the quantizer's, {quantizer.embedding_dim}"
             )
-        if isinstance(decoder, ModulatedDecoder) and decoder.embedding_dim != embedding_dim:
+        if decoder.embedding_dim not in (None, embedding_dim):
             raise VaevqMedError(f"the decoder's embedding_dim is {decoder.embedding_dim}; expected {embedding_dim}")
         self.encoder = encoder
         self.decoder = decoder
@@ -122,8 +121,7 @@ class VisualTokenizer(nn.Module):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Images ``[B, C, H, W]`` of codes, or of a continuous latent, ``[B, D, *grid]``."""
-        features = self.post_quant_conv(codes)
-        return self.decoder(features, codes) if isinstance(self.decoder, ModulatedDecoder) else self.decoder(features)
+        return self.decoder(self.post_quant_conv(codes), codes)
 
     def _mode(self, images: Tensor) -> tuple[Tensor, DiagonalGaussian | None]:
         encoded = self.encode(images)
