@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.losses.base import LossTerm, check_choice
 from vaevq_med.networks.outputs import TokenizerOutput
+from vaevq_med.networks.processes import sum_in_place
 
 _POOLING = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
@@ -141,8 +141,7 @@ class KLLoss(LossTerm):
     def _move(self, sums: Tensor) -> None:
         """Multiply the factor by what the KL of the counted tokens and their number, ``[2]``, ask for."""
         assert self.target is not None
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(sums)
+        sums = sum_in_place(sums)
         ratio = sums[0] / sums[1].clamp_min(1) / self.target
         step = ratio.clamp_min(1e-6).pow(self.rate).clamp(0.9, 1.1)
         # Without a counted token there is nothing to go by.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks.processes import sum_in_place
 from vaevq_med.networks.ranges import check_range
 
 
@@ -49,8 +49,7 @@ class CodebookUsage:
 
     def reduce(self) -> None:
         """Add up the counts of all processes."""
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(self.counts)
+        sum_in_place(self.counts)
 
     def utilization(self) -> float:
         """Share of the K entries used at least once."""

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.networks.quantizers.clusters import mean_of_processes
+from vaevq_med.networks.processes import mean_of_processes
 from vaevq_med.networks.quantizers.scalar import ScalarQuantizer
 
 

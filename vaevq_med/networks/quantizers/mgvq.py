@@ -26,8 +26,8 @@ from torch import Tensor
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.compiling import outside_compiled_graphs
 from vaevq_med.networks.outputs import Posterior, QuantizerOutput
+from vaevq_med.networks.processes import from_first_process, is_distributed, number_from_first_process, sum_in_place
 from vaevq_med.networks.quantizers.base import FollowsLatents, rows, vq_losses
-from vaevq_med.networks.quantizers.clusters import from_first_process, is_distributed, number_from_first_process
 from vaevq_med.networks.quantizers.grouped import GroupedQuantizer, look_up_groups
 
 # Probabilities held at once while anchors are drawn.
@@ -169,8 +169,7 @@ class MGVQ(FollowsLatents, GroupedQuantizer):
         counts = torch.zeros_like(self.usage)
         # Not ``bincount``: a GPU's host would wait for the largest index.
         counts.view(-1).index_add_(0, places, torch.ones_like(places, dtype=counts.dtype))
-        if is_distributed():
-            dist.all_reduce(counts)
+        counts = sum_in_place(counts)
         self.usage.lerp_(counts / counts.sum(dim=1, keepdim=True), 1 - self.decay)
         if not self.revival:
             return
@@ -224,9 +223,7 @@ def draw_anchors(latents: Tensor, codewords: Tensor, uniform: Tensor) -> Tensor:
     within = ((uniform - upper[dist.get_rank()] + mass) / mass).clamp(0, 1)
     found = [_invert(latents, e, u) for e, u in zip(codewords.split(step), within.split(step), strict=True)]
     here = (chosen == dist.get_rank()).unsqueeze(1)
-    anchors = torch.where(here, torch.cat(found), torch.zeros_like(codewords))
-    dist.all_reduce(anchors)
-    return anchors
+    return sum_in_place(torch.where(here, torch.cat(found), torch.zeros_like(codewords)))
 
 
 def _logits(latents: Tensor, codewords: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.outputs import Posterior, QuantizerOutput
+from vaevq_med.networks.processes import number_from_first_process
 from vaevq_med.networks.quantizers.base import CodebookQuantizer, Quantizer, look_up, rows
-from vaevq_med.networks.quantizers.clusters import number_from_first_process
 from vaevq_med.networks.quantizers.ema import VectorQuantizerEMA
 
 
