@@ -14,8 +14,8 @@ from torch import Tensor
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.evaluation.report import EvaluationReport, Summary
 from vaevq_med.metrics.codebook import CodebookUsage
-from vaevq_med.metrics.frechet import FrechetDistance
 from vaevq_med.metrics.reconstruction import psnr_per_image, region_mean, region_psnr, ssim_per_image, to_unit
+from vaevq_med.metrics.statistics import FrechetDistance
 from vaevq_med.networks.features import FeatureNetwork
 
 _PER_IMAGE = ("psnr", "ssim", "lpips")

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.losses.base import check_choice, paths
+from vaevq_med.losses.base import paths
 from vaevq_med.networks.outputs import TokenizerOutput
 from vaevq_med.networks.processes import mean_without_gradient
+from vaevq_med.networks.ranges import check_choice
 
 LOSSES = ("hinge", "non_saturating")
 GAN_PATHS = ("quantized", "continuous", "both", "mean_logits")

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.losses.base import LossTerm, check_choice
+from vaevq_med.losses.base import LossTerm
 from vaevq_med.networks.outputs import TokenizerOutput
 from vaevq_med.networks.processes import sum_in_place
+from vaevq_med.networks.ranges import check_choice
 
 _POOLING = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.losses.base import LossTerm, check_choice
+from vaevq_med.losses.base import LossTerm
 from vaevq_med.networks.outputs import TokenizerOutput
+from vaevq_med.networks.ranges import check_choice
 
 
 def representation_coherence(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vaevq_med.losses.base import PATH_REDUCTIONS, PATHS, LossTerm, check_choice, combine, paths
+from vaevq_med.losses.base import PATH_REDUCTIONS, PATHS, LossTerm, combine, paths
 from vaevq_med.networks.outputs import TokenizerOutput
 from vaevq_med.networks.processes import mean_without_gradient
+from vaevq_med.networks.ranges import check_choice
 
 KINDS = ("l2", "l1", "calibrated")
 

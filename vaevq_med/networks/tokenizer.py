@@ -18,6 +18,7 @@ from vaevq_med.networks.encoder import Encoder
 from vaevq_med.networks.outputs import Posterior, QuantizerOutput, TokenizerOutput
 from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.quantizers.base import Quantizer
+from vaevq_med.networks.ranges import check_choice
 
 ESTIMATORS = ("straight_through", "released")
 
@@ -74,10 +75,8 @@ class VisualTokenizer(nn.Module):
         estimator: str = "straight_through",
     ) -> None:
         super().__init__()
-        if quantize_from not in ("sample", "mean"):
-            raise VaevqMedError(f"quantize_from is {quantize_from!r}; expected 'sample' or 'mean'")
-        if estimator not in ESTIMATORS:
-            raise VaevqMedError(f"estimator is {estimator!r}; expected one of {', '.join(ESTIMATORS)}")
+        check_choice("quantize_from", quantize_from, ("sample", "mean"))
+        check_choice("estimator", estimator, ESTIMATORS)
         if estimator == "released" and not variational:
             raise VaevqMedError("estimator 'released' needs a posterior; found variational false, expected true")
         if quantizer.embedding_dim != embedding_dim:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.outputs import Posterior, QuantizerOutput
 from vaevq_med.networks.quantizers.nearest import nearest_codeword
-from vaevq_med.networks.ranges import check_range
+from vaevq_med.networks.ranges import check_choice, check_range, check_sizes
 
 ASSIGNMENTS = ("euclidean", "posterior")
 
@@ -73,9 +73,21 @@ class Quantizer(nn.Module, ABC):
     def forward(self, z: Tensor, posterior: Posterior | None = None) -> QuantizerOutput:
         """Quantize ``[B, D, *grid]``; ``posterior`` is what ``z`` came from, where there is one."""
 
-    @abstractmethod
     def indices_to_codes(self, indices: Tensor) -> Tensor:
-        """Codes ``[B, D, *grid]`` of int64 indices ``[B, *grid, G]``."""
+        """Codes ``[B, D, *grid]`` of int64 indices ``[B, *grid, G]``, in fp32.
+
+        Raises:
+            VaevqMedError: the indices have another shape, or one of them is not in [0, K).
+        """
+        self.check_indices(indices)
+        with torch.autocast(indices.device.type, enabled=False):
+            return self.codes_of(indices)
+
+    def codes_of(self, indices: Tensor) -> Tensor:
+        """What :meth:`indices_to_codes` looks up, of valid indices; by default in the one table ``[K, D]``."""
+        codebook = self.codebook()
+        assert codebook is not None
+        return look_up(indices, codebook)
 
     @abstractmethod
     def codebook(self) -> Tensor | None:
@@ -158,28 +170,14 @@ class CodebookQuantizer(Quantizer):
 
     def __init__(self, *, num_embeddings: int, embedding_dim: int, assignment: str = "euclidean") -> None:
         super().__init__()
-        if assignment not in ASSIGNMENTS:
-            raise VaevqMedError(f"assignment is {assignment!r}; expected one of {', '.join(ASSIGNMENTS)}")
-        if num_embeddings < 1 or embedding_dim < 1:
-            raise VaevqMedError(
-                f"num_embeddings is {num_embeddings} and embedding_dim {embedding_dim}; expected at least 1 each"
-            )
+        check_sizes(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
-        self.assignment = assignment
+        self.assignment = check_choice("assignment", assignment, ASSIGNMENTS)
 
     @abstractmethod
     def codebook(self) -> Tensor:
         """The ``[K, D]`` table of this step, differentiable."""
-
-    def indices_to_codes(self, indices: Tensor) -> Tensor:
-        """Codes ``[B, D, *grid]`` of indices ``[B, *grid, 1]``.
-
-        Raises:
-            VaevqMedError: the indices have another shape, or one of them is not in [0, K).
-        """
-        self.check_indices(indices)
-        return look_up(indices, self.codebook())
 
     def assign(self, z: Tensor, codebook: Tensor, posterior: Posterior | None = None) -> Tensor:
         """Indices ``[B, *grid, 1]`` of ``z`` ``[B, D, *grid]``.
@@ -187,14 +185,8 @@ class CodebookQuantizer(Quantizer):
         Raises:
             VaevqMedError: the assignment needs a posterior and there is none.
         """
-        precision = None
-        if self.assignment == "posterior":
-            if posterior is None:
-                raise VaevqMedError(
-                    "assignment 'posterior' needs the encoder's posterior; found none: set network_def#variational "
-                    "to true, or the assignment to 'euclidean'"
-                )
-            precision = rows(posterior.std.detach().float()).square().reciprocal()
+        std = deviations(self.assignment, posterior)
+        precision = None if std is None else rows(std).square().reciprocal()
         with torch.autocast(z.device.type, enabled=False):
             flat = rows(z.detach().float())
             return on_grid(nearest_codeword(flat, codebook.detach().float(), precision=precision), z)
@@ -207,15 +199,55 @@ class CodebookQuantizer(Quantizer):
             codebook = self.codebook()
             indices = self.assign(z, codebook, posterior)
             codes = look_up(indices, codebook)
-            # The difference is exactly zero, so that the value is the code to the bit.
-            quantized = codes.detach() + (z - z.detach())
             return QuantizerOutput(
-                quantized=quantized,
+                quantized=straight_through(codes, z),
                 codes=codes,
                 indices=indices,
                 losses=vq_losses(z, codes),
                 codebook=codebook,
             )
+
+
+def deviations(assignment: str, posterior: Posterior | None) -> Tensor | None:
+    """The standard deviations ``[B, D, *grid]`` in units of which an assignment measures; None for the Euclidean one.
+
+    Raises:
+        VaevqMedError: the assignment needs a posterior and there is none.
+    """
+    if assignment == "euclidean":
+        return None
+    if posterior is None:
+        raise VaevqMedError(
+            "assignment 'posterior' needs the encoder's posterior; found none: set network_def#variational to true, or "
+            "the assignment to 'euclidean'"
+        )
+    return posterior.std.detach().float()
+
+
+def new_codewords(*shape: int, init: str, normalize: bool = False) -> nn.Parameter:
+    """A table ``[..., K, D]`` to train, drawn from U(-1/K, 1/K) (``"uniform"``) or N(0, 1) (``"normal"``).
+
+    Args:
+        shape: of the table.
+        init: which of the two.
+        normalize: start with codewords of length 1: a step of the optimizer would turn short ones, of a large uniform
+            start, at random.
+
+    Raises:
+        VaevqMedError: for another ``init``.
+    """
+    check_choice("init", init, ("uniform", "normal"))
+    table = torch.empty(shape)
+    if init == "uniform":
+        nn.init.uniform_(table, -1 / shape[-2], 1 / shape[-2])
+    else:
+        nn.init.normal_(table)
+    return nn.Parameter(F.normalize(table, dim=-1) if normalize else table)
+
+
+def straight_through(codes: Tensor, carrier: Tensor) -> Tensor:
+    """The value of ``codes`` to the bit, as the difference is exactly zero, with the gradient of ``carrier``."""
+    return codes.detach() + (carrier - carrier.detach())
 
 
 def vq_losses(z: Tensor, codes: Tensor) -> Mapping[str, Tensor]:

@@ -27,7 +27,7 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.compiling import outside_compiled_graphs
 from vaevq_med.networks.outputs import Posterior, QuantizerOutput
 from vaevq_med.networks.processes import from_first_process, is_distributed, number_from_first_process, sum_in_place
-from vaevq_med.networks.quantizers.base import FollowsLatents, rows, vq_losses
+from vaevq_med.networks.quantizers.base import FollowsLatents, rows, straight_through, vq_losses
 from vaevq_med.networks.quantizers.grouped import GroupedQuantizer, look_up_groups
 
 # Probabilities held at once while anchors are drawn.
@@ -148,7 +148,7 @@ class MGVQ(FollowsLatents, GroupedQuantizer):
             codes = look_up_groups(indices, codebook)
             whole = vq_losses(self._keep(z, num_active), self._keep(codes, num_active))
             losses = {name: loss * self.num_codebooks / num_active for name, loss in whole.items()}
-            quantized = self._keep(codes.detach() + (z - z.detach()), num_active)
+            quantized = self._keep(straight_through(codes, z), num_active)
             if self.training:
                 self.follow(z.detach(), indices)
             return QuantizerOutput(quantized=quantized, codes=codes, indices=indices, losses=losses, codebook=codebook)

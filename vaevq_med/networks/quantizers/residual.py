@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.outputs import Posterior, QuantizerOutput
 from vaevq_med.networks.processes import number_from_first_process
-from vaevq_med.networks.quantizers.base import CodebookQuantizer, Quantizer, look_up, rows
+from vaevq_med.networks.quantizers.base import CodebookQuantizer, Quantizer, look_up, rows, straight_through
 from vaevq_med.networks.quantizers.ema import VectorQuantizerEMA
 
 
@@ -135,7 +135,7 @@ class ResidualQuantizer(Quantizer):
         if self.training:
             self._update(residuals[:kept], [output.indices.flatten() for output in outputs[:kept]])
         return QuantizerOutput(
-            quantized=codes.detach() + (z - z.detach()),
+            quantized=straight_through(codes, z),
             codes=codes,
             indices=torch.cat([output.indices for output in outputs], dim=-1),
             losses=losses,

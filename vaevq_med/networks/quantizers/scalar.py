@@ -95,15 +95,9 @@ class ScalarQuantizer(Quantizer):
         """Indices ``[B, *grid, 1]`` of digits ``[B, *grid, d]``."""
         return (digits * self.strides).sum(dim=-1, keepdim=True)
 
-    def indices_to_codes(self, indices: Tensor) -> Tensor:
-        """Codes ``[B, D, *grid]`` of indices ``[B, *grid, 1]``.
-
-        Raises:
-            VaevqMedError: the indices have another shape, or one of them is not in [0, K).
-        """
-        self.check_indices(indices)
-        with torch.autocast(indices.device.type, enabled=False):
-            return self.codes_of_digits(self.indices_to_digits(indices))
+    def codes_of(self, indices: Tensor) -> Tensor:
+        """Codes ``[B, D, *grid]`` of the indices' digits."""
+        return self.codes_of_digits(self.indices_to_digits(indices))
 
     def losses(self, latent: Tensor, codes: Tensor) -> Mapping[str, Tensor]:
         """The method's losses of rounded channels ``[B, *grid, d]`` and their codes; none by default."""

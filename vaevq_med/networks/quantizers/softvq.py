@@ -14,12 +14,20 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.outputs import Posterior, QuantizerOutput
-from vaevq_med.networks.quantizers.base import Quantizer, channels_first, channels_last, on_grid
+from vaevq_med.networks.quantizers.base import (
+    Quantizer,
+    channels_first,
+    channels_last,
+    new_codewords,
+    on_grid,
+    straight_through,
+)
 from vaevq_med.networks.quantizers.soft_assignment import assignment_entropy, soft_codes
+from vaevq_med.networks.ranges import check_sizes
 
 
 class SoftVQ(Quantizer):
@@ -67,11 +75,7 @@ class SoftVQ(Quantizer):
         init: str = "uniform",
     ) -> None:
         super().__init__()
-        if num_embeddings < 1 or embedding_dim < 1 or num_segments < 1:
-            raise VaevqMedError(
-                f"num_embeddings is {num_embeddings}, embedding_dim {embedding_dim} and num_segments {num_segments}; "
-                "expected at least 1 each"
-            )
+        check_sizes(num_embeddings=num_embeddings, embedding_dim=embedding_dim, num_segments=num_segments)
         if not (temperature > 0 and entropy_temperature > 0):
             raise VaevqMedError(
                 f"temperature is {temperature} and entropy_temperature {entropy_temperature}; expected above 0"
@@ -83,17 +87,8 @@ class SoftVQ(Quantizer):
         self.entropy_temperature = entropy_temperature
         self.normalize = normalize
         self.select_readout(readout)
-        self.embedding = nn.Parameter(torch.empty(num_segments, num_embeddings, embedding_dim))
-        if init == "uniform":
-            nn.init.uniform_(self.embedding, -1 / num_embeddings, 1 / num_embeddings)
-        elif init == "normal":
-            nn.init.normal_(self.embedding)
-        else:
-            raise VaevqMedError(f"init is {init!r}; expected 'uniform' or 'normal'")
-        if normalize:
-            # A step of the optimizer would turn the short codewords of a large uniform start at random.
-            with torch.no_grad():
-                self.embedding.copy_(F.normalize(self.embedding, dim=-1))
+        shape = (num_segments, num_embeddings, embedding_dim)
+        self.embedding = new_codewords(*shape, init=init, normalize=normalize)
 
     def select_readout(self, readout: str) -> None:
         """Decode mixtures (``"soft"``) or codewords (``"hard"``) from now on.
@@ -108,13 +103,8 @@ class SoftVQ(Quantizer):
         """The tables, ``[S, K, D]``; of codewords of length 1 where they are normalized."""
         return F.normalize(self.embedding, dim=-1) if self.normalize else self.embedding
 
-    def indices_to_codes(self, indices: Tensor) -> Tensor:
-        """Codewords ``[B, D, *grid]`` of indices ``[B, *grid, 1]``, each from the codebook of its position's segment.
-
-        Raises:
-            VaevqMedError: the indices have another shape, or one of them is not in [0, K).
-        """
-        self.check_indices(indices)
+    def codes_of(self, indices: Tensor) -> Tensor:
+        """Codewords ``[B, D, *grid]``, each from the codebook of its position's segment."""
         return self._look_up(indices, self.codebook())
 
     def _look_up(self, indices: Tensor, codebook: Tensor) -> Tensor:
@@ -152,11 +142,5 @@ class SoftVQ(Quantizer):
             if self.readout == "soft":
                 return QuantizerOutput(quantized=soft, codes=soft, indices=chosen, losses=losses, codebook=codebook)
             codes = self._look_up(chosen, codebook)
-            return QuantizerOutput(
-                # The difference is exactly zero, so that the value is the code to the bit.
-                quantized=codes.detach() + (soft - soft.detach()),
-                codes=codes,
-                indices=chosen,
-                losses=losses,
-                codebook=codebook,
-            )
+            quantized = straight_through(codes, soft)
+            return QuantizerOutput(quantized=quantized, codes=codes, indices=chosen, losses=losses, codebook=codebook)
