@@ -17,6 +17,7 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.quantizers import SimVQ, VectorQuantizer, nearest, nearest_codeword
 from vaevq_med.networks.quantizers.base import CodebookQuantizer
+from vaevq_med.networks.quantizers.distances import Search
 
 K, D = 32, 4
 MAKERS: dict[str, Callable[[str], CodebookQuantizer]] = {
@@ -464,14 +465,14 @@ def test_copies_of_codewords_go_to_the_first_of_them(num_embeddings: int) -> Non
 
 def test_a_codebook_of_one_value_is_searched_without_a_distance_to_every_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    evaluate = nearest.distances_of
+    evaluate = Search.distances
 
     def count(*arguments: Any) -> torch.Tensor:
         distances = evaluate(*arguments)
         seen.append(distances.numel())
         return distances
 
-    monkeypatch.setattr(nearest, "distances_of", count)
+    monkeypatch.setattr(Search, "distances", count)
     index = nearest_codeword(torch.randn(500, 4), torch.zeros(4096, 4))
     assert bool((index == 0).all())
     assert sum(seen) < 500 * 4096 / 10
