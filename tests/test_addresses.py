@@ -24,6 +24,8 @@ KNOWN = {
     "errors": ("VaevqMedError", "DataError", "MissingWeightsError", "ItemError"),
     "outputs": ("LossOutput", "Posterior", "QuantizerOutput", "TokenizerOutput"),
     "resources": ("bundle_path", "recipe_path"),
+    "networks.quantizers.factorized": ("FactorizedQuantizer",),
+    "networks.modulated_decoder": ("ModulatedDecoder", "ModulatedNorm"),
 }
 
 

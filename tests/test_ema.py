@@ -18,7 +18,7 @@ from test_bundle import evaluation_overrides, run_bundle, states_equal
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.quantizers import VectorQuantizerEMA
-from vaevq_med.networks.quantizers.clusters import assignment_totals, draw_replacements
+from vaevq_med.networks.quantizers.ema import assignment_totals, draw_replacements
 from vaevq_med.trained.file import read_checkpoint
 
 

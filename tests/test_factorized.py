@@ -85,7 +85,7 @@ def test_normalized_codewords_start_at_length_one() -> None:
         ({"num_codebooks": 1}, "num_codebooks is 1; expected at least 2"),
         ({"num_codebooks": 3}, "a multiple of num_codebooks"),
         ({"num_embeddings": 0}, "num_embeddings is 0"),
-        ({"init": "zeros"}, "'uniform' or 'normal'"),
+        ({"init": "zeros"}, "expected one of uniform, normal"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], said: str) -> None:

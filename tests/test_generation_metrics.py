@@ -35,12 +35,16 @@ from vaevq_med.evaluation.samples import EvaluateSamples, table
 from vaevq_med.generation.samples import SampleWriter
 from vaevq_med.images.generated import find_samples, generation_record
 from vaevq_med.metrics import inception_score, memorization, neighbors, statistics
-from vaevq_med.metrics.frechet import FrechetDistance
-from vaevq_med.metrics.inception import score_splits
+from vaevq_med.metrics.generation import score_splits
 from vaevq_med.metrics.memorization import Neighbors, PixelSearch, cosine_neighbors, summarize_distances, threshold_of
 from vaevq_med.metrics.neighbors import NearestNeighbors, precision_recall
 from vaevq_med.metrics.reference import ReferenceCache, ReferenceFeatures
-from vaevq_med.metrics.statistics import FeatureStatistics, extrapolate_frechet_distance, frechet_distance
+from vaevq_med.metrics.statistics import (
+    FeatureStatistics,
+    FrechetDistance,
+    extrapolate_frechet_distance,
+    frechet_distance,
+)
 from vaevq_med.networks.features import feature_network
 from vaevq_med.trained.network import StoredTokenizer
 

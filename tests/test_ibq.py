@@ -84,8 +84,8 @@ def test_nothing_as_large_as_latents_times_codewords_is_held(monkeypatch: pytest
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"num_embeddings": 0}, "num_embeddings is 0 and embedding_dim 4; expected at least 1"),
-        ({"embedding_dim": 0}, "embedding_dim 0"),
+        ({"num_embeddings": 0}, "num_embeddings is 0; expected at least 1"),
+        ({"embedding_dim": 0}, "embedding_dim is 0"),
         ({"entropy_temperature": 0.0}, "entropy_temperature is 0.0; expected above 0"),
     ],
 )

@@ -21,7 +21,7 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.losses.adversarial import AdversarialTerm, adaptive_weight, discriminator_loss, generator_loss
 from vaevq_med.losses.base import LossTerm
 from vaevq_med.losses.dcr import DCRLoss, gaussian_wasserstein2_to_standard
-from vaevq_med.losses.kl import KLLoss, content_mask, kl_to_standard_normal
+from vaevq_med.losses.kl import KLLoss, content_mask, kl_per_token, kl_to_standard_normal
 from vaevq_med.losses.objective import TokenizerObjective
 from vaevq_med.losses.quantizer import QuantizerLoss
 from vaevq_med.losses.rcs import RCSLoss, representation_coherence
@@ -286,6 +286,17 @@ def test_kl_budget_raises_the_factor_above_the_target_and_lowers_it_below() -> N
         assert float(term.factor) == held
 
 
+@pytest.mark.parametrize("grid", [(12,), (2, 3, 2)])
+def test_terms_do_not_depend_on_how_positions_are_laid_out(grid: tuple[int, ...]) -> None:
+    mean, logvar, codes = random(3, 2, 4, 12).unbind()
+    laid = kl_per_token(mean.unflatten(-1, grid), logvar.unflatten(-1, grid))
+    assert laid.shape == (2, *grid)
+    torch.testing.assert_close(laid.flatten(1), kl_per_token(mean, logvar))
+    std = (0.5 * logvar).exp()
+    laid = representation_coherence(*(value.unflatten(-1, grid) for value in (codes, mean, std)))
+    torch.testing.assert_close(laid, representation_coherence(codes, mean, std))
+
+
 def test_kl_scale_without_a_budget() -> None:
     term = KLLoss(scale=0.25)
     # 3 channels of mean 2: 0.5 * 3 * 4 = 6 nats a token.
@@ -310,6 +321,21 @@ def test_content_mask_sees_any_channel() -> None:
     images[0, 2, 3, 5] = 1.0
     images[1] = 0.7
     assert content_mask(images, (2, 3)).nonzero().tolist() == [[0, 1, 2]]
+
+
+def test_content_of_signals_and_volumes() -> None:
+    volume = torch.zeros(1, 1, 2, 4, 6)
+    volume[0, 0, 1, 3, 5] = 1.0
+    assert content_mask(volume, (1, 2, 3)).nonzero().tolist() == [[0, 0, 1, 2]]
+    assert content_mask(volume[:, 0, 0, 0].unsqueeze(1) + volume[:, 0, 1, 3].unsqueeze(1), (3,)).tolist() == [
+        [False, False, True]
+    ]
+
+
+def test_tokens_without_a_patch_of_their_own_have_no_content() -> None:
+    term = KLLoss(budget=1.0, num_embeddings=8)
+    with pytest.raises(VaevqMedError, match=r"grid \[4\] of images \[4, 4\]; .* tokens 'all'"):
+        term(torch.zeros(1, 1, 4, 4), make_output(mean=torch.zeros(1, 3, 4)))
 
 
 def test_kl_budget_counts_content_only() -> None:

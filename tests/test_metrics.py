@@ -24,8 +24,8 @@ from vaevq_med.evaluation.reconstruction import ReconstructionEvaluation
 from vaevq_med.metrics.base import ImageMetric
 from vaevq_med.metrics.codebook import CodebookUsage
 from vaevq_med.metrics.figures import Figure
-from vaevq_med.metrics.frechet import FrechetDistance
 from vaevq_med.metrics.reconstruction import PSNR, psnr_per_image, region_mean, region_psnr, ssim_per_image, to_unit
+from vaevq_med.metrics.statistics import FrechetDistance
 from vaevq_med.networks.features import FeatureNetwork
 
 
@@ -91,6 +91,7 @@ def test_frechet_distance_of_a_process_that_saw_no_image(monkeypatch: pytest.Mon
         tensor += torch.as_tensor(other.count) if tensor.ndim == 0 else other._sums
 
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_reduce", reduce)
     found = own.compute()
     monkeypatch.undo()

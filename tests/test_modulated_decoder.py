@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.blocks import ResidualBlock
-from vaevq_med.networks.decoder import Decoder
+from vaevq_med.networks.decoder import Decoder, ModulatedDecoder, ModulatedNorm
 from vaevq_med.networks.encoder import Encoder, vqgan_preset
-from vaevq_med.networks.modulated_decoder import ModulatedDecoder, ModulatedNorm
 from vaevq_med.networks.quantizers import SimVQ
 from vaevq_med.networks.tokenizer import VisualTokenizer
 

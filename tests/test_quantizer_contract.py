@@ -50,6 +50,19 @@ def test_every_quantizer_has_a_case() -> None:
     assert {type(case.make()) for case in CASES.values()} == concrete
 
 
+def test_what_fixes_the_number_of_codewords_is_an_argument(quantizer: Quantizer) -> None:
+    kind = type(quantizer)
+    assert kind.size_arguments
+    assert set(kind.size_arguments) <= set(inspect.signature(kind).parameters)
+
+
+def test_a_sweep_sets_the_number_of_codewords_alone_or_not_at_all() -> None:
+    kinds = {type(case.make()).__name__: type(case.make()).size_arguments for case in CASES.values()}
+    assert kinds["FSQ"] == kinds["IFSQ"] == ("levels", "embedding_dim")
+    assert kinds["LFQ"] == ("num_embeddings", "embedding_dim")
+    assert kinds["VectorQuantizer"] == kinds["MGVQ"] == ("num_embeddings",)
+
+
 def test_shapes_types_and_ranges(quantizer: Quantizer) -> None:
     z, posterior = latent(quantizer)
     for mode in (True, False):
@@ -60,6 +73,36 @@ def test_shapes_types_and_ranges(quantizer: Quantizer) -> None:
         assert output.quantized.shape == output.codes.shape == z.shape
         assert output.quantized.dtype == output.codes.dtype == torch.float32
         assert all(loss.ndim == 0 and bool(loss.isfinite()) for loss in output.losses.values())
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("grid", [(12,), (2, 3, 2)])
+def test_how_the_positions_are_laid_out_changes_nothing(case: Case, grid: tuple[int, ...], training: bool) -> None:
+    """Tokens in a row and those of a volume are what the same latents give in rows and columns."""
+    found = []
+    for sizes in (grid, (3, 4)):
+        torch.manual_seed(0)
+        quantizer = case.make().train(training)
+        generator = torch.Generator().manual_seed(1)
+        z, logvar = torch.randn(2, 2, quantizer.embedding_dim, 12, generator=generator).unflatten(-1, sizes)
+        posterior = DiagonalGaussian(z, logvar)
+        for _ in range(2):  # the second time with the codebook that the first one moved
+            output = quantizer(z.requires_grad_(), posterior)
+        assert output.indices.shape == (2, *sizes, quantizer.num_codebooks)
+        assert output.quantized.shape == output.codes.shape == (2, quantizer.embedding_dim, *sizes)
+        (gradient,) = torch.autograd.grad(output.quantized.square().sum() + sum(output.losses.values()), z)
+        looked_up = quantizer.eval().indices_to_codes(output.indices)
+        found.append(
+            {
+                "indices": output.indices.flatten(1, -2),
+                "quantized": output.quantized.flatten(2),
+                "codes": output.codes.flatten(2),
+                "looked up": looked_up.flatten(2),
+                "gradient": gradient.flatten(2),
+                **output.losses,
+            }
+        )
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -175,7 +218,7 @@ def test_state_dict_round_trip(quantizer: Quantizer, case: Case, tmp_path: Path)
 def test_bad_indices_are_refused(quantizer: Quantizer) -> None:
     groups, top = quantizer.num_codebooks, quantizer.num_embeddings
     for bad, said in (
-        (torch.zeros(1, 2, 2, dtype=torch.int64), r"shape \(1, 2, 2\)"),
+        (torch.zeros(1, groups, dtype=torch.int64), rf"shape \(1, {groups}\)"),
         (torch.zeros(1, 2, 2, groups + 1, dtype=torch.int64), "shape"),
         (torch.full((1, 2, 2, groups), top), f"range from {top} to {top}"),
         (torch.full((1, 2, 2, groups), -1), "range from -1 to -1"),
@@ -186,5 +229,7 @@ def test_bad_indices_are_refused(quantizer: Quantizer) -> None:
 
 def test_a_latent_of_another_width_is_refused(quantizer: Quantizer) -> None:
     width = quantizer.embedding_dim
-    with pytest.raises(VaevqMedError, match=rf"expected \[B, {width}, h, w\]"):
+    with pytest.raises(VaevqMedError, match=rf"expected \[B, {width}, \*grid\]"):
         quantizer(torch.zeros(1, width + 1, 2, 2), None)
+    with pytest.raises(VaevqMedError, match=rf"shape \(1, {width}\)"):
+        quantizer(torch.zeros(1, width), None)

@@ -17,6 +17,7 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.quantizers import SimVQ, VectorQuantizer, nearest, nearest_codeword
 from vaevq_med.networks.quantizers.base import CodebookQuantizer
+from vaevq_med.networks.quantizers.distances import Search
 
 K, D = 32, 4
 MAKERS: dict[str, Callable[[str], CodebookQuantizer]] = {
@@ -158,7 +159,7 @@ def test_bad_indices_are_refused(quantizer: CodebookQuantizer, bad: torch.Tensor
 
 
 def test_a_latent_of_another_width_is_refused(quantizer: CodebookQuantizer) -> None:
-    with pytest.raises(VaevqMedError, match=r"expected \[B, 4, h, w\]"):
+    with pytest.raises(VaevqMedError, match=r"expected \[B, 4, \*grid\]"):
         quantizer(torch.zeros(1, D + 1, 2, 2), None)
 
 
@@ -170,8 +171,8 @@ def test_posterior_assignment_without_a_posterior_says_what_to_set() -> None:
 @pytest.mark.parametrize(
     ("kind", "options", "said"),
     [
-        (VectorQuantizer, {"init": "zeros"}, "'uniform' or 'normal'"),
-        (SimVQ, {"init": "uniform"}, "'default' or 'orthogonal'"),
+        (VectorQuantizer, {"init": "zeros"}, "expected one of uniform, normal"),
+        (SimVQ, {"init": "uniform"}, "expected one of default, orthogonal"),
         (SimVQ, {"assignment": "cosine"}, "expected one of euclidean, posterior"),
         (VectorQuantizer, {"num_embeddings": 0}, "expected at least 1"),
         (VectorQuantizer, {"embedding_dim": 0}, "expected at least 1"),
@@ -464,14 +465,14 @@ def test_copies_of_codewords_go_to_the_first_of_them(num_embeddings: int) -> Non
 
 def test_a_codebook_of_one_value_is_searched_without_a_distance_to_every_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    evaluate = nearest.distances_of
+    evaluate = Search.distances
 
     def count(*arguments: Any) -> torch.Tensor:
         distances = evaluate(*arguments)
         seen.append(distances.numel())
         return distances
 
-    monkeypatch.setattr(nearest, "distances_of", count)
+    monkeypatch.setattr(Search, "distances", count)
     index = nearest_codeword(torch.randn(500, 4), torch.zeros(4096, 4))
     assert bool((index == 0).all())
     assert sum(seen) < 500 * 4096 / 10

@@ -135,12 +135,12 @@ def test_nothing_as_large_as_latents_times_codewords_is_held(monkeypatch: pytest
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"num_segments": 0}, "num_segments 0; expected at least 1"),
+        ({"num_segments": 0}, "num_segments is 0; expected at least 1"),
         ({"num_embeddings": 0}, "num_embeddings is 0"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"entropy_temperature": -1.0}, "entropy_temperature -1.0; expected above 0"),
         ({"readout": "firm"}, "readout is 'firm'; expected one of soft, hard"),
-        ({"init": "zeros"}, "'uniform' or 'normal'"),
+        ({"init": "zeros"}, "expected one of uniform, normal"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], said: str) -> None:

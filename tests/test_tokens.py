@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,9 +26,10 @@ from vaevq_med.core.errors import ItemError, VaevqMedError
 from vaevq_med.images.dataset import SliceDataset
 from vaevq_med.images.manifest import load_manifest
 from vaevq_med.images.transforms import LoadSliced
-from vaevq_med.networks.decoder import Decoder
+from vaevq_med.networks.decoder import Decoder, ModulatedDecoder
 from vaevq_med.networks.encoder import Encoder
-from vaevq_med.networks.modulated_decoder import ModulatedDecoder
+from vaevq_med.networks.generators.latent_diffusion import LatentDiffusionUNet
+from vaevq_med.networks.generators.llamagen import LlamaGen
 from vaevq_med.networks.quantizers.base import Quantizer
 from vaevq_med.networks.tokenizer import VisualTokenizer
 from vaevq_med.tokens import encode as encode_tokens
@@ -194,11 +196,48 @@ def test_indices_have_the_smallest_sufficient_type(num_embeddings: int, dtype: s
     assert np.array_equal(TokenDataset(tokens_dir=tmp_path, split="test")[0]["indices"].numpy(), values[0, 0])
 
 
-def write_store(root: Path, values: np.ndarray, num_embeddings: int, label: int = 0) -> None:
+@pytest.mark.parametrize("grid", [(6,), (2, 3), (1, 2, 3)])
+@pytest.mark.parametrize("kind", ["indices", "latents"])
+def test_a_store_of_a_grid_of_any_rank(grid: tuple[int, ...], kind: str, tmp_path: Path) -> None:
+    shape = (2, 3, *grid, 2) if kind == "indices" else (2, 3, 4, *grid)  # [N, views, ...]
+    values = np.arange(np.prod(shape)).reshape(shape)
+    write_store(tmp_path, values, 1000, kind=kind, grid=grid)
+    store = load_token_store(tmp_path)
+    assert store.grid == grid
+    assert json.loads((tmp_path / "tokens.json").read_text())["grid"] == list(grid)
+    tokens = TokenDataset(tokens_dir=tmp_path, split="test", grid=list(grid))
+    item = tokens[1][{"indices": "indices", "latents": "latent"}[kind]]
+    assert item.shape == shape[2:]
+    assert item.tolist() in values[1].tolist()
+    with pytest.raises(VaevqMedError, match=re.escape(f"of grid {grid}, expected grid (3, 2)")):
+        TokenDataset(tokens_dir=tmp_path, split="test", grid=(3, 2))
+
+
+@pytest.mark.parametrize("grid", [(6,), (1, 2, 3)])
+def test_generators_made_for_rows_and_columns_refuse_other_grids(grid: tuple[int, ...], tmp_path: Path) -> None:
+    write_store(tmp_path, np.zeros((1, 1, *grid, 1), dtype=np.int64), 8, grid=grid)
+    found = re.escape(f"tokens.json: found a grid of {'x'.join(map(str, grid))}, expected rows and columns, which ")
+    for network in (
+        LlamaGen(num_embeddings=8, grid_size=2, width=8, depth=1, num_heads=2, num_classes=2),
+        LatentDiffusionUNet(in_channels=4, num_classes=2, num_channels=32, channel_mult=(1,), num_res_blocks=1),
+    ):
+        with pytest.raises(VaevqMedError, match=f"{found}{type(network).__name__} is made for"):
+            network.check_fit(load_token_store(tmp_path).content, "tokens.json")
+
+
+def write_store(
+    root: Path,
+    values: np.ndarray,
+    num_embeddings: int,
+    label: int = 0,
+    *,
+    kind: str = "indices",
+    grid: tuple[int, ...] | None = None,
+) -> None:
     """A store of one split with the label names a and b."""
     header = {
         "format": 1,
-        "kind": "indices",
+        "kind": kind,
         "tokenizer": {
             "content_hash": "sha256:made",
             "quantizer": "SimVQ",
@@ -207,8 +246,8 @@ def write_store(root: Path, values: np.ndarray, num_embeddings: int, label: int 
             "num_codebooks": values.shape[-1],
             "embedding_dim": 4,
         },
-        "grid": values.shape[2:4],
-        "dtype": index_type(num_embeddings),
+        "grid": values.shape[2:4] if grid is None else grid,
+        "dtype": index_type(num_embeddings) if kind == "indices" else "float32",
         "image_size": 8,
         "in_channels": 1,
         "label": {"kind": "class", "names": ["a", "b"]},

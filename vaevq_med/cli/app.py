@@ -460,8 +460,7 @@ def encode_tokens(
     with _watched("image", "images") as (progress, start, _):
         report = command.run(on_start=start, on_images=lambda count: progress.advance(progress.task_ids[0], count))
     store = report.store
-    height, width = store.grid
-    tokenizer = store.tokenizer
+    grid, tokenizer = "x".join(map(str, store.grid)), store.tokenizer
     typer.echo(f"{store.root}: {report.written:,} images encoded, {report.reused:,} were done")
     for name in store.splits:
         array = store.array(name)
@@ -471,7 +470,7 @@ def encode_tokens(
             f"{array.dtype.name}, {_size(array.nbytes)}"
         )
     typer.echo(
-        f"  {store.kind} of {tokenizer['quantizer']}: grid {height}x{width}, K {tokenizer['num_embeddings']:,}, "
+        f"  {store.kind} of {tokenizer['quantizer']}: grid {grid}, K {tokenizer['num_embeddings']:,}, "
         f"G {tokenizer['num_codebooks']}, D {tokenizer['embedding_dim']}"
     )
     names = f" ({len(store.label_names):,})" if store.label_names else ""

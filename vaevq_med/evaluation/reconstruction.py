@@ -16,8 +16,8 @@ from vaevq_med.evaluation.report import EvaluationReport, Summary
 from vaevq_med.metrics import figures
 from vaevq_med.metrics.base import ImageMetric
 from vaevq_med.metrics.codebook import CodebookUsage
-from vaevq_med.metrics.frechet import FrechetDistance
 from vaevq_med.metrics.reconstruction import PSNR, SSIM, to_unit
+from vaevq_med.metrics.statistics import FrechetDistance
 from vaevq_med.networks.features import FeatureNetwork
 
 # Batches whose figures stay on a device before they are read.

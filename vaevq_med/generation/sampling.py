@@ -307,8 +307,8 @@ class ImageSampler(BaseEvaluator):
             val_handlers=val_handlers,
             **kwargs,
         )
-        height, width = map(int, stored.tokens["grid"])
-        self._draw = network.draws(tokenizer, grid=(height, width), settings=settings, trained_with=stored.value)
+        grid = tuple(map(int, stored.tokens["grid"]))
+        self._draw = network.draws(tokenizer, grid=grid, settings=settings, trained_with=stored.value)
 
     def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
         """Draw what is to be drawn."""

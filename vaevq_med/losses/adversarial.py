@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.losses.base import check_choice, paths
+from vaevq_med.losses.base import paths
 from vaevq_med.networks.outputs import TokenizerOutput
+from vaevq_med.networks.processes import mean_without_gradient
+from vaevq_med.networks.ranges import check_choice
 
 LOSSES = ("hinge", "non_saturating")
 GAN_PATHS = ("quantized", "continuous", "both", "mean_logits")
@@ -57,13 +58,7 @@ def adaptive_weight(
     >>> adaptive_weight(torch.tensor([3.0, 4.0]), torch.tensor([0.0]), maximum=7.0)
     tensor(7.)
     """
-    gradients = [of_likelihood.float(), of_adversarial.float()]
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        gradients = [gradient.clone() for gradient in gradients]
-        for gradient in gradients:
-            dist.all_reduce(gradient)
-            gradient /= dist.get_world_size()
-    above, below = (gradient.norm() for gradient in gradients)
+    above, below = (mean_without_gradient(gradient.float()).norm() for gradient in (of_likelihood, of_adversarial))
     return (above / (below + epsilon)).clamp(0, maximum)
 
 

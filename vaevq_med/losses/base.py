@@ -36,13 +36,6 @@ class LossTerm(nn.Module, ABC):
         return {}
 
 
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
-    """Return ``value``, or raise a VaevqMedError that names the choices."""
-    if value not in choices:
-        raise VaevqMedError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
-    return value
-
-
 def paths(output: TokenizerOutput, which: str = "both") -> list[Tensor]:
     """The reconstructions of an output.
 

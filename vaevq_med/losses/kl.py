@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.losses.base import LossTerm, check_choice
+from vaevq_med.losses.base import LossTerm
 from vaevq_med.networks.outputs import TokenizerOutput
+from vaevq_med.networks.processes import sum_in_place
+from vaevq_med.networks.ranges import check_choice
+
+_POOLING = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 
 def kl_per_token(mean: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mean, exp(logvar)) || N(0, I)) of each position, summed over D: ``[B, h, w]``, in nats.
+    """KL(N(mean, exp(logvar)) || N(0, I)) of each position, summed over D: ``[B, *grid]``, in nats.
 
     Args:
-        mean: ``[B, D, h, w]``.
+        mean: ``[B, D, *grid]``.
         logvar: log variance, of the same shape.
     """
     mean, logvar = mean.float(), logvar.float()
@@ -31,7 +34,7 @@ def kl_to_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
     """KL(N(mean, exp(logvar)) || N(0, I)), summed over D, mean over positions, in nats.
 
     Args:
-        mean: ``[B, D, h, w]``.
+        mean: ``[B, D, *grid]``.
         logvar: log variance, of the same shape.
 
     Returns:
@@ -128,7 +131,7 @@ class KLLoss(LossTerm):
     def _steer(self, per_token: Tensor, target: Tensor) -> None:
         counted = torch.ones_like(per_token)
         if self.tokens == "content":
-            counted = content_mask(target, per_token.shape[-2:]).to(per_token)
+            counted = content_mask(target, per_token.shape[1:]).to(per_token)
         sums = torch.stack([(per_token * counted).sum(), counted.sum()])
         if self._parts is None:
             self._move(sums)
@@ -139,22 +142,29 @@ class KLLoss(LossTerm):
     def _move(self, sums: Tensor) -> None:
         """Multiply the factor by what the KL of the counted tokens and their number, ``[2]``, ask for."""
         assert self.target is not None
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(sums)
+        sums = sum_in_place(sums)
         ratio = sums[0] / sums[1].clamp_min(1) / self.target
         step = ratio.clamp_min(1e-6).pow(self.rate).clamp(0.9, 1.1)
         # Without a counted token there is nothing to go by.
         self.factor.mul_(torch.where(sums[1] > 0, step, torch.ones_like(step))).clamp_(1e-6, 1e6)
 
 
-def content_mask(images: Tensor, grid: torch.Size | tuple[int, int]) -> Tensor:
-    """Which tokens see something: the image patch of the position is not constant. ``[B, h, w]``, bool.
+def content_mask(images: Tensor, grid: Sequence[int]) -> Tensor:
+    """Which tokens see something: the image patch of the position is not constant. ``[B, *grid]``, bool.
 
     Args:
-        images: ``[B, C, H, W]``.
-        grid: ``(h, w)``.
+        images: ``[B, C, H, W]``, or of another number of axes.
+        grid: sizes of the latent grid, an axis for each of the image's.
+
+    Raises:
+        VaevqMedError: the grid has another number of axes: its positions have no patches.
     """
-    window = (images.shape[-2] // grid[0], images.shape[-1] // grid[1])
-    highest = F.max_pool2d(images.float(), window)
-    lowest = -F.max_pool2d(-images.float(), window)
+    if len(grid) != images.ndim - 2 or len(grid) not in _POOLING:
+        raise VaevqMedError(
+            f"tokens is 'content' with a grid {list(grid)} of images {list(images.shape[2:])}; expected an axis for "
+            "each of the image's, or tokens 'all'"
+        )
+    window = tuple(size // positions for size, positions in zip(images.shape[2:], grid, strict=True))
+    pool = _POOLING[len(grid)]
+    highest, lowest = pool(images.float(), window), -pool(-images.float(), window)  # [B, C, *grid]
     return (highest - lowest).amax(dim=1) > 1e-6

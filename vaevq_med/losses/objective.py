@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -144,11 +144,7 @@ class TokenizerObjective(nn.Module):
             of_likelihood = gradients(likelihood, leaves)
             values["adversarial"] = gan = adversarial.generator(judged, discriminator)
             of_gan = gradients(gan, leaves)
-            at_last_layer = [
-                torch.autograd.grad(images, last_layer, given, retain_graph=True)[0]
-                for given in (of_likelihood, of_gan)
-            ]
-            values["adaptive_weight"] = adaptive_weight(*at_last_layer)
+            values["adaptive_weight"] = _ratio_at(last_layer, images, of_likelihood, of_gan)
             weight = adversarial.weight * values["adaptive_weight"]
             both = [one + weight.to(two.dtype) * two for one, two in zip(of_likelihood, of_gan, strict=True)]
             total = total + with_gradient(likelihood.detach() + weight * gan.detach(), images, both)
@@ -178,3 +174,8 @@ class TokenizerObjective(nn.Module):
             total=values["loss"],
             terms={name: value.detach() for name, value in values.items() if name != "loss"},
         )
+
+
+def _ratio_at(layer: Tensor, images: Sequence[Tensor], *known: Sequence[Tensor]) -> Tensor:
+    """The adaptive weight of two losses whose gradients by the images are known, at the weight that makes these."""
+    return adaptive_weight(*(torch.autograd.grad(images, layer, of_one, retain_graph=True)[0] for of_one in known))

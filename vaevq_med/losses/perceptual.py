@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vaevq_med.losses.base import PATH_REDUCTIONS, PATHS, LossTerm, check_choice, combine, paths
+from vaevq_med.losses.base import PATH_REDUCTIONS, PATHS, LossTerm, combine, paths
 from vaevq_med.networks.features import feature_network
 from vaevq_med.networks.outputs import TokenizerOutput
+from vaevq_med.networks.ranges import check_choice
 
 
 class PerceptualLoss(LossTerm):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.losses.base import LossTerm, check_choice
+from vaevq_med.losses.base import LossTerm
 from vaevq_med.networks.outputs import TokenizerOutput
+from vaevq_med.networks.ranges import check_choice
 
 
 def representation_coherence(
@@ -24,7 +25,7 @@ def representation_coherence(
     positions open.
 
     Args:
-        codes: differentiable codes z_q, ``[B, D, h, w]``.
+        codes: differentiable codes z_q, ``[B, D, *grid]``.
         mean: posterior mean, of the same shape.
         std: posterior standard deviation, of the same shape, positive.
         detach_std: stop the gradient at ``std``, as the paper does; the released code does not.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from vaevq_med.losses.base import PATH_REDUCTIONS, PATHS, LossTerm, check_choice, combine, paths
+from vaevq_med.losses.base import PATH_REDUCTIONS, PATHS, LossTerm, combine, paths
 from vaevq_med.networks.outputs import TokenizerOutput
+from vaevq_med.networks.processes import mean_without_gradient
+from vaevq_med.networks.ranges import check_choice
 
 KINDS = ("l2", "l1", "calibrated")
 
@@ -21,11 +22,7 @@ def calibrated_likelihood(error: Tensor) -> Tensor:
     Args:
         error: this process's mean squared error, a scalar.
     """
-    overall = error.detach().clone()
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(overall)
-        overall /= dist.get_world_size()
-    overall = overall.clamp_min(1e-12)
+    overall = mean_without_gradient(error).clamp_min(1e-12)
     slope = 0.5 * error / overall
     return slope - slope.detach() + 0.5 * overall.log()
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks.processes import sum_in_place
 from vaevq_med.networks.ranges import check_range
 
 
@@ -33,7 +33,7 @@ class CodebookUsage:
         self.counts = torch.zeros(num_codebooks, num_embeddings, dtype=torch.int64, device=device)
 
     def update(self, indices: Tensor) -> None:
-        """Count indices ``[B, h, w, G]``.
+        """Count indices ``[B, *grid, G]``.
 
         Raises:
             VaevqMedError: for another number of codebooks, or an index not in [0, K).
@@ -49,8 +49,7 @@ class CodebookUsage:
 
     def reduce(self) -> None:
         """Add up the counts of all processes."""
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(self.counts)
+        sum_in_place(self.counts)
 
     def utilization(self) -> float:
         """Share of the K entries used at least once."""

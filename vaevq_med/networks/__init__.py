@@ -11,7 +11,7 @@ __getattr__, __dir__, __all__ = lazy(
         "KeyValueCache": "generators.llama_blocks",
         "LatentDiffusionUNet": "generators.latent_diffusion",
         "LlamaGen": "generators.llamagen",
-        "ModulatedDecoder": "modulated_decoder",
+        "ModulatedDecoder": "decoder",
         "PatchDiscriminator": "discriminator",
         "StaticCache": "generators.llama_blocks",
         "TrainingForward": "tokenizer",

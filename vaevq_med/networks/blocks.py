@@ -1,4 +1,4 @@
-"""Building blocks of the VQGAN autoencoder (Esser et al., arXiv 2012.09841), in two or three dimensions."""
+"""Building blocks of the VQGAN autoencoder (Esser et al., arXiv 2012.09841), in one to three dimensions."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch.utils.checkpoint import checkpoint
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.lean_convolution import norm_swish, norm_swish_convolution, upsampled_convolution
 
-_CONVOLUTIONS = {2: nn.Conv2d, 3: nn.Conv3d}
+_CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 def convolution(spatial_dims: int, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Module:
     """A convolution that keeps the spatial size at stride 1, and pads nothing at stride 2.
 
     Raises:
-        VaevqMedError: if ``spatial_dims`` is neither 2 nor 3.
+        VaevqMedError: if ``spatial_dims`` is not 1, 2 or 3.
     """
     if spatial_dims not in _CONVOLUTIONS:
-        raise VaevqMedError(f"spatial_dims is {spatial_dims}; expected 2 or 3")
+        raise VaevqMedError(f"spatial_dims is {spatial_dims}; expected 1, 2 or 3")
     padding = kernel_size // 2 if stride == 1 else 0
     return _CONVOLUTIONS[spatial_dims](in_channels, out_channels, kernel_size, stride=stride, padding=padding)
 
@@ -82,7 +82,7 @@ class ResidualBlock(Conditioned):
         recompute: keep the input alone for the backward pass and compute the block again there.
 
     Args:
-        spatial_dims: 2 or 3.
+        spatial_dims: 1, 2 or 3.
         in_channels: channels in.
         out_channels: channels out.
         dropout: probability of dropping an activation before the second convolution, in [0, 1).
@@ -129,7 +129,7 @@ class AttentionBlock(Conditioned):
     """Single-head self-attention over every position, with a residual connection.
 
     Args:
-        spatial_dims: 2 or 3.
+        spatial_dims: 1, 2 or 3.
         num_channels: channels in and out.
         norm: makes the normalization.
     """

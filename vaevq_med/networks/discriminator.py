@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.blocks import check_channels, group_norm
-
-_NORMS = ("batch", "group", "none")
+from vaevq_med.networks.ranges import check_choice, check_sizes
 
 
 class PatchDiscriminator(nn.Module):
@@ -32,10 +30,8 @@ class PatchDiscriminator(nn.Module):
         self, *, in_channels: int = 3, num_channels: int = 64, num_layers: int = 3, norm: str = "batch"
     ) -> None:
         super().__init__()
-        if norm not in _NORMS:
-            raise VaevqMedError(f"norm is {norm!r}; expected one of {', '.join(_NORMS)}")
-        if num_layers < 1:
-            raise VaevqMedError(f"num_layers is {num_layers}; expected at least 1")
+        check_choice("norm", norm, ("batch", "group", "none"))
+        check_sizes(num_layers=num_layers)
         self.in_channels = in_channels
         layers: list[nn.Module] = [nn.Conv2d(in_channels, num_channels, 4, 2, 1), nn.LeakyReLU(0.2)]
         width = num_channels

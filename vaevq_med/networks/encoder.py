@@ -92,7 +92,7 @@ class Encoder(nn.Module):
     GroupNorm, swish, 3x3 convolution to ``z_channels``.
 
     Args:
-        spatial_dims: 2 or 3.
+        spatial_dims: 1, 2 or 3.
         in_channels: image channels C.
         num_channels: width of the first level.
         channel_mult: width of each level as a multiple of ``num_channels``; L levels give f = 2^(L-1).
@@ -128,6 +128,7 @@ class Encoder(nn.Module):
             attention_resolutions=attention_resolutions,
             image_size=image_size,
         )
+        self.spatial_dims = spatial_dims
         self.in_channels = in_channels
         self.z_channels = z_channels
         self.downsampling_factor = 2 ** (len(plan) - 1)

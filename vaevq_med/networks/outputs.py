@@ -1,7 +1,7 @@
 """Frozen dataclasses that cross the package's layers.
 
-Shape legend: B batch, C channels, H W image, h w latent grid, D ``embedding_dim``, K ``num_embeddings``,
-G number of codebooks.
+Shape legend: B batch, C channels, H W image, grid the latent grid of one axis or more (``n``, ``h w`` or
+``d h w``), D ``embedding_dim``, K ``num_embeddings``, G number of codebooks.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ class Posterior(Protocol):
     """What the losses read of an encoder's posterior; ``networks.posterior.DiagonalGaussian`` is one.
 
     Attributes:
-        mean: ``[B, D, h, w]``.
-        logvar: log variance, ``[B, D, h, w]``.
-        std: standard deviation, ``[B, D, h, w]``.
+        mean: ``[B, D, *grid]``.
+        logvar: log variance, ``[B, D, *grid]``.
+        std: standard deviation, ``[B, D, *grid]``.
     """
 
     mean: Tensor
@@ -32,10 +32,10 @@ class QuantizerOutput:
     """One quantization of a latent grid.
 
     Attributes:
-        quantized: straight-through codes ``[B, D, h, w]``; the decoder's input.
-        codes: differentiable look-up ``[B, D, h, w]``; what the losses read, since no gradient reaches a
+        quantized: straight-through codes ``[B, D, *grid]``; the decoder's input.
+        codes: differentiable look-up ``[B, D, *grid]``; what the losses read, since no gradient reaches a
             codebook through the straight-through estimator.
-        indices: int64 ``[B, h, w, G]``.
+        indices: int64 ``[B, *grid, G]``.
         losses: unweighted scalars by name; a term that the method does not have is absent.
         codebook: the ``[K, D]`` table of this step, or ``[G, K, D / G]`` where each codebook has channels of its own,
             or ``[S, K, D]`` where each has positions of its own; differentiable, or None where the method has none.
@@ -55,7 +55,7 @@ class TokenizerOutput:
     Attributes:
         reconstruction: the quantized path, ``[B, C, H, W]``, nominally in [-1, 1].
         reconstruction_continuous: the continuous path (VLQ), same shape, or None for a plain VQ tokenizer.
-        latent: what the quantizer was given, ``[B, D, h, w]``.
+        latent: what the quantizer was given, ``[B, D, *grid]``.
         posterior: the encoder's posterior, or None for a plain VQ tokenizer.
         quantizer: the quantizer's output.
     """

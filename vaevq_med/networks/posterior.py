@@ -15,11 +15,11 @@ class DiagonalGaussian:
     """q(z|x) = N(mean, diag(exp(logvar))), held in fp32 also under autocast.
 
     Args:
-        mean: ``[B, D, h, w]``.
-        logvar: log variance, ``[B, D, h, w]``; clamped to [-30, 20], the range outside which no gradient flows.
+        mean: ``[B, D, *grid]``.
+        logvar: log variance, ``[B, D, *grid]``; clamped to [-30, 20], the range outside which no gradient flows.
 
     Attributes:
-        std: standard deviation ``exp(logvar / 2)``, ``[B, D, h, w]``.
+        std: standard deviation ``exp(logvar / 2)``, ``[B, D, *grid]``.
 
     >>> posterior = DiagonalGaussian(torch.zeros(1, 2, 1, 1), torch.zeros(1, 2, 1, 1))
     >>> posterior.kl().item(), posterior.std.flatten().tolist()
@@ -37,20 +37,20 @@ class DiagonalGaussian:
         object.__setattr__(self, "std", torch.exp(0.5 * logvar))
 
     def mode(self) -> Tensor:
-        """The most probable latent, which is the mean: ``[B, D, h, w]``."""
+        """The most probable latent, which is the mean: ``[B, D, *grid]``."""
         return self.mean
 
     def sample(self, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
-        """A reparameterized sample, mean + std * noise: ``[B, D, h, w]``.
+        """A reparameterized sample, mean + std * noise: ``[B, D, *grid]``.
 
         Args:
             generator: source of the noise, on the posterior's device; the global one when absent.
-            noise: standard normal numbers ``[B, D, h, w]`` to use instead.
+            noise: standard normal numbers ``[B, D, *grid]`` to use instead.
         """
         if noise is None:
             noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
         return self.mean + self.std * noise
 
     def kl(self) -> Tensor:
-        """KL(q || N(0, I)) of each latent position, summed over D: ``[B, h, w]``, in nats."""
+        """KL(q || N(0, I)) of each latent position, summed over D: ``[B, *grid]``, in nats."""
         return 0.5 * (self.mean**2 + self.logvar.exp() - 1.0 - self.logvar).sum(dim=1)

@@ -1,4 +1,4 @@
-"""Refusal of integers out of range, without waiting for a device."""
+"""Refusal of what an argument cannot be: sizes, choices, and integers out of range without waiting for a device."""
 
 from __future__ import annotations
 
@@ -6,6 +6,23 @@ import torch
 from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+    """Return ``value``, or raise a VaevqMedError that names the choices."""
+    if value not in choices:
+        raise VaevqMedError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
+    return value
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raise a VaevqMedError that names the first of the sizes that is below 1.
+
+    >>> check_sizes(num_embeddings=8, embedding_dim=4)
+    """
+    for name, size in sizes.items():
+        if size < 1:
+            raise VaevqMedError(f"{name} is {size}; expected at least 1")
 
 
 def check_range(what: str, values: Tensor, last: int) -> None:

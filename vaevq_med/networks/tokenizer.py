@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks.blocks import convolution
 from vaevq_med.networks.decoder import Decoder
 from vaevq_med.networks.encoder import Encoder
-from vaevq_med.networks.modulated_decoder import ModulatedDecoder
 from vaevq_med.networks.outputs import Posterior, QuantizerOutput, TokenizerOutput
 from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.quantizers.base import Quantizer
+from vaevq_med.networks.ranges import check_choice
 
 ESTIMATORS = ("straight_through", "released")
 
@@ -29,11 +30,11 @@ def released_estimator(codes: Tensor, posterior: DiagonalGaussian) -> Tensor:
     ``eps = (e - mean) / std``, and ``g`` for the code: the decoder's loss trains codebook, mean and deviation.
 
     Args:
-        codes: ``e``, ``[B, D, h, w]``.
+        codes: ``e``, ``[B, D, *grid]``.
         posterior: of the same shape.
 
     Returns:
-        ``[B, D, h, w]``.
+        ``[B, D, *grid]``.
     """
     eps = ((codes - posterior.mean) / posterior.std).detach()
     carried = posterior.mean + posterior.std * eps
@@ -48,7 +49,7 @@ class VisualTokenizer(nn.Module):
     ask of a first stage.
 
     Args:
-        encoder: images ``[B, C, H, W]`` to features ``[B, z_channels, h, w]``.
+        encoder: images ``[B, C, H, W]`` to features ``[B, z_channels, *grid]``, the grid of ``spatial_dims`` axes.
         decoder: features to images.
         quantizer: of latents with ``embedding_dim`` channels.
         embedding_dim: D, channels of the latent.
@@ -74,17 +75,15 @@ class VisualTokenizer(nn.Module):
         estimator: str = "straight_through",
     ) -> None:
         super().__init__()
-        if quantize_from not in ("sample", "mean"):
-            raise VaevqMedError(f"quantize_from is {quantize_from!r}; expected 'sample' or 'mean'")
-        if estimator not in ESTIMATORS:
-            raise VaevqMedError(f"estimator is {estimator!r}; expected one of {', '.join(ESTIMATORS)}")
+        check_choice("quantize_from", quantize_from, ("sample", "mean"))
+        check_choice("estimator", estimator, ESTIMATORS)
         if estimator == "released" and not variational:
             raise VaevqMedError("estimator 'released' needs a posterior; found variational false, expected true")
         if quantizer.embedding_dim != embedding_dim:
             raise VaevqMedError(
                 f"embedding_dim is {embedding_dim}; expected the quantizer's, {quantizer.embedding_dim}"
             )
-        if isinstance(decoder, ModulatedDecoder) and decoder.embedding_dim != embedding_dim:
+        if decoder.embedding_dim not in (None, embedding_dim):
             raise VaevqMedError(f"the decoder's embedding_dim is {decoder.embedding_dim}; expected {embedding_dim}")
         self.encoder = encoder
         self.decoder = decoder
@@ -93,8 +92,9 @@ class VisualTokenizer(nn.Module):
         self.variational = variational
         self.quantize_from = quantize_from
         self.estimator = estimator
-        self.quant_conv = nn.Conv2d(encoder.z_channels, embedding_dim * (2 if variational else 1), 1)
-        self.post_quant_conv = nn.Conv2d(embedding_dim, decoder.z_channels, 1)
+        axes = encoder.spatial_dims
+        self.quant_conv = convolution(axes, encoder.z_channels, embedding_dim * (2 if variational else 1), 1)
+        self.post_quant_conv = convolution(axes, embedding_dim, decoder.z_channels, 1)
 
     @property
     def num_embeddings(self) -> int:
@@ -107,7 +107,7 @@ class VisualTokenizer(nn.Module):
         return self.decoder.last_layer
 
     def encode(self, images: Tensor) -> DiagonalGaussian | Tensor:
-        """The posterior of ``[B, C, H, W]``, or, without one, the latent ``[B, D, h, w]``."""
+        """The posterior of ``[B, C, H, W]``, or, without one, the latent ``[B, D, *grid]``."""
         features = self.quant_conv(self.encoder(images))
         if not self.variational:
             return features
@@ -115,13 +115,12 @@ class VisualTokenizer(nn.Module):
         return DiagonalGaussian(mean, logvar)
 
     def quantize(self, latent: Tensor, posterior: DiagonalGaussian | None = None) -> QuantizerOutput:
-        """Quantize ``[B, D, h, w]``."""
+        """Quantize ``[B, D, *grid]``."""
         return self.quantizer(latent, posterior)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Images ``[B, C, H, W]`` of codes, or of a continuous latent, ``[B, D, h, w]``."""
-        features = self.post_quant_conv(codes)
-        return self.decoder(features, codes) if isinstance(self.decoder, ModulatedDecoder) else self.decoder(features)
+        """Images ``[B, C, H, W]`` of codes, or of a continuous latent, ``[B, D, *grid]``."""
+        return self.decoder(self.post_quant_conv(codes), codes)
 
     def _mode(self, images: Tensor) -> tuple[Tensor, DiagonalGaussian | None]:
         encoded = self.encode(images)
@@ -134,11 +133,11 @@ class VisualTokenizer(nn.Module):
         return self._decode_alike(self.quantize(*self._mode(images)).quantized)
 
     def encode_indices(self, images: Tensor) -> Tensor:
-        """Indices ``[B, h, w, G]`` of images ``[B, C, H, W]``, from the posterior's mean."""
+        """Indices ``[B, *grid, G]`` of images ``[B, C, H, W]``, from the posterior's mean."""
         return self.quantize(*self._mode(images)).indices
 
     def decode_indices(self, indices: Tensor) -> Tensor:
-        """Images ``[B, C, H, W]`` of indices ``[B, h, w, G]``, to the bit those that :meth:`forward` decodes."""
+        """Images ``[B, C, H, W]`` of indices ``[B, *grid, G]``, to the bit those that :meth:`forward` decodes."""
         return self._decode_alike(self.quantizer.indices_to_codes(indices))
 
     def _decode_alike(self, codes: Tensor) -> Tensor:
@@ -153,7 +152,7 @@ class VisualTokenizer(nn.Module):
         if not self.variational:
             return None
         grid = (size // self.encoder.downsampling_factor for size in images.shape[2:])
-        return torch.randn(images.shape[0], self.embedding_dim, *grid, device=images.device)  # [B, D, h, w]
+        return torch.randn(images.shape[0], self.embedding_dim, *grid, device=images.device)  # [B, D, *grid]
 
     def reconstruct_full(
         self, images: Tensor, generator: torch.Generator | None = None, noise: Tensor | None = None
@@ -181,11 +180,11 @@ class VisualTokenizer(nn.Module):
     # --- MONAI's first-stage interface ---
 
     def encode_stage_2_inputs(self, x: Tensor) -> Tensor:
-        """The latent before quantization, ``[B, D, h, w]``: what a diffusion model learns."""
+        """The latent before quantization, ``[B, D, *grid]``: what a diffusion model learns."""
         return self._mode(x)[0]
 
     def decode_stage_2_outputs(self, z: Tensor) -> Tensor:
-        """Quantize a generated latent ``[B, D, h, w]`` by its nearest codewords and decode it."""
+        """Quantize a generated latent ``[B, D, *grid]`` by its nearest codewords and decode it."""
         if getattr(self.quantizer, "assignment", "euclidean") == "posterior":
             # A generated latent has no posterior: unit deviations make the rule Euclidean.
             unit = DiagonalGaussian(z, torch.zeros_like(z))
@@ -193,7 +192,7 @@ class VisualTokenizer(nn.Module):
         return self._decode_alike(self.quantize(z).quantized)
 
     def index_quantize(self, images: Tensor) -> Tensor:
-        """Indices ``[B, h, w]`` of a tokenizer with one codebook.
+        """Indices ``[B, *grid]`` of a tokenizer with one codebook.
 
         Raises:
             VaevqMedError: there are several codebooks.
@@ -201,7 +200,7 @@ class VisualTokenizer(nn.Module):
         return self._only_codebook(self.encode_indices(images))
 
     def decode_samples(self, embedding_indices: Tensor) -> Tensor:
-        """Images of indices ``[B, h, w]`` of a tokenizer with one codebook."""
+        """Images of indices ``[B, *grid]`` of a tokenizer with one codebook."""
         return self.decode_indices(embedding_indices.unsqueeze(-1))
 
     def _only_codebook(self, indices: Tensor) -> Tensor:

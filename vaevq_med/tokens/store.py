@@ -1,7 +1,8 @@
 """The token store: what a tokenizer makes of the images of a data set, for the training of a generator.
 
-A folder of ``tokens.json`` and one memory-mapped array a split, e.g. ``training.npy``: indices ``[N, views, h, w, G]``
-in the smallest sufficient integer type, or latents before quantization ``[N, views, D, h, w]``.
+A folder of ``tokens.json`` and one memory-mapped array a split, e.g. ``training.npy``: indices ``[N, views, *grid, G]``
+in the smallest sufficient integer type, or latents before quantization ``[N, views, D, *grid]``. The grid is the
+tokenizer's, of one axis or more.
 """
 
 from __future__ import annotations
@@ -83,10 +84,9 @@ class TokenStore:
         return self.content["tokenizer"]
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Height and width of the latent grid."""
-        height, width = self.content["grid"]
-        return height, width
+    def grid(self) -> tuple[int, ...]:
+        """Positions of the latent grid along each axis."""
+        return tuple(self.content["grid"])
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -204,7 +204,7 @@ class TokenDataset(Dataset[dict[str, Any]]):
         num_embeddings: K that the store has to have.
         num_codebooks: G that it has to have.
         embedding_dim: D that it has to have.
-        grid: height and width of the latent grid that it has to have.
+        grid: positions of the latent grid along each axis that it has to have.
         tokenizer_hash: content hash of the tokenizer that has to have made it.
         num_classes: labels have to be below it; None takes the number of the store's label names.
         seed: seed of the views.
@@ -213,8 +213,8 @@ class TokenDataset(Dataset[dict[str, Any]]):
         store: what is read.
         num_classes: number of labels; 0 where the data set has none.
 
-    An item holds ``indices`` int64 ``[h, w, G]`` or ``latent`` float32 ``[D, h, w]``, ``label`` (0 where the data set
-    has none) and ``id``, the path of the image in the data set.
+    An item holds ``indices`` int64 ``[*grid, G]`` or ``latent`` float32 ``[D, *grid]``, ``label`` (0 where the data
+    set has none) and ``id``, the path of the image in the data set.
 
     Raises:
         DataError: there is no such store, it is not as wanted, a label is out of range, or a file is truncated.

@@ -3,12 +3,22 @@
 Keys and values of the places so far are kept in memory that is taken once; on a GPU the step of a token is replayed as
 a CUDA graph (see :mod:`vaevq_med.networks.generators.static_steps`). Classifier-free guidance (arXiv 2207.12598),
 in LlamaGen's form on the logits, runs the labels and the null class as one batch of twice the size.
+
+Where some tokens are given, to fill the rest in around them (inpainting), their values stay, and every token after them
+in raster order is drawn given them. A token before a known one knows nothing of it, as the network is causal: what
+comes before a gap is continued into it, what comes after is not anticipated, and seams may show there.
+
+All draws come from one generator, token by token for the whole batch, so that a sample depends on the batch's size and
+its place in it, but not on the labels or the known tokens of its companions. With a generator for each sample it
+depends on neither. On a GPU the numbers of several tokens are drawn at once, so that they are others than on a CPU even
+from one generator.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +26,7 @@ from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.generators.base import Draw, Wanted
-from vaevq_med.networks.generators.drawing import MIN_TEMPERATURE, RandomSource, TokenRule, check_guidance, draw_indices
+from vaevq_med.networks.generators.drawing import RandomSource, TokenRule, draw_indices
 from vaevq_med.networks.generators.static_steps import Kept, StepStore
 from vaevq_med.networks.ranges import check_range
 from vaevq_med.networks.tokenizer import VisualTokenizer
@@ -46,16 +56,6 @@ def generate_indices(
 
     The logits are guided, divided by the temperature and filtered, in fp32; the network runs in evaluation mode.
 
-    With ``known`` and ``mask`` some tokens are given, to fill the rest in around them (inpainting). Their values stay,
-    and every token after them in raster order is drawn given them. A token before a known one knows nothing of it, as
-    the network is causal: what comes before a gap is continued into it, what comes after is not anticipated, and seams
-    may show there.
-
-    All draws come from one generator, token by token for the whole batch, so that a sample depends on the batch's size
-    and its place in it, but not on the labels or the known tokens of its companions. With a generator for each sample
-    it depends on neither. On a GPU the numbers of several tokens are drawn at once, so that they are others than on a
-    CPU even from one generator.
-
     Args:
         network: on the device where it is to run; its mode is left as it was.
         labels: integers ``[B]``, from 0 to ``num_classes``, which is the null class.
@@ -64,7 +64,7 @@ def generate_indices(
         temperature: from 0.001 to 1000; divides the logits.
         top_k: see :func:`filter_logits`; 0 keeps all, 1 takes the likeliest.
         top_p: see :func:`filter_logits`; 1 keeps all.
-        known: integers ``[B, h, w, G]``; where the mask is false they may be anything.
+        known: tokens that are given, integers ``[B, h, w, G]``; where the mask is false they may be anything.
         mask: booleans ``[B, h, w, G]`` or ``[B, h, w]``, true where ``known`` is kept.
         dtype: type of weights, keys and values while it runs, such as ``torch.bfloat16``, in a copy of the network; the
             network's own when absent.
@@ -80,38 +80,38 @@ def generate_indices(
     Raises:
         VaevqMedError: an argument is out of its range or does not fit the others, or guidance has no labels.
     """
-    check_guidance(guidance_scale)
-    if labels is None and guidance_scale != 1:
+    rule = TokenRule(guidance_scale, temperature, top_k, top_p)
+    if labels is None and rule.guided:
         raise VaevqMedError(f"guidance_scale is {guidance_scale} without labels; expected labels, or 1")
-    if not MIN_TEMPERATURE <= temperature <= 1 / MIN_TEMPERATURE:
-        raise VaevqMedError(
-            f"temperature is {temperature}; expected {MIN_TEMPERATURE:g} to {1 / MIN_TEMPERATURE:g} (top_k 1 takes the "
-            "likeliest)"
-        )
     batch = _batch_size(labels, num_samples)
     if isinstance(generator, Sequence) and len(generator) != batch:
         raise VaevqMedError(f"found {len(generator)} generators; expected one, or one for each of {batch} samples")
     classes = network.check_labels(labels, batch)
     kept = _kept(network, known, mask, batch)
-    if guidance_scale != 1:
+    if rule.guided:
         classes = torch.cat([classes, torch.full_like(classes, network.null_class)])
-    rule = TokenRule(guidance_scale, temperature, top_k, top_p)
     if store is None and classes.device.type == "cuda":
         store = StepStore()
     if store is None and dtype is not None and dtype != network.token_embedding.weight.dtype:
         network = copy.deepcopy(network).to(dtype)
+    with _evaluating(network), torch.autocast(classes.device.type, enabled=False):
+        if store is None:
+            tokens = _grown(network, classes, rule, kept, generator, progress)
+        else:
+            steps = store.steps(network, rule, batch=batch, dtype=dtype, inpaint=kept is not None)
+            tokens = steps.run(classes, kept, generator, progress)
+    return tokens.view(batch, *network.grid_size, network.num_codebooks)
+
+
+@contextmanager
+def _evaluating(network: LlamaGen) -> Iterator[None]:
+    """In evaluation mode; afterwards in the one that it was in."""
     training = network.training
     network.eval()
     try:
-        with torch.autocast(classes.device.type, enabled=False):
-            if store is None:
-                tokens = _grown(network, classes, rule, kept, generator, progress)
-            else:
-                steps = store.steps(network, rule, batch=batch, dtype=dtype, inpaint=kept is not None)
-                tokens = steps.run(classes, kept, generator, progress)
+        yield
     finally:
         network.train(training)
-    return tokens.view(batch, *network.grid_size, network.num_codebooks)
 
 
 def _grown(

@@ -36,8 +36,8 @@ class Wanted:
     Attributes:
         labels: ``[B]`` on the network's device; None where there are no classes.
         seeds: B numbers, of which each image depends on its own alone.
-        known: indices ``[B, h, w, G]`` that are given, to inpaint.
-        mask: bool ``[B, h, w]``, true where they are.
+        known: indices ``[B, *grid, G]`` that are given, to inpaint.
+        mask: bool ``[B, *grid]``, true where they are.
         dtype: type that the network runs in; its own when absent.
     """
 
@@ -89,7 +89,7 @@ class Generator(nn.Module, ABC):
         self,
         tokenizer: VisualTokenizer,
         *,
-        grid: tuple[int, int],
+        grid: tuple[int, ...],
         settings: Mapping[str, Any],
         trained_with: Callable[[str], Any],
     ) -> Draw:
@@ -97,13 +97,29 @@ class Generator(nn.Module, ABC):
 
         Args:
             tokenizer: in evaluation mode, on the network's device.
-            grid: h and w of the tokens.
+            grid: positions of the tokens along each axis.
             settings: a value for each of :attr:`settings`.
             trained_with: the value of a setting of the training run, by its id.
 
         Raises:
             VaevqMedError: a setting does not fit the training.
         """
+
+    def check_plane(self, tokens: Mapping[str, Any], where: str) -> None:
+        """Refuse a grid of other than two axes, for a network that is made for rows and columns.
+
+        Args:
+            tokens: description of the store.
+            where: what it was read from, for the message.
+
+        Raises:
+            VaevqMedError: saying the grid found.
+        """
+        if len(tokens["grid"]) != 2:
+            raise VaevqMedError(
+                f"{where}: found a grid of {'x'.join(map(str, tokens['grid']))}, expected rows and columns, which "
+                f"{type(self).__name__} is made for"
+            )
 
     def check_fit(self, tokens: Mapping[str, Any], where: str) -> None:
         """Refuse tokens whose sizes are not the network's.
@@ -130,8 +146,8 @@ class Generator(nn.Module, ABC):
         """Measure what training needs of the data.
 
         Args:
-            values: gives some of the training split, evenly spaced: indices ``[N, h, w, G]`` or latents
-                ``[N, D, h, w]``.
+            values: gives some of the training split, evenly spaced: indices ``[N, *grid, G]`` or latents
+                ``[N, D, *grid]``.
 
         Raises:
             VaevqMedError: they do not serve.

@@ -137,7 +137,7 @@ def generate_images(
     labels: Tensor | None = None,
     *,
     num_images: int | None = None,
-    grid_size: tuple[int, int],
+    grid_size: tuple[int, ...],
     scheduler: DDIMScheduler | None = None,
     num_steps: int = 250,
     guidance_scale: float = 1.5,
@@ -181,17 +181,9 @@ def generate_images(
             f"the diffusion model has {network.in_channels} channels; expected those of the tokenizer's latent, "
             f"{tokenizer.embedding_dim}"
         )
-    device = next(network.parameters()).device
+    device, scale_factor = next(network.parameters()).device, network.measured_scale_factor()
     count = len(labels) if labels is not None else num_images or 1
-    shape = (network.in_channels, *grid_size)
-    if isinstance(generator, Sequence):
-        if len(generator) != count:
-            raise VaevqMedError(f"found {len(generator)} generators; expected one, or one for each of {count} images")
-        noise = torch.stack([torch.randn(shape, generator=g) for g in generator]).to(device)
-    else:
-        noise = torch.randn(count, *shape, generator=generator).to(device)
-    guided = labels is not None and guidance_scale != 1
-    scale_factor = network.measured_scale_factor()
+    noise = _noise(count, (network.in_channels, *grid_size), generator).to(device)
     predict: Callable[..., Tensor] = network if dtype is None else _in_type(network, device, dtype)
     if graphs is None and device.type == "cuda":
         graphs = CudaGraphs(device)
@@ -201,17 +193,25 @@ def generate_images(
     # Outermost, so that autocast keeps the weights that it casts until the last step.
     with torch.autocast(device.type, enabled=False):
         context = None if labels is None else labels.to(device)
-        null_class = network.null_class if guided else None
-        latent = denoised(predict, noise, context, scheduler, times, null_class, guidance_scale)
-        latent = latent / scale_factor
+        null_class = None if labels is None or guidance_scale == 1 else network.null_class
+        latent = denoised(predict, noise, context, scheduler, times, null_class, guidance_scale) / scale_factor
         return tokenizer.decode_stage_2_outputs(latent) if quantize else tokenizer.decode(latent)
+
+
+def _noise(count: int, shape: Sequence[int], generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
+    """``[count, *shape]`` from one generator, or each part from its own."""
+    if not isinstance(generator, Sequence):
+        return torch.randn(count, *shape, generator=generator)
+    if len(generator) != count:
+        raise VaevqMedError(f"found {len(generator)} generators; expected one, or one for each of {count} images")
+    return torch.stack([torch.randn(*shape, generator=of_one) for of_one in generator])
 
 
 def diffusion_draws(
     network: LatentDiffusionUNet,
     tokenizer: VisualTokenizer,
     *,
-    grid: tuple[int, int],
+    grid: tuple[int, ...],
     settings: Mapping[str, Any],
     num_train_timesteps: int,
 ) -> Draw:

@@ -111,12 +111,24 @@ def soonest(logits: Tensor, waits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TokenRule:
-    """How a token follows from logits; the arguments are those of ``generate_indices``."""
+    """How a token follows from logits; the arguments are those of ``generate_indices``.
+
+    Raises:
+        VaevqMedError: the scale or the temperature is out of its range.
+    """
 
     guidance_scale: float = 1.0
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_guidance(self.guidance_scale)
+        if not MIN_TEMPERATURE <= self.temperature <= 1 / MIN_TEMPERATURE:
+            raise VaevqMedError(
+                f"temperature is {self.temperature}; expected {MIN_TEMPERATURE:g} to {1 / MIN_TEMPERATURE:g} (top_k 1 "
+                "takes the likeliest)"
+            )
 
     @property
     def guided(self) -> bool:

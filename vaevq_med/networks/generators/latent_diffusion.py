@@ -23,7 +23,7 @@ from vaevq_med.core.options import is_int
 from vaevq_med.networks.generators.base import Draw, Generator, Setting
 from vaevq_med.networks.generators.ddim import diffusion_draws
 from vaevq_med.networks.generators.drawing import GUIDANCE_SCALE
-from vaevq_med.networks.ranges import check_range
+from vaevq_med.networks.ranges import check_range, check_sizes
 from vaevq_med.networks.tokenizer import VisualTokenizer
 
 
@@ -78,12 +78,10 @@ class LatentDiffusionUNet(Generator):
             raise VaevqMedError(
                 f"attention_levels has {len(levels)} entries; expected one a level, {len(channel_mult)} as channel_mult"
             )
-        if min(in_channels, num_channels, cross_attention_dim, num_res_blocks, *channel_mult) < 1 or num_classes < 0:
-            raise VaevqMedError(
-                f"in_channels is {in_channels}, num_classes {num_classes}, num_channels {num_channels}, channel_mult "
-                f"{list(channel_mult)}, num_res_blocks {num_res_blocks} and cross_attention_dim {cross_attention_dim}; "
-                "expected num_classes at least 0 and all others at least 1"
-            )
+        check_sizes(in_channels=in_channels, num_channels=num_channels, channel_mult=min(channel_mult, default=0))
+        check_sizes(num_res_blocks=num_res_blocks, cross_attention_dim=cross_attention_dim)
+        if num_classes < 0:
+            raise VaevqMedError(f"num_classes is {num_classes}; expected 0 or more")
         if num_channels % 32:
             raise VaevqMedError(f"num_channels is {num_channels}; expected a multiple of 32, the groups of GroupNorm")
         self.in_channels = in_channels
@@ -109,6 +107,7 @@ class LatentDiffusionUNet(Generator):
 
     def sizes(self, tokens: Mapping[str, Any], where: str) -> dict[str, tuple[Any, Any]]:
         """The embedding dimension; the grid has to be one that the network can halve."""
+        self.check_plane(tokens, where)
         grid = tokens["grid"]
         if any(side % self.downsampling for side in grid):
             raise VaevqMedError(
@@ -121,7 +120,7 @@ class LatentDiffusionUNet(Generator):
         self,
         tokenizer: VisualTokenizer,
         *,
-        grid: tuple[int, int],
+        grid: tuple[int, ...],
         settings: Mapping[str, Any],
         trained_with: Callable[[str], Any],
     ) -> Draw:

@@ -30,7 +30,7 @@ from vaevq_med.networks.generators.autoregressive import autoregressive_draws
 from vaevq_med.networks.generators.base import Draw, Generator, Setting
 from vaevq_med.networks.generators.drawing import GUIDANCE_SCALE, MIN_TEMPERATURE
 from vaevq_med.networks.generators.llama_blocks import KeyValueCache, LlamaBlock, StaticCache, axial_rotations
-from vaevq_med.networks.ranges import check_range
+from vaevq_med.networks.ranges import check_range, check_sizes
 from vaevq_med.networks.tokenizer import VisualTokenizer
 
 PRESETS: Mapping[str, Mapping[str, int]] = MappingProxyType(
@@ -114,10 +114,8 @@ class LlamaGen(Generator):
     ) -> None:
         super().__init__()
         self.grid_size = (grid_size, grid_size) if isinstance(grid_size, int) else _pair(grid_size)
-        counts = {"num_embeddings": num_embeddings, "depth": depth, "num_codebooks": num_codebooks}
-        for name, value in {**counts, "grid_size": min(self.grid_size)}.items():
-            if value < 1:
-                raise VaevqMedError(f"{name} is {value}; expected at least 1")
+        check_sizes(num_embeddings=num_embeddings, depth=depth, num_codebooks=num_codebooks)
+        check_sizes(grid_size=min(self.grid_size))
         if num_classes < 0:
             raise VaevqMedError(f"num_classes is {num_classes}; expected 0 or more")
         if num_heads < 1 or width < 1 or width % (4 * num_heads):
@@ -177,7 +175,8 @@ class LlamaGen(Generator):
         return cls(**{**options, **PRESETS[name]})
 
     def sizes(self, tokens: Mapping[str, Any], where: str) -> dict[str, tuple[Any, Any]]:
-        """Codewords, codebooks and the grid."""
+        """Codewords, codebooks and the grid, whose rows and columns the heads' channels turn with."""
+        self.check_plane(tokens, where)
         tokenizer = tokens["tokenizer"]
         return {
             "num_embeddings": (tokenizer["num_embeddings"], self.num_embeddings),
@@ -189,7 +188,7 @@ class LlamaGen(Generator):
         self,
         tokenizer: VisualTokenizer,
         *,
-        grid: tuple[int, int],
+        grid: tuple[int, ...],
         settings: Mapping[str, Any],
         trained_with: Callable[[str], Any],
     ) -> Draw:
@@ -367,7 +366,7 @@ class LlamaGen(Generator):
 
 def _pair(grid_size: tuple[int, int]) -> tuple[int, int]:
     if len(grid_size) != 2:
-        raise VaevqMedError(f"grid_size is {tuple(grid_size)}; expected (height, width) or one number")
+        raise VaevqMedError(f"grid_size is {tuple(grid_size)}; expected rows and columns, or one number for a square")
     return int(grid_size[0]), int(grid_size[1])
 
 

@@ -29,7 +29,7 @@ class GeneratorLoss(nn.Module, ABC):
         """The mean loss.
 
         Args:
-            values: indices ``[B, h, w, G]`` or latents ``[B, D, h, w]``.
+            values: indices ``[B, *grid, G]`` or latents ``[B, D, *grid]``.
             labels: ``[B]``.
             generator: of the draws; the global one when absent.
         """

@@ -2,9 +2,9 @@
 
 from vaevq_med.networks.quantizers.base import CodebookQuantizer, Quantizer, vq_losses
 from vaevq_med.networks.quantizers.ema import VectorQuantizerEMA
-from vaevq_med.networks.quantizers.factorized import FactorizedQuantizer
 from vaevq_med.networks.quantizers.fsq import FSQ, IFSQ
 from vaevq_med.networks.quantizers.gaussian import GaussianQuantizer
+from vaevq_med.networks.quantizers.grouped import FactorizedQuantizer
 from vaevq_med.networks.quantizers.ibq import IBQ
 from vaevq_med.networks.quantizers.lfq import LFQ
 from vaevq_med.networks.quantizers.mgvq import MGVQ

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.outputs import Posterior, QuantizerOutput
 from vaevq_med.networks.quantizers.nearest import nearest_codeword
-from vaevq_med.networks.ranges import check_range
+from vaevq_med.networks.ranges import check_choice, check_range, check_sizes
 
 ASSIGNMENTS = ("euclidean", "posterior")
 
@@ -42,7 +42,10 @@ class FollowsLatents(ABC):
 
 
 class Quantizer(nn.Module, ABC):
-    """Turns a latent grid ``[B, D, h, w]`` into codebook indices ``[B, h, w, G]`` and back.
+    """Turns a latent grid ``[B, D, *grid]`` into codebook indices ``[B, *grid, G]`` and back.
+
+    The grid has one axis or more: a sequence ``n``, an image's ``h w``, a volume's ``d h w``. Positions count in
+    row-major order, and what each becomes does not depend on how they are laid out.
 
     Attributes:
         num_embeddings: K, codewords a codebook.
@@ -52,11 +55,13 @@ class Quantizer(nn.Module, ABC):
         initial_files: arguments that name a file, or None, of values for a new run's start; where the weights come
             from a checkpoint they are None, so that the file is not needed.
         readouts: names of the ways to decode one trained quantizer, where there are several.
+        size_arguments: arguments that fix K; where there are several they change together, and no sweep can set one.
         readout: the one in use, or None where there is but one way.
     """
 
     initial_files: ClassVar[tuple[str, ...]] = ()
     readouts: ClassVar[tuple[str, ...]] = ()
+    size_arguments: ClassVar[tuple[str, ...]] = ("num_embeddings",)
 
     num_embeddings: int
     embedding_dim: int
@@ -66,11 +71,23 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, z: Tensor, posterior: Posterior | None = None) -> QuantizerOutput:
-        """Quantize ``[B, D, h, w]``; ``posterior`` is what ``z`` came from, where there is one."""
+        """Quantize ``[B, D, *grid]``; ``posterior`` is what ``z`` came from, where there is one."""
 
-    @abstractmethod
     def indices_to_codes(self, indices: Tensor) -> Tensor:
-        """Codes ``[B, D, h, w]`` of int64 indices ``[B, h, w, G]``."""
+        """Codes ``[B, D, *grid]`` of int64 indices ``[B, *grid, G]``, in fp32.
+
+        Raises:
+            VaevqMedError: the indices have another shape, or one of them is not in [0, K).
+        """
+        self.check_indices(indices)
+        with torch.autocast(indices.device.type, enabled=False):
+            return self.codes_of(indices)
+
+    def codes_of(self, indices: Tensor) -> Tensor:
+        """What :meth:`indices_to_codes` looks up, of valid indices; by default in the one table ``[K, D]``."""
+        codebook = self.codebook()
+        assert codebook is not None
+        return look_up(indices, codebook)
 
     @abstractmethod
     def codebook(self) -> Tensor | None:
@@ -116,22 +133,22 @@ class Quantizer(nn.Module, ABC):
         return self.num_codebooks * math.log2(self.num_embeddings)
 
     def check_latent(self, z: Tensor) -> None:
-        """Refuse what is not ``[B, D, h, w]``.
+        """Refuse what is not ``[B, D, *grid]``.
 
         Raises:
             VaevqMedError: saying the shape found.
         """
-        if z.ndim != 4 or z.shape[1] != self.embedding_dim:
-            raise VaevqMedError(f"the latent has shape {tuple(z.shape)}; expected [B, {self.embedding_dim}, h, w]")
+        if z.ndim < 3 or z.shape[1] != self.embedding_dim:
+            raise VaevqMedError(f"the latent has shape {tuple(z.shape)}; expected [B, {self.embedding_dim}, *grid]")
 
     def check_indices(self, indices: Tensor) -> None:
-        """Refuse what is not ``[B, h, w, G]`` in [0, K); the range is not looked at while a graph is exported.
+        """Refuse what is not ``[B, *grid, G]`` in [0, K); the range is not looked at while a graph is exported.
 
         Raises:
             VaevqMedError: saying the shape or range found.
         """
-        if indices.ndim != 4 or indices.shape[-1] != self.num_codebooks:
-            raise VaevqMedError(f"indices have shape {tuple(indices.shape)}; expected [B, h, w, {self.num_codebooks}]")
+        if indices.ndim < 3 or indices.shape[-1] != self.num_codebooks:
+            raise VaevqMedError(f"indices have shape {tuple(indices.shape)}; expected [B, *grid, {self.num_codebooks}]")
         check_range("indices", indices, self.num_embeddings - 1)
 
 
@@ -153,66 +170,84 @@ class CodebookQuantizer(Quantizer):
 
     def __init__(self, *, num_embeddings: int, embedding_dim: int, assignment: str = "euclidean") -> None:
         super().__init__()
-        if assignment not in ASSIGNMENTS:
-            raise VaevqMedError(f"assignment is {assignment!r}; expected one of {', '.join(ASSIGNMENTS)}")
-        if num_embeddings < 1 or embedding_dim < 1:
-            raise VaevqMedError(
-                f"num_embeddings is {num_embeddings} and embedding_dim {embedding_dim}; expected at least 1 each"
-            )
+        check_sizes(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
-        self.assignment = assignment
+        self.assignment = check_choice("assignment", assignment, ASSIGNMENTS)
 
     @abstractmethod
     def codebook(self) -> Tensor:
         """The ``[K, D]`` table of this step, differentiable."""
 
-    def indices_to_codes(self, indices: Tensor) -> Tensor:
-        """Codes ``[B, D, h, w]`` of indices ``[B, h, w, 1]``.
-
-        Raises:
-            VaevqMedError: the indices have another shape, or one of them is not in [0, K).
-        """
-        self.check_indices(indices)
-        return look_up(indices, self.codebook())
-
     def assign(self, z: Tensor, codebook: Tensor, posterior: Posterior | None = None) -> Tensor:
-        """Indices ``[B, h, w, 1]`` of ``z`` ``[B, D, h, w]``.
+        """Indices ``[B, *grid, 1]`` of ``z`` ``[B, D, *grid]``.
 
         Raises:
             VaevqMedError: the assignment needs a posterior and there is none.
         """
-        precision = None
-        if self.assignment == "posterior":
-            if posterior is None:
-                raise VaevqMedError(
-                    "assignment 'posterior' needs the encoder's posterior; found none: set network_def#variational "
-                    "to true, or the assignment to 'euclidean'"
-                )
-            precision = rows(posterior.std.detach().float()).square().reciprocal()
+        std = deviations(self.assignment, posterior)
+        precision = None if std is None else rows(std).square().reciprocal()
         with torch.autocast(z.device.type, enabled=False):
             flat = rows(z.detach().float())
-            indices = nearest_codeword(flat, codebook.detach().float(), precision=precision)
-        batch, _, height, width = z.shape
-        return indices.view(batch, height, width, 1)
+            return on_grid(nearest_codeword(flat, codebook.detach().float(), precision=precision), z)
 
     def forward(self, z: Tensor, posterior: Posterior | None = None) -> QuantizerOutput:
-        """Quantize ``z`` ``[B, D, h, w]`` by the nearest codeword, with a straight-through gradient."""
+        """Quantize ``z`` ``[B, D, *grid]`` by the nearest codeword, with a straight-through gradient."""
         self.check_latent(z)
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
             codebook = self.codebook()
             indices = self.assign(z, codebook, posterior)
             codes = look_up(indices, codebook)
-            # The difference is exactly zero, so that the value is the code to the bit.
-            quantized = codes.detach() + (z - z.detach())
             return QuantizerOutput(
-                quantized=quantized,
+                quantized=straight_through(codes, z),
                 codes=codes,
                 indices=indices,
                 losses=vq_losses(z, codes),
                 codebook=codebook,
             )
+
+
+def deviations(assignment: str, posterior: Posterior | None) -> Tensor | None:
+    """The standard deviations ``[B, D, *grid]`` in units of which an assignment measures; None for the Euclidean one.
+
+    Raises:
+        VaevqMedError: the assignment needs a posterior and there is none.
+    """
+    if assignment == "euclidean":
+        return None
+    if posterior is None:
+        raise VaevqMedError(
+            "assignment 'posterior' needs the encoder's posterior; found none: set network_def#variational to true, or "
+            "the assignment to 'euclidean'"
+        )
+    return posterior.std.detach().float()
+
+
+def new_codewords(*shape: int, init: str, normalize: bool = False) -> nn.Parameter:
+    """A table ``[..., K, D]`` to train, drawn from U(-1/K, 1/K) (``"uniform"``) or N(0, 1) (``"normal"``).
+
+    Args:
+        shape: of the table.
+        init: which of the two.
+        normalize: start with codewords of length 1: a step of the optimizer would turn short ones, of a large uniform
+            start, at random.
+
+    Raises:
+        VaevqMedError: for another ``init``.
+    """
+    check_choice("init", init, ("uniform", "normal"))
+    table = torch.empty(shape)
+    if init == "uniform":
+        nn.init.uniform_(table, -1 / shape[-2], 1 / shape[-2])
+    else:
+        nn.init.normal_(table)
+    return nn.Parameter(F.normalize(table, dim=-1) if normalize else table)
+
+
+def straight_through(codes: Tensor, carrier: Tensor) -> Tensor:
+    """The value of ``codes`` to the bit, as the difference is exactly zero, with the gradient of ``carrier``."""
+    return codes.detach() + (carrier - carrier.detach())
 
 
 def vq_losses(z: Tensor, codes: Tensor) -> Mapping[str, Tensor]:
@@ -223,11 +258,26 @@ def vq_losses(z: Tensor, codes: Tensor) -> Mapping[str, Tensor]:
     }
 
 
+def channels_last(z: Tensor) -> Tensor:
+    """``[B, D, *grid]`` as ``[B, *grid, D]``."""
+    return z.movedim(1, -1)
+
+
+def channels_first(values: Tensor) -> Tensor:
+    """``[B, *grid, D]`` as ``[B, D, *grid]``."""
+    return values.movedim(-1, 1)
+
+
 def rows(z: Tensor) -> Tensor:
-    """``[B, D, h, w]`` as ``[B h w, D]``."""
-    return z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
+    """``[B, D, *grid]`` as ``[B n, D]``, n positions in row-major order."""
+    return channels_last(z).reshape(-1, z.shape[1])
+
+
+def on_grid(values: Tensor, z: Tensor, channels: int = 1) -> Tensor:
+    """What was found for each row of ``z`` ``[B, D, *grid]``, ``[B n]`` or ``[B n, C]``, as ``[B, *grid, C]``."""
+    return values.view(z.shape[0], *z.shape[2:], channels)
 
 
 def look_up(indices: Tensor, codebook: Tensor) -> Tensor:
-    """Codes ``[B, D, h, w]`` of indices ``[B, h, w, 1]`` in a table ``[K, D]``, differentiable."""
-    return F.embedding(indices.squeeze(-1), codebook).permute(0, 3, 1, 2)
+    """Codes ``[B, D, *grid]`` of indices ``[B, *grid, 1]`` in a table ``[K, D]``, differentiable."""
+    return channels_first(F.embedding(indices.squeeze(-1), codebook))

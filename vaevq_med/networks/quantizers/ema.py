@@ -18,12 +18,13 @@ random latents of the batch.
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.outputs import Posterior, QuantizerOutput
+from vaevq_med.networks.processes import from_first_process, rows_of_each_process, sum_in_place
 from vaevq_med.networks.quantizers.base import CodebookQuantizer, FollowsLatents, rows
-from vaevq_med.networks.quantizers.clusters import assignment_totals, draw_replacements
 
 
 class VectorQuantizerEMA(FollowsLatents, CodebookQuantizer):
@@ -96,7 +97,7 @@ class VectorQuantizerEMA(FollowsLatents, CodebookQuantizer):
         return self.embedding
 
     def look_up(self, z: Tensor, posterior: Posterior | None = None) -> QuantizerOutput:
-        """Quantize ``z`` ``[B, D, h, w]`` and update nothing, whatever the mode."""
+        """Quantize ``z`` ``[B, D, *grid]`` and update nothing, whatever the mode."""
         output = super().forward(z, posterior)
         return QuantizerOutput(
             quantized=output.quantized,
@@ -108,7 +109,7 @@ class VectorQuantizerEMA(FollowsLatents, CodebookQuantizer):
         )
 
     def forward(self, z: Tensor, posterior: Posterior | None = None) -> QuantizerOutput:
-        """Quantize ``z`` ``[B, D, h, w]``, straight-through; in training mode, update the codebook afterwards."""
+        """Quantize ``z`` ``[B, D, *grid]``, straight-through; in training mode, update the codebook afterwards."""
         output = self.look_up(z, posterior)
         if self.training:
             self.follow(rows(z.detach()), output.indices.flatten())
@@ -131,3 +132,58 @@ class VectorQuantizerEMA(FollowsLatents, CodebookQuantizer):
                 revived = revived.unsqueeze(1)
                 self.embedding.copy_(torch.where(revived, drawn, self.embedding))
                 self.embedding_sum.copy_(torch.where(revived, drawn * self.revival_count, self.embedding_sum))
+
+
+@torch.no_grad()
+def assignment_totals(latents: Tensor, indices: Tensor, num_embeddings: int) -> tuple[Tensor, Tensor]:
+    """How many latents each codeword was assigned, and their sum, over every process.
+
+    Args:
+        latents: ``[N, D]`` in fp32.
+        indices: int64 ``[N]`` in [0, K).
+        num_embeddings: K.
+
+    Returns:
+        Counts ``[K]`` and sums ``[K, D]``, in fp32.
+
+    >>> counts, sums = assignment_totals(torch.tensor([[1.0], [2.0], [5.0]]), torch.tensor([0, 0, 2]), 3)
+    >>> counts.tolist(), sums.flatten().tolist()
+    ([2.0, 0.0, 1.0], [3.0, 0.0, 5.0])
+    """
+    ones = torch.ones_like(latents[:, :1])
+    totals = latents.new_zeros(num_embeddings, latents.shape[1] + 1)
+    totals.index_add_(0, indices, torch.cat([latents, ones], dim=1))
+    totals = sum_in_place(totals)
+    return totals[:, -1], totals[:, :-1]
+
+
+@torch.no_grad()
+def draw_replacements(latents: Tensor, expired: Tensor) -> tuple[Tensor, Tensor]:
+    """A random latent of any process for each expired codeword, none twice.
+
+    Each process gets the same, what a single process would get with all the latents in the order of the ranks.
+
+    Where the latents are fewer than the expired codewords, a random part of the codewords gets one. The shapes do not
+    depend on how many have expired, which a GPU's host would have to wait for.
+
+    Args:
+        latents: ``[N, D]`` of this process; N may differ from process to process.
+        expired: which codewords to replace, boolean ``[K]``, the same on every process.
+
+    Returns:
+        Which codewords get a latent, boolean ``[K]``, and the latents ``[K, D]``, of use at those codewords alone.
+    """
+    sizes = rows_of_each_process(latents)
+    total, device = sum(sizes), latents.device
+    if len(expired) > total:  # the first expired ones of a random order, as many as there are latents
+        shuffled = from_first_process(torch.randperm(len(expired)).to(device, non_blocking=True))
+        expired = expired[shuffled]
+        expired = torch.empty_like(expired).scatter_(0, shuffled, expired & (expired.cumsum(dim=0) <= total))
+    positions = from_first_process(torch.randperm(total).to(device, non_blocking=True))
+    place = (expired.cumsum(dim=0) - 1).clamp(0, total - 1)  # of each codeword among the expired ones
+    positions = positions[place] - sum(sizes[: dist.get_rank() if len(sizes) > 1 else 0])  # [K]
+    drawn = latents[positions.clamp(0, len(latents) - 1)]  # [K, D]
+    if len(sizes) > 1:
+        here = (positions >= 0) & (positions < len(latents))
+        drawn = sum_in_place(torch.where(here.unsqueeze(1), drawn, torch.zeros_like(drawn)))
+    return expired, drawn

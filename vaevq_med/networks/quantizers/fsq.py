@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -41,6 +42,8 @@ class FSQ(ScalarQuantizer):
         >>> quantizer.num_embeddings, output.indices[0, 0, 0].tolist(), output.codes[0, :, 0, 0].tolist()
         (1000, [500], [0.0, 0.0, 0.0, 0.0])
     """
+
+    size_arguments: ClassVar[tuple[str, ...]] = ("levels", "embedding_dim")
 
     def __init__(
         self,

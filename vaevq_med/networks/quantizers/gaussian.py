@@ -15,8 +15,17 @@ from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.outputs import Posterior, QuantizerOutput
-from vaevq_med.networks.quantizers.base import ASSIGNMENTS, Quantizer, rows
+from vaevq_med.networks.quantizers.base import (
+    ASSIGNMENTS,
+    Quantizer,
+    channels_first,
+    deviations,
+    on_grid,
+    rows,
+    straight_through,
+)
 from vaevq_med.networks.quantizers.nearest import nearest_codeword
+from vaevq_med.networks.ranges import check_choice, check_sizes
 
 
 class GaussianQuantizer(Quantizer):
@@ -56,18 +65,16 @@ class GaussianQuantizer(Quantizer):
         seed: int = 42,
     ) -> None:
         super().__init__()
-        if assignment not in ASSIGNMENTS:
-            raise VaevqMedError(f"assignment is {assignment!r}; expected one of {', '.join(ASSIGNMENTS)}")
-        if min(num_embeddings, embedding_dim, dims_per_codebook) < 1 or embedding_dim % dims_per_codebook:
+        check_sizes(num_embeddings=num_embeddings, embedding_dim=embedding_dim, dims_per_codebook=dims_per_codebook)
+        if embedding_dim % dims_per_codebook:
             raise VaevqMedError(
-                f"num_embeddings is {num_embeddings}, embedding_dim {embedding_dim} and dims_per_codebook "
-                f"{dims_per_codebook}; expected at least 1 each, and embedding_dim a multiple of dims_per_codebook"
+                f"embedding_dim is {embedding_dim}; expected a multiple of dims_per_codebook {dims_per_codebook}"
             )
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         self.dims_per_codebook = dims_per_codebook
         self.num_codebooks = embedding_dim // dims_per_codebook
-        self.assignment = assignment
+        self.assignment = check_choice("assignment", assignment, ASSIGNMENTS)
         # In the state, so that a checkpoint does not hang on how a version of torch draws.
         draws = torch.randn(num_embeddings, dims_per_codebook, generator=torch.Generator().manual_seed(seed))
         self.register_buffer("embedding", draws)
@@ -76,43 +83,31 @@ class GaussianQuantizer(Quantizer):
         """The table, once a group: ``[G, K, D / G]``."""
         return self.embedding.expand(self.num_codebooks, -1, -1)
 
-    def indices_to_codes(self, indices: Tensor) -> Tensor:
-        """Codes ``[B, D, h, w]`` of indices ``[B, h, w, G]``.
-
-        Raises:
-            VaevqMedError: the indices have another shape, or one of them is not in [0, K).
-        """
-        self.check_indices(indices)
-        return F.embedding(indices, self.embedding).flatten(3).permute(0, 3, 1, 2)
+    def codes_of(self, indices: Tensor) -> Tensor:
+        """Codes ``[B, D, *grid]``, the groups' side by side."""
+        return channels_first(F.embedding(indices, self.embedding).flatten(-2))
 
     def assign(self, z: Tensor, posterior: Posterior | None) -> Tensor:
-        """Indices ``[B, h, w, G]`` of ``z`` ``[B, D, h, w]``.
+        """Indices ``[B, *grid, G]`` of ``z`` ``[B, D, *grid]``.
 
         Raises:
             VaevqMedError: the assignment needs a posterior and there is none.
         """
-        precision = None
-        if self.assignment == "posterior":
-            if posterior is None:
-                raise VaevqMedError(
-                    "assignment 'posterior' needs the encoder's posterior; found none: set network_def#variational "
-                    "to true, or the assignment to 'euclidean'"
-                )
-            precision = self._groups(posterior.std).square().reciprocal()
+        std = deviations(self.assignment, posterior)
+        precision = None if std is None else self._groups(std).square().reciprocal()
         indices = nearest_codeword(self._groups(z), self.embedding, precision=precision)
-        return indices.view(z.shape[0], *z.shape[2:], self.num_codebooks)
+        return on_grid(indices, z, self.num_codebooks)
 
     def _groups(self, z: Tensor) -> Tensor:
-        """``[B, D, h, w]`` as ``[B h w G, D / G]``, detached."""
+        """``[B, D, *grid]`` as ``[B n G, D / G]``, detached."""
         return rows(z.detach().float()).reshape(-1, self.dims_per_codebook)
 
     def forward(self, z: Tensor, posterior: Posterior | None = None) -> QuantizerOutput:
-        """Quantize ``z`` ``[B, D, h, w]`` group by group."""
+        """Quantize ``z`` ``[B, D, *grid]`` group by group."""
         self.check_latent(z)
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
             indices = self.assign(z, posterior)
-            codes = self.indices_to_codes(indices)
-            return QuantizerOutput(
-                quantized=codes + (z - z.detach()), codes=codes, indices=indices, codebook=self.codebook()
-            )
+            codes = self.codes_of(indices)
+            quantized = straight_through(codes, z)
+            return QuantizerOutput(quantized=quantized, codes=codes, indices=indices, codebook=self.codebook())

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.outputs import Posterior, QuantizerOutput
-from vaevq_med.networks.quantizers.base import Quantizer, look_up, rows, vq_losses
+from vaevq_med.networks.quantizers.base import Quantizer, channels_first, look_up, on_grid, rows, vq_losses
 from vaevq_med.networks.quantizers.soft_assignment import assignment_entropy, soft_codes
+from vaevq_med.networks.ranges import check_sizes
 
 
 class IBQ(Quantizer):
@@ -45,10 +46,7 @@ class IBQ(Quantizer):
 
     def __init__(self, *, num_embeddings: int, embedding_dim: int, entropy_temperature: float = 0.01) -> None:
         super().__init__()
-        if num_embeddings < 1 or embedding_dim < 1:
-            raise VaevqMedError(
-                f"num_embeddings is {num_embeddings} and embedding_dim {embedding_dim}; expected at least 1 each"
-            )
+        check_sizes(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
         if not entropy_temperature > 0:
             raise VaevqMedError(f"entropy_temperature is {entropy_temperature}; expected above 0")
         self.num_embeddings = num_embeddings
@@ -60,25 +58,14 @@ class IBQ(Quantizer):
         """The table itself, ``[K, D]``."""
         return self.embedding
 
-    def indices_to_codes(self, indices: Tensor) -> Tensor:
-        """Codes ``[B, D, h, w]`` of indices ``[B, h, w, 1]``.
-
-        Raises:
-            VaevqMedError: the indices have another shape, or one of them is not in [0, K).
-        """
-        self.check_indices(indices)
-        return look_up(indices, self.codebook())
-
     def forward(self, z: Tensor, posterior: Posterior | None = None) -> QuantizerOutput:
-        """Quantize ``z`` ``[B, D, h, w]`` by the codeword of the largest inner product."""
+        """Quantize ``z`` ``[B, D, *grid]`` by the codeword of the largest inner product."""
         self.check_latent(z)
-        batch, dim, height, width = z.shape
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
             codebook, latents = self.codebook(), rows(z)
             mixture, index = soft_codes(latents, codebook, codebook.detach(), temperature=1.0)
-            soft = mixture.view(batch, height, width, dim).permute(0, 3, 1, 2)
-            indices = index.view(batch, height, width, 1)
+            soft, indices = channels_first(on_grid(mixture, z, self.embedding_dim)), on_grid(index, z)
             codes = look_up(indices, codebook)
             # The difference is exactly zero, so that the value is the code to the bit.
             quantized = codes + (soft - soft.detach())

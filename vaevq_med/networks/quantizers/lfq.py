@@ -12,13 +12,14 @@ probabilities of its first and of its last bits, so that the mean over n is one 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.networks.quantizers.clusters import mean_of_processes
+from vaevq_med.networks.processes import mean_of_processes
 from vaevq_med.networks.quantizers.scalar import ScalarQuantizer
 
 
@@ -46,6 +47,8 @@ class LFQ(ScalarQuantizer):
         >>> output.indices.item(), output.codes.flatten().tolist()
         (5, [1.0, -1.0, 1.0])
     """
+
+    size_arguments: ClassVar[tuple[str, ...]] = ("num_embeddings", "embedding_dim")
 
     def __init__(
         self,
@@ -84,9 +87,9 @@ class LFQ(ScalarQuantizer):
         return (steps > 0).long()
 
     def losses(self, latent: Tensor, codes: Tensor) -> Mapping[str, Tensor]:
-        """``commitment`` and ``entropy`` of the channels ``[B, h, w, d]``."""
+        """``commitment`` and ``entropy`` of the channels ``[B, *grid, d]``."""
         of_each, of_mean = bit_entropies(
-            latent.flatten(0, 2), self.temperature, self.bits_per_group, synchronize=self.training
+            latent.flatten(0, -2), self.temperature, self.bits_per_group, synchronize=self.training
         )
         return {"commitment": F.mse_loss(latent, codes), "entropy": of_each - of_mean}
 

@@ -26,8 +26,8 @@ from torch import Tensor
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.compiling import outside_compiled_graphs
 from vaevq_med.networks.outputs import Posterior, QuantizerOutput
-from vaevq_med.networks.quantizers.base import FollowsLatents, rows, vq_losses
-from vaevq_med.networks.quantizers.clusters import from_first_process, is_distributed, number_from_first_process
+from vaevq_med.networks.processes import from_first_process, is_distributed, number_from_first_process, sum_in_place
+from vaevq_med.networks.quantizers.base import FollowsLatents, rows, straight_through, vq_losses
 from vaevq_med.networks.quantizers.grouped import GroupedQuantizer, look_up_groups
 
 # Probabilities held at once while anchors are drawn.
@@ -107,7 +107,7 @@ class MGVQ(FollowsLatents, GroupedQuantizer):
         return F.normalize(table, dim=-1) if self.normalize else table
 
     def indices_to_codes(self, indices: Tensor, *, num_active: int | None = None) -> Tensor:
-        """Codes ``[B, D, h, w]`` of indices ``[B, h, w, G]``.
+        """Codes ``[B, D, *grid]`` of indices ``[B, *grid, G]``.
 
         Args:
             indices: int64, in [0, K).
@@ -125,8 +125,8 @@ class MGVQ(FollowsLatents, GroupedQuantizer):
         return self._keep(codes, num_active)
 
     def _keep(self, z: Tensor, num_active: int) -> Tensor:
-        """``z`` ``[B, D, h, w]`` with zeros in all but the first groups."""
-        kept = torch.zeros(1, self.embedding_dim, 1, 1, device=z.device, dtype=z.dtype)
+        """``z`` ``[B, D, *grid]`` with zeros in all but the first groups."""
+        kept = torch.zeros(1, self.embedding_dim, *[1] * (z.ndim - 2), device=z.device, dtype=z.dtype)
         kept[:, : num_active * (self.embedding_dim // self.num_codebooks)] = 1
         return z * kept
 
@@ -138,7 +138,7 @@ class MGVQ(FollowsLatents, GroupedQuantizer):
         return sum(u >= p for p in self.mask_probabilities)
 
     def forward(self, z: Tensor, posterior: Posterior | None = None) -> QuantizerOutput:
-        """Quantize ``z`` ``[B, D, h, w]``; in training mode, zero the last groups at random and revive codewords."""
+        """Quantize ``z`` ``[B, D, *grid]``; in training mode, zero the last groups at random and revive codewords."""
         self.check_latent(z)
         num_active = self._num_active(z.device)
         with torch.autocast(z.device.type, enabled=False):
@@ -148,7 +148,7 @@ class MGVQ(FollowsLatents, GroupedQuantizer):
             codes = look_up_groups(indices, codebook)
             whole = vq_losses(self._keep(z, num_active), self._keep(codes, num_active))
             losses = {name: loss * self.num_codebooks / num_active for name, loss in whole.items()}
-            quantized = self._keep(codes.detach() + (z - z.detach()), num_active)
+            quantized = self._keep(straight_through(codes, z), num_active)
             if self.training:
                 self.follow(z.detach(), indices)
             return QuantizerOutput(quantized=quantized, codes=codes, indices=indices, losses=losses, codebook=codebook)
@@ -159,8 +159,8 @@ class MGVQ(FollowsLatents, GroupedQuantizer):
         """Count the codewords' use and revive the unused ones, on every process alike.
 
         Args:
-            z: what was quantized, ``[B, D, h, w]``.
-            indices: ``[B, h, w, G]``.
+            z: what was quantized, ``[B, D, *grid]``.
+            indices: ``[B, *grid, G]``.
         """
         codebook = self.codebook().detach()  # [G, K, D / G], as it was searched
         size = self.num_embeddings
@@ -169,8 +169,7 @@ class MGVQ(FollowsLatents, GroupedQuantizer):
         counts = torch.zeros_like(self.usage)
         # Not ``bincount``: a GPU's host would wait for the largest index.
         counts.view(-1).index_add_(0, places, torch.ones_like(places, dtype=counts.dtype))
-        if is_distributed():
-            dist.all_reduce(counts)
+        counts = sum_in_place(counts)
         self.usage.lerp_(counts / counts.sum(dim=1, keepdim=True), 1 - self.decay)
         if not self.revival:
             return
@@ -224,9 +223,7 @@ def draw_anchors(latents: Tensor, codewords: Tensor, uniform: Tensor) -> Tensor:
     within = ((uniform - upper[dist.get_rank()] + mass) / mass).clamp(0, 1)
     found = [_invert(latents, e, u) for e, u in zip(codewords.split(step), within.split(step), strict=True)]
     here = (chosen == dist.get_rank()).unsqueeze(1)
-    anchors = torch.where(here, torch.cat(found), torch.zeros_like(codewords))
-    dist.all_reduce(anchors)
-    return anchors
+    return sum_in_place(torch.where(here, torch.cat(found), torch.zeros_like(codewords)))
 
 
 def _logits(latents: Tensor, codewords: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,7 @@ from torch import Tensor
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.compiling import outside_compiled_graphs
 from vaevq_med.networks.precision import full_precision
-from vaevq_med.networks.quantizers.distances import distances_of, scores_of
+from vaevq_med.networks.quantizers.distances import Search
 from vaevq_med.networks.quantizers.nearest_fixed import nearer, nearest_of_block, nearest_of_unsettled, nearest_within
 
 # Scores held at once when the caller does not say: a tile that stays in a CPU's cache, and one that fills a GPU.
@@ -29,6 +31,7 @@ _FEW_CODES = 512
 # Rows with more candidate blocks than this go through one search in float64 instead.
 _MAX_CANDIDATE_BLOCKS = 4
 _FEW_LATENTS = 64
+_CODES_AT_ONCE = 4096
 # In place of an index that fp32 cannot settle.
 _OPEN = -1
 
@@ -70,14 +73,14 @@ def nearest_codeword(
     latents, codebook = latents.to(dtype), codebook.to(dtype)
     precision = None if precision is None else precision.to(dtype)
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
-        return scores_of(latents, codebook, precision).argmin(dim=1)
+        return Search(latents, codebook, precision, 0).scores(codebook).argmin(dim=1)
     # MONAI's MetaTensor costs time in every operation, and takes no sizes one by one.
     latents, codebook = latents.as_subclass(Tensor), codebook.as_subclass(Tensor)
     precision = None if precision is None else precision.as_subclass(Tensor)
     if chunk_size is None:
         chunk_size = _DEFAULT_CHUNK.get(latents.device.type, _DEFAULT_CHUNK["other"])
     with full_precision(latents.device.type):
-        return _search(latents, codebook, precision, chunk_size, _needs_fixed_shapes(latents.device))
+        return _nearest(Search(latents, codebook, precision, chunk_size), _needs_fixed_shapes(latents.device))
 
 
 def _check(latents: Tensor, codebook: Tensor, precision: Tensor | None, chunk_size: int | None) -> None:
@@ -101,61 +104,49 @@ def _needs_fixed_shapes(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def _search(
-    latents: Tensor, codebook: Tensor, precision: Tensor | None, chunk_size: int, of_fixed_shapes: bool
-) -> Tensor:
-    num_rows, num_codes = latents.shape[0], codebook.shape[0]
+def _nearest(search: Search, of_fixed_shapes: bool) -> Tensor:
+    num_rows, num_codes, chunk_size = len(search.latents), len(search.codebook), search.chunk_size
     # A block is the unit of which only the minimum is kept: wide enough that the minima are few, narrow enough
     # that evaluating one block a row again costs little.
     block = 2 ** max(0, round(math.log2(math.sqrt(num_codes) / 8))) if num_codes > _FEW_CODES else 1
     rows = max(1, min(_MAX_ROWS, math.isqrt(chunk_size), chunk_size * block // num_codes, num_rows))
     columns = max(1, min(chunk_size // rows // block, math.ceil(num_codes / block)))  # blocks a tile
     squared_norms = torch.cat(
-        [part.square().sum(dim=1) for part in codebook.split(max(1, chunk_size // codebook.shape[1]))]
+        [part.square().sum(dim=1) for part in search.codebook.split(max(1, chunk_size // search.codebook.shape[1]))]
     )
-    result = torch.empty(num_rows, dtype=torch.int64, device=latents.device)
-    unsettled = torch.zeros(num_rows, dtype=torch.bool, device=latents.device)
+    result = torch.empty(num_rows, dtype=torch.int64, device=search.latents.device)
+    unsettled = torch.zeros(num_rows, dtype=torch.bool, device=search.latents.device)
     # Made once: allocated anew for each tile, small results would settle in the gaps and the process grow to N x K.
-    buffer = latents.new_empty(rows, block * columns)
+    buffer = search.latents.new_empty(rows, block * columns)
     for start in range(0, num_rows, rows):
-        stop = min(start + rows, num_rows)
-        part, weights = latents[start:stop], None if precision is None else precision[start:stop]
-        tiles = _Tiles(part, codebook, weights, squared_norms, block, columns, buffer)
+        chosen = slice(start, min(start + rows, num_rows))
+        part = search.of(chosen)
+        tiles = _Tiles(part, squared_norms, block, columns, buffer)
         if of_fixed_shapes:
             lower, bound = tiles.bounds()
-            found = nearest_within(part, codebook, weights, lower, bound, block, columns, chunk_size)
-            result[start:stop], unsettled[start:stop] = found
+            result[chosen], unsettled[chosen] = nearest_within(part, lower, bound, block=block, columns=columns)
         elif block == 1 and columns == num_codes:
-            result[start:stop] = _clear_winners(*tiles.only())
+            result[chosen] = _clear_winners(*tiles.only())
         else:
             lower, bound = tiles.bounds()
-            candidates = lower <= bound.unsqueeze(1)
-            result[start:stop] = _settle(part, codebook, weights, candidates, block, columns, chunk_size)
+            result[chosen] = _settle(part, lower <= bound.unsqueeze(1), block, columns)
     if of_fixed_shapes:
-        return nearest_of_unsettled(latents, codebook, precision, result, unsettled, chunk_size)
+        return nearest_of_unsettled(search, result, unsettled)
     left = (result == _OPEN).nonzero().squeeze(1)
     if left.numel() > 0:
-        weights = None if precision is None else precision[left].double()
-        result[left] = _search_double(latents[left].double(), codebook, weights, chunk_size)
+        result[left] = _search_double(search.of(left).double())
     return result
 
 
 class _Tiles:
     """Scores of a few latents, a tile of codewords at a time; block b of a tile is its codewords b, b+columns, ..."""
 
-    def __init__(
-        self,
-        latents: Tensor,
-        codebook: Tensor,
-        precision: Tensor | None,
-        squared_norms: Tensor,
-        block: int,
-        columns: int,
-        buffer: Tensor,
-    ) -> None:
-        self.codebook, self.precision, self.squared_norms = codebook, precision, squared_norms
-        self.block, self.columns, self.buffer = block, columns, buffer
-        self.left = -latents if precision is None else torch.cat([-latents * precision, precision], dim=1)
+    def __init__(self, search: Search, squared_norms: Tensor, block: int, columns: int, buffer: Tensor) -> None:
+        latents, self.codebook, self.precision = search.latents, search.codebook, search.precision
+        self.squared_norms, self.block, self.columns, self.buffer = squared_norms, block, columns, buffer
+        self.left = -latents
+        if self.precision is not None:
+            self.left = torch.cat([self.left * self.precision, self.precision], dim=1)
         self.row_scale = torch.linalg.vector_norm(self.left, dim=1, keepdim=True)
         unit_roundoff = torch.finfo(latents.dtype).eps / 2
         self.relative_error = 1.01 * unit_roundoff * (self.left.shape[1] + 8)
@@ -213,25 +204,14 @@ def _clear_winners(scores: Tensor, tolerance: Tensor) -> Tensor:
     return index.masked_fill_(near > 1, _OPEN)
 
 
-def _settle(
-    latents: Tensor,
-    codebook: Tensor,
-    precision: Tensor | None,
-    candidates: Tensor,
-    block: int,
-    columns: int,
-    chunk_size: int,
-) -> Tensor:
+def _settle(search: Search, candidates: Tensor, block: int, columns: int) -> Tensor:
     """The exact argmin over the candidate blocks ``[rows, blocks]`` of each row; ``_OPEN`` where there are many."""
-
-    def evaluate(rows: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        return nearest_of_block(latents, codebook, precision, rows, blocks, block, columns, chunk_size)
-
+    evaluate = partial(nearest_of_block, search, block=block, columns=columns)
     first = candidates.to(torch.uint8).argmax(dim=1)
     candidates.scatter_(1, first.unsqueeze(1), False)
     count = candidates.sum(dim=1)
     rows = (count > 0).nonzero().squeeze(1)
-    distance, index = evaluate(torch.arange(len(first), device=latents.device), first)
+    distance, index = evaluate(torch.arange(len(first), device=first.device), first)
     if rows.numel() == 0:
         return index
     index[rows[count[rows] >= _MAX_CANDIDATE_BLOCKS]] = _OPEN
@@ -251,38 +231,37 @@ def _distinct(codebook: Tensor) -> Tensor:
     return torch.full_like(group, len(group)).scatter_reduce(0, group, numbers, "amin").unique()[: group.max() + 1]
 
 
-def _search_double(latents: Tensor, codebook: Tensor, precision: Tensor | None, chunk_size: int) -> Tensor:
+def _search_double(search: Search) -> Tensor:
     """The exact argmin for rows with many near-equal codewords: float64 scores choose whom to evaluate directly."""
-    if latents.shape[0] > _FEW_LATENTS:  # so many have no clear nearest codeword: there may be copies of codewords
+    codebook = search.codebook
+    if len(search.latents) > _FEW_LATENTS:  # so many have no clear nearest codeword: there may be copies of codewords
         distinct = _distinct(codebook)
         if len(distinct) < len(codebook):
-            return distinct[_search_double(latents, codebook[distinct], precision, chunk_size)]
+            return distinct[_search_double(replace(search, codebook=codebook[distinct]))]
     results = []
-    num_codes = codebook.shape[0]
-    step = max(1, chunk_size // (2 * min(num_codes, 4096)))
+    step = max(1, search.chunk_size // (2 * min(len(codebook), _CODES_AT_ONCE)))
     largest = torch.linalg.vector_norm(codebook, dim=1).max().double()
-    for start in range(0, latents.shape[0], step):
-        part = latents[start : start + step]
-        weights = None if precision is None else precision[start : start + step]
-        best = torch.full((part.shape[0],), math.inf, dtype=torch.float64, device=part.device)
-        for codes in codebook.split(4096):
-            best = torch.minimum(best, scores_of(part, codes.double(), weights).amin(dim=1))
-        reach = torch.linalg.vector_norm(part, dim=1) + largest
-        weight = 1.0 if weights is None else weights.amax(dim=1)
-        bound = best + 8 * (latents.shape[1] + 8) * torch.finfo(torch.float64).eps * weight * reach**2
+    for start in range(0, len(search.latents), step):
+        part = search.of(slice(start, start + step))
+        best = torch.full((len(part.latents),), math.inf, dtype=torch.float64, device=codebook.device)
+        for codes in codebook.split(_CODES_AT_ONCE):
+            best = torch.minimum(best, part.scores(codes.double()).amin(dim=1))
+        reach = torch.linalg.vector_norm(part.latents, dim=1) + largest
+        weight = 1.0 if part.precision is None else part.precision.amax(dim=1)
+        bound = best + 8 * (codebook.shape[1] + 8) * torch.finfo(torch.float64).eps * weight * reach**2
         least = torch.full_like(best, math.inf)
         index = torch.zeros_like(best, dtype=torch.int64)
-        for number, codes in enumerate(codebook.split(4096)):
-            near = scores_of(part, codes.double(), weights) <= bound.unsqueeze(1)
+        for number, codes in enumerate(codebook.split(_CODES_AT_ONCE)):
+            near = part.scores(codes.double()) <= bound.unsqueeze(1)
             rows, columns = near.nonzero(as_tuple=True)
             if rows.numel() == 0:
                 continue
-            distances = distances_of(part, codes, weights, rows, columns.unsqueeze(1), chunk_size).squeeze(1)
+            distances = replace(part, codebook=codes).distances(rows, columns.unsqueeze(1)).squeeze(1)
             nearest = torch.full_like(best, math.inf).scatter_reduce(0, rows, distances, "amin")
             hit = distances == nearest[rows]
-            lowest = torch.full_like(index, num_codes).scatter_reduce(0, rows[hit], columns[hit], "amin")
+            lowest = torch.full_like(index, len(codebook)).scatter_reduce(0, rows[hit], columns[hit], "amin")
             nearer = nearest < least
             least = torch.where(nearer, nearest, least)
-            index = torch.where(nearer, lowest + number * 4096, index)
+            index = torch.where(nearer, lowest + number * _CODES_AT_ONCE, index)
         results.append(index)
     return torch.cat(results)

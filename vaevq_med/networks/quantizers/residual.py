@@ -11,14 +11,15 @@ straight-through gradient; one through each stage, as some code has it, adds up 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.outputs import Posterior, QuantizerOutput
-from vaevq_med.networks.quantizers.base import CodebookQuantizer, Quantizer, look_up, rows
-from vaevq_med.networks.quantizers.clusters import number_from_first_process
+from vaevq_med.networks.processes import number_from_first_process
+from vaevq_med.networks.quantizers.base import CodebookQuantizer, Quantizer, look_up, rows, straight_through
 from vaevq_med.networks.quantizers.ema import VectorQuantizerEMA
 
 
@@ -45,6 +46,8 @@ class ResidualQuantizer(Quantizer):
         >>> quantizer(torch.zeros(1, 4, 2, 2)).indices.shape, quantizer.bits_per_position
         (torch.Size([1, 2, 2, 3]), 9.0)
     """
+
+    size_arguments: ClassVar[tuple[str, ...]] = ("stages",)
 
     def __init__(
         self, *, stages: Sequence[CodebookQuantizer], num_codebooks: int | None = None, dropout: bool = False
@@ -80,7 +83,7 @@ class ResidualQuantizer(Quantizer):
         return
 
     def indices_to_codes(self, indices: Tensor, *, num_stages: int | None = None) -> Tensor:
-        """Codes ``[B, D, h, w]`` of indices ``[B, h, w, G]``.
+        """Codes ``[B, D, *grid]`` of indices ``[B, *grid, G]``.
 
         Args:
             indices: int64, in [0, K).
@@ -105,7 +108,7 @@ class ResidualQuantizer(Quantizer):
         return int(number_from_first_process(torch.randint(1, self.num_codebooks + 1, (1,)), device))
 
     def forward(self, z: Tensor, posterior: Posterior | None = None) -> QuantizerOutput:
-        """Quantize ``z`` ``[B, D, h, w]`` stage by stage, with one straight-through gradient."""
+        """Quantize ``z`` ``[B, D, *grid]`` stage by stage, with one straight-through gradient."""
         self.check_latent(z)
         kept = self._num_kept(z.device)
         with torch.autocast(z.device.type, enabled=False):
@@ -132,7 +135,7 @@ class ResidualQuantizer(Quantizer):
         if self.training:
             self._update(residuals[:kept], [output.indices.flatten() for output in outputs[:kept]])
         return QuantizerOutput(
-            quantized=codes.detach() + (z - z.detach()),
+            quantized=straight_through(codes, z),
             codes=codes,
             indices=torch.cat([output.indices for output in outputs], dim=-1),
             losses=losses,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.outputs import Posterior, QuantizerOutput
-from vaevq_med.networks.quantizers.base import Quantizer
+from vaevq_med.networks.quantizers.base import Quantizer, channels_first, channels_last
 
 
 class ScalarQuantizer(Quantizer):
@@ -84,43 +84,37 @@ class ScalarQuantizer(Quantizer):
         return
 
     def codes_of_digits(self, digits: Tensor) -> Tensor:
-        """Codes ``[B, D, h, w]`` of digits ``[B, h, w, d]``."""
-        return self.project_out((digits - self.offset) / self.scale).permute(0, 3, 1, 2)
+        """Codes ``[B, D, *grid]`` of digits ``[B, *grid, d]``."""
+        return channels_first(self.project_out((digits - self.offset) / self.scale))
 
     def indices_to_digits(self, indices: Tensor) -> Tensor:
-        """Digits ``[B, h, w, d]`` of indices ``[B, h, w, 1]``."""
+        """Digits ``[B, *grid, d]`` of indices ``[B, *grid, 1]``."""
         return indices // self.strides % self.levels
 
     def digits_to_indices(self, digits: Tensor) -> Tensor:
-        """Indices ``[B, h, w, 1]`` of digits ``[B, h, w, d]``."""
+        """Indices ``[B, *grid, 1]`` of digits ``[B, *grid, d]``."""
         return (digits * self.strides).sum(dim=-1, keepdim=True)
 
-    def indices_to_codes(self, indices: Tensor) -> Tensor:
-        """Codes ``[B, D, h, w]`` of indices ``[B, h, w, 1]``.
-
-        Raises:
-            VaevqMedError: the indices have another shape, or one of them is not in [0, K).
-        """
-        self.check_indices(indices)
-        with torch.autocast(indices.device.type, enabled=False):
-            return self.codes_of_digits(self.indices_to_digits(indices))
+    def codes_of(self, indices: Tensor) -> Tensor:
+        """Codes ``[B, D, *grid]`` of the indices' digits."""
+        return self.codes_of_digits(self.indices_to_digits(indices))
 
     def losses(self, latent: Tensor, codes: Tensor) -> Mapping[str, Tensor]:
-        """The method's losses of rounded channels ``[B, h, w, d]`` and their codes; none by default."""
+        """The method's losses of rounded channels ``[B, *grid, d]`` and their codes; none by default."""
         return {}
 
     def forward(self, z: Tensor, posterior: Posterior | None = None) -> QuantizerOutput:
-        """Round ``z`` ``[B, D, h, w]``, with a straight-through gradient through the rounding."""
+        """Round ``z`` ``[B, D, *grid]``, with a straight-through gradient through the rounding."""
         self.check_latent(z)
         with torch.autocast(z.device.type, enabled=False):
-            latent = self.project_in(z.float().permute(0, 2, 3, 1))
+            latent = self.project_in(channels_last(z.float()))
             steps = self.bound(latent)
             digits = self.digits(steps.detach())
             values = (digits - self.offset) / self.scale
             # The difference is exactly zero, so that the value is the code to the bit.
             through = values + (steps - steps.detach()) / self.scale
             return QuantizerOutput(
-                quantized=self.project_out(through).permute(0, 3, 1, 2),
+                quantized=channels_first(self.project_out(through)),
                 codes=self.codes_of_digits(digits),
                 indices=self.digits_to_indices(digits),
                 losses=self.losses(latent, values),

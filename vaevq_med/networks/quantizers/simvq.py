@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.quantizers.base import CodebookQuantizer
+from vaevq_med.networks.ranges import check_choice
 
 
 class SimVQ(CodebookQuantizer):
@@ -51,12 +51,11 @@ class SimVQ(CodebookQuantizer):
         else:
             self.register_buffer("basis", basis)
         self.projection = nn.Linear(embedding_dim, embedding_dim, bias=bias)
+        check_choice("init", init, ("default", "orthogonal"))
         if init == "orthogonal":
             nn.init.orthogonal_(self.projection.weight, gain=scale)
             if bias:
                 nn.init.zeros_(self.projection.bias)
-        elif init != "default":
-            raise VaevqMedError(f"init is {init!r}; expected 'default' or 'orthogonal'")
 
     basis: Tensor
 

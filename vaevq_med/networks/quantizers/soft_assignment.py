@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.compiling import outside_compiled_graphs
 from vaevq_med.networks.precision import full_precision
-from vaevq_med.networks.quantizers.clusters import mean_of_processes
+from vaevq_med.networks.processes import mean_of_processes
 
 # Probabilities held at once when the caller does not say; a backward pass holds two such tensors.
 _DEFAULT_CHUNK = {"cpu": 2**21, "other": 2**24}

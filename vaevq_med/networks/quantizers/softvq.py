@@ -4,8 +4,8 @@
 learn through the mixture alone. The mixture is continuous, and is what the method decodes in training and inference;
 the likeliest codeword, ``argmax_k p_k``, is the hard read-out, the one that compares with discrete tokenizers.
 
-The positions, row by row, are cut into S contiguous segments, each with a codebook of its own. A position thus says
-which codebook its index belongs to: an index stands for a codeword only along with where it is.
+The positions, in row-major order, are cut into S contiguous segments, each with a codebook of its own. A position thus
+says which codebook its index belongs to: an index stands for a codeword only along with where it is.
 """
 
 from __future__ import annotations
@@ -14,12 +14,20 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.outputs import Posterior, QuantizerOutput
-from vaevq_med.networks.quantizers.base import Quantizer
+from vaevq_med.networks.quantizers.base import (
+    Quantizer,
+    channels_first,
+    channels_last,
+    new_codewords,
+    on_grid,
+    straight_through,
+)
 from vaevq_med.networks.quantizers.soft_assignment import assignment_entropy, soft_codes
+from vaevq_med.networks.ranges import check_sizes
 
 
 class SoftVQ(Quantizer):
@@ -36,7 +44,7 @@ class SoftVQ(Quantizer):
     Args:
         num_embeddings: K, codewords of each segment's codebook; the authors' is 8192.
         embedding_dim: D; the authors' is 32.
-        num_segments: S; the authors' is 4. The h w positions need not be a multiple: the first segments have one more.
+        num_segments: S; the authors' is 4. The positions need not be a multiple: the first segments have one more.
         temperature: T of the mixture.
         entropy_temperature: T' of the entropy.
         readout: ``"soft"`` or ``"hard"``.
@@ -67,11 +75,7 @@ class SoftVQ(Quantizer):
         init: str = "uniform",
     ) -> None:
         super().__init__()
-        if num_embeddings < 1 or embedding_dim < 1 or num_segments < 1:
-            raise VaevqMedError(
-                f"num_embeddings is {num_embeddings}, embedding_dim {embedding_dim} and num_segments {num_segments}; "
-                "expected at least 1 each"
-            )
+        check_sizes(num_embeddings=num_embeddings, embedding_dim=embedding_dim, num_segments=num_segments)
         if not (temperature > 0 and entropy_temperature > 0):
             raise VaevqMedError(
                 f"temperature is {temperature} and entropy_temperature {entropy_temperature}; expected above 0"
@@ -83,17 +87,8 @@ class SoftVQ(Quantizer):
         self.entropy_temperature = entropy_temperature
         self.normalize = normalize
         self.select_readout(readout)
-        self.embedding = nn.Parameter(torch.empty(num_segments, num_embeddings, embedding_dim))
-        if init == "uniform":
-            nn.init.uniform_(self.embedding, -1 / num_embeddings, 1 / num_embeddings)
-        elif init == "normal":
-            nn.init.normal_(self.embedding)
-        else:
-            raise VaevqMedError(f"init is {init!r}; expected 'uniform' or 'normal'")
-        if normalize:
-            # A step of the optimizer would turn the short codewords of a large uniform start at random.
-            with torch.no_grad():
-                self.embedding.copy_(F.normalize(self.embedding, dim=-1))
+        shape = (num_segments, num_embeddings, embedding_dim)
+        self.embedding = new_codewords(*shape, init=init, normalize=normalize)
 
     def select_readout(self, readout: str) -> None:
         """Decode mixtures (``"soft"``) or codewords (``"hard"``) from now on.
@@ -108,36 +103,29 @@ class SoftVQ(Quantizer):
         """The tables, ``[S, K, D]``; of codewords of length 1 where they are normalized."""
         return F.normalize(self.embedding, dim=-1) if self.normalize else self.embedding
 
-    def indices_to_codes(self, indices: Tensor) -> Tensor:
-        """Codewords ``[B, D, h, w]`` of indices ``[B, h, w, 1]``, each from the codebook of its position's segment.
-
-        Raises:
-            VaevqMedError: the indices have another shape, or one of them is not in [0, K).
-        """
-        self.check_indices(indices)
+    def codes_of(self, indices: Tensor) -> Tensor:
+        """Codewords ``[B, D, *grid]``, each from the codebook of its position's segment."""
         return self._look_up(indices, self.codebook())
 
     def _look_up(self, indices: Tensor, codebook: Tensor) -> Tensor:
-        batch, height, width, _ = indices.shape
-        parts = self._segments(indices.reshape(batch, height * width))
+        parts = self._segments(indices.flatten(1))
         codes = torch.cat([F.embedding(i, table) for i, table in zip(parts, codebook, strict=True)], dim=1)
-        return codes.transpose(1, 2).reshape(batch, self.embedding_dim, height, width)
+        return channels_first(codes.view(*indices.shape[:-1], self.embedding_dim))  # of [B, n, D]
 
     def _segments(self, positions: Tensor) -> tuple[Tensor, ...]:
-        """``[B, h w, ...]`` in S parts; some are empty where there are fewer positions than segments."""
+        """``[B, n, ...]`` in S parts; some are empty where there are fewer positions than segments."""
         return positions.tensor_split(self.num_segments, dim=1)
 
     def forward(self, z: Tensor, posterior: Posterior | None = None) -> QuantizerOutput:
-        """Mix codewords for ``z`` ``[B, D, h, w]``, or look up its likeliest ones."""
+        """Mix codewords for ``z`` ``[B, D, *grid]``, or look up its likeliest ones."""
         self.check_latent(z)
-        batch, _, height, width = z.shape
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
             if self.normalize:
                 z = F.normalize(z, dim=1)
             codebook = self.codebook()
             mixtures, indices, entropies = [], [], []
-            for part, table in zip(self._segments(z.flatten(2).transpose(1, 2)), codebook, strict=True):
+            for part, table in zip(self._segments(channels_last(z.flatten(2))), codebook, strict=True):
                 latents, keys = part.reshape(-1, self.embedding_dim), table.detach()
                 mixture, index = soft_codes(latents, keys, table, temperature=self.temperature)
                 mixtures.append(mixture.view(part.shape))
@@ -148,17 +136,11 @@ class SoftVQ(Quantizer):
                             latents, keys, temperature=self.entropy_temperature, synchronize=self.training
                         )
                     )
-            soft = torch.cat(mixtures, dim=1).transpose(1, 2).reshape(z.shape)
-            chosen = torch.cat(indices, dim=1).view(batch, height, width, 1)
+            soft = channels_first(on_grid(torch.cat(mixtures, dim=1), z, self.embedding_dim))
+            chosen = on_grid(torch.cat(indices, dim=1), z)
             losses = {"entropy": torch.stack(entropies).mean() if entropies else soft.sum()}
             if self.readout == "soft":
                 return QuantizerOutput(quantized=soft, codes=soft, indices=chosen, losses=losses, codebook=codebook)
             codes = self._look_up(chosen, codebook)
-            return QuantizerOutput(
-                # The difference is exactly zero, so that the value is the code to the bit.
-                quantized=codes.detach() + (soft - soft.detach()),
-                codes=codes,
-                indices=chosen,
-                losses=losses,
-                codebook=codebook,
-            )
+            quantized = straight_through(codes, soft)
+            return QuantizerOutput(quantized=quantized, codes=codes, indices=chosen, losses=losses, codebook=codebook)

@@ -7,11 +7,9 @@ training swaps them (``docs/deviations.md``).
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.networks.quantizers.base import CodebookQuantizer
+from vaevq_med.networks.quantizers.base import CodebookQuantizer, new_codewords
 
 
 class VectorQuantizer(CodebookQuantizer):
@@ -28,6 +26,7 @@ class VectorQuantizer(CodebookQuantizer):
 
     Example:
         >>> quantizer = VectorQuantizer(num_embeddings=8, embedding_dim=4)
+        >>> import torch
         >>> quantizer(torch.zeros(1, 4, 2, 2)).indices.shape
         torch.Size([1, 2, 2, 1])
     """
@@ -36,13 +35,7 @@ class VectorQuantizer(CodebookQuantizer):
         self, *, num_embeddings: int, embedding_dim: int, init: str = "uniform", assignment: str = "euclidean"
     ) -> None:
         super().__init__(num_embeddings=num_embeddings, embedding_dim=embedding_dim, assignment=assignment)
-        self.embedding = nn.Parameter(torch.empty(num_embeddings, embedding_dim))
-        if init == "uniform":
-            nn.init.uniform_(self.embedding, -1 / num_embeddings, 1 / num_embeddings)
-        elif init == "normal":
-            nn.init.normal_(self.embedding)
-        else:
-            raise VaevqMedError(f"init is {init!r}; expected 'uniform' or 'normal'")
+        self.embedding = new_codewords(num_embeddings, embedding_dim, init=init)
 
     def codebook(self) -> Tensor:
         """The table itself, ``[K, D]``."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.quantizers.base import CodebookQuantizer
+from vaevq_med.networks.ranges import check_sizes
 
 _MAKE = "vaevq-med feature-codebook DATASET {path} --num-embeddings {count}"
 
@@ -59,8 +60,7 @@ class VQGANLC(CodebookQuantizer):
         assignment: str = "euclidean",
     ) -> None:
         super().__init__(num_embeddings=num_embeddings, embedding_dim=embedding_dim, assignment=assignment)
-        if num_features < 1:
-            raise VaevqMedError(f"num_features is {num_features}; expected at least 1")
+        check_sizes(num_features=num_features)
         shape = (num_embeddings, num_features)
         table = torch.randn(shape) if features is None else read_features(features, num_embeddings=num_embeddings)
         if tuple(table.shape) != shape:

@@ -1,0 +1,58 @@
+"""What several processes work out together: sums, means, and the draws of the first.
+
+Each function gives the same result on every process. Draws come from torch's global CPU generator, whatever the device,
+so that a checkpoint of its state makes a resumed run draw alike.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def is_distributed() -> bool:
+    """Whether there are several processes."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def sum_in_place(own: Tensor) -> Tensor:
+    """``own``, which becomes the sum of every process's."""
+    if is_distributed():
+        dist.all_reduce(own)
+    return own
+
+
+def mean_without_gradient(own: Tensor) -> Tensor:
+    """Mean of every process's ``own``."""
+    own = own.detach()
+    return sum_in_place(own.clone()) / dist.get_world_size() if is_distributed() else own
+
+
+def mean_of_processes(own: Tensor) -> Tensor:
+    """Mean of every process's ``own``, with the gradient of this process's.
+
+    Averaged over the processes, as DDP does, the gradient of a function of it is that of one process with everything.
+    """
+    return own + (mean_without_gradient(own) - own).detach() if is_distributed() else own
+
+
+def rows_of_each_process(values: Tensor) -> list[int]:
+    """How many rows every process has, in the order of the ranks; to know those of the others, this one waits."""
+    if not is_distributed():
+        return [len(values)]
+    every = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=values.device)
+    every[dist.get_rank()] = len(values)
+    return [int(size) for size in sum_in_place(every).tolist()]
+
+
+def from_first_process(draw: Tensor) -> Tensor:
+    """``draw`` of the first process; every process draws, which leaves their generators in step."""
+    if is_distributed():
+        dist.broadcast(draw, src=0)
+    return draw
+
+
+def number_from_first_process(draw: Tensor, device: torch.device) -> float:
+    """The number that the first process drew ``[1]`` on the CPU; one process alone needs no device for it."""
+    return float(from_first_process(draw.to(device)) if is_distributed() else draw)
