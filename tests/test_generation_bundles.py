@@ -636,7 +636,7 @@ def test_generation_goes_on_where_it_stood(
     run_bundle("generate.json", {**overrides, "num_samples": 6})
     assert drawn == [1, 1]
     said = refusal("generate.json", {**overrides, "seed": 1}, capsys)
-    assert "seed 0, expected seed 1" in said
+    assert "samples of seed 0, expected 1; choose" in said
     run_bundle("generate.json", {**overrides, "seed": 1, "overwrite": True})
     assert not (folder / "000005.png").exists()
     assert (folder / "000000.png").read_bytes() != before["000000.png"]

@@ -8,14 +8,14 @@ import json
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vaevq_med.core.errors import DataError
 from vaevq_med.core.files import atomic_write_text
-from vaevq_med.core.folder import RECIPE, REPORT, Workplace
+from vaevq_med.core.folder import RECIPE, REPORT, OutputFolder
 from vaevq_med.core.jobs import Problem, attempt, check_workers, run_jobs
 from vaevq_med.images.manifest import SPLITS, split_hash, write_manifest
 from vaevq_med.images.splits import split_by_hash
@@ -124,11 +124,11 @@ class ImagenetPrepare:
         todo = [batch for batch in search.batches if not self._finished(batch)]
         total = sum(map(_input_bytes, todo))
         read, images, size = 0, 0, 0
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / STATE).mkdir()
+        with tempfile.TemporaryDirectory() as name:
+            folder = replace(self._folder, path=Path(name))
             for batch in todo[:: max(1, len(todo) // _MEASURED)]:
                 limit = max(1, _MEASURED // len(todo))
-                outcome = attempt(write_batch, "batch", batch, self.recipe, Path(folder), limit)
+                outcome = attempt(write_batch, "batch", batch, self.recipe, folder, limit)
                 if not isinstance(outcome, Problem):
                     read += _input_bytes(batch, len(outcome.images) + len(outcome.skipped))
                     images += len(outcome.images)
@@ -143,7 +143,7 @@ class ImagenetPrepare:
             images=round(images * share),
             bytes=round(size * share),
             linked=self.recipe.resize is None and not any(batch.is_archive for batch in todo),
-            free_bytes=self._workplace.free_bytes(),
+            free_bytes=self._folder.free_bytes(),
         )
 
     def run(
@@ -170,10 +170,10 @@ class ImagenetPrepare:
         for name, reason in search.problems:
             on_skip(name, reason)
         self._check_output()
-        with self._workplace.lock():
-            self._workplace.prepare(self.recipe.image_hash)
+        with self._folder.lock():
+            self._folder.begin(self.recipe.image_hash)
             todo = {batch.name: batch for batch in search.batches if not self._finished(batch)}
-            jobs = {name: (batch, self.recipe, self.output) for name, batch in todo.items()}
+            jobs = {name: (batch, self.recipe, self._folder) for name, batch in todo.items()}
             problems = dict(search.problems)
             running = run_jobs(write_batch, jobs, kind="batch", workers=self.workers, on_start=on_start)
             with contextlib.closing(running) as outcomes:
@@ -187,12 +187,17 @@ class ImagenetPrepare:
             return self._finish(search, done, problems, frozenset(todo))
 
     @property
-    def _workplace(self) -> Workplace:
-        return Workplace(self.output, STATE, "imagenet-prepare", "images")
+    def _folder(self) -> OutputFolder:
+        return OutputFolder(self.output, STATE, "imagenet-prepare", "images")
 
     def _check_output(self) -> None:
-        size = "as they are" if self.recipe.resize is None else f"at {self.recipe.resize} pixels"
-        self._workplace.check(self.recipe.image_hash, f"{self.recipe.name} {size}", overwrite=self.overwrite)
+        self._folder.check()
+        if self._folder.is_of_another(self.recipe.image_hash) and not self.overwrite:
+            size = "as they are" if self.recipe.resize is None else f"at {self.recipe.resize} pixels"
+            raise DataError(
+                f"output {self.output}: found images made by another recipe, expected those of {self.recipe.name} "
+                f"{size}; choose another folder, or replace them with --overwrite"
+            )
 
     def _search(self) -> ImageSearch:
         check_workers(self.workers)
@@ -219,11 +224,11 @@ class ImagenetPrepare:
             mark = batch_fingerprint(batch, self.recipe)
         except DataError:
             return False
-        record = read_batch_record(self.output, batch.name)
+        record = read_batch_record(self._folder, batch.name)
         return record is not None and record.fingerprint == mark
 
     def _record(self, batch: Batch) -> BatchRecord:
-        record = read_batch_record(self.output, batch.name)
+        record = read_batch_record(self._folder, batch.name)
         if record is None:
             raise DataError(
                 f"batch {batch.name}: found its images changed while this ran, expected nobody else to write there"
@@ -294,7 +299,7 @@ class ImagenetPrepare:
             "split_hash": split_hash(entries),
             **entries,
         }
-        with self._workplace.writing():
+        with self._folder.writing():
             atomic_write_text(self.output / RECIPE, json.dumps(self.recipe.to_dict(), indent=2) + "\n")
             atomic_write_text(self.output / REPORT, _report_text(report, odd))
             write_manifest(self.output, content)
@@ -316,7 +321,7 @@ class ImagenetPrepare:
         if entries["validation"] and not entries["test"]:
             yield "the test split is empty: the bundle evaluates on the validation images, as papers do"
         known = {batch.name for batch in batches}
-        left = sorted(f.stem for f in (self.output / STATE).glob("*.json") if f.stem not in known)
+        left = sorted(self._folder.units() - known)
         if left:
             yield f"batches of images that are not part of this data set were left: {len(left)} ({left[0]})"
         empty = [split for split in ("training", "validation") if not entries[split]]

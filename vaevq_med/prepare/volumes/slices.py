@@ -11,9 +11,8 @@ import hashlib
 import io
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from vaevq_med.core.errors import DataError
-from vaevq_med.core.files import atomic_write_text
+from vaevq_med.core.folder import OutputFolder
 from vaevq_med.images.volumes import MAX_VOXELS, check_volume, displacement, read_volume, shape
 from vaevq_med.prepare.recipes import Recipe
 from vaevq_med.prepare.volumes.find import Case, Source
@@ -85,21 +84,15 @@ def fingerprint(case: Case, recipe: Recipe, target_map: str) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def read_record(output: Path, case: str) -> CaseRecord | None:
+def read_record(folder: OutputFolder, case: str) -> CaseRecord | None:
     """The record of a finished case whose files are all there, or None."""
+    places = [folder.path / part / case for part in ("images", "labels")]
     try:
-        record = CaseRecord(**json.loads((output / STATE / f"{case}.json").read_text(encoding="utf-8")))
-        entries = [
-            entry
-            for folder in ("images", "labels")
-            if (output / folder / case).is_dir()
-            for entry in os.scandir(output / folder / case)
-        ]
-        if len(entries) != record.files or sum(entry.stat().st_size for entry in entries) != record.bytes:
-            return None
-    except (OSError, ValueError, TypeError):
+        record = CaseRecord(**(folder.record(case) or {}))
+        sizes = [entry.stat().st_size for place in places if place.is_dir() for entry in os.scandir(place)]
+        return record if (len(sizes), sum(sizes)) == (record.files, record.bytes) else None
+    except (OSError, TypeError):
         return None
-    return record
 
 
 class _Writer:
@@ -380,13 +373,13 @@ def _tracked_meta() -> Iterator[None]:
         set_track_meta(before)
 
 
-def extract_case(case: Case, recipe: Recipe, output: Path, target_map: str) -> CaseRecord:
+def extract_case(case: Case, recipe: Recipe, folder: OutputFolder, target_map: str) -> CaseRecord:
     """Slice one case into a data set, all of it or nothing.
 
     Args:
         case: what to read.
         recipe: what to do.
-        output: the data set's folder, with a folder :data:`STATE`.
+        folder: of the data set.
         target_map: name of the label map to write.
 
     Returns:
@@ -396,24 +389,9 @@ def extract_case(case: Case, recipe: Recipe, output: Path, target_map: str) -> C
         DataError: a volume is not what was expected.
         OSError: the disk is full, or not writable.
     """
-    state = output / STATE
-    partial = state / f"{case.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
     mark = fingerprint(case, recipe, target_map)
-    try:
-        partial.mkdir()
+    with folder.unit(case.name) as partial:
         with _tracked_meta():
-            record = write_case(case, recipe, partial, target_map)
-        record = CaseRecord(mark, record.digest, record.files, record.bytes, record.entries)
-        (state / f"{case.name}.json").unlink(missing_ok=True)
-        for folder in ("images", "labels"):
-            place = output / folder / case.name
-            if place.exists():
-                shutil.rmtree(place)
-            if (partial / folder).exists():
-                place.parent.mkdir(exist_ok=True)
-                os.replace(partial / folder, place)
-        atomic_write_text(state / f"{case.name}.json", json.dumps(record.__dict__) + "\n")
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            record = replace(write_case(case, recipe, partial, target_map), fingerprint=mark)
+        folder.commit(case.name, vars(record), {part: f"{part}/{case.name}" for part in ("images", "labels")})
     return record

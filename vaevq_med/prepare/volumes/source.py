@@ -7,14 +7,14 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from vaevq_med.core.errors import DataError
 from vaevq_med.core.files import atomic_write_text
-from vaevq_med.core.folder import RECIPE, REPORT, Workplace
+from vaevq_med.core.folder import RECIPE, REPORT, OutputFolder
 from vaevq_med.core.jobs import Problem, attempt, check_workers, run_jobs
 from vaevq_med.images.manifest import SPLITS, split_hash, write_manifest
 from vaevq_med.images.splits import SPLIT_FILE, count_patients, remembered_splits, split_by_file, split_by_rule
@@ -116,9 +116,9 @@ class SliceExtract:
         skipped = list(search.problems)
         measured, images, size = None, 0, 0
         for case in todo:
-            with tempfile.TemporaryDirectory() as folder:
-                (Path(folder) / STATE).mkdir()
-                outcome = attempt(extract_case, "case", case, self.recipe, Path(folder), target)
+            with tempfile.TemporaryDirectory() as name:
+                folder = replace(self._folder, path=Path(name))
+                outcome = attempt(extract_case, "case", case, self.recipe, folder, target)
             if isinstance(outcome, CaseRecord):
                 measured, images, size = case.name, len(outcome.entries), outcome.bytes
                 break
@@ -137,7 +137,7 @@ class SliceExtract:
             measured_on=measured,
             images=images * remaining,
             bytes=size * remaining,
-            free_bytes=self._workplace.free_bytes(),
+            free_bytes=self._folder.free_bytes(),
         )
 
     def run(
@@ -168,11 +168,11 @@ class SliceExtract:
         splits = self._splits(search.cases)
         target = self._target_map(search.cases)
         self._check_output()
-        with self._workplace.lock():
-            self._workplace.prepare(self.recipe.image_hash)
+        with self._folder.lock():
+            self._folder.begin(self.recipe.image_hash)
             todo = [case for case in search.cases if not self._finished(case, target)]
             problems = dict(search.problems)
-            jobs = {case.name: (case, self.recipe, self.output, target) for case in todo}
+            jobs = {case.name: (case, self.recipe, self._folder, target) for case in todo}
             running = run_jobs(extract_case, jobs, kind="case", workers=self.workers, on_start=on_start)
             with contextlib.closing(running) as outcomes:
                 for name, outcome in outcomes:
@@ -213,16 +213,21 @@ class SliceExtract:
             mark = fingerprint(case, self.recipe, target)
         except DataError:
             return False
-        record = read_record(self.output, case.name)
+        record = read_record(self._folder, case.name)
         return record is not None and record.fingerprint == mark
 
     @property
-    def _workplace(self) -> Workplace:
-        return Workplace(self.output, STATE, "slice-extract", "slices")
+    def _folder(self) -> OutputFolder:
+        return OutputFolder(self.output, STATE, "slice-extract", "slices")
 
     def _check_output(self) -> None:
-        made_by = f"{self.recipe.name} at {self.recipe.size} pixels as {self.recipe.format}"
-        self._workplace.check(self.recipe.image_hash, made_by, overwrite=self.overwrite)
+        self._folder.check()
+        if self._folder.is_of_another(self.recipe.image_hash) and not self.overwrite:
+            made_by = f"{self.recipe.name} at {self.recipe.size} pixels as {self.recipe.format}"
+            raise DataError(
+                f"output {self.output}: found slices made by another recipe, expected those of {made_by}; choose "
+                "another folder, or replace them with --overwrite"
+            )
 
     def _nothing(self, problems: Sequence[tuple[str, str]]) -> DataError:
         return DataError(
@@ -288,7 +293,7 @@ class SliceExtract:
             patients=patients,
             modalities=modalities,
         )
-        with self._workplace.writing():
+        with self._folder.writing():
             atomic_write_text(self.output / RECIPE, json.dumps(self.recipe.to_dict(), indent=2) + "\n")
             atomic_write_text(self.output / REPORT, _report_text(report, len(done)))
             standing = {patient: splits[patient] for patient in sorted({case.patient for case in done})}
@@ -297,7 +302,7 @@ class SliceExtract:
         return report
 
     def _record(self, case: Case) -> CaseRecord:
-        record = read_record(self.output, case.name)
+        record = read_record(self._folder, case.name)
         if record is None:
             raise DataError(
                 f"case {case.name}: found its slices changed while this ran, expected nobody else to write there"
