@@ -23,8 +23,9 @@ from vaevq_med.images.splits import (
     split_by_hash,
     split_by_rule,
 )
+from vaevq_med.prepare.job import Search
 from vaevq_med.prepare.recipes import Recipe, load_recipe
-from vaevq_med.prepare.volumes.find import CaseSearch, Source, find_cases, patient_of, read_cases
+from vaevq_med.prepare.volumes.find import Case, Volume, find_cases, patient_of, read_cases
 from vaevq_med.prepare.volumes.labels import BRATS2021, BRATS2024, BRATS2024_PED, DECATHLON, LABEL_MAPS, label_map
 
 MODALITIES = ("t1n", "t1c", "t2w", "t2f")
@@ -41,7 +42,7 @@ def touch_2024(root: Path, folder: str, case: str, *, suffix: str = ".nii.gz", s
     touch(root, *(f"{folder}/{case}-{m}{suffix}" for m in (*MODALITIES, *(["seg"] if seg else []))))
 
 
-def search(root: Path, **options: Any) -> CaseSearch:
+def search(root: Path, **options: Any) -> Search[Case]:
     return find_cases(root, MODALITIES, **options)
 
 
@@ -52,7 +53,7 @@ def search(root: Path, **options: Any) -> CaseSearch:
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".mha", ".nrrd", ".NII.GZ"])
 def test_2024_names_are_found_under_any_nesting(tmp_path: Path, nesting: str, suffix: str) -> None:
     touch_2024(tmp_path, f"{nesting}/BraTS-GLI-00005-101", "BraTS-GLI-00005-101", suffix=suffix, seg=True)
-    (case,) = search(tmp_path).cases
+    (case,) = search(tmp_path).units
     assert (case.name, case.patient, case.label_map) == ("BraTS-GLI-00005-101", "BraTS-GLI-00005", "brats2024")
     assert {m: s.path.name for m, s in case.images.items()} == {m: f"{case.name}-{m}{suffix}" for m in MODALITIES}
     assert case.segmentation is not None
@@ -62,7 +63,7 @@ def test_2024_names_are_found_under_any_nesting(tmp_path: Path, nesting: str, su
 @pytest.mark.parametrize("kind", ["GLI", "MET", "MEN", "PED", "SSA"])
 def test_every_challenge_of_2023_and_2024_is_found(tmp_path: Path, kind: str) -> None:
     touch_2024(tmp_path, "x", f"BraTS-{kind}-00110-000", seg=True)
-    (case,) = search(tmp_path).cases
+    (case,) = search(tmp_path).units
     assert case.patient == f"BraTS-{kind}-00110"
     assert case.label_map == ("brats2024-ped" if kind == "PED" else "brats2024")
 
@@ -79,7 +80,7 @@ def test_every_challenge_of_2023_and_2024_is_found(tmp_path: Path, kind: str) ->
 )
 def test_names_of_2017_to_2021(tmp_path: Path, case: str, patient: str) -> None:
     touch(tmp_path, *(f"HGG/{case}/{case}_{name}.nii.gz" for name in NAMES_2021.values()))
-    (found,) = search(tmp_path).cases
+    (found,) = search(tmp_path).units
     assert (found.name, found.patient, found.label_map) == (case, patient, "brats2021")
     assert {m: s.path.name for m, s in found.images.items()} == {
         m: f"{case}_{NAMES_2021[m]}.nii.gz" for m in MODALITIES
@@ -95,15 +96,15 @@ def test_timepoints_are_one_patient() -> None:
 def test_decathlon_channels_are_in_its_own_order(tmp_path: Path) -> None:
     touch(tmp_path, *(f"Task01_BrainTumour/{f}/BRATS_{n}.nii.gz" for f in ("imagesTr", "labelsTr") for n in (1, 2)))
     touch(tmp_path, "Task01_BrainTumour/imagesTs/BRATS_485.nii.gz", "Task01_BrainTumour/imagesTr/._BRATS_1.nii.gz")
-    first, second, test = search(tmp_path).cases
+    first, second, test = search(tmp_path).units
     path = tmp_path / "Task01_BrainTumour/imagesTr/BRATS_1.nii.gz"
     assert first.images == {
-        "t2f": Source(path, 0),
-        "t1n": Source(path, 1),
-        "t1c": Source(path, 2),
-        "t2w": Source(path, 3),
+        "t2f": Volume(path, 0),
+        "t1n": Volume(path, 1),
+        "t1c": Volume(path, 2),
+        "t2w": Volume(path, 3),
     }
-    assert (first.label_map, first.segmentation) == ("decathlon", Source(path.parents[1] / "labelsTr/BRATS_1.nii.gz"))
+    assert (first.label_map, first.segmentation) == ("decathlon", Volume(path.parents[1] / "labelsTr/BRATS_1.nii.gz"))
     assert second.name == "BRATS_2"
     assert test.segmentation is None
 
@@ -119,7 +120,7 @@ def test_a_missing_contrast_is_named(tmp_path: Path) -> None:
     touch_2024(tmp_path, "y", "BraTS-GLI-00002-000")
     (tmp_path / "y/BraTS-GLI-00002-000-t2f.nii.gz").unlink()
     result = search(tmp_path)
-    assert [case.name for case in result.cases] == ["BraTS-GLI-00001-000"]
+    assert [case.name for case in result.units] == ["BraTS-GLI-00001-000"]
     assert result.problems == [
         ("BraTS-GLI-00002-000", "missing t2f; found t1c, t1n, t2w, expected t1n, t1c, t2w, t2f"),
     ]
@@ -161,7 +162,7 @@ def test_links_in_a_circle_end_and_the_output_is_left_out(tmp_path: Path) -> Non
     (tmp_path / "x" / "loop").symlink_to(tmp_path)
     (tmp_path / "again").symlink_to(tmp_path / "x")
     result = search(tmp_path, exclude=tmp_path / "out")
-    assert len(result.cases) == 1
+    assert len(result.units) == 1
     assert not result.problems
 
 
@@ -193,7 +194,7 @@ def test_notes_on_releases_that_share_patients_and_on_pediatric_labels(tmp_path:
     assert "the releases share patients under different names" in notes
     assert "for the 2023 release: --label-map brats2024" in notes
     result = search(tmp_path, label_map="brats2024")
-    assert {case.label_map for case in result.cases} == {"brats2024"}
+    assert {case.label_map for case in result.units} == {"brats2024"}
     assert "--label-map" not in " ".join(result.notes)
 
 
@@ -206,7 +207,7 @@ def table(root: Path, text: str, *, encoding: str = "utf-8") -> Path:
     return path
 
 
-def from_csv(root: Path, text: str, **options: Any) -> CaseSearch:
+def from_csv(root: Path, text: str, **options: Any) -> Search[Case]:
     touch(root, "a.nii", "b.mha", "c.nrrd", "d.nii.gz", "s.nii")
     return read_cases(table(root, text, **options), root, MODALITIES)
 
@@ -221,12 +222,12 @@ def test_csv_paths_aliases_and_patients(tmp_path: Path) -> None:
         "BraTS-GLI-00001-000,a.nii,b.mha,c.nrrd,d.nii.gz\n",
         encoding="utf-8-sig",
     )
-    named, w, x = result.cases
+    named, w, x = result.units
     assert (named.patient, w.patient, x.patient) == ("BraTS-GLI-00001", "w", "P1")
     assert {m: s.path for m, s in x.images.items()} == dict(
         zip(MODALITIES, (tmp_path / n for n in ("a.nii", "b.mha", "c.nrrd", "d.nii.gz")), strict=True)
     )
-    assert x.segmentation == Source(tmp_path / "s.nii")
+    assert x.segmentation == Volume(tmp_path / "s.nii")
     assert w.segmentation is None
     assert result.notes == ["cases cases.csv: columns site are not used"]
     assert not result.problems
@@ -239,7 +240,7 @@ def test_a_patient_column_is_never_overlooked(tmp_path: Path, column: str) -> No
         tmp_path,
         f"case,{column},t1n,t1c,t2w,t2f\nx,P,a.nii,a.nii,a.nii,a.nii\ny,P,a.nii,a.nii,a.nii,a.nii\n",
     )
-    assert {case.patient for case in result.cases} == {"P"}
+    assert {case.patient for case in result.units} == {"P"}
 
 
 @pytest.mark.parametrize(
@@ -263,7 +264,7 @@ def test_a_bad_row_is_one_line(tmp_path: Path, row: str, name: str, message: str
     assert "\n" not in problem
     with pytest.raises(DataError, match=message):
         raise DataError(problem)
-    assert [case.name for case in result.cases] == (["other"] if name == "good" else ["good", "other"])
+    assert [case.name for case in result.units] == (["other"] if name == "good" else ["good", "other"])
 
 
 @pytest.mark.parametrize(

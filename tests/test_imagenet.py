@@ -793,4 +793,4 @@ def test_the_brats_bundle_takes_stacked_contrasts(slice_dataset: Path, tmp_path:
 @pytest.mark.sampledata
 def test_real_photographs(sample_data: Path, tmp_path: Path) -> None:
     search = find_images(sample_data / "imagenet-sample", tmp_path)
-    assert (len(search.batches), len(search.classes), search.problems) == (800, 800, ())
+    assert (len(search.units), len(search.classes), search.problems) == (800, 800, [])

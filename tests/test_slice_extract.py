@@ -36,6 +36,8 @@ from vaevq_med.core.errors import DataError
 from vaevq_med.images.manifest import load_manifest
 from vaevq_med.images.pixels import read_image
 from vaevq_med.images.volumes import read_volume
+from vaevq_med.prepare import job
+from vaevq_med.prepare.job import Prepare
 from vaevq_med.prepare.recipes import Recipe, load_recipe
 from vaevq_med.prepare.volumes import slices
 from vaevq_med.prepare.volumes import source as slice_extract
@@ -208,7 +210,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("dataset")
     make_case(root / "in", seg=labels())
     recipe = replace(load_recipe("brats24/axial_256"), size=SIDE)
-    slice_extract.SliceExtract(root / "in", root / "out", recipe, workers=1).run()
+    Prepare(slice_extract.VolumeSource(root / "in", recipe), root / "out", workers=1).run()
     return root / "out"
 
 
@@ -983,7 +985,7 @@ def test_no_room_for_the_datalist_keeps_the_cases(
     extract: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
     make_case(tmp_path / "in")
-    original = getattr(slice_extract, name)
+    original = getattr(job, name)
 
     def fail(path: Path, content: Any) -> Any:
         if path.name == "recipe.sha256":
@@ -991,7 +993,7 @@ def test_no_room_for_the_datalist_keeps_the_cases(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(slice_extract, name, fail)
+        patch.setattr(job, name, fail)
         result = extract(tmp_path / "in", tmp_path / "out")
     assert result.code == 2
     assert "found it not writable (No space left on device), expected a folder with room to write" in result.err
@@ -1011,7 +1013,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     for number in range(12):
         make_case(root / "in", f"BraTS-GLI-{number // 2:05d}-{100 + number % 2}", seg=labels(), seed=number)
     recipe = replace(load_recipe("brats24/axial_256"), size=192)
-    slice_extract.SliceExtract(root / "in", root / "out", recipe, workers=1).run()
+    Prepare(slice_extract.VolumeSource(root / "in", recipe), root / "out", workers=1).run()
     return root / "in", root / "out"
 
 
@@ -1287,10 +1289,10 @@ def test_a_dry_run_writes_nothing_and_estimates_well(extract: Callable[..., Outc
     assert not (tmp_path / "out").exists()
     assert "would slice 2 cases; 0 are done already" in result.out
     assert "about 120 images" in result.out
-    plan = slice_extract.SliceExtract(tmp_path / "in", tmp_path / "out", Recipe("x", size=SIDE)).plan()
+    plan = Prepare(slice_extract.VolumeSource(tmp_path / "in", Recipe("x", size=SIDE)), tmp_path / "out").plan()
     assert extract(tmp_path / "in", tmp_path / "out").code == 0
     written = sum(path.stat().st_size for path in (tmp_path / "out").glob("[il]*/*/*"))
-    assert plan.bytes == pytest.approx(written, rel=0.05)
+    assert plan.estimate.bytes == pytest.approx(written, rel=0.05)
     result = extract(tmp_path / "in", tmp_path / "out", "--dry-run")
     assert (result.code, "would slice 0 cases; 2 are done already" in result.out) == (0, True)
 

@@ -74,6 +74,10 @@ class ImageRecipe:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {**values, "split": {f.name: getattr(self.split, f.name) for f in fields(self.split)}}
 
+    def summary(self) -> str:
+        """What tells it from others, for a message."""
+        return f"{self.name} {'as they are' if self.resize is None else f'at {self.resize} pixels'}"
+
     @property
     def image_hash(self) -> str:
         """SHA-256 of everything that decides the images' bytes."""

@@ -155,6 +155,10 @@ class Recipe:
             "split": {f.name: getattr(self.split, f.name) for f in fields(self.split)},
         }
 
+    def summary(self) -> str:
+        """What tells it from others, for a message."""
+        return f"{self.name} at {self.size} pixels as {self.format}"
+
     @property
     def image_hash(self) -> str:
         """SHA-256 of everything that decides the images' bytes: all but the name, description and split."""

@@ -11,7 +11,7 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -23,9 +23,9 @@ from vaevq_med.core.errors import DataError
 from vaevq_med.core.folder import OutputFolder
 from vaevq_med.images.pixels import plain, upright
 from vaevq_med.prepare.image_recipes import ImageRecipe
+from vaevq_med.prepare.job import Record
 from vaevq_med.prepare.pictures.batches import Batch
 
-STATE = ".images"
 ODDITIES = {
     "gray": "gray, read as three equal channels",
     "cmyk": "CMYK, read as RGB",
@@ -50,24 +50,28 @@ _EXIF_ORIENTATION = 0x0112
 
 
 @dataclass(frozen=True)
-class BatchRecord:
-    """What is known of a finished batch.
+class BatchRecord(Record):
+    """What is known of a finished batch; its digest is over the names and bytes of the images, in order.
 
     Attributes:
-        fingerprint: of the recipe and the input files.
-        digest: SHA-256 over the names and bytes of the images, in order.
         images: each written image, by its path below the data set's folder, to its size in bytes.
         sources: the name each had in the batch, in the same order.
         skipped: file and what is wrong with it.
         odd: what is unusual, one of :data:`ODDITIES`, to the images.
     """
 
-    fingerprint: str
-    digest: str
     images: dict[str, int] = field(default_factory=dict)
     sources: list[str] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     odd: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def lost(self) -> Sequence[tuple[str, str]]:  # noqa: D102
+        return self.skipped
+
+    @property
+    def amount(self) -> int:  # noqa: D102
+        return len(self.images)
 
 
 @dataclass(frozen=True)
