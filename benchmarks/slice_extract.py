@@ -42,9 +42,8 @@ from monai.transforms import (
 from PIL import Image
 
 from vaevq_med.prepare.job import Prepare
-from vaevq_med.prepare.phantom.subjects import PhantomConfig
-from vaevq_med.prepare.phantom.writer import Phantom
-from vaevq_med.prepare.recipes import Recipe, load_recipe
+from vaevq_med.prepare.phantom.subjects import PhantomConfig, write_phantoms
+from vaevq_med.prepare.recipes import Recipe
 from vaevq_med.prepare.volumes.find import Case, find_cases
 from vaevq_med.prepare.volumes.source import VolumeSource
 
@@ -126,8 +125,8 @@ def main() -> None:
         source = arguments.input
         if source is None:
             source = Path(folder)
-            Phantom(source, 2, PhantomConfig(shape=(182, 218, 182))).run()
-        recipe = load_recipe("brats24/axial_256").with_options(size=arguments.size)
+            write_phantoms(source, 2, PhantomConfig(shape=(182, 218, 182)), workers=None)
+        recipe = Recipe.load("brats24/axial_256").changed(size=arguments.size)
         cases = find_cases(source, recipe.modalities).units
         kept = {c.name: kept_slices([nib.load(s.path).get_fdata() for s in c.images.values()]) for c in cases}
         cores = os.cpu_count() or 1

@@ -197,7 +197,7 @@ def test_the_check_leaves_the_rest_alone(module: str, is_package: bool, source: 
 
 
 def test_the_command_line_loads_nothing_heavy() -> None:
-    heavy = ("torch", "monai", "mlflow", "nilearn", "SimpleITK", "matplotlib", "scipy", "skimage")
+    heavy = ("torch", "monai", "mlflow", "nilearn", "SimpleITK", "matplotlib", "scipy", "skimage", "pydantic")
     program = (
         "import sys, vaevq_med.cli.app as cli\n"
         f"print(*[name for name in {heavy!r} if name in sys.modules])\n"

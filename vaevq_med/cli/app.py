@@ -107,10 +107,10 @@ def slice_extract(
     command goes on.
     """
     from vaevq_med.prepare.job import Prepare
-    from vaevq_med.prepare.recipes import load_recipe
+    from vaevq_med.prepare.recipes import Recipe
     from vaevq_med.prepare.volumes.source import VolumeSource
 
-    chosen = load_recipe(recipe).with_options(size=size, image_format=image_format.value if image_format else None)
+    chosen = Recipe.load(recipe).changed(size=size, format=image_format)
     volumes = VolumeSource(source, chosen, split_file=split_file, cases=cases, label_map=label_map)
     command = Prepare(volumes, output, workers, overwrite)
 
@@ -164,11 +164,11 @@ def imagenet_prepare(
     Exit code 0: all is done; 1: done, but images were skipped; 2: nothing could be done; 130: interrupted, the same
     command goes on.
     """
-    from vaevq_med.prepare.image_recipes import load_image_recipe
     from vaevq_med.prepare.job import Prepare
     from vaevq_med.prepare.pictures.source import PictureSource
+    from vaevq_med.prepare.recipes import ImageRecipe
 
-    chosen = load_image_recipe(recipe).with_options(resize=resize, holdout=holdout)
+    chosen = ImageRecipe.load(recipe).changed(resize=resize, holdout=holdout)
     pictures = PictureSource(source, chosen, classes=classes, val_labels=val_labels, use_classes=not no_classes)
     command = Prepare(pictures, output, workers, overwrite)
 
@@ -311,14 +311,18 @@ def phantom(
     workers: Annotated[int | None, typer.Option(help="Processes; by default one a core.")] = None,
 ) -> None:
     """Write synthetic brains with a tumor, in BraTS 2024 layout and naming."""
-    from vaevq_med.prepare.phantom.subjects import PhantomConfig
-    from vaevq_med.prepare.phantom.writer import Phantom, parse_shape
+    from vaevq_med.prepare.phantom.subjects import PhantomConfig, plan_cases, write_phantoms
 
-    command = Phantom(output, subjects, PhantomConfig(shape=parse_shape(shape), seed=seed), workers)
+    edges = shape.replace("x", ",").split(",")
+    if len(edges) != 3 or not all(edge.strip().isdecimal() for edge in edges):
+        raise VaevqMedError(f"--shape {shape!r}: expected three whole numbers, as 182,218,182")
+    config = PhantomConfig.read({"shape": [*map(int, edges)], "seed": seed})
     with _progress() as progress:
-        task = progress.add_task("synthetic cases", total=command.num_cases)
-        report = command.run(on_case=lambda name: progress.update(task, advance=1))
-    typer.echo(f"{report.output}: cases {len(report.cases)}, subjects {report.subjects}")
+        task = progress.add_task("synthetic cases", total=len(plan_cases(subjects)))
+        cases = write_phantoms(
+            output, subjects, config, workers=workers, on_case=lambda name: progress.update(task, advance=1)
+        )
+    typer.echo(f"{output}: cases {len(cases)}, subjects {subjects}")
 
 
 # --- feature-network weights ------------------------------------------------------------------------

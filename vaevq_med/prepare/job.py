@@ -18,6 +18,7 @@ from vaevq_med.core.folder import RECIPE, REPORT, OutputFolder
 from vaevq_med.core.jobs import Problem, check_workers, run_jobs
 from vaevq_med.images.manifest import write_manifest
 from vaevq_med.images.splits import SPLIT_FILE
+from vaevq_med.prepare.recipes import AnyRecipe
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Source(Protocol[U, R]):
     nothing: ClassVar[str]
     packages: ClassVar[tuple[str, ...]]
     input: Path
-    recipe: Any
+    recipe: AnyRecipe
 
     def folder(self, output: Path) -> OutputFolder:
         """The data set's folder."""

@@ -14,12 +14,12 @@ from vaevq_med.core.folder import OutputFolder
 from vaevq_med.core.jobs import Problem, attempt
 from vaevq_med.images.manifest import SPLITS, split_hash
 from vaevq_med.images.splits import split_by_hash
-from vaevq_med.prepare.image_recipes import ImageRecipe, load_image_recipe
 from vaevq_med.prepare.job import DataSet, Estimate, Search, Source
 from vaevq_med.prepare.pictures.batches import Batch
 from vaevq_med.prepare.pictures.classes import check_ilsvrc, deal
 from vaevq_med.prepare.pictures.find import ImageSearch, find_images
 from vaevq_med.prepare.pictures.store import ODDITIES, BatchRecord, batch_fingerprint, read_batch_record, write_batch
+from vaevq_med.prepare.recipes import ImageRecipe
 
 _MEASURED = 64
 _NAMED = 20
@@ -43,7 +43,7 @@ class PictureSource(Source[Batch, BatchRecord]):
     packages: ClassVar[tuple[str, ...]] = ("vaevq_med", "numpy", "pillow")
 
     input: Path
-    recipe: ImageRecipe = field(default_factory=lambda: load_image_recipe("imagenet/original"))
+    recipe: ImageRecipe = field(default_factory=lambda: ImageRecipe.load("imagenet/original"))
     classes: str | None = None
     val_labels: Path | None = None
     use_classes: bool = True

@@ -22,9 +22,9 @@ from PIL import Image
 from vaevq_med.core.errors import DataError
 from vaevq_med.core.folder import OutputFolder
 from vaevq_med.images.pixels import plain, upright
-from vaevq_med.prepare.image_recipes import ImageRecipe
 from vaevq_med.prepare.job import Record
 from vaevq_med.prepare.pictures.batches import Batch
+from vaevq_med.prepare.recipes import ImageRecipe
 
 ODDITIES = {
     "gray": "gray, read as three equal channels",

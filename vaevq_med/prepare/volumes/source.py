@@ -13,7 +13,7 @@ from vaevq_med.core.jobs import Problem, attempt
 from vaevq_med.images.manifest import SPLITS, split_hash
 from vaevq_med.images.splits import count_patients, remembered_splits, split_by_file, split_by_rule
 from vaevq_med.prepare.job import DataSet, Estimate, Search, Source, known_record
-from vaevq_med.prepare.recipes import Recipe, load_recipe
+from vaevq_med.prepare.recipes import Recipe
 from vaevq_med.prepare.volumes.find import Case, find_cases, read_cases
 from vaevq_med.prepare.volumes.labels import BRATS2024, label_map
 from vaevq_med.prepare.volumes.slices import CaseRecord, extract_case, fingerprint, read_record
@@ -44,7 +44,7 @@ class VolumeSource(Source[Case, CaseRecord]):
     packages: ClassVar[tuple[str, ...]] = ("vaevq_med", "monai", "torch", "numpy", "nibabel", "SimpleITK", "pillow")
 
     input: Path
-    recipe: Recipe = field(default_factory=lambda: load_recipe("brats24/axial_256"))
+    recipe: Recipe = field(default_factory=lambda: Recipe.load("brats24/axial_256"))
     split_file: Path | None = None
     cases: Path | None = None
     label_map: str | None = None
