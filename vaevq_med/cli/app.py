@@ -192,6 +192,38 @@ def imagenet_prepare(
     _prepare(command, dry_run, "image", "batches", would, did)
 
 
+@app.command()
+def prepare(
+    kind: Annotated[str, typer.Argument(metavar="SOURCE", help="Name of an installed source, e.g. volumes.")],
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help="What it reads.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder of the data set.")],
+    recipe: Annotated[str, typer.Option(help="A recipe of preprocessing/, or a .json file of your own.")],
+    workers: Annotated[int | None, typer.Option(help="Processes; by default one a core.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and the space it takes.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what another recipe made.")] = False,
+) -> None:
+    """Make a data set of what an installed package reads: a source that it publishes in vaevq_med.sources.
+
+    Exit code 0: all is done; 1: done, but something was skipped; 2: nothing could be done; 130: interrupted, the same
+    command goes on.
+    """
+    from vaevq_med.prepare.job import Prepare, published
+
+    chosen = published(kind)
+    command = Prepare(chosen(source, chosen.recipes.load(recipe)), output, workers, overwrite)
+
+    def would(plan: Plan) -> Iterator[str]:
+        yield f"{output}: would write {plan.units} of {chosen.unit}; {plan.reused} are done already"
+        size, free = _size(plan.estimate.bytes), _size(plan.free_bytes)
+        yield f"  about {plan.estimate.images:,} images, {size}; {free} free"
+
+    def did(report: Report) -> Iterator[str]:
+        skipped = len(report.skipped)
+        yield f"{report.output}: {report.written:,} written, {report.reused:,} were done, {skipped} skipped"
+
+    _prepare(command, dry_run, chosen.item, chosen.unit, would, did)
+
+
 def _prepare(
     command: Prepare[Any, Any],
     dry_run: bool,

@@ -8,7 +8,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
+from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -19,6 +19,8 @@ from vaevq_med.core.jobs import Problem, check_workers, run_jobs
 from vaevq_med.images.manifest import write_manifest
 from vaevq_med.images.splits import SPLIT_FILE
 from vaevq_med.prepare.recipes import AnyRecipe
+
+GROUP = "vaevq_med.sources"
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,10 @@ class DataSet:
 class Source(Protocol[U, R]):
     """Where a data set comes from; a dataclass that can be sent to another process.
 
+    The command line makes one of an installed package of ``input`` and ``recipe`` alone; see :func:`published`.
+
     Attributes:
+        recipes: class of its recipes.
         unit: what a unit is called, e.g. ``case``.
         item: what is skipped, in ``report.json``.
         nothing: message where nothing was left, with a place for the number of what was skipped.
@@ -104,12 +109,15 @@ class Source(Protocol[U, R]):
         recipe: what is done.
     """
 
+    recipes: ClassVar[type[AnyRecipe]]
     unit: ClassVar[str]
     item: ClassVar[str]
     nothing: ClassVar[str]
     packages: ClassVar[tuple[str, ...]]
     input: Path
     recipe: AnyRecipe
+
+    def __init__(self, input: Path, recipe: AnyRecipe) -> None: ...
 
     def folder(self, output: Path) -> OutputFolder:
         """The data set's folder."""
@@ -131,6 +139,26 @@ class Source(Protocol[U, R]):
 
     def describe(self, search: Search[U], records: Iterator[tuple[U, R]], folder: OutputFolder) -> DataSet:
         """Describe the units that are done."""
+
+
+def published(name: str) -> type[Source[Any, Any]]:
+    """A source that an installed package publishes in the entry-point group ``vaevq_med.sources``.
+
+    Args:
+        name: of the entry point.
+
+    Raises:
+        DataError: there is none of this name, or it cannot be imported.
+    """
+    found = {entry.name: entry for entry in entry_points(group=GROUP)}
+    if name not in found:
+        known = ", ".join(sorted(found)) or "none is installed"
+        raise DataError(f"source: found {name!r}, expected one that a package publishes in {GROUP} ({known})")
+    try:
+        source: type[Source[Any, Any]] = found[name].load()
+    except Exception as error:
+        raise DataError(f"source {name}: found {found[name].value}, which fails to import ({error})") from error
+    return source
 
 
 @dataclass(frozen=True)

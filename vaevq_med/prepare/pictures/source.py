@@ -19,7 +19,7 @@ from vaevq_med.prepare.pictures.batches import Batch
 from vaevq_med.prepare.pictures.classes import check_ilsvrc, deal
 from vaevq_med.prepare.pictures.find import ImageSearch, find_images
 from vaevq_med.prepare.pictures.store import ODDITIES, BatchRecord, batch_fingerprint, read_batch_record, write_batch
-from vaevq_med.prepare.recipes import ImageRecipe
+from vaevq_med.prepare.recipes import AnyRecipe, ImageRecipe
 
 _MEASURED = 64
 _NAMED = 20
@@ -37,6 +37,7 @@ class PictureSource(Source[Batch, BatchRecord]):
         use_classes: whether subfolders of a folder without splits are classes.
     """
 
+    recipes: ClassVar[type[AnyRecipe]] = ImageRecipe
     unit: ClassVar[str] = "batch"
     item: ClassVar[str] = "file"
     nothing: ClassVar[str] = "found no image that could be read ({} skipped), expected some"

@@ -13,7 +13,7 @@ from vaevq_med.core.jobs import Problem, attempt
 from vaevq_med.images.manifest import SPLITS, split_hash
 from vaevq_med.images.splits import count_patients, remembered_splits, split_by_file, split_by_rule
 from vaevq_med.prepare.job import DataSet, Estimate, Search, Source, known_record
-from vaevq_med.prepare.recipes import Recipe
+from vaevq_med.prepare.recipes import AnyRecipe, Recipe
 from vaevq_med.prepare.volumes.find import Case, find_cases, read_cases
 from vaevq_med.prepare.volumes.labels import BRATS2024, label_map
 from vaevq_med.prepare.volumes.slices import CaseRecord, extract_case, fingerprint, read_record
@@ -38,6 +38,7 @@ class VolumeSource(Source[Case, CaseRecord]):
         label_map: what the segmentations' values mean, where the file names tell it wrongly.
     """
 
+    recipes: ClassVar[type[AnyRecipe]] = Recipe
     unit: ClassVar[str] = "case"
     item: ClassVar[str] = "case"
     nothing: ClassVar[str] = "found no case that could be sliced ({} skipped), expected at least one"
