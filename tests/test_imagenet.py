@@ -544,6 +544,7 @@ def test_another_recipe_needs_overwrite(folders: Path, prepare: Callable[..., Ou
     assert prepare(folders, tmp_path / "out").code == 0
     result = prepare(folders, tmp_path / "out", "--resize", 16)
     assert result.code == 2
+    assert "found images made by another recipe (resize None, expected 16), expected those of" in result.err
     assert "--overwrite" in result.err
     assert prepare(folders, tmp_path / "out", "--resize", 16, "--overwrite").code == 0
     assert prepare(folders, tmp_path / "fresh", "--resize", 16).code == 0

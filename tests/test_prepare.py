@@ -121,8 +121,16 @@ def test_a_source_of_an_installed_package_makes_a_data_set_that_goes_on(shades: 
 def test_another_recipe_of_a_source_needs_overwrite(shades: Path) -> None:
     prepare(shades)
     (shades / "light.json").write_text('{"name": "light", "black": 100}')
-    with pytest.raises(DataError, match="found shades made by another recipe, expected those of light from 100"):
-        Prepare(ShadeSource(shades / "in", Shades.load(shades / "light.json")), shades / "out").run()
+    command = Prepare(ShadeSource(shades / "in", Shades.load(shades / "light.json")), shades / "out")
+    said = r"found shades made by another recipe \(black 0, expected 100\), expected those of light from 100"
+    with pytest.raises(DataError, match=said):
+        command.run()
+    (shades / "out/recipe.json").write_text("{")
+    with pytest.raises(DataError, match="found shades made by another recipe, expected those of light"):
+        command.plan()
+    (shades / "out/dataset.json").unlink()
+    with pytest.raises(DataError, match="found shades made by another recipe, expected those of light"):
+        command.plan()
     code, _ = prepare(shades, "--overwrite", "--recipe", f"{shades}/light.json")
     assert code == 1
     assert np.asarray(Image.open(shades / "out/images/a.png"))[0, 0] == 110

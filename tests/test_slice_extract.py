@@ -1252,7 +1252,7 @@ def test_slices_of_another_recipe_are_kept_unless_told(extract: Callable[..., Ou
     for options in ((), ("--dry-run",)):
         result = extract(tmp_path / "in", output, "--size", 32, *options)
         assert result.code == 2
-        assert "found slices made by another recipe" in result.err
+        assert f"found slices made by another recipe (size {SIDE}, expected 32), expected those of" in result.err
         assert "--overwrite" in result.err
         assert tree(output) == before
     assert extract(tmp_path / "in", output, "--size", 32, "--overwrite").code == 0

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from vaevq_med.core.errors import DataError
 from vaevq_med.core.files import atomic_write_text
-from vaevq_med.core.folder import RECIPE, REPORT, OutputFolder
+from vaevq_med.core.folder import RECIPE, REPORT, OutputFolder, difference
 from vaevq_med.core.jobs import Problem, check_workers, run_jobs
 from vaevq_med.images.manifest import write_manifest
 from vaevq_med.images.splits import SPLIT_FILE
@@ -271,9 +271,24 @@ class Prepare(Generic[U, R]):
         self.folder.check()
         if self.folder.is_of_another(self.source.recipe.image_hash) and not self.overwrite:
             raise DataError(
-                f"output {self.output}: found {self.folder.kind} made by another recipe, expected those of "
-                f"{self.source.recipe.summary()}; choose another folder, or replace them with --overwrite"
+                f"output {self.output}: found {self.folder.kind} made by another recipe{self._otherwise()}, expected "
+                f"those of {self.source.recipe.summary()}; choose another folder, or replace them with --overwrite"
             )
+
+    def _otherwise(self) -> str:
+        """What the recipe of the data set that is there has otherwise, in brackets; nothing where it is not known."""
+        if not (self.output / self.folder.result).is_file():  # and the recipe may be of a run before the last
+            return ""
+        try:
+            before = json.loads((self.output / RECIPE).read_text(encoding="utf-8"))
+            found, expected = (
+                {name: value for name, value in recipe.items() if name not in ("name", "description", "split")}
+                for recipe in (before, self.source.recipe.to_dict())
+            )
+        except (OSError, ValueError, AttributeError):
+            return ""
+        words = difference(found, expected)
+        return "" if words is None else f" ({words})"
 
     def _finished(self, unit: U) -> bool:
         try:
