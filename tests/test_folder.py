@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +105,45 @@ def test_a_unit_that_dies_halfway_into_its_place_is_not_done(
     assert folder.record("a") is None
     make(folder, "a", "three")
     assert files(folder) == {".state/a.json": '{"made": "three"}\n', "things/a/three": "three"}
+
+
+class Death:
+    """A process that dies at one of its changes of files, and makes none afterwards."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def __call__(self, change: Callable[..., Any]) -> Callable[..., Any]:
+        def changed(*arguments: Any, **options: Any) -> Any:
+            if self.left == 0:
+                raise SystemExit
+            self.left -= 1
+            return change(*arguments, **options)
+
+        return changed
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from("xyz"), st.integers(0, 9)), max_size=8))
+def test_wherever_a_run_dies_the_records_tell_the_truth(runs: list[tuple[str, str, int]]) -> None:
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        folder = OutputFolder(Path(name) / "out", ".state", "make-things", "things")
+        for unit, content, after in runs:
+            with patch.context() as dying, contextlib.suppress(SystemExit):
+                death = Death(after)
+                for owner, change in ((os, "replace"), (shutil, "rmtree"), (Path, "unlink"), (Path, "mkdir")):
+                    dying.setattr(owner, change, death(getattr(owner, change)))
+                make(folder, unit, content)
+            for done in folder.units():
+                record = folder.record(done)
+                made = {path.name for path in (folder.path / "things" / done).iterdir()}
+                assert record is not None
+                assert made == {record["made"]}
+        for unit in "ab":
+            make(folder, unit, "end")
+        folder.begin()
+        assert files(folder) == {f".state/{u}.json": '{"made": "end"}\n' for u in "ab"} | {
+            f"things/{u}/end": "end" for u in "ab"
+        }
 
 
 # --- settings ---------------------------------------------------------------------------------------------

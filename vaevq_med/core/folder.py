@@ -83,7 +83,7 @@ class OutputFolder:
         with self.writing():
             for partial in self.records.glob("*.partial"):
                 shutil.rmtree(partial, ignore_errors=True)
-            for file in [*self.records.glob(".*"), *self.path.glob(".*.json.*")]:
+            for file in [*self.records.glob(".*.*.*"), *self.path.glob(".*.json.*")]:  # of core.files
                 file.unlink()
             if mark is not None:
                 if self.is_of_another(mark):
