@@ -725,6 +725,26 @@ def test_an_overwrite_that_is_refused_loses_nothing(
     assert all(after[name] != before[name] for name in before)
 
 
+def test_a_run_that_another_one_has_overtaken_is_refused(
+    drawing: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder, other = tmp_path / "generated", tmp_path / "other"
+    overrides = drawing("autoregressive")
+    run_bundle("generate.json", {**overrides, "seed": 1, "generated_dir": str(other)})
+    original = ImageSampler.sample
+
+    def overtaken(sampler: ImageSampler, *arguments: Any) -> torch.Tensor:
+        shutil.copytree(other, folder, dirs_exist_ok=True)
+        return original(sampler, *arguments)
+
+    monkeypatch.setattr(ImageSampler, "sample", overtaken)
+    assert "samples of seed 1, expected 0; choose" in refusal("generate.json", overrides, capsys)
+    assert pictures(folder) == pictures(other)
+
+
 def test_inpainting_takes_the_image_itself(
     checkpoints: dict[str, Path],
     stores: dict[str, Path],

@@ -102,10 +102,11 @@ class SampleWriter:
         self._rows: dict[int, list[Any]] = {}
         self._begun = False
         self.folder = OutputFolder(self.output_dir, "", "generate", "samples", LIST_NAME)
+        self.overwrite = overwrite
         with self.folder.writing():
-            self._replaces = self._check(overwrite)
+            self._replaces = self._check()
 
-    def _check(self, overwrite: bool) -> bool:
+    def _check(self) -> bool:
         """Whether what the folder holds is of other settings, and may be replaced."""
         folder, path = self.output_dir, self.output_dir / SETTINGS_NAME
         folder.mkdir(parents=True, exist_ok=True)
@@ -121,19 +122,22 @@ class SampleWriter:
                 known.pop("num_samples", None)
             except (ValueError, AttributeError):
                 known = {SETTINGS_NAME: "unreadable"}
-        if not overwrite and any(file.suffix in (".png", ".npz") for file in folder.iterdir()):
+        if not self.overwrite and any(file.suffix in (".png", ".npz") for file in folder.iterdir()):
             replace = "choose another --generated_dir, or replace them with --overwrite True"
             self.folder.refuse_other(known, self.record, "samples", replace)
         return difference(known, self.record) is not None
 
     def _begin(self) -> None:
-        """Remove samples of other settings and take up those of the same."""
-        if self._replaces:
+        """Remove samples of other settings and take up those of the same.
+
+        Another run may have begun in the folder while the first batch was drawn.
+        """
+        if self._check():
             # The old settings go last, so that a half-emptied folder is still of them.
             for file in self.output_dir.iterdir():
                 if file.name != SETTINGS_NAME:
                     file.unlink()
-            self._replaces = False
+        self._replaces = False
         record = {**self.record, "num_samples": len(self.plan)}
         atomic_write_text(self.output_dir / SETTINGS_NAME, json.dumps(record, indent=2) + "\n")
         missing = set(self.missing())
