@@ -41,11 +41,11 @@ from monai.transforms import (
 )
 from PIL import Image
 
-from vaevq_med.prepare.phantom.subjects import PhantomConfig
-from vaevq_med.prepare.phantom.writer import Phantom
-from vaevq_med.prepare.recipes import Recipe, load_recipe
+from vaevq_med.prepare.job import Prepare
+from vaevq_med.prepare.phantom.subjects import PhantomConfig, write_phantoms
+from vaevq_med.prepare.recipes import Recipe
 from vaevq_med.prepare.volumes.find import Case, find_cases
-from vaevq_med.prepare.volumes.source import SliceExtract
+from vaevq_med.prepare.volumes.source import VolumeSource
 
 MIN_FOREGROUND = 0.05
 
@@ -99,7 +99,7 @@ def straightforward(cases: list[Case], size: int, output: Path, kept: dict[str, 
 
 def command(source: Path, recipe: Recipe, output: Path, workers: int) -> None:
     """This package's."""
-    SliceExtract(source, output / "data", recipe, workers=workers).run()
+    Prepare(VolumeSource(source, recipe), output / "data", workers).run()
 
 
 def timed(run: Callable[[Path], None]) -> float:
@@ -125,9 +125,9 @@ def main() -> None:
         source = arguments.input
         if source is None:
             source = Path(folder)
-            Phantom(source, 2, PhantomConfig(shape=(182, 218, 182))).run()
-        recipe = load_recipe("brats24/axial_256").with_options(size=arguments.size)
-        cases = find_cases(source, recipe.modalities).cases
+            write_phantoms(source, 2, PhantomConfig(shape=(182, 218, 182)), workers=None)
+        recipe = Recipe.load("brats24/axial_256").changed(size=arguments.size)
+        cases = find_cases(source, recipe.modalities).units
         kept = {c.name: kept_slices([nib.load(s.path).get_fdata() for s in c.images.values()]) for c in cases}
         cores = os.cpu_count() or 1
         runs: dict[str, Callable[[Path], None]] = {

@@ -23,8 +23,9 @@ from vaevq_med.images.splits import (
     split_by_hash,
     split_by_rule,
 )
-from vaevq_med.prepare.recipes import Recipe, load_recipe
-from vaevq_med.prepare.volumes.find import CaseSearch, Source, find_cases, patient_of, read_cases
+from vaevq_med.prepare.job import Search
+from vaevq_med.prepare.recipes import Recipe
+from vaevq_med.prepare.volumes.find import Case, Volume, find_cases, patient_of, read_cases
 from vaevq_med.prepare.volumes.labels import BRATS2021, BRATS2024, BRATS2024_PED, DECATHLON, LABEL_MAPS, label_map
 
 MODALITIES = ("t1n", "t1c", "t2w", "t2f")
@@ -41,7 +42,7 @@ def touch_2024(root: Path, folder: str, case: str, *, suffix: str = ".nii.gz", s
     touch(root, *(f"{folder}/{case}-{m}{suffix}" for m in (*MODALITIES, *(["seg"] if seg else []))))
 
 
-def search(root: Path, **options: Any) -> CaseSearch:
+def search(root: Path, **options: Any) -> Search[Case]:
     return find_cases(root, MODALITIES, **options)
 
 
@@ -52,7 +53,7 @@ def search(root: Path, **options: Any) -> CaseSearch:
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".mha", ".nrrd", ".NII.GZ"])
 def test_2024_names_are_found_under_any_nesting(tmp_path: Path, nesting: str, suffix: str) -> None:
     touch_2024(tmp_path, f"{nesting}/BraTS-GLI-00005-101", "BraTS-GLI-00005-101", suffix=suffix, seg=True)
-    (case,) = search(tmp_path).cases
+    (case,) = search(tmp_path).units
     assert (case.name, case.patient, case.label_map) == ("BraTS-GLI-00005-101", "BraTS-GLI-00005", "brats2024")
     assert {m: s.path.name for m, s in case.images.items()} == {m: f"{case.name}-{m}{suffix}" for m in MODALITIES}
     assert case.segmentation is not None
@@ -62,7 +63,7 @@ def test_2024_names_are_found_under_any_nesting(tmp_path: Path, nesting: str, su
 @pytest.mark.parametrize("kind", ["GLI", "MET", "MEN", "PED", "SSA"])
 def test_every_challenge_of_2023_and_2024_is_found(tmp_path: Path, kind: str) -> None:
     touch_2024(tmp_path, "x", f"BraTS-{kind}-00110-000", seg=True)
-    (case,) = search(tmp_path).cases
+    (case,) = search(tmp_path).units
     assert case.patient == f"BraTS-{kind}-00110"
     assert case.label_map == ("brats2024-ped" if kind == "PED" else "brats2024")
 
@@ -79,7 +80,7 @@ def test_every_challenge_of_2023_and_2024_is_found(tmp_path: Path, kind: str) ->
 )
 def test_names_of_2017_to_2021(tmp_path: Path, case: str, patient: str) -> None:
     touch(tmp_path, *(f"HGG/{case}/{case}_{name}.nii.gz" for name in NAMES_2021.values()))
-    (found,) = search(tmp_path).cases
+    (found,) = search(tmp_path).units
     assert (found.name, found.patient, found.label_map) == (case, patient, "brats2021")
     assert {m: s.path.name for m, s in found.images.items()} == {
         m: f"{case}_{NAMES_2021[m]}.nii.gz" for m in MODALITIES
@@ -95,15 +96,15 @@ def test_timepoints_are_one_patient() -> None:
 def test_decathlon_channels_are_in_its_own_order(tmp_path: Path) -> None:
     touch(tmp_path, *(f"Task01_BrainTumour/{f}/BRATS_{n}.nii.gz" for f in ("imagesTr", "labelsTr") for n in (1, 2)))
     touch(tmp_path, "Task01_BrainTumour/imagesTs/BRATS_485.nii.gz", "Task01_BrainTumour/imagesTr/._BRATS_1.nii.gz")
-    first, second, test = search(tmp_path).cases
+    first, second, test = search(tmp_path).units
     path = tmp_path / "Task01_BrainTumour/imagesTr/BRATS_1.nii.gz"
     assert first.images == {
-        "t2f": Source(path, 0),
-        "t1n": Source(path, 1),
-        "t1c": Source(path, 2),
-        "t2w": Source(path, 3),
+        "t2f": Volume(path, 0),
+        "t1n": Volume(path, 1),
+        "t1c": Volume(path, 2),
+        "t2w": Volume(path, 3),
     }
-    assert (first.label_map, first.segmentation) == ("decathlon", Source(path.parents[1] / "labelsTr/BRATS_1.nii.gz"))
+    assert (first.label_map, first.segmentation) == ("decathlon", Volume(path.parents[1] / "labelsTr/BRATS_1.nii.gz"))
     assert second.name == "BRATS_2"
     assert test.segmentation is None
 
@@ -119,7 +120,7 @@ def test_a_missing_contrast_is_named(tmp_path: Path) -> None:
     touch_2024(tmp_path, "y", "BraTS-GLI-00002-000")
     (tmp_path / "y/BraTS-GLI-00002-000-t2f.nii.gz").unlink()
     result = search(tmp_path)
-    assert [case.name for case in result.cases] == ["BraTS-GLI-00001-000"]
+    assert [case.name for case in result.units] == ["BraTS-GLI-00001-000"]
     assert result.problems == [
         ("BraTS-GLI-00002-000", "missing t2f; found t1c, t1n, t2w, expected t1n, t1c, t2w, t2f"),
     ]
@@ -161,7 +162,7 @@ def test_links_in_a_circle_end_and_the_output_is_left_out(tmp_path: Path) -> Non
     (tmp_path / "x" / "loop").symlink_to(tmp_path)
     (tmp_path / "again").symlink_to(tmp_path / "x")
     result = search(tmp_path, exclude=tmp_path / "out")
-    assert len(result.cases) == 1
+    assert len(result.units) == 1
     assert not result.problems
 
 
@@ -193,7 +194,7 @@ def test_notes_on_releases_that_share_patients_and_on_pediatric_labels(tmp_path:
     assert "the releases share patients under different names" in notes
     assert "for the 2023 release: --label-map brats2024" in notes
     result = search(tmp_path, label_map="brats2024")
-    assert {case.label_map for case in result.cases} == {"brats2024"}
+    assert {case.label_map for case in result.units} == {"brats2024"}
     assert "--label-map" not in " ".join(result.notes)
 
 
@@ -206,7 +207,7 @@ def table(root: Path, text: str, *, encoding: str = "utf-8") -> Path:
     return path
 
 
-def from_csv(root: Path, text: str, **options: Any) -> CaseSearch:
+def from_csv(root: Path, text: str, **options: Any) -> Search[Case]:
     touch(root, "a.nii", "b.mha", "c.nrrd", "d.nii.gz", "s.nii")
     return read_cases(table(root, text, **options), root, MODALITIES)
 
@@ -221,12 +222,12 @@ def test_csv_paths_aliases_and_patients(tmp_path: Path) -> None:
         "BraTS-GLI-00001-000,a.nii,b.mha,c.nrrd,d.nii.gz\n",
         encoding="utf-8-sig",
     )
-    named, w, x = result.cases
+    named, w, x = result.units
     assert (named.patient, w.patient, x.patient) == ("BraTS-GLI-00001", "w", "P1")
     assert {m: s.path for m, s in x.images.items()} == dict(
         zip(MODALITIES, (tmp_path / n for n in ("a.nii", "b.mha", "c.nrrd", "d.nii.gz")), strict=True)
     )
-    assert x.segmentation == Source(tmp_path / "s.nii")
+    assert x.segmentation == Volume(tmp_path / "s.nii")
     assert w.segmentation is None
     assert result.notes == ["cases cases.csv: columns site are not used"]
     assert not result.problems
@@ -239,7 +240,7 @@ def test_a_patient_column_is_never_overlooked(tmp_path: Path, column: str) -> No
         tmp_path,
         f"case,{column},t1n,t1c,t2w,t2f\nx,P,a.nii,a.nii,a.nii,a.nii\ny,P,a.nii,a.nii,a.nii,a.nii\n",
     )
-    assert {case.patient for case in result.cases} == {"P"}
+    assert {case.patient for case in result.units} == {"P"}
 
 
 @pytest.mark.parametrize(
@@ -263,7 +264,7 @@ def test_a_bad_row_is_one_line(tmp_path: Path, row: str, name: str, message: str
     assert "\n" not in problem
     with pytest.raises(DataError, match=message):
         raise DataError(problem)
-    assert [case.name for case in result.cases] == (["other"] if name == "good" else ["good", "other"])
+    assert [case.name for case in result.units] == (["other"] if name == "good" else ["good", "other"])
 
 
 @pytest.mark.parametrize(
@@ -326,9 +327,9 @@ def test_unknown_labels_and_maps_are_refused() -> None:
 
 @pytest.mark.parametrize("name", ["brats24/axial_256", "brats24/axial_256_n4"])
 def test_shipped_recipes_hold_every_field_and_go_round(name: str) -> None:
-    recipe = load_recipe(name)
+    recipe = Recipe.load(name)
     assert recipe.name == name
-    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    assert Recipe.read(json.loads(json.dumps(recipe.to_dict()))) == recipe
     assert (recipe.percentiles, recipe.min_foreground, recipe.size, recipe.antialias) == ((0.0, 99.5), 0.05, 256, True)
     assert (recipe.split.seed, recipe.split.training, recipe.split.validation) == (0, 0.8, 0.1)
 
@@ -336,55 +337,68 @@ def test_shipped_recipes_hold_every_field_and_go_round(name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sise": 128}, "recipe: found unknown field sise, expected some of antialias, axis"),
-        ({"size": 7}, "size: found 7, expected 8 to 4096 pixels"),
-        ({"size": 4097}, "size: found 4097, expected 8 to 4096 pixels"),
-        ({"size": 64.0}, "size: found 64.0"),
-        ({"size": "64"}, 'size: found "64"'),
-        ({"size": True}, "size: found true"),
-        ({"format": "jpg"}, 'format: found "jpg", expected one of png, png16, npy'),
-        ({"axis": "axail"}, 'axis: found "axail", expected one of axial, coronal, sagittal'),
-        ({"axis": ["axial"]}, "axis: found"),
-        ({"axis": {}}, "axis: found"),
-        ({"interpolation": "nearest"}, "interpolation: found"),
-        ({"percentiles": [99, 1]}, r"percentiles: found \[99, 1\], expected two rising numbers"),
-        ({"percentiles": [0, 101]}, "percentiles: found"),
-        ({"percentiles": [0, 10**400]}, "percentiles: found"),
-        ({"percentiles": [float("nan"), 99]}, "percentiles: found"),
-        ({"percentiles": None}, "percentiles: found null, expected a list"),
-        ({"percentiles": 99}, "percentiles: found 99, expected a list"),
-        ({"min_foreground": 5}, r"min_foreground: found 5, expected a share in \[0, 1\]"),
-        ({"spacing": 1.0}, "spacing: found 1.0, expected a list, or null"),
-        ({"spacing": [1, 1]}, "spacing: found"),
-        ({"spacing": [0, 1, 1]}, "spacing: found"),
-        ({"modalities": "t1n"}, "modalities: found"),
-        ({"modalities": []}, "modalities: found"),
-        ({"modalities": ["t1n", "t1n"]}, "modalities: found .*, expected each one once"),
-        ({"modalities": ["t1n", "seg"]}, "modalities: found .* other than seg, case, patient, image"),
-        ({"modalities": ["image"]}, "modalities: found"),
-        ({"modalities": ["../t1"]}, "modalities: found"),
-        ({"modalities": [["t1n"]]}, "modalities: found"),
-        ({"max_obliquity_degrees": 90}, "max_obliquity_degrees: found 90, expected 0 to 45"),
-        ({"clip_negatives": 1}, "clip_negatives: found 1, expected true or false"),
-        ({"bias_field_correction": True}, "bias_field_correction: found true, expected an object"),
-        ({"bias_field_correction": {"shrink": 4}}, "bias_field_correction: found unknown field shrink"),
-        ({"bias_field_correction": {"iterations": 50}}, "bias_field_correction.iterations: found 50, expected 1 to 8"),
-        ({"bias_field_correction": {"iterations": []}}, "bias_field_correction.iterations: found"),
-        ({"bias_field_correction": {"shrink_factor": 0}}, "bias_field_correction.shrink_factor: found 0"),
-        ({"split": None}, "split: found null, expected an object"),
-        ({"split": {"training": 0.8, "test": 0.2}}, "split: found unknown field test"),
-        ({"split": {"training": 0.8, "validation": 0.3}}, r"split.training \+ split.validation: found 1.1"),
-        ({"split": {"seed": -1}}, "split.seed: found -1"),
-        ({"name": ""}, 'name: found "", expected a text'),
-        ({"name": None}, "name: found null"),
-        ({"description": 3}, "description: found 3"),
+        ({"sise": 128}, "sise is unknown; did you mean size\\?$"),
+        ({"size": 7}, "size is 7; expected 8 to 4096 pixels"),
+        ({"size": 4097}, "size is 4097; expected 8 to 4096 pixels"),
+        ({"size": 64.0}, "size is 64.0; expected 8"),
+        ({"size": "64"}, 'size is "64"; expected 8'),
+        ({"size": True}, "size is true; expected 8"),
+        ({"format": "jpg"}, 'format is "jpg"; expected one of png, png16, npy$'),
+        ({"axis": "axail"}, 'axis is "axail"; expected one of axial, coronal, sagittal$'),
+        ({"axis": ["axial"]}, "axis is"),
+        ({"axis": {}}, "axis is"),
+        ({"interpolation": "nearest"}, "interpolation is"),
+        ({"percentiles": [99, 1]}, r"percentiles is \[99, 1\]; expected two rising numbers"),
+        ({"percentiles": [0, 101]}, "percentiles is"),
+        ({"percentiles": [0, 10**400]}, "percentiles is"),
+        ({"percentiles": [float("nan"), 99]}, "percentiles is"),
+        ({"percentiles": None}, "percentiles is null; expected two rising"),
+        ({"percentiles": 99}, "percentiles is 99; expected two rising"),
+        ({"min_foreground": 5}, r"min_foreground is 5; expected a share in \[0, 1\]"),
+        ({"spacing": 1.0}, "spacing is 1.0; expected three lengths from 0.05 to 50 mm, or null"),
+        ({"spacing": [1, 1]}, "spacing is"),
+        ({"spacing": [0, 1, 1]}, "spacing is"),
+        ({"modalities": "t1n"}, "modalities is"),
+        ({"modalities": []}, "modalities is"),
+        ({"modalities": ["t1n", "t1n"]}, "modalities is .*; expected names of .*, each one once"),
+        ({"modalities": ["t1n", "seg"]}, "modalities is .* other than seg, case, patient, image"),
+        ({"modalities": ["image"]}, "modalities is"),
+        ({"modalities": ["../t1"]}, "modalities is"),
+        ({"modalities": [["t1n"]]}, "modalities is"),
+        ({"max_obliquity_degrees": 90}, "max_obliquity_degrees is 90; expected 0 to 45"),
+        ({"clip_negatives": 1}, "clip_negatives is 1; expected true or false"),
+        ({"bias_field_correction": True}, "bias_field_correction is true; expected an object, or null"),
+        (
+            {"bias_field_correction": {"shrink": 4}},
+            "bias_field_correction.shrink is unknown; did you mean shrink_factor",
+        ),
+        (
+            {"bias_field_correction": {"iterations": 50}},
+            "bias_field_correction.iterations is 50; expected 1 to 8 whole numbers from 1 to 1000",
+        ),
+        ({"bias_field_correction": {"iterations": []}}, "bias_field_correction.iterations is"),
+        ({"bias_field_correction": {"shrink_factor": 0}}, "bias_field_correction.shrink_factor is 0; expected 1 to 16"),
+        ({"split": None}, "split is null; expected an object"),
+        (
+            {"split": {"training": 0.8, "test": 0.2}},
+            "split.test is unknown; expected some of seed, training, validation",
+        ),
+        (
+            {"split": {"training": 0.8, "validation": 0.3}},
+            r"split.validation is 0.3; expected a share in \[0, 1\], with training at most 1",
+        ),
+        ({"split": {"training": 0.95}}, "split.validation is 0.1; expected a share"),
+        ({"split": {"seed": -1}}, "split.seed is -1; expected a whole number from 0"),
+        ({"name": ""}, 'name is ""; expected a text'),
+        ({"name": None}, "name is null; expected a text"),
+        ({"description": 3}, "description is 3; expected a text"),
     ],
 )
 def test_a_mistaken_recipe_is_refused_in_one_line(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     path = tmp_path / "mine.json"
-    path.write_text(json.dumps({**load_recipe("brats24/axial_256").to_dict(), **change}))
+    path.write_text(json.dumps({**Recipe.load("brats24/axial_256").to_dict(), **change}))
     with pytest.raises(DataError, match=message) as caught:
-        load_recipe(path)
+        Recipe.load(path)
     assert "\n" not in str(caught.value)
     assert "mine.json" in str(caught.value)
 
@@ -393,8 +407,8 @@ def test_a_mistaken_recipe_is_refused_in_one_line(tmp_path: Path, change: dict[s
     ("text", "message"),
     [
         ("{", "found invalid JSON"),
-        ("[]", "found list, expected a JSON object"),
-        ("{}", "found no 'name', expected one"),
+        ("[]", r"it is \[\]; expected an object"),
+        ("{}", "name is missing; expected a text"),
         ("\xff", "found invalid JSON"),
         ("[" * 100_000, "found invalid JSON"),
     ],
@@ -403,28 +417,28 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, message:
     path = tmp_path / "mine.json"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(DataError, match=message):
-        load_recipe(path)
+        Recipe.load(path)
 
 
 def test_an_unknown_recipe_is_refused_with_those_there_are(tmp_path: Path) -> None:
     with pytest.raises(VaevqMedError, match=r"expected one of .*brats24/axial_256"):
-        load_recipe("brats24/axial_265")
+        Recipe.load("brats24/axial_265")
     with pytest.raises(DataError, match="found no readable file"):
-        load_recipe(tmp_path / "gone.json")
+        Recipe.load(tmp_path / "gone.json")
 
 
 def test_the_image_hash_follows_what_decides_the_bytes() -> None:
-    recipe = Recipe("a")
-    assert recipe.image_hash == Recipe("b", description="x", split=SplitRule(seed=3)).image_hash
+    recipe = Recipe(name="a")
+    assert recipe.image_hash == Recipe(name="b", description="x", split=SplitRule(seed=3)).image_hash
     others = [
-        Recipe("a", size=128),
-        Recipe("a", format="npy"),
-        Recipe("a", percentiles=(1.0, 99.5)),
-        Recipe("a", modalities=("t1c",)),
-        recipe.with_options(image_format="png16"),
+        Recipe(name="a", size=128),
+        Recipe(name="a", format="npy"),
+        Recipe(name="a", percentiles=(1.0, 99.5)),
+        Recipe(name="a", modalities=("t1c",)),
+        recipe.changed(format="png16"),
     ]
     assert len({recipe.image_hash, *(other.image_hash for other in others)}) == 6
-    assert recipe.with_options() == recipe
+    assert recipe.changed() == recipe
 
 
 # --- splits -------------------------------------------------------------------------------------------

@@ -1,18 +1,25 @@
-"""Files that are whole or as they were, and the number of processes that suits a machine."""
+"""Files that are whole or as they were, values of a declared type, and the number of processes that suits a machine."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import Field
 
 from vaevq_med.core import jobs
+from vaevq_med.core.errors import DataError
 from vaevq_med.core.files import atomic_binary_writer, atomic_write_bytes, atomic_write_text, atomic_writer, file_sha256
 from vaevq_med.core.jobs import usable_cores
+from vaevq_med.core.options import Number, Options
 
 
 def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path: Path) -> None:
@@ -99,3 +106,73 @@ def test_processes_keep_to_the_affinity(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(jobs.os, "sched_getaffinity", lambda process: {3, 5}, raising=False)
     assert usable_cores(tmp_path) == 2
+
+
+# --- options ----------------------------------------------------------------------------------------------
+
+
+class Inner(Options):
+    share: Number = Field(default=0.5, ge=0, le=1)
+    sizes: tuple[int, ...] = (1,)
+
+
+class Mine(Options):
+    name: str
+    kind: Literal["a", "b"] = "a"
+    inner: Inner | None = None
+    count: int | None = Field(default=None, ge=1, le=9, description="a digit from 1")
+    on: bool = False
+
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+names = st.sampled_from(["name", "kind", "inner", "count", "on", "share", "sizes", "x"])
+
+
+@given(plain | st.dictionaries(names, plain | st.dictionaries(names, plain, max_size=3), max_size=5))
+def test_any_values_are_taken_as_they_are_or_refused_in_one_line(values: Any) -> None:
+    said, line = None, "FILE: "
+    try:
+        said = Mine.read(values, "FILE").to_dict()
+    except DataError as error:
+        line = str(error)
+    assert line.startswith("FILE: ")
+    assert "\n" not in line
+    if said is not None:
+        assert json.dumps({name: said[name] for name in values}) == json.dumps(
+            {name: said[name] if isinstance(value, dict) else value for name, value in values.items()}
+        )
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"name": "x", "kid": "a"}, "F: kid is unknown; did you mean kind?"),
+        ({"nam": "x"}, "F: nam is unknown; did you mean name?"),
+        ({}, "F: name is missing; expected a text"),
+        ({"name": "x", "kind": "c"}, 'F: kind is "c"; expected one of a, b'),
+        ({"name": "x", "inner": {"share": True}}, "F: inner.share is true; expected 0 to 1"),
+        ({"name": "x", "inner": {"sizes": [1, 2.0]}}, "F: inner.sizes is [1, 2.0]; expected a list"),
+        ({"name": "x", "inner": [1]}, "F: inner is [1]; expected an object, or null"),
+        ({"name": "x", "count": 0}, "F: count is 0; expected a digit from 1, or null"),
+        ({"name": "x", "on": 1}, "F: on is 1; expected true or false"),
+        ({"name": "x" * 99, "on": "y" * 99}, f'F: on is "{"y" * 76}...; expected true or false'),
+        ([], "F: it is []; expected an object"),
+    ],
+)
+def test_what_is_wrong_with_a_value_and_what_was_expected(values: Any, said: str) -> None:
+    with pytest.raises(DataError) as caught:
+        Mine.read(values, "F")
+    assert str(caught.value) == said
+
+
+def test_numbers_stay_as_they_are_written_and_a_change_is_checked() -> None:
+    for share in (0, 0.0, 1, 1.0, 0.1):
+        mine = Mine.read({"name": "x", "inner": {"share": share}}).changed(kind="b", count=None)
+        assert json.dumps(mine.to_dict()["inner"]["share"]) == json.dumps(share)
+        assert (mine.kind, mine.count) == ("b", None)
+    with pytest.raises(DataError, match=r"^count is 10; expected a digit from 1, or null$"):
+        mine.changed(count=10)

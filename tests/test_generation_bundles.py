@@ -636,7 +636,7 @@ def test_generation_goes_on_where_it_stood(
     run_bundle("generate.json", {**overrides, "num_samples": 6})
     assert drawn == [1, 1]
     said = refusal("generate.json", {**overrides, "seed": 1}, capsys)
-    assert "seed 0, expected seed 1" in said
+    assert "samples of seed 0, expected 1; choose" in said
     run_bundle("generate.json", {**overrides, "seed": 1, "overwrite": True})
     assert not (folder / "000005.png").exists()
     assert (folder / "000000.png").read_bytes() != before["000000.png"]
@@ -723,6 +723,26 @@ def test_an_overwrite_that_is_refused_loses_nothing(
     after = pictures(tmp_path / "generated")
     assert after.keys() == before.keys()
     assert all(after[name] != before[name] for name in before)
+
+
+def test_a_run_that_another_one_has_overtaken_is_refused(
+    drawing: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder, other = tmp_path / "generated", tmp_path / "other"
+    overrides = drawing("autoregressive")
+    run_bundle("generate.json", {**overrides, "seed": 1, "generated_dir": str(other)})
+    original = ImageSampler.sample
+
+    def overtaken(sampler: ImageSampler, *arguments: Any) -> torch.Tensor:
+        shutil.copytree(other, folder, dirs_exist_ok=True)
+        return original(sampler, *arguments)
+
+    monkeypatch.setattr(ImageSampler, "sample", overtaken)
+    assert "samples of seed 1, expected 0; choose" in refusal("generate.json", overrides, capsys)
+    assert pictures(folder) == pictures(other)
 
 
 def test_inpainting_takes_the_image_itself(

@@ -22,8 +22,9 @@ from vaevq_med.cli.app import app
 from vaevq_med.core.errors import DataError
 from vaevq_med.images.splits import SPLIT_FILE, read_split_file
 from vaevq_med.prepare.audit import AuditSplit
-from vaevq_med.prepare.image_recipes import ImageRecipe, load_image_recipe
-from vaevq_med.prepare.pictures.source import ImagenetPrepare, ImageReport
+from vaevq_med.prepare.job import Prepare, Report
+from vaevq_med.prepare.pictures.source import PictureSource
+from vaevq_med.prepare.recipes import ImageRecipe
 from vaevq_med.trained.file import read_checkpoint
 
 IMAGENET = BUNDLE.parent / "imagenet"
@@ -46,9 +47,9 @@ def write_table(path: Path, rows: Mapping[str, str] | list[list[str]], *columns:
     return path
 
 
-def prepare(source: Path, output: Path, recipe: Mapping[str, Any] | None = None, **options: Any) -> ImageReport:
-    made = load_image_recipe("imagenet/original") if recipe is None else ImageRecipe.from_dict({"name": "x", **recipe})
-    return ImagenetPrepare(source, output, recipe=made, workers=1, **options).run()
+def prepare(source: Path, output: Path, recipe: Mapping[str, Any] | None = None, **options: Any) -> Report:
+    made = ImageRecipe.load("imagenet/original") if recipe is None else ImageRecipe.read({"name": "x", **recipe})
+    return Prepare(PictureSource(source, made, **options), output, workers=1).run()
 
 
 def content_of(output: Path) -> dict[str, Any]:
@@ -149,7 +150,7 @@ def test_cases_are_those_of_the_table_or_the_patients(tmp_path: Path) -> None:
 
 
 def test_without_patients_a_note_says_so(eyes: Path, tmp_path: Path) -> None:
-    command = ImagenetPrepare(eyes, tmp_path / "out", workers=1)
+    command = Prepare(PictureSource(eyes), tmp_path / "out", workers=1)
     note = "no patients are named: images are taken as independent"
     assert note in command.plan().notes
     assert note in command.run().notes
@@ -175,8 +176,8 @@ def test_held_out_are_patients_and_not_images(eyes: Path, tmp_path: Path) -> Non
     recipe = {"patient": r"^(?P<patient>\d+)_", "holdout": 0.4}
     report = prepare(folder, tmp_path / "out", recipe)
     assert all(len(splits) == 1 for splits in where(tmp_path / "out").values())
-    assert report.patients["training"] + report.patients["validation"] == 10
-    assert 0 < report.patients["validation"] < 10
+    assert report.facts["patients"]["training"] + report.facts["patients"]["validation"] == 10
+    assert 0 < report.facts["patients"]["validation"] < 10
 
 
 def test_a_patient_in_two_folders_of_splits_is_refused(eyes: Path, tmp_path: Path) -> None:
@@ -197,7 +198,7 @@ def test_however_images_belong_to_patients_no_patient_stands_in_two_splits(
     table = write_table(tmp_path / "patients.csv", dict(zip(names, (f"p{n}" for n in owners), strict=True)))
     split = {"training": training, "validation": 0.2, "seed": seed}
     report = prepare(eyes, tmp_path / "out", {"split": split}, patients=table)
-    assert sum(report.images.values()) == len(names) == 29
+    assert sum(report.facts["images"].values()) == len(names) == 29
     found = where(tmp_path / "out")
     assert all(len(splits) == 1 for splits in found.values())
     assert set(found) == {f"p{number}" for number in owners}
@@ -225,7 +226,7 @@ def test_a_mistake_in_the_table_is_one_line(columns: str, rows: str, said: str, 
     folder = write_images(tmp_path / "in", ["a.png", "b.png", "c.png"])
     table = tmp_path / "patients.csv"
     table.write_text(f"{columns}\n{rows}")
-    command = ImagenetPrepare(folder, tmp_path / "out", workers=1, patients=table)
+    command = Prepare(PictureSource(folder, patients=table), tmp_path / "out", workers=1)
     with pytest.raises(DataError) as stopped:
         command.plan() if dry else command.run()
     assert str(stopped.value).startswith(f"patients {table}: ")
@@ -244,21 +245,21 @@ def test_a_table_may_name_files_that_are_no_images_and_other_classes(eyes: Path,
     (tmp_path / "in/well/notes.txt").write_text("dilated")
     rows = {name: name[5:7] for name in files_of(eyes)} | {"well/notes.txt": "00"}
     table = write_table(tmp_path / "patients.csv", rows)
-    assert prepare(tmp_path / "in", tmp_path / "all", patients=table).patients == {
+    assert prepare(tmp_path / "in", tmp_path / "all", patients=table).facts["patients"] == {
         "training": 8,
         "validation": 1,
         "test": 1,
     }
     report = prepare(tmp_path / "in", tmp_path / "well", patients=table, classes="well")
-    assert sum(report.patients.values()) == 4
+    assert sum(report.facts["patients"].values()) == 4
 
 
 @pytest.mark.parametrize(
     ("pattern", "said"),
     [
-        ("(", r'patient: found "\(", expected a regular expression with a group'),
+        ("(", r'patient is "\("; expected a regular expression with a group'),
         (r"^\d+_", "expected a regular expression with a group"),
-        (7, "patient: found 7, expected a regular expression"),
+        (7, "patient is 7; expected a regular expression"),
         (r"^(?P<patient>0\d)_", None),
         (r"^(?P<patient>1\d)_", "found no patient of sick/01_0.png and 28 more, expected one of every image"),
     ],

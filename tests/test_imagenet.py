@@ -521,8 +521,8 @@ def test_holdout_needs_training_images(folders: Path, prepare: Callable[..., Out
         (["nowhere"], "found nothing, expected a folder"),
         (["empty"], "found no images"),
         (["in", "--classes", "4"], "classes: found 4, expected 1 to 3"),
-        (["in", "--resize", "2"], "resize: found 2"),
-        (["in", "--holdout", "0.9"], "holdout: found 0.9"),
+        (["in", "--resize", "2"], "resize is 2; expected 8 to 4096 pixels, or null"),
+        (["in", "--holdout", "0.9"], "holdout is 0.9; expected a share in [0, 0.5]"),
         (["in", "--recipe", "imagenet/short_999"], "imagenet/short_256"),
         (["in", "--workers", "0"], "workers: found 0"),
         (["in", "--val-labels", "nowhere.txt"], "found no readable file"),
@@ -545,6 +545,7 @@ def test_another_recipe_needs_overwrite(folders: Path, prepare: Callable[..., Ou
     assert prepare(folders, tmp_path / "out").code == 0
     result = prepare(folders, tmp_path / "out", "--resize", 16)
     assert result.code == 2
+    assert "found images made by another recipe (resize None, expected 16), expected those of" in result.err
     assert "--overwrite" in result.err
     assert prepare(folders, tmp_path / "out", "--resize", 16, "--overwrite").code == 0
     assert prepare(folders, tmp_path / "fresh", "--resize", 16).code == 0
@@ -794,4 +795,4 @@ def test_the_brats_bundle_takes_stacked_contrasts(slice_dataset: Path, tmp_path:
 @pytest.mark.sampledata
 def test_real_photographs(sample_data: Path, tmp_path: Path) -> None:
     search = find_images(sample_data / "imagenet-sample", tmp_path)
-    assert (len(search.batches), len(search.classes), search.problems) == (800, 800, ())
+    assert (len(search.units), len(search.classes), search.problems) == (800, 800, [])

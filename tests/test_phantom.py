@@ -313,7 +313,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path: Path, monkeyp
             super().write(content[:10])
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("vaevq_med.core.files.os.fdopen", FullDisk)
+    monkeypatch.setattr(Path, "open", lambda path, mode: FullDisk(path, mode))
     with pytest.raises(DataError, match=r"BraTS-GLI-90001-100.*No space left"):
         write_phantoms(tmp_path, 1, PhantomConfig(shape=(24, 24, 24)))
     assert _files(tmp_path) == {}
@@ -333,17 +333,17 @@ def test_missing_nilearn_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"shape": (48, 48)}, "shape 48x48: expected three"),
-        ({"shape": (48, 48, 8)}, "shape 48x48x8: expected three"),
-        ({"seed": -1}, "seed -1: expected 0 or more"),
-        ({"deformation": 2.0}, "deformation 2.0: expected 0 to 1.5"),
-        ({"noise": -0.1}, "noise -0.1: expected 0 to 0.5"),
-        ({"bias_field": float("nan")}, "bias_field nan: expected 0 to 0.5"),
+        ({"shape": (48, 48)}, "shape is [48, 48]; expected three numbers of voxels from 24 to 512"),
+        ({"shape": (48, 48, 8)}, "shape is [48, 48, 8]; expected three"),
+        ({"seed": -1}, "seed is -1; expected 0 or more"),
+        ({"deformation": 2.0}, "deformation is 2.0; expected 0 to 1.5"),
+        ({"noise": -0.1}, "noise is -0.1; expected 0 to 0.5"),
+        ({"bias_field": float("nan")}, "bias_field is NaN; expected 0 to 0.5"),
     ],
 )
 def test_bad_configuration(options: dict, message: str) -> None:
     with pytest.raises(VaevqMedError, match=re.escape(message)):
-        PhantomConfig(**options)
+        PhantomConfig.read(options)
 
 
 @pytest.mark.parametrize(("subject", "timepoint"), [(0, 100), (10000, 100), (1, 102)])
@@ -363,10 +363,10 @@ def _command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     ("arguments", "message"),
     [
         (("--subjects", "0"), "0 subjects: expected 1 to 9999"),
-        (("--subjects", "1", "--workers", "0"), "0 workers: expected 1 or more"),
+        (("--subjects", "1", "--workers", "0"), "workers: found 0, expected 1 to 512"),
         (("--shape", "big"), "--shape 'big': expected three whole numbers, as 182,218,182"),
-        (("--shape", "1,2,3"), "shape 1x2x3: expected three numbers of voxels from 24 to 512"),
-        (("--seed", "-4"), "seed -4: expected 0 or more"),
+        (("--shape", "1,2,3"), "shape is [1, 2, 3]; expected three numbers of voxels from 24 to 512"),
+        (("--seed", "-4"), "seed is -4; expected 0 or more"),
     ],
 )
 def test_command_says_in_one_line_what_is_wrong(

@@ -95,21 +95,21 @@ def evaluation(checkpoint: Path, dataset: Path, output: Path, **more: Any) -> di
 
 def test_a_data_set_says_how_it_is_read_and_an_older_one_is_told_by_its_contrasts() -> None:
     told = {"shape": "center_crop", "channels": 1}
-    assert Reading.of(manifest_of(reading=told, modality={"0": "t1n"})) == Reading("center_crop", 1)
-    assert Reading.of(manifest_of(modality={"0": "t1n"}, channels_per_image=1)) == Reading("square", 1)
-    assert Reading.of(manifest_of(channels_per_image=3)) == Reading("center_crop", 3)
-    assert Reading.of(manifest_of()) == Reading("center_crop", 3)
+    assert Reading.of(manifest_of(reading=told, modality={"0": "t1n"})) == Reading(shape="center_crop", channels=1)
+    assert Reading.of(manifest_of(modality={"0": "t1n"}, channels_per_image=1)) == Reading(shape="square", channels=1)
+    assert Reading.of(manifest_of(channels_per_image=3)) == Reading(shape="center_crop", channels=3)
+    assert Reading.of(manifest_of()) == Reading(shape="center_crop", channels=3)
 
 
 @pytest.mark.parametrize(
     ("told", "said"),
     [
-        ({"shape": "round", "channels": 1}, r'reading.shape: found "round", expected one of square, center_crop'),
-        ({"shape": "square"}, "reading.channels: found null, expected 1 or 3"),
-        ({"shape": "square", "channels": 2}, "reading.channels: found 2"),
-        ({"shape": "square", "channels": 1, "version": 2}, "reading.version: found 2, expected 1"),
-        ({"shape": "square", "channels": 1, "flip": True}, "reading: found unknown field flip"),
-        ("square", 'reading: found "square", expected an object'),
+        ({"shape": "round", "channels": 1}, r'reading: shape is "round"; expected one of square, center_crop'),
+        ({"shape": "square"}, "reading: channels is missing; expected one of 1, 3"),
+        ({"shape": "square", "channels": 2}, "reading: channels is 2; expected one of 1, 3"),
+        ({"shape": "square", "channels": 1, "version": 2}, "reading: version is 2; expected one of 1"),
+        ({"shape": "square", "channels": 1, "flip": True}, "reading: flip is unknown"),
+        ("square", 'reading: it is "square"; expected an object'),
     ],
 )
 def test_a_reading_that_nobody_knows_is_one_line(told: Any, said: str) -> None:

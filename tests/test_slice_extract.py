@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,9 @@ from vaevq_med.core.errors import DataError
 from vaevq_med.images.manifest import load_manifest
 from vaevq_med.images.pixels import read_image
 from vaevq_med.images.volumes import read_volume
-from vaevq_med.prepare.recipes import Recipe, load_recipe
+from vaevq_med.prepare import job
+from vaevq_med.prepare.job import Prepare
+from vaevq_med.prepare.recipes import Recipe
 from vaevq_med.prepare.volumes import slices
 from vaevq_med.prepare.volumes import source as slice_extract
 from vaevq_med.prepare.volumes.slices import resize_images, resize_labels
@@ -185,7 +187,7 @@ def upright(voxels: np.ndarray) -> np.ndarray:
 
 
 def recipe_file(path: Path, **change: Any) -> Path:
-    path.write_text(json.dumps({**load_recipe("brats24/axial_256").to_dict(), "name": "mine", "size": SIDE, **change}))
+    path.write_text(json.dumps({**Recipe.load("brats24/axial_256").to_dict(), "name": "mine", "size": SIDE, **change}))
     return path
 
 
@@ -207,8 +209,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One case with labels, sliced at its own size."""
     root = tmp_path_factory.mktemp("dataset")
     make_case(root / "in", seg=labels())
-    recipe = replace(load_recipe("brats24/axial_256"), size=SIDE)
-    slice_extract.SliceExtract(root / "in", root / "out", recipe, workers=1).run()
+    recipe = Recipe.load("brats24/axial_256").changed(size=SIDE)
+    Prepare(slice_extract.VolumeSource(root / "in", recipe), root / "out", workers=1).run()
     return root / "out"
 
 
@@ -405,7 +407,7 @@ def test_the_window_is_numpys_percentile_of_the_nonzero_voxels(values: np.ndarra
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_images_are_resized_as_pillow_does(size: int, interpolation: str) -> None:
     stack = torch.rand(3, 28, 24, generator=torch.Generator().manual_seed(1))
-    found = resize_images(stack, Recipe("x", size=size, interpolation=interpolation))
+    found = resize_images(stack, Recipe(name="x", size=size, interpolation=interpolation))
     square = np.zeros((3, 28, 28), np.float32)
     square[:, :, 2:26] = stack
     for image, expected in zip(found, square, strict=True):
@@ -416,8 +418,8 @@ def test_images_are_resized_as_pillow_does(size: int, interpolation: str) -> Non
 def test_without_antialiasing_a_fine_pattern_turns_into_stripes() -> None:
     pattern = torch.zeros(1, 64, 64)
     pattern[:, :, ::4] = 1
-    smooth = resize_images(pattern.clone(), Recipe("x", size=16))[0, :, 2:-2]
-    harsh = resize_images(pattern.clone(), Recipe("x", size=16, antialias=False))[0, :, 2:-2]
+    smooth = resize_images(pattern.clone(), Recipe(name="x", size=16))[0, :, 2:-2]
+    harsh = resize_images(pattern.clone(), Recipe(name="x", size=16, antialias=False))[0, :, 2:-2]
     np.testing.assert_allclose(smooth, 0.25, atol=0.02)
     assert abs(float(harsh.mean()) - 0.25) > 0.2
 
@@ -866,8 +868,8 @@ def test_when_every_case_is_bad_nothing_is_done(extract: Callable[..., Outcome],
     [
         (("--workers", 0), "workers: found 0, expected 1 to 512"),
         (("--workers", 100_000), "workers: found 100000, expected 1 to 512"),
-        (("--size", 7), "size: found 7, expected 8 to 4096 pixels"),
-        (("--size", 10**9), "size: found 1000000000, expected 8 to 4096 pixels"),
+        (("--size", 7), "size is 7; expected 8 to 4096 pixels"),
+        (("--size", 10**9), "size is 1000000000; expected 8 to 4096 pixels"),
         (("--size", "big"), "Invalid value for '--size'"),
         (("--format", "jpg"), "Invalid value for '--format'"),
         (("--label-map", "brats"), "label map: found 'brats', expected one of brats2021"),
@@ -983,7 +985,7 @@ def test_no_room_for_the_datalist_keeps_the_cases(
     extract: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
     make_case(tmp_path / "in")
-    original = getattr(slice_extract, name)
+    original = getattr(job, name)
 
     def fail(path: Path, content: Any) -> Any:
         if path.name == "recipe.sha256":
@@ -991,7 +993,7 @@ def test_no_room_for_the_datalist_keeps_the_cases(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(slice_extract, name, fail)
+        patch.setattr(job, name, fail)
         result = extract(tmp_path / "in", tmp_path / "out")
     assert result.code == 2
     assert "found it not writable (No space left on device), expected a folder with room to write" in result.err
@@ -1010,8 +1012,8 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("many")
     for number in range(12):
         make_case(root / "in", f"BraTS-GLI-{number // 2:05d}-{100 + number % 2}", seg=labels(), seed=number)
-    recipe = replace(load_recipe("brats24/axial_256"), size=192)
-    slice_extract.SliceExtract(root / "in", root / "out", recipe, workers=1).run()
+    recipe = Recipe.load("brats24/axial_256").changed(size=192)
+    Prepare(slice_extract.VolumeSource(root / "in", recipe), root / "out", workers=1).run()
     return root / "in", root / "out"
 
 
@@ -1125,12 +1127,15 @@ def test_a_death_while_a_case_is_moved_into_place(
         replace_(source, target)
 
     def die_at_the_record(path: Path, text: str) -> None:
-        raise DeathError
+        if path.suffix == ".json":
+            raise DeathError
+        write(path, text)
 
+    write = workplace.atomic_write_text
     with monkeypatch.context() as patch:
-        patch.setattr(slices.os, "replace", die)
-        patch.setattr(slices, "atomic_write_text", die_at_the_record)
-        patch.setattr(slices.shutil, "rmtree", lambda *args, **options: None)  # a killed process cleans nothing up
+        patch.setattr(os, "replace", die)
+        patch.setattr(workplace, "atomic_write_text", die_at_the_record)
+        patch.setattr(shutil, "rmtree", lambda *args, **options: None)  # a killed process cleans nothing up
         with pytest.raises(DeathError):
             extract(script, output, "--size", 192)
     assert (output / ".slices/BraTS-GLI-00000-100.partial").is_dir()
@@ -1247,7 +1252,7 @@ def test_slices_of_another_recipe_are_kept_unless_told(extract: Callable[..., Ou
     for options in ((), ("--dry-run",)):
         result = extract(tmp_path / "in", output, "--size", 32, *options)
         assert result.code == 2
-        assert "found slices made by another recipe" in result.err
+        assert f"found slices made by another recipe (size {SIDE}, expected 32), expected those of" in result.err
         assert "--overwrite" in result.err
         assert tree(output) == before
     assert extract(tmp_path / "in", output, "--size", 32, "--overwrite").code == 0
@@ -1284,10 +1289,10 @@ def test_a_dry_run_writes_nothing_and_estimates_well(extract: Callable[..., Outc
     assert not (tmp_path / "out").exists()
     assert "would slice 2 cases; 0 are done already" in result.out
     assert "about 120 images" in result.out
-    plan = slice_extract.SliceExtract(tmp_path / "in", tmp_path / "out", Recipe("x", size=SIDE)).plan()
+    plan = Prepare(slice_extract.VolumeSource(tmp_path / "in", Recipe(name="x", size=SIDE)), tmp_path / "out").plan()
     assert extract(tmp_path / "in", tmp_path / "out").code == 0
     written = sum(path.stat().st_size for path in (tmp_path / "out").glob("[il]*/*/*"))
-    assert plan.bytes == pytest.approx(written, rel=0.05)
+    assert plan.estimate.bytes == pytest.approx(written, rel=0.05)
     result = extract(tmp_path / "in", tmp_path / "out", "--dry-run")
     assert (result.code, "would slice 0 cases; 2 are done already" in result.out) == (0, True)
 

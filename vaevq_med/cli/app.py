@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +22,8 @@ from vaevq_med.core.errors import VaevqMedError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+    from vaevq_med.prepare.job import Plan, Prepare, Report
 
 app = typer.Typer(
     name="vaevq-med",
@@ -68,10 +70,10 @@ class SliceFormat(StrEnum):
     npy = "npy"
 
 
-def _show_counts(title: str, patients: dict[str, int], slices: dict[str, int] | None = None) -> None:
+def _counts(patients: dict[str, int], slices: dict[str, int] | None = None) -> Iterator[str]:
     for split, count in patients.items():
         tail = "" if slices is None else f", {slices[split]} slices"
-        typer.echo(f"  {title}{split}: {count} patient{'s' if count != 1 else ''}{tail}")
+        yield f"  {split}: {count} patient{'s' if count != 1 else ''}{tail}"
 
 
 @app.command("slice-extract")
@@ -105,43 +107,28 @@ def slice_extract(
     Exit code 0: all is done; 1: done, but cases were skipped; 2: nothing could be done; 130: interrupted, the same
     command goes on.
     """
-    from vaevq_med.prepare.recipes import load_recipe
-    from vaevq_med.prepare.volumes.source import SliceExtract
+    from vaevq_med.prepare.job import Prepare
+    from vaevq_med.prepare.recipes import Recipe
+    from vaevq_med.prepare.volumes.source import VolumeSource
 
-    chosen = load_recipe(recipe).with_options(size=size, image_format=image_format.value if image_format else None)
-    command = SliceExtract(
-        input=source,
-        output=output,
-        recipe=chosen,
-        workers=workers,
-        split_file=split_file,
-        cases=cases,
-        label_map=label_map,
-        overwrite=overwrite,
-    )
-    if dry_run:
-        plan = command.plan()
-        for name, reason in plan.skipped:
-            typer.echo(f"vaevq-med: case {name}: {reason}; skipped", err=True)
-        typer.echo(f"{output}: would slice {plan.cases} cases; {plan.reused} are done already")
-        _show_counts("", plan.patients)
-        if plan.measured_on is not None:
-            typer.echo(
-                f"  about {plan.images:,} images, {_size(plan.bytes)} (as {plan.measured_on} takes); "
-                f"{_size(plan.free_bytes)} free"
-            )
-        for note in plan.notes:
-            typer.echo(f"  note: {note}")
-        raise typer.Exit(1 if plan.skipped else 0)
-    with _watched("case", "cases") as (progress, start, skip):
-        report = command.run(on_start=start, on_case=lambda name: progress.advance(progress.task_ids[0]), on_skip=skip)
-    typer.echo(
-        f"{report.output}: {report.written} cases sliced, {report.reused} were done, {len(report.skipped)} skipped"
-    )
-    _show_counts("", report.patients, report.slices)
-    for note in report.notes:
-        typer.echo(f"  note: {note}")
-    raise typer.Exit(1 if report.skipped else 0)
+    chosen = Recipe.load(recipe).changed(size=size, format=image_format)
+    volumes = VolumeSource(source, chosen, split_file=split_file, cases=cases, label_map=label_map)
+    command = Prepare(volumes, output, workers, overwrite)
+
+    def would(plan: Plan) -> Iterator[str]:
+        estimate = plan.estimate
+        yield f"{output}: would slice {plan.units} cases; {plan.reused} are done already"
+        yield from _counts(estimate.facts["patients"])
+        if (case := estimate.facts["measured_on"]) is not None:
+            size, free = _size(estimate.bytes), _size(plan.free_bytes)
+            yield f"  about {estimate.images:,} images, {size} (as {case} takes); {free} free"
+
+    def did(report: Report) -> Iterator[str]:
+        skipped = len(report.skipped)
+        yield f"{report.output}: {report.written} cases sliced, {report.reused} were done, {skipped} skipped"
+        yield from _counts(report.facts["patients"], report.facts["slices"])
+
+    _prepare(command, dry_run, "case", "cases", would, did)
 
 
 @app.command("imagenet-prepare")
@@ -182,47 +169,105 @@ def imagenet_prepare(
     Exit code 0: all is done; 1: done, but images were skipped; 2: nothing could be done; 130: interrupted, the same
     command goes on.
     """
-    from vaevq_med.prepare.image_recipes import load_image_recipe
-    from vaevq_med.prepare.pictures.source import ImagenetPrepare
+    from vaevq_med.prepare.job import Prepare
+    from vaevq_med.prepare.pictures.source import PictureSource
+    from vaevq_med.prepare.recipes import ImageRecipe
 
-    command = ImagenetPrepare(
-        input=source,
-        output=output,
-        recipe=load_image_recipe(recipe).with_options(resize=resize, holdout=holdout),
-        workers=workers,
-        classes=classes,
-        val_labels=val_labels,
-        use_classes=not no_classes,
-        patients=patients,
-        overwrite=overwrite,
+    chosen = ImageRecipe.load(recipe).changed(resize=resize, holdout=holdout)
+    pictures = PictureSource(
+        source, chosen, classes=classes, val_labels=val_labels, use_classes=not no_classes, patients=patients
     )
-    if dry_run:
-        plan = command.plan()
-        for name, reason in plan.skipped:
-            typer.echo(f"vaevq-med: image {name}: {reason}; skipped", err=True)
-        typer.echo(f"{output}: would read {plan.batches} batches of images; {plan.reused} are done already")
-        if plan.batches:
-            tail = ", which links to the input's files where the disk is the same" if plan.linked else ""
-            typer.echo(
-                f"  about {plan.images:,} images, {_size(plan.bytes)}{tail}; {_size(plan.free_bytes)} free; "
-                f"{plan.classes} classes"
+    command = Prepare(pictures, output, workers, overwrite)
+
+    def would(plan: Plan) -> Iterator[str]:
+        estimate, facts = plan.estimate, plan.estimate.facts
+        yield f"{output}: would read {plan.units} batches of images; {plan.reused} are done already"
+        if plan.units:
+            tail = ", which links to the input's files where the disk is the same" if facts["linked"] else ""
+            yield (
+                f"  about {estimate.images:,} images, {_size(estimate.bytes)}{tail}; {_size(plan.free_bytes)} free; "
+                f"{facts['classes']} classes"
             )
-        for note in plan.notes:
-            typer.echo(f"  note: {note}")
-        raise typer.Exit(1 if plan.skipped else 0)
-    with _watched("image", "batches") as (progress, start, skip):
-        report = command.run(on_start=start, on_batch=lambda name: progress.advance(progress.task_ids[0]), on_skip=skip)
-    skipped = len(report.skipped)
-    typer.echo(f"{report.output}: {report.written:,} images written, {report.reused:,} were done, {skipped} skipped")
-    for split, count in report.images.items():
-        of = f" of {report.patients[split]:,} patients" if report.patients else ""
-        typer.echo(f"  {split}: {count:,} images{of}")
-    typer.echo(f"  {report.classes} classes")
-    for kind, count in report.odd.items():
-        typer.echo(f"  unusual: {count:,} {kind}")
-    for note in report.notes:
+
+    def did(report: Report) -> Iterator[str]:
+        skipped = len(report.skipped)
+        yield f"{report.output}: {report.written:,} images written, {report.reused:,} were done, {skipped} skipped"
+        patients = report.facts["patients"]
+        for split, count in report.facts["images"].items():
+            yield f"  {split}: {count:,} images" + (f" of {patients[split]:,} patients" if patients else "")
+        yield f"  {report.facts['classes']} classes"
+        yield from (f"  unusual: {found['count']:,} {kind}" for kind, found in report.facts["unusual"].items())
+
+    _prepare(command, dry_run, "image", "batches", would, did)
+
+
+@app.command()
+def prepare(
+    kind: Annotated[str, typer.Argument(metavar="SOURCE", help="Name of an installed source, e.g. volumes.")],
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help="What it reads.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder of the data set.")],
+    recipe: Annotated[str, typer.Option(help="A recipe of preprocessing/, or a .json file of your own.")],
+    workers: Annotated[int | None, typer.Option(help="Processes; by default one a core.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and the space it takes.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what another recipe made.")] = False,
+) -> None:
+    """Make a data set of what an installed package reads: a source that it publishes in vaevq_med.sources.
+
+    Exit code 0: all is done; 1: done, but something was skipped; 2: nothing could be done; 130: interrupted, the same
+    command goes on.
+    """
+    from vaevq_med.prepare.job import Prepare, published
+
+    chosen = published(kind)
+    command = Prepare(chosen(source, chosen.recipes.load(recipe)), output, workers, overwrite)
+
+    def would(plan: Plan) -> Iterator[str]:
+        yield f"{output}: would write {plan.units} of {chosen.unit}; {plan.reused} are done already"
+        size, free = _size(plan.estimate.bytes), _size(plan.free_bytes)
+        yield f"  about {plan.estimate.images:,} images, {size}; {free} free"
+
+    def did(report: Report) -> Iterator[str]:
+        skipped = len(report.skipped)
+        yield f"{report.output}: {report.written:,} written, {report.reused:,} were done, {skipped} skipped"
+
+    _prepare(command, dry_run, chosen.item, chosen.unit, would, did)
+
+
+def _prepare(
+    command: Prepare[Any, Any],
+    dry_run: bool,
+    item: str,
+    units: str,
+    would: Callable[[Plan], Iterator[str]],
+    did: Callable[[Report], Iterator[str]],
+) -> None:
+    """Make a data set, or say what that would take.
+
+    Args:
+        command: the job.
+        dry_run: write nothing.
+        item: what is skipped, e.g. ``case``.
+        units: what the progress bar counts.
+        would: lines about a plan.
+        did: lines about a report.
+    """
+    found: Plan | Report
+    if dry_run:
+        found = plan = command.plan()
+        for name, reason in plan.skipped:
+            typer.echo(f"vaevq-med: {item} {name}: {reason}; skipped", err=True)
+        lines = would(plan)
+    else:
+        with _watched(item, units) as (progress, start, skip):
+            found = report = command.run(
+                on_start=start, on_unit=lambda name: progress.advance(progress.task_ids[0]), on_skip=skip
+            )
+        lines = did(report)
+    for line in lines:
+        typer.echo(line)
+    for note in found.notes:
         typer.echo(f"  note: {note}")
-    raise typer.Exit(1 if report.skipped else 0)
+    raise typer.Exit(1 if found.skipped else 0)
 
 
 @app.command("audit-split")
@@ -235,7 +280,8 @@ def audit_split(
     report = AuditSplit(dataset).run()
     for leak in report.leaks:
         typer.echo(f"vaevq-med: {leak}", err=True)
-    _show_counts("", report.patients, report.slices)
+    for line in _counts(report.patients, report.slices):
+        typer.echo(line)
     for note in report.notes:
         typer.echo(f"  note: {note}")
     typer.echo(
@@ -253,19 +299,14 @@ def _watched(kind: str, jobs: str) -> Iterator[tuple[Progress, Callable[[int], N
         jobs: what the bar counts.
     """
     progress = _progress()
-    running = False
 
     def start(total: int) -> None:
-        nonlocal running
         progress.add_task(jobs, total=total)
         progress.start()
-        running = True
 
     def skip(name: str, reason: str) -> None:
         line = f"vaevq-med: {kind} {name}: {reason}; skipped"
         progress.console.print(line, soft_wrap=True, markup=False, emoji=False)
-        if running and kind == "case":
-            progress.advance(progress.task_ids[0])
 
     def stop() -> None:
         if progress.live.is_started:
@@ -311,14 +352,18 @@ def phantom(
     workers: Annotated[int | None, typer.Option(help="Processes; by default one a core.")] = None,
 ) -> None:
     """Write synthetic brains with a tumor, in BraTS 2024 layout and naming."""
-    from vaevq_med.prepare.phantom.subjects import PhantomConfig
-    from vaevq_med.prepare.phantom.writer import Phantom, parse_shape
+    from vaevq_med.prepare.phantom.subjects import PhantomConfig, plan_cases, write_phantoms
 
-    command = Phantom(output, subjects, PhantomConfig(shape=parse_shape(shape), seed=seed), workers)
+    edges = shape.replace("x", ",").split(",")
+    if len(edges) != 3 or not all(edge.strip().isdecimal() for edge in edges):
+        raise VaevqMedError(f"--shape {shape!r}: expected three whole numbers, as 182,218,182")
+    config = PhantomConfig.read({"shape": [*map(int, edges)], "seed": seed})
     with _progress() as progress:
-        task = progress.add_task("synthetic cases", total=command.num_cases)
-        report = command.run(on_case=lambda name: progress.update(task, advance=1))
-    typer.echo(f"{report.output}: cases {len(report.cases)}, subjects {report.subjects}")
+        task = progress.add_task("synthetic cases", total=len(plan_cases(subjects)))
+        cases = write_phantoms(
+            output, subjects, config, workers=workers, on_case=lambda name: progress.update(task, advance=1)
+        )
+    typer.echo(f"{output}: cases {len(cases)}, subjects {subjects}")
 
 
 # --- feature-network weights ------------------------------------------------------------------------
@@ -460,7 +505,8 @@ def encode_tokens(
     with _watched("image", "images") as (progress, start, _):
         report = command.run(on_start=start, on_images=lambda count: progress.advance(progress.task_ids[0], count))
     store = report.store
-    grid, tokenizer = "x".join(map(str, store.grid)), store.tokenizer
+    height, width = store.grid
+    tokenizer = store.tokenizer
     typer.echo(f"{store.root}: {report.written:,} images encoded, {report.reused:,} were done")
     for name in store.splits:
         array = store.array(name)
@@ -470,7 +516,7 @@ def encode_tokens(
             f"{array.dtype.name}, {_size(array.nbytes)}"
         )
     typer.echo(
-        f"  {store.kind} of {tokenizer['quantizer']}: grid {grid}, K {tokenizer['num_embeddings']:,}, "
+        f"  {store.kind} of {tokenizer['quantizer']}: grid {height}x{width}, K {tokenizer['num_embeddings']:,}, "
         f"G {tokenizer['num_codebooks']}, D {tokenizer['embedding_dim']}"
     )
     names = f" ({len(store.label_names):,})" if store.label_names else ""

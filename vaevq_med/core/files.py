@@ -16,23 +16,52 @@ from typing import BinaryIO, TextIO
 def atomic_binary_writer(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """A file that takes the place of ``path`` when the block ends well, and vanishes when it does not.
 
+    Until then it is ``.NAME.part``. A writer that is killed leaves that behind, and the next one of ``path`` uses it.
+
     Args:
         path: in a folder that exists.
         durable: wait until the disk has it, so that a power failure leaves the old or the new file; to be left out
             where there are many small files, each of which can be made again.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    partial = path.with_name(f".{path.name}.part")
+    lock = _claim(partial)
+    if lock is None:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        os.close(handle)
+        partial = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with partial.open("wb") as file:
             yield file
             file.flush()
             if durable:
                 os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _claim(partial: Path) -> int | None:
+    """Make a file, or take one that was left behind; None where another writer has it, or there are no locks."""
+    try:
+        import fcntl
+
+        handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The writer that had the lock may have put the file in its place, or removed it, since it was opened here.
+        if os.path.samestat(os.fstat(handle), os.stat(partial)):
+            return handle
+    except OSError:
+        pass
+    os.close(handle)
+    return None
 
 
 @contextmanager

@@ -1,19 +1,22 @@
-"""The output folder of a command that prepares data: one run at a time, one recipe, nothing half written."""
+"""The output folder of a command that can be taken up again: one run at a time, one setting, nothing half written."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vaevq_med.core.errors import DataError
 from vaevq_med.core.files import atomic_write_text
 
 RECIPE = "recipe.json"
 REPORT = "report.json"
-_RECIPE_HASH = "recipe.sha256"
+_MARK = "recipe.sha256"
 
 
 class BusyError(DataError):
@@ -21,97 +24,164 @@ class BusyError(DataError):
 
 
 @dataclass(frozen=True)
-class Workplace:
-    """Where a command writes a data set.
+class OutputFolder:
+    """Where a command writes, so that a run which ends early, however it ends, can be taken up again.
+
+    A hidden folder in it holds the lock, the mark (the hash of the settings that it was begun with), and a record of
+    each unit of work that is done.
 
     Attributes:
-        output: the data set's folder.
-        state: name of the folder in it that holds the records of finished work.
+        path: the folder.
+        state: name of the hidden folder.
         command: the command, for messages.
         kind: what it writes, for messages, e.g. ``slices``.
-        result: the file that is written last, and removed before anything else changes.
+        result: the file that is written last, and removed before what it describes is replaced.
+        copies: whether the result alone makes a folder one of the command's, so that it goes on in a copy without the
+            hidden folder.
     """
 
-    output: Path
+    path: Path
     state: str
     command: str
     kind: str
     result: str = "dataset.json"
+    copies: bool = False
 
-    def check(self, mark: str, made_by: str, *, overwrite: bool) -> None:
-        """Refuse a folder with other things in it.
+    @property
+    def records(self) -> Path:
+        """The hidden folder."""
+        return self.path / self.state
 
-        Args:
-            mark: hash of the recipe.
-            made_by: what the recipe is called, for the message.
-            overwrite: allow a folder that another recipe filled.
+    def check(self) -> None:
+        """Refuse what this command did not begin.
 
         Raises:
-            DataError: the output is a file, holds something else, is another recipe's, or cannot be read.
+            DataError: it is a file, holds something else, or cannot be read.
         """
-        output, state = self.output, self.output / self.state
         with self.writing():
-            if output.exists() and not output.is_dir():
-                raise DataError(f"output {output}: found a file, expected a folder or nothing")
-            if output.is_dir() and not state.is_dir() and any(output.iterdir()):
+            if self.path.exists() and not self.path.is_dir():
+                raise DataError(f"output {self.path}: found a file, expected a folder or nothing")
+            own = self.records.is_dir() or (self.copies and (self.path / self.result).exists())
+            if self.path.is_dir() and not own and any(entry.name[0] != "." for entry in self.path.iterdir()):
                 raise DataError(
-                    f"output {output}: found a folder with other things in it, expected none, an empty one, or one of "
-                    f"an earlier {self.command}"
-                )
-            if self._other_recipe(mark) and not overwrite:
-                raise DataError(
-                    f"output {output}: found {self.kind} made by another recipe, expected those of {made_by}; choose "
-                    "another folder, or replace them with --overwrite"
+                    f"output {self.path}: found a folder with other things in it, expected none, an empty one, or one "
+                    f"of an earlier {self.command}"
                 )
 
-    def prepare(self, mark: str) -> None:
-        """Remove what a killed run left, and note the recipe before the first result of it.
+    def is_of_another(self, mark: str) -> bool:
+        """Whether it was begun with settings of another hash."""
+        file = self.records / _MARK
+        with self.writing():
+            return file.is_file() and file.read_bytes().strip() != mark.encode()
+
+    def begin(self, mark: str | None = None) -> None:
+        """Remove what a killed run left, and note the settings before anything is made with them.
 
         Args:
-            mark: hash of the recipe.
+            mark: hash of the settings, where the folder keeps one.
         """
-        state = self.output / self.state
         with self.writing():
-            for partial in state.glob("*.partial"):
+            for partial in self.records.glob("*.partial"):
                 shutil.rmtree(partial, ignore_errors=True)
-            temporary = [f".{name}.*" for name in (self.result, RECIPE, REPORT)]
-            for file in [
-                *state.glob(".*.json.*"),
-                *state.glob(f".{_RECIPE_HASH}.*"),
-                *(file for pattern in temporary for file in self.output.glob(pattern)),
-            ]:
+            for file in [*self.records.glob(".*.*.*"), *self.path.glob(".*.json.*")]:  # of core.files
                 file.unlink()
-            if self._other_recipe(mark):
-                (self.output / self.result).unlink(missing_ok=True)
-            atomic_write_text(state / _RECIPE_HASH, mark + "\n")
+            if mark is not None:
+                if self.is_of_another(mark):
+                    (self.path / self.result).unlink(missing_ok=True)
+                atomic_write_text(self.records / _MARK, mark + "\n")
+
+    def refuse_other(self, found: Mapping[str, Any], expected: Mapping[str, Any], what: str, replace: str) -> None:
+        """Refuse a folder that was begun with other settings.
+
+        Args:
+            found: its settings.
+            expected: those of this run.
+            what: was found, e.g. ``a token store``.
+            replace: how to choose another folder, or replace what is there.
+
+        Raises:
+            DataError: naming the first setting that differs.
+        """
+        words = difference(found, expected)
+        if words is not None:
+            raise DataError(f"output {self.path}: found {what} of {words}; {replace}")
+
+    def record(self, unit: str) -> dict[str, Any] | None:
+        """What was noted of a finished unit; None where it is not finished, or the record is damaged."""
+        try:
+            found = json.loads((self.records / f"{unit}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
+    def units(self) -> set[str]:
+        """Names of the units that have a record."""
+        return {file.stem for file in self.records.glob("*.json")}
+
+    @contextlib.contextmanager
+    def unit(self, name: str) -> Iterator[Path]:
+        """An empty folder to make a unit in, which is gone afterwards; see :meth:`commit`."""
+        partial = self.records / f"{name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def commit(self, name: str, record: Mapping[str, Any], places: Mapping[str, str]) -> None:
+        """Put what was made of a unit in place, and then note that it is done.
+
+        Args:
+            name: of the unit.
+            record: what to note.
+            places: for each file or folder of :meth:`unit`, where it belongs in the output; one that was not made is
+                removed from there.
+        """
+        note, partial = self.records / f"{name}.json", self.records / f"{name}.partial"
+        pairs = [(partial / made, self.path / place) for made, place in places.items()]
+        for place in (place for made, place in pairs if not made.exists()):
+            if place.is_dir():
+                shutil.rmtree(place)
+            place.unlink(missing_ok=True)
+        note.unlink(missing_ok=True)
+        for made, place in ((made, place) for made, place in pairs if made.exists()):
+            if place.is_dir():
+                shutil.rmtree(place)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(made, place)
+        atomic_write_text(note, json.dumps(record, ensure_ascii=False) + "\n")
 
     def free_bytes(self) -> int:
-        """Space on the output's disk."""
-        output = self.output.resolve()
-        return shutil.disk_usage(next(path for path in (output, *output.parents) if path.exists())).free
+        """Space on its disk."""
+        path = self.path.resolve()
+        return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.exists())).free
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Say in one line that the output folder cannot be written."""
+        """Say in one line that it cannot be written."""
         try:
             yield
         except OSError as error:
             raise DataError(
-                f"output {self.output}: found it not writable ({error.strerror}), expected a folder with room to write"
+                f"output {self.path}: found it not writable ({error.strerror or error}), expected a folder with room "
+                "to write"
             ) from None
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """One run at a time in an output folder, where the platform has file locks.
+        """One run at a time, where the platform has file locks.
+
+        The lock is of the open file, which forked workers share: those of a run that was killed keep the next one out
+        until they have ended too. A lock that a child lets go of, as that of filelock is, would not.
 
         Raises:
             BusyError: another run is at work in it.
             DataError: it cannot be written.
         """
-        state = self.output / self.state
         with self.writing():
-            state.mkdir(parents=True, exist_ok=True)
-            file = (state / "lock").open("w")
+            self.records.mkdir(parents=True, exist_ok=True)
+            file = (self.records / "lock").open("w")
         with file:
             try:
                 import fcntl
@@ -119,13 +189,43 @@ class Workplace:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise BusyError(
-                    f"output {self.output}: found another {self.command} at work in it, expected none"
+                    f"output {self.path}: found another {self.command} at work in it, expected none"
                 ) from None
             except (ImportError, OSError):
                 pass
             yield
 
-    def _other_recipe(self, mark: str) -> bool:
-        """Whether the output folder was filled by another recipe."""
-        file = self.output / self.state / _RECIPE_HASH
-        return file.is_file() and file.read_bytes().strip() != mark.encode()
+
+Workplace = OutputFolder
+"""What ``study`` calls it."""
+
+
+def difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
+    """The first setting in which two descriptions differ, in words, or None.
+
+    Args:
+        found: nested dictionaries of plain values.
+        expected: the same.
+
+    Examples:
+        >>> difference({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}})
+        'a.c 2, expected 3'
+    """
+    before, after = dict(_leaves(found)), dict(_leaves(expected))
+    for name in (*after, *before):
+        if before.get(name) != after.get(name):
+            return f"{name} {_short(before.get(name))}, expected {_short(after.get(name))}"
+    return None
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            yield from _leaves(item, f"{name}.{key}" if name else str(key))
+    elif name:
+        yield name, value
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

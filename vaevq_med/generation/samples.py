@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.files import atomic_write_bytes, atomic_write_text
+from vaevq_med.core.folder import OutputFolder, difference
 from vaevq_med.core.options import expect, is_int
 from vaevq_med.generation.sampling import SamplePlan
 from vaevq_med.images.generated import LIST_NAME, SETTINGS_NAME
@@ -101,20 +101,12 @@ class SampleWriter:
         self.suffixes = [".png"] if channels in (1, 3) else [f"-channel{number}.png" for number in range(channels)]
         self._rows: dict[int, list[Any]] = {}
         self._begun = False
-        with self._writing():
-            self._replaces = self._check(overwrite)
+        self.folder = OutputFolder(self.output_dir, "", "generate", "samples", LIST_NAME)
+        self.overwrite = overwrite
+        with self.folder.writing():
+            self._replaces = self._check()
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise VaevqMedError(
-                f"{self.output_dir}: found it not writable ({error.strerror or error}), expected a folder with room to "
-                "write"
-            ) from None
-
-    def _check(self, overwrite: bool) -> bool:
+    def _check(self) -> bool:
         """Whether what the folder holds is of other settings, and may be replaced."""
         folder, path = self.output_dir, self.output_dir / SETTINGS_NAME
         folder.mkdir(parents=True, exist_ok=True)
@@ -130,23 +122,22 @@ class SampleWriter:
                 known.pop("num_samples", None)
             except (ValueError, AttributeError):
                 known = {SETTINGS_NAME: "unreadable"}
-        changed = [key for key in sorted({*known, *self.record}) if known.get(key) != self.record.get(key)]
-        if changed and not overwrite and any(file.suffix in (".png", ".npz") for file in folder.iterdir()):
-            key = changed[0]
-            raise VaevqMedError(
-                f"{folder}: found samples of {key} {known.get(key)}, expected {key} {self.record.get(key)}; choose "
-                "another --generated_dir, or replace them with --overwrite True"
-            )
-        return bool(changed)
+        if not self.overwrite and any(file.suffix in (".png", ".npz") for file in folder.iterdir()):
+            replace = "choose another --generated_dir, or replace them with --overwrite True"
+            self.folder.refuse_other(known, self.record, "samples", replace)
+        return difference(known, self.record) is not None
 
     def _begin(self) -> None:
-        """Remove samples of other settings and take up those of the same."""
-        if self._replaces:
+        """Remove samples of other settings and take up those of the same.
+
+        Another run may have begun in the folder while the first batch was drawn.
+        """
+        if self._check():
             # The old settings go last, so that a half-emptied folder is still of them.
             for file in self.output_dir.iterdir():
                 if file.name != SETTINGS_NAME:
                     file.unlink()
-            self._replaces = False
+        self._replaces = False
         record = {**self.record, "num_samples": len(self.plan)}
         atomic_write_text(self.output_dir / SETTINGS_NAME, json.dumps(record, indent=2) + "\n")
         missing = set(self.missing())
@@ -180,7 +171,7 @@ class SampleWriter:
         engine.add_event_handler(Events.COMPLETED, self._completed)
 
     def _iteration_completed(self, engine: Engine) -> None:
-        with self._writing():
+        with self.folder.writing():
             self._write_batch(engine)
 
     def _write_batch(self, engine: Engine) -> None:
@@ -215,7 +206,7 @@ class SampleWriter:
         atomic_write_text(self.output_dir / LIST_NAME, text.getvalue())
 
     def _completed(self, engine: Engine) -> None:
-        with self._writing():
+        with self.folder.writing():
             if not self._begun:
                 self._begin()
             self._write_list()

@@ -5,13 +5,11 @@ The data set says the geometry, the tokenizer says size and channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from vaevq_med.core.errors import DataError
-from vaevq_med.core.options import expect, known
+from vaevq_med.core.options import Options, expect
 from vaevq_med.images.manifest import Manifest, load_manifest
 
 if TYPE_CHECKING:
@@ -20,28 +18,20 @@ if TYPE_CHECKING:
 SHAPES = {"LoadSliced": "square", "LoadPhotograph": "center_crop"}
 """The shape that images come to, by the transform that loads them, which configurations of all times name."""
 AUGMENTATIONS = ("flip", "random_resized_crop")
-_VERSION = 1
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(Options):
     """How the images of a data set are read.
 
     Attributes:
         shape: ``square``: resized in both proportions; or ``center_crop``: resized by the shorter side, the middle cut.
-        channels: 1 or 3, of the images.
+        channels: of the images.
         version: of this definition.
     """
 
-    shape: str
-    channels: int
-    version: int = _VERSION
-
-    def __post_init__(self) -> None:
-        shapes = tuple(SHAPES.values())
-        expect(self.version == _VERSION, "reading.version", self.version, f"{_VERSION}, all that this version knows")
-        expect(self.shape in shapes, "reading.shape", self.shape, "one of " + ", ".join(shapes))
-        expect(self.channels in (1, 3), "reading.channels", self.channels, "1 or 3")
+    shape: Literal["square", "center_crop"]
+    channels: Literal[1, 3]
+    version: Literal[1] = 1
 
     @classmethod
     def of(cls, manifest: Manifest) -> Reading:
@@ -52,14 +42,9 @@ class Reading:
         """
         told = manifest.content.get("reading")
         if told is None:
-            channels = 1 if manifest.content.get("channels_per_image") == 1 else 3
-            return cls("square" if "modality" in manifest.content else "center_crop", channels)
-        try:
-            expect(isinstance(told, Mapping), "reading", told, "an object")
-            known(told, cls, "reading")
-            return cls(**{"shape": None, "channels": None, **told})
-        except DataError as error:
-            raise DataError(f"{manifest.path}: {error}") from None
+            channels: Literal[1, 3] = 1 if manifest.content.get("channels_per_image") == 1 else 3
+            return cls(shape="square" if "modality" in manifest.content else "center_crop", channels=channels)
+        return cls.read(told, f"{manifest.path}: reading")
 
 
 def shape_of(loaders: Iterable[str]) -> str | None:

@@ -7,38 +7,40 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, ValidationInfo
 
 from vaevq_med.core.errors import DataError
 from vaevq_med.core.folder import RECIPE
-from vaevq_med.core.options import expect, is_int, is_number
+from vaevq_med.core.options import Number, Options
 from vaevq_med.images.manifest import SPLITS, load_manifest
 
 SPLIT_FILE = "splits.json"
 """Who stands in which split of a data set; ``--split-file`` takes it too."""
 
 
-@dataclass(frozen=True)
-class SplitRule:
+def _with_training(validation: Number, info: ValidationInfo) -> Number:
+    if validation + info.data.get("training", 0) > 1 + 1e-9:
+        raise ValueError
+    return validation
+
+
+class SplitRule(Options):
     """How patients are dealt to splits; what training and validation leave is the test split.
 
     Attributes:
         seed: another seed deals the patients anew.
-        training: share of the patients, in [0, 1].
-        validation: share of the patients, in [0, 1].
+        training: share of the patients.
+        validation: share of the patients.
     """
 
-    seed: int = 0
-    training: float = 0.8
-    validation: float = 0.1
-
-    def __post_init__(self) -> None:
-        expect(is_int(self.seed, 0, 2**63 - 1), "split.seed", self.seed, "a whole number from 0")
-        for name in ("training", "validation"):
-            expect(is_number(getattr(self, name), 0, 1), f"split.{name}", getattr(self, name), "a share in [0, 1]")
-        total = self.training + self.validation
-        expect(total <= 1 + 1e-9, "split.training + split.validation", total, "at most 1")
+    seed: int = Field(default=0, ge=0, le=2**63 - 1, description="a whole number from 0")
+    training: Number = Field(default=0.8, ge=0, le=1, description="a share in [0, 1]")
+    validation: Annotated[Number, AfterValidator(_with_training)] = Field(
+        default=0.1, ge=0, le=1, description="a share in [0, 1], with training at most 1"
+    )
 
 
 def patient_position(patient: str, seed: int = 0) -> float:
@@ -130,7 +132,7 @@ def remembered_splits(dataset_dir: Path, rule: SplitRule) -> dict[str, str]:
     """
     try:
         recipe = json.loads((dataset_dir / RECIPE).read_text(encoding="utf-8"))
-        if SplitRule(**recipe["split"]) != rule:
+        if SplitRule.read(recipe["split"]) != rule:
             return {}
     except (OSError, ValueError, KeyError, TypeError, DataError):
         return {}

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vaevq_med.core.errors import DataError, VaevqMedError
-from vaevq_med.core.folder import Workplace
 from vaevq_med.core.jobs import check_workers, usable_cores
 from vaevq_med.images.dataset import SliceDataset
 from vaevq_med.images.manifest import SPLITS, Manifest, load_manifest
@@ -23,7 +22,7 @@ from vaevq_med.networks.tokenizer import VisualTokenizer
 from vaevq_med.tokens.items import describe_items, label_of
 from vaevq_med.tokens.store import FORMAT, KINDS, TokenStore, index_type
 from vaevq_med.tokens.views import LoadViews, View, plan_views
-from vaevq_med.tokens.writer import STATE, TokenWriter, check_output
+from vaevq_med.tokens.writer import TokenWriter
 from vaevq_med.trained.device import named_device
 from vaevq_med.trained.network import StoredTokenizer
 
@@ -149,13 +148,7 @@ class EncodeTokens:
         header = self._header(stored, network, datasets)
         items = {split: describe_items(images, header["label"]["names"]) for split, images in datasets.items()}
         network = network.to(device)
-        check_output(self.output)
-        workplace = Workplace(self.output, STATE, "encode-tokens", "tokens")
-        with (
-            workplace.lock(),
-            workplace.writing(),
-            TokenWriter(self.output, header, items, overwrite=self.overwrite) as writer,
-        ):
+        with TokenWriter(self.output, header, items, overwrite=self.overwrite) as writer:
             total, reused = sum(map(len, items.values())), sum(writer.done.values())
             on_start(total)
             on_images(reused)

@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from vaevq_med.core.errors import DataError
 from vaevq_med.core.files import atomic_write_text
+from vaevq_med.core.folder import OutputFolder
 from vaevq_med.images.manifest import SPLITS
 from vaevq_med.tokens.store import FILE_NAME, TokenStore, header_hash, items_hash, load_token_store, stored_type
 
@@ -37,62 +38,12 @@ def array_head(shape: Sequence[int], dtype: np.dtype[Any]) -> bytes:
     return buffer.getvalue()
 
 
-def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping) and value:
-        for key, item in value.items():
-            yield from _leaves(item, f"{name}.{key}" if name else str(key))
-    else:
-        yield name, value
-
-
-def difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
-    """The first setting in which two descriptions differ, or None.
-
-    Args:
-        found: nested dictionaries of plain values.
-        expected: the same.
-
-    Examples:
-        >>> difference({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}})
-        'a.c 2, expected 3'
-    """
-    before, after = dict(_leaves(found)), dict(_leaves(expected))
-    for name in (*after, *before):
-        if before.get(name) != after.get(name):
-            return f"{name} {_short(before.get(name))}, expected {_short(after.get(name))}"
-    return None
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def check_output(root: Path) -> None:
-    """Refuse a folder that holds something else than a token store.
-
-    Args:
-        root: where a store is to be.
-
-    Raises:
-        DataError: it is a file, or has other things in it.
-    """
-    if root.exists() and not root.is_dir():
-        raise DataError(f"output {root}: found a file, expected a folder or nothing")
-    if (root / FILE_NAME).exists() or (root / STATE / _PROGRESS).is_file():
-        return
-    if root.is_dir() and any(not entry.name.startswith(".") for entry in root.iterdir()):
-        raise DataError(
-            f"output {root}: found a folder with other things in it, expected none, an empty one, or one of an "
-            "earlier encode-tokens"
-        )
-
-
 class TokenWriter:
     """Fills the arrays of a store, which is a store only once it is finished.
 
     While it is written, a folder of work in progress holds each split's array, as far as it goes, and how much of it is
-    safely on the disk. A context manager: leaving it, however, keeps what was appended.
+    safely on the disk. A context manager: while it is open no other one fills the folder, and leaving it, however,
+    keeps what was appended.
 
     Args:
         root: folder of the store.
@@ -101,7 +52,8 @@ class TokenWriter:
         overwrite: let go of what is there, whatever it is of.
 
     Raises:
-        DataError: the folder holds something else, or a store of other settings.
+        DataError: when it is entered: the folder holds something else, or a store of other settings, or another run is
+            at work in it.
     """
 
     def __init__(
@@ -118,27 +70,46 @@ class TokenWriter:
         for split, described in self.header["splits"].items():
             described["items_sha256"] = items_hash(items[split])
         self.dtype = stored_type(self.header["dtype"])
-        self.state = root / STATE
+        self.folder = OutputFolder(root, STATE, "encode-tokens", "tokens", FILE_NAME, copies=True)
+        self.overwrite = overwrite
         self._files: dict[str, BinaryIO] = {}
+        self._open = contextlib.ExitStack()
         self.finished: TokenStore | None = None
         self.done = dict.fromkeys(self.header["splits"], 0)
-        check_output(root)
-        if overwrite:
-            self._clear()
-        elif (root / FILE_NAME).exists():
-            self.finished = self._check_finished()
-        elif (self.state / _PROGRESS).is_file():
-            self._resume()
-        if self.finished is None:
-            self.state.mkdir(parents=True, exist_ok=True)
-            self._record()
+
+    @property
+    def state(self) -> Path:
+        """The folder of work in progress."""
+        return self.folder.records
 
     def __enter__(self) -> TokenWriter:
+        self.folder.check()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.folder.lock())
+            stack.enter_context(self.folder.writing())
+            self.folder.begin()
+            self._take_up()
+            stack.callback(self._close)
+            self._open = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._open.__exit__(kind, error, trace)
+
+    def _take_up(self) -> None:
+        """Find out how far an earlier run came."""
+        if self.overwrite:
+            self._clear()
+        elif (self.root / FILE_NAME).exists():
+            self.finished = self._check_finished()
+        elif (self.state / _PROGRESS).is_file():
+            self._resume()
+        if self.finished is None:
+            self._record()
+
+    def _close(self) -> None:
         try:
             if self.finished is None:
                 self.save()
@@ -242,11 +213,8 @@ class TokenWriter:
         atomic_write_text(self.state / _PROGRESS, json.dumps(record, indent=1) + "\n")
 
     def _refuse(self, what: str, found: Mapping[str, Any]) -> None:
-        other = difference(found, self.header)
-        if other is not None:
-            raise DataError(
-                f"output {self.root}: found {what} of {other}; choose another folder, or replace it with --overwrite"
-            )
+        replace = "choose another folder, or replace it with --overwrite"
+        self.folder.refuse_other(found, self.header, what, replace)
 
     def _check_finished(self) -> TokenStore:
         store = load_token_store(self.root)

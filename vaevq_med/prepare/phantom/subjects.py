@@ -8,21 +8,23 @@ order, nor by how many processes.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
-import multiprocessing
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from vaevq_med.core.errors import DataError, VaevqMedError
 from vaevq_med.core.files import atomic_write_bytes
+from vaevq_med.core.jobs import Problem, check_workers, run_jobs
+from vaevq_med.core.options import Number, Options
 from vaevq_med.prepare.phantom.anatomy import FULL_SHAPE, build_anatomy, make_grid
 from vaevq_med.prepare.phantom.contrast import CONTRASTS, find_vessels, render
 from vaevq_med.prepare.phantom.tumor import Label, grow_tumor, plan_tumor
@@ -41,6 +43,7 @@ TIMEPOINTS = (100, 101)
 """The timepoint numbers of BraTS 2024; the second follows surgery."""
 MAX_SUBJECTS = 9999
 _MIN_EDGE = 24
+_Edge = Annotated[int, Field(ge=_MIN_EDGE, le=512)]
 
 
 class _Stream(IntEnum):
@@ -53,8 +56,7 @@ class _Stream(IntEnum):
     SCAN = 4
 
 
-@dataclass(frozen=True)
-class PhantomConfig:
+class PhantomConfig(Options):
     """How synthetic subjects are made.
 
     Attributes:
@@ -65,29 +67,15 @@ class PhantomConfig:
         noise: standard deviation of the noise in each receive channel, as a fraction of the brightest
             healthy parenchyma, 0 to 0.5.
         bias_field: standard deviation of the logarithm of the bias field, 0 to 0.5.
-
-    Raises:
-        VaevqMedError: a value is out of its range.
     """
 
-    shape: tuple[int, int, int] = FULL_SHAPE
-    seed: int = 0
-    deformation: float = 1.0
-    noise: float = 0.02
-    bias_field: float = 0.08
-
-    def __post_init__(self) -> None:
-        edges = tuple(self.shape)
-        if len(edges) != 3 or any(not _MIN_EDGE <= edge <= 512 for edge in edges):
-            raise VaevqMedError(
-                f"shape {'x'.join(map(str, edges))}: expected three numbers of voxels from {_MIN_EDGE} to 512"
-            )
-        if self.seed < 0:
-            raise VaevqMedError(f"seed {self.seed}: expected 0 or more")
-        for name, limit in (("deformation", 1.5), ("noise", 0.5), ("bias_field", 0.5)):
-            value = getattr(self, name)
-            if not 0 <= value <= limit:
-                raise VaevqMedError(f"{name} {value}: expected 0 to {limit}")
+    shape: tuple[_Edge, _Edge, _Edge] = Field(
+        default=FULL_SHAPE, description=f"three numbers of voxels from {_MIN_EDGE} to 512"
+    )
+    seed: int = Field(default=0, ge=0, description="0 or more")
+    deformation: Number = Field(default=1.0, ge=0, le=1.5)
+    noise: Number = Field(default=0.02, ge=0, le=0.5)
+    bias_field: Number = Field(default=0.08, ge=0, le=0.5)
 
 
 @dataclass(frozen=True)
@@ -216,8 +204,8 @@ def write_phantoms(
     subjects: int,
     config: PhantomConfig | None = None,
     *,
-    workers: int = 1,
-    on_case: Callable[[str], None] | None = None,
+    workers: int | None = 1,
+    on_case: Callable[[str], None] = lambda name: None,
 ) -> list[Path]:
     """Write synthetic subjects as ``OUTPUT/<case>/<case>-{t1n,t1c,t2w,t2f,seg}.nii.gz``.
 
@@ -227,7 +215,7 @@ def write_phantoms(
         output: folder to write into; made where absent.
         subjects: number of patients; every third has two timepoints, a case each.
         config: how; the defaults without one.
-        workers: processes; the files do not depend on it.
+        workers: processes, or None for one a core; the files do not depend on it.
         on_case: called with the name of each case that is done.
 
     Returns:
@@ -237,37 +225,22 @@ def write_phantoms(
         VaevqMedError: a number is out of its range.
         DataError: nilearn's MNI152 maps are not installed, or the output cannot be written.
     """
-    config = config or PhantomConfig()
-    if workers < 1:
-        raise VaevqMedError(f"{workers} workers: expected 1 or more")
-    cases = plan_cases(subjects)
-    output = Path(output)
+    check_workers(workers)
+    cases = {case_name(*case): (output, *case, config or PhantomConfig()) for case in plan_cases(subjects)}
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"cannot make the output folder {output}: {error.strerror}") from error
-    workers = min(workers, len(cases))
-    if workers == 1:
-        for subject, timepoint in cases:
-            name = _write_case(output, subject, timepoint, config)
-            if on_case:
-                on_case(name)
-    else:
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            jobs = [pool.submit(_write_case, output, *case, config) for case in cases]
-            try:
-                for job in as_completed(jobs):
-                    name = job.result()
-                    if on_case:
-                        on_case(name)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-    return [output / case_name(*case) for case in cases]
+    with contextlib.closing(run_jobs(_write_case, cases, kind="case", workers=workers)) as outcomes:
+        for name, outcome in outcomes:
+            if isinstance(outcome, Problem):
+                raise DataError(outcome.reason)
+            on_case(name)
+    return [output / name for name in cases]
 
 
-def _write_case(output: Path, subject: int, timepoint: int, config: PhantomConfig) -> str:
-    """Make and write one case; its name."""
+def _write_case(output: Path, subject: int, timepoint: int, config: PhantomConfig) -> None:
+    """Make and write one case."""
     scan = synthesize_subject(subject, timepoint, config)
     folder = output / scan.name
     try:
@@ -284,4 +257,3 @@ def _write_case(output: Path, subject: int, timepoint: int, config: PhantomConfi
             )
     except OSError as error:
         raise DataError(f"cannot write case {scan.name} to {output}: {error.strerror}") from error
-    return scan.name

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from vaevq_med.core.errors import DataError
+from vaevq_med.prepare.job import Unit
 
 
 @dataclass(frozen=True)
-class Batch:
+class Batch(Unit):
     """Image files that are read one after the other.
 
     Attributes:
@@ -25,7 +26,6 @@ class Batch:
         inner: offset and size of the archive inside the archive that holds the images.
     """
 
-    name: str
     prefix: str
     source: Path
     split: str | None

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from vaevq_med.core.errors import DataError
 from vaevq_med.images.manifest import FILE_NAME
+from vaevq_med.prepare.job import Search
 from vaevq_med.prepare.pictures.batches import Batch, list_archive
 from vaevq_med.prepare.pictures.classes import choose_classes
 from vaevq_med.prepare.pictures.ground_truth import GroundTruth, find_ground_truth, read_ground_truth
@@ -30,23 +31,18 @@ _ROOTS = (".", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC")
 _ARCHIVE = re.compile(r"(?:^|[_.-])(train|val|test)(?:ing|id|idation)?(?=[_.-]|$)")
 
 
-@dataclass(frozen=True)
-class ImageSearch:
-    """What is below an input folder.
+@dataclass
+class ImageSearch(Search[Batch]):
+    """What is below an input folder; the units are batches.
 
     Attributes:
-        batches: the image files.
         classes: names of the classes, sorted; their positions are the labels.
         class_of: class of an image by its batch and name; None for none.
-        notes: what a user should know besides.
         people: patient and case of each image by its path, where they are known.
     """
 
-    batches: tuple[Batch, ...]
-    classes: tuple[str, ...]
-    class_of: Callable[[Batch, str], str | None]
-    problems: tuple[tuple[str, str], ...] = ()
-    notes: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+    class_of: Callable[[Batch, str], str | None] = lambda batch, name: None
     people: People = field(default_factory=dict)
 
 
@@ -230,7 +226,7 @@ def find_images(
     if finder.others:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(finder.others.items()))
         notes.append(f"files of other kinds were left out: {kinds}")
-    return ImageSearch(tuple(batches), kept, class_of, tuple(sorted(finder.problems)), tuple(notes))
+    return ImageSearch(batches, sorted(finder.problems), notes, kept, class_of)
 
 
 def _layout(folder: Path) -> tuple[Path, dict[str, Path], dict[str, Path]]:

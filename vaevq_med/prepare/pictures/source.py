@@ -2,215 +2,72 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
 from vaevq_med.core.errors import DataError
-from vaevq_med.core.files import atomic_write_text
-from vaevq_med.core.folder import RECIPE, REPORT, Workplace
-from vaevq_med.core.jobs import Problem, attempt, check_workers, run_jobs
-from vaevq_med.images.manifest import SPLITS, split_hash, write_manifest
+from vaevq_med.core.folder import OutputFolder
+from vaevq_med.core.jobs import Problem, attempt
+from vaevq_med.images.manifest import SPLITS, split_hash
 from vaevq_med.images.reading import Reading
-from vaevq_med.images.splits import SPLIT_FILE, count_patients, remembered_splits, split_by_hash, split_by_rule
-from vaevq_med.prepare.image_recipes import ImageRecipe, load_image_recipe
+from vaevq_med.images.splits import count_patients, remembered_splits, split_by_hash, split_by_rule
+from vaevq_med.prepare.job import DataSet, Estimate, Search, Source
 from vaevq_med.prepare.pictures.batches import Batch
 from vaevq_med.prepare.pictures.classes import check_ilsvrc, deal
 from vaevq_med.prepare.pictures.find import ImageSearch, find_images
 from vaevq_med.prepare.pictures.patients import by_pattern, by_table
-from vaevq_med.prepare.pictures.store import (
-    ODDITIES,
-    STATE,
-    BatchRecord,
-    batch_fingerprint,
-    read_batch_record,
-    write_batch,
-)
+from vaevq_med.prepare.pictures.store import ODDITIES, BatchRecord, batch_fingerprint, read_batch_record, write_batch
+from vaevq_med.prepare.recipes import AnyRecipe, ImageRecipe
 
-_VERSIONS = ("vaevq_med", "numpy", "pillow")
 _MEASURED = 64
 _NAMED = 20
 
 
 @dataclass(frozen=True)
-class ImageReport:
-    """What a run did.
-
-    Attributes:
-        output: the data set's folder.
-        written: images written now.
-        reused: images that an earlier run had written.
-        skipped: file and what is wrong with it.
-        notes: what a user should know besides.
-        images: images in each split.
-        patients: patients in each split, where they are known.
-        classes: how many classes there are.
-        odd: unusual images by kind, see :data:`vaevq_med.prepare.pictures.store.ODDITIES`.
-    """
-
-    output: Path
-    written: int
-    reused: int
-    skipped: tuple[tuple[str, str], ...]
-    notes: tuple[str, ...]
-    images: dict[str, int]
-    patients: dict[str, int]
-    classes: int
-    odd: dict[str, int]
-
-
-@dataclass(frozen=True)
-class ImagePlan:
-    """What a run would do.
-
-    Attributes:
-        batches: batches of images to read.
-        reused: batches that an earlier run has finished.
-        skipped: file and what is wrong with it, as far as names tell.
-        notes: what a user should know besides.
-        classes: how many classes there are.
-        images: estimated images to write.
-        bytes: estimated size of them.
-        linked: whether the images would be links to the input's files, which take no space.
-        free_bytes: space that there is.
-    """
-
-    batches: int
-    reused: int
-    skipped: tuple[tuple[str, str], ...]
-    notes: tuple[str, ...]
-    classes: int
-    images: int
-    bytes: int
-    linked: bool
-    free_bytes: int
-
-
-@dataclass(frozen=True)
-class ImagenetPrepare:
-    """Check every image below a folder or in the ILSVRC2012 archives, and write a data set of them.
+class PictureSource(Source[Batch, BatchRecord]):
+    """Every image below a folder or in the ILSVRC2012 archives, checked.
 
     Attributes:
         input: folder of the images or archives.
-        output: folder of the data set.
         recipe: what is done to each image.
-        workers: processes, or None for one a core.
         classes: keep these only: a number, or a file or list of names.
         val_labels: classes of validation images that lie flat, where they are not found beside them.
         use_classes: whether subfolders of a folder without splits are classes.
         patients: CSV of whom the images show, in place of the recipe's pattern.
-        overwrite: replace a data set that another recipe made.
     """
 
+    recipes: ClassVar[type[AnyRecipe]] = ImageRecipe
+    unit: ClassVar[str] = "batch"
+    item: ClassVar[str] = "file"
+    nothing: ClassVar[str] = "found no image that could be read ({} skipped), expected some"
+    packages: ClassVar[tuple[str, ...]] = ("vaevq_med", "numpy", "pillow")
+
     input: Path
-    output: Path
-    recipe: ImageRecipe = field(default_factory=lambda: load_image_recipe("imagenet/original"))
-    workers: int | None = None
+    recipe: ImageRecipe = field(default_factory=lambda: ImageRecipe.load("imagenet/original"))
     classes: str | None = None
     val_labels: Path | None = None
     use_classes: bool = True
     patients: Path | None = None
-    overwrite: bool = False
 
-    def plan(self) -> ImagePlan:
-        """Find out what :meth:`run` would do, and prepare some images in a temporary folder to see what they take.
+    def folder(self, output: Path) -> OutputFolder:
+        """Where images are written."""
+        return OutputFolder(output, ".images", "imagenet-prepare", "images")
 
-        Raises:
-            DataError: input, output or an option is not what was expected.
-        """
-        search = self._search()
-        self._check_output()
-        todo = [batch for batch in search.batches if not self._finished(batch)]
-        total = sum(map(_input_bytes, todo))
-        read, images, size = 0, 0, 0
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / STATE).mkdir()
-            for batch in todo[:: max(1, len(todo) // _MEASURED)]:
-                limit = max(1, _MEASURED // len(todo))
-                outcome = attempt(write_batch, "batch", batch, self.recipe, Path(folder), limit)
-                if not isinstance(outcome, Problem):
-                    read += _input_bytes(batch, len(outcome.images) + len(outcome.skipped))
-                    images += len(outcome.images)
-                    size += sum(outcome.images.values())
-        share = total / max(1, read)
-        return ImagePlan(
-            batches=len(todo),
-            reused=len(search.batches) - len(todo),
-            skipped=search.problems,
-            notes=search.notes,
-            classes=len(search.classes),
-            images=round(images * share),
-            bytes=round(size * share),
-            linked=self.recipe.resize is None and not any(batch.is_archive for batch in todo),
-            free_bytes=self._workplace.free_bytes(),
-        )
-
-    def run(
-        self,
-        *,
-        on_start: Callable[[int], None] = lambda total: None,
-        on_batch: Callable[[str], None] = lambda batch: None,
-        on_skip: Callable[[str, str], None] = lambda file, reason: None,
-    ) -> ImageReport:
-        """Write the images, then the datalist and the report.
-
-        An image that cannot be read is skipped, the others go on. Interrupted, the next run does the rest.
-
-        Args:
-            on_start: called once with the number of batches to read.
-            on_batch: called with the name of each batch that is done.
-            on_skip: called with the name of each file that is skipped, and the reason.
-
-        Raises:
-            DataError: input, output or an option is not what was expected, no image was left, or the disk is full.
-            KeyboardInterrupt: interrupted; the batches being read are finished first.
-        """
-        search = self._search()
-        for name, reason in search.problems:
-            on_skip(name, reason)
-        self._check_output()
-        with self._workplace.lock():
-            self._workplace.prepare(self.recipe.image_hash)
-            todo = {batch.name: batch for batch in search.batches if not self._finished(batch)}
-            jobs = {name: (batch, self.recipe, self.output) for name, batch in todo.items()}
-            problems = dict(search.problems)
-            running = run_jobs(write_batch, jobs, kind="batch", workers=self.workers, on_start=on_start)
-            with contextlib.closing(running) as outcomes:
-                for name, outcome in outcomes:
-                    skipped = [(name, outcome.reason)] if isinstance(outcome, Problem) else outcome.skipped
-                    for file, reason in skipped:
-                        problems[file] = reason
-                        on_skip(file, reason)
-                    on_batch(name)
-            done = [batch for batch in search.batches if batch.name not in problems]
-            return self._finish(search, done, problems, frozenset(todo))
-
-    @property
-    def _workplace(self) -> Workplace:
-        return Workplace(self.output, STATE, "imagenet-prepare", "images")
-
-    def _check_output(self) -> None:
-        size = "as they are" if self.recipe.resize is None else f"at {self.recipe.resize} pixels"
-        self._workplace.check(self.recipe.image_hash, f"{self.recipe.name} {size}", overwrite=self.overwrite)
-
-    def _search(self) -> ImageSearch:
-        check_workers(self.workers)
+    def find(self, output: Path) -> ImageSearch:
+        """See :func:`find_images`."""
         search = find_images(
             self.input,
-            self.output,
+            output,
             val_labels=self.val_labels,
             classes=self.classes,
             use_classes=self.use_classes,
             seed=self.recipe.split.seed,
         )
-        given = {batch.split for batch in search.batches}
+        given = {batch.split for batch in search.units}
         if self.recipe.holdout and "training" not in given:
             raise DataError(
                 f"holdout: found {self.recipe.holdout} but no training images of their own in {self.input}, expected a "
@@ -218,41 +75,53 @@ class ImagenetPrepare:
             )
         if self.recipe.holdout and {"validation", "test"} <= given:
             raise DataError("holdout: found folders of validation and of test images, expected one of them at most")
-        return self._with_patients(search)
+        self._name_patients(search)
+        return search
 
-    def _with_patients(self, search: ImageSearch) -> ImageSearch:
-        """The search with whom the images show, as the table or the recipe says it."""
+    def _name_patients(self, search: ImageSearch) -> None:
+        """Note whom the images show, as the table or the recipe says it."""
         if self.patients is None and self.recipe.patient is None:
-            return replace(search, notes=(*search.notes, "no patients are named: images are taken as independent"))
-        splits = {batch.path_of(name): batch.split for batch in search.batches for name in batch.names()}
+            search.notes.append("no patients are named: images are taken as independent")
+            return
+        splits = {batch.path_of(name): batch.split for batch in search.units for name in batch.names()}
         if self.patients is not None:
-            people = by_table(splits, self.patients, self.input if self.classes is None else None)
+            search.people = by_table(splits, self.patients, self.input if self.classes is None else None)
         else:
-            people = by_pattern(splits, self.recipe.patient or "")
+            search.people = by_pattern(splits, self.recipe.patient or "")
         places: dict[str, str | None] = {}
-        for name, (patient, _) in people.items():
+        for name, (patient, _) in search.people.items():
             if places.setdefault(patient, splits[name]) != splits[name]:
                 raise DataError(
                     f"input {self.input}: found patient {patient} in the folders of {places[patient]} and "
                     f"{splits[name]}, expected one of them"
                 )
-        return replace(search, people=people)
 
-    def _finished(self, batch: Batch) -> bool:
-        try:
-            mark = batch_fingerprint(batch, self.recipe)
-        except DataError:
-            return False
-        record = read_batch_record(self.output, batch.name)
-        return record is not None and record.fingerprint == mark
+    def fingerprint(self, unit: Batch) -> str:
+        """See :func:`batch_fingerprint`."""
+        return batch_fingerprint(unit, self.recipe)
 
-    def _record(self, batch: Batch) -> BatchRecord:
-        record = read_batch_record(self.output, batch.name)
-        if record is None:
-            raise DataError(
-                f"batch {batch.name}: found its images changed while this ran, expected nobody else to write there"
-            )
-        return record
+    def record(self, unit: Batch, folder: OutputFolder) -> BatchRecord | None:
+        """See :func:`read_batch_record`."""
+        return read_batch_record(folder, unit.name)
+
+    def write(self, unit: Batch, folder: OutputFolder) -> BatchRecord:
+        """See :func:`write_batch`."""
+        return write_batch(unit, self.recipe, folder)
+
+    def estimate(self, search: Search[Batch], todo: Sequence[Batch], folder: OutputFolder) -> Estimate:
+        """Write some images of some batches; what is left takes as much for the size of its files."""
+        assert isinstance(search, ImageSearch)
+        read, images, size = 0, 0, 0
+        for batch in todo[:: max(1, len(todo) // _MEASURED)]:
+            outcome = attempt(write_batch, "batch", batch, self.recipe, folder, max(1, _MEASURED // len(todo)))
+            if not isinstance(outcome, Problem):
+                read += _input_bytes(batch, len(outcome.images) + len(outcome.skipped))
+                images += len(outcome.images)
+                size += sum(outcome.images.values())
+        share = sum(map(_input_bytes, todo)) / max(1, read)
+        linked = self.recipe.resize is None and not any(batch.is_archive for batch in todo)
+        facts = {"classes": len(search.classes), "linked": linked}
+        return Estimate(round(images * share), round(size * share), facts=facts)
 
     def _split(self, batch: Batch, name: str, dealt: Mapping[str, str], has_validation: bool) -> str:
         """The split of a patient, or of an image where none are known."""
@@ -260,25 +129,20 @@ class ImagenetPrepare:
             return dealt[name] if dealt else split_by_hash([name], self.recipe.split)[name]
         return deal(name, batch.split, self.recipe.holdout, self.recipe.split.seed, has_validation)
 
-    def _finish(
-        self, search: ImageSearch, done: Sequence[Batch], problems: dict[str, str], new: frozenset[str]
-    ) -> ImageReport:
-        """Write datalist, recipe and report from the records."""
-        digest = hashlib.sha256(self.recipe.image_hash.encode())
-        has_validation = any(batch.split == "validation" for batch in done)
+    def describe(
+        self, search: Search[Batch], records: Iterator[tuple[Batch, BatchRecord]], folder: OutputFolder
+    ) -> DataSet:
+        """Images by split, with the numbers of their classes."""
+        assert isinstance(search, ImageSearch)
+        has_validation = any(batch.split == "validation" for batch in search.units)
         labels = {name: number for number, name in enumerate(search.classes)}
         entries: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
         given = dict.fromkeys(SPLITS, 0)
         odd: dict[str, list[str]] = defaultdict(list)
-        written = 0
-        rule, patients = self.recipe.split, {patient for patient, _ in search.people.values()}
-        dealt = split_by_rule(patients, rule, remembered_splits(self.output, rule))
         classes_of: dict[str, set[str]] = {split: set() for split in SPLITS}
-        for batch in done:
-            record = self._record(batch)
-            digest.update(f"{batch.name} {record.digest}\n".encode())
-            problems |= dict(record.skipped)
-            written += len(record.images) if batch.name in new else 0
+        rule, patients = self.recipe.split, {patient for patient, _ in search.people.values()}
+        dealt = split_by_rule(patients, rule, remembered_splits(folder.path, rule))
+        for batch, record in records:
             for kind, paths in record.odd.items():
                 odd[kind] += paths
             for path, source in zip(record.images, record.sources, strict=True):
@@ -295,56 +159,39 @@ class ImagenetPrepare:
                     entry["label"] = labels[class_name]
                     classes_of[split].add(class_name)
                 entries[split].append(entry)
-        total = sum(map(len, entries.values()))
-        if total == 0:
-            raise DataError(
-                f"input {self.input}: found no image that could be read ({len(problems)} skipped), expected some"
-            )
-        notes = [*search.notes, *self._more_notes(entries, classes_of, given, search.classes, search.batches)]
         standing = {e["patient"]: split for split in SPLITS for e in entries[split] if "patient" in e}
-        report = ImageReport(
-            output=self.output,
-            written=written,
-            reused=total - written,
-            skipped=tuple(sorted(problems.items())),
-            notes=tuple(notes),
-            images={split: len(entries[split]) for split in SPLITS},
-            patients=count_patients(standing) if standing else {},
-            classes=len(search.classes),
-            odd={kind: len(odd[kind]) for kind in ODDITIES if odd[kind]},
+        left = sorted(folder.units() - {batch.name for batch in search.units})
+        return DataSet(
+            head={
+                "channels_per_image": 3,
+                "reading": Reading(shape="center_crop", channels=3).to_dict(),
+                "labels": {str(number): name for name, number in labels.items()},
+                "image_size": self.recipe.resize,
+            },
+            entries=entries,
+            split_hash=split_hash(entries),
+            size=sum(map(len, entries.values())),
+            facts={
+                "images": {split: len(entries[split]) for split in SPLITS},
+                "patients": count_patients(standing) if standing else {},
+                "classes": len(search.classes),
+                "unusual": {
+                    kind: {"about": about, "count": len(odd[kind]), "examples": sorted(odd[kind])[:_NAMED]}
+                    for kind, about in ODDITIES.items()
+                    if odd[kind]
+                },
+            },
+            notes=[*self._notes(entries, classes_of, given, search.classes, left)],
+            patients=dict(sorted(standing.items())),
         )
-        content: dict[str, Any] = {
-            "name": self.recipe.name,
-            "description": self.recipe.description,
-            "tensorImageSize": "2D",
-            "channels_per_image": 3,
-            "reading": asdict(Reading("center_crop", channels=3)),
-            "labels": {str(number): name for name, number in labels.items()},
-            "image_size": self.recipe.resize,
-            "recipe": self.recipe.to_dict(),
-            "versions": {name: version(name) for name in _VERSIONS},
-            "content_hash": f"sha256:{digest.hexdigest()}",
-            "split_hash": split_hash(entries),
-            **entries,
-        }
-        with self._workplace.writing():
-            atomic_write_text(self.output / RECIPE, json.dumps(self.recipe.to_dict(), indent=2) + "\n")
-            atomic_write_text(self.output / REPORT, _report_text(report, odd))
-            if standing:
-                text = json.dumps(dict(sorted(standing.items())), indent=1, ensure_ascii=False)
-                atomic_write_text(self.output / SPLIT_FILE, text + "\n")
-            else:
-                (self.output / SPLIT_FILE).unlink(missing_ok=True)
-            write_manifest(self.output, content)
-        return report
 
-    def _more_notes(
+    def _notes(
         self,
         entries: dict[str, list[dict[str, Any]]],
         classes_of: dict[str, set[str]],
         given: dict[str, int],
         classes: Sequence[str],
-        batches: Sequence[Batch],
+        left: Sequence[str],
     ) -> Iterator[str]:
         if self.classes is None and (note := check_ilsvrc(given, classes)) is not None:
             yield note
@@ -353,8 +200,6 @@ class ImagenetPrepare:
             yield f"{len(strange)} classes of the validation images have no training images ({min(strange)})"
         if entries["validation"] and not entries["test"]:
             yield "the test split is empty: the bundle evaluates on the validation images, as papers do"
-        known = {batch.name for batch in batches}
-        left = sorted(f.stem for f in (self.output / STATE).glob("*.json") if f.stem not in known)
         if left:
             yield f"batches of images that are not part of this data set were left: {len(left)} ({left[0]})"
         empty = [split for split in ("training", "validation") if not entries[split]]
@@ -365,28 +210,11 @@ class ImagenetPrepare:
 def _input_bytes(batch: Batch, first: int | None = None) -> int:
     """Size of a batch's files, of all or of the first ones."""
     if batch.inner is not None:
-        return batch.inner[1] if first is None else sum(len(c) for _, c in _take(batch, first) if isinstance(c, bytes))
+        return (
+            batch.inner[1]
+            if first is None
+            else sum(len(c) for _, c in islice(batch.contents(), first) if isinstance(c, bytes))
+        )
     if batch.members:
         return sum(size for _, _, size in batch.members[:first])
     return sum((batch.source / name).stat().st_size for name in batch.files[:first])
-
-
-def _take(batch: Batch, count: int) -> Iterator[tuple[str, Path | bytes]]:
-    for item, _ in zip(batch.contents(), range(count), strict=False):
-        yield item
-
-
-def _report_text(report: ImageReport, odd: dict[str, list[str]]) -> str:
-    """The report as JSON; nothing of it depends on which run wrote which image."""
-    content = {
-        "images": report.images,
-        "patients": report.patients,
-        "classes": report.classes,
-        "unusual": {
-            kind: {"about": ODDITIES[kind], "count": count, "examples": sorted(odd[kind])[:_NAMED]}
-            for kind, count in report.odd.items()
-        },
-        "skipped": [{"file": name, "reason": reason} for name, reason in report.skipped],
-        "notes": list(report.notes),
-    }
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

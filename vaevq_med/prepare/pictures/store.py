@@ -1,20 +1,18 @@
 """Batches of image files to a data set: each image checked, then linked, copied or shrunk.
 
-A batch's record, written last, is what says that it is done. Whatever interrupts a run leaves at most files that the
-next run writes again.
+A batch's record, written last, is what says that it is done. Whatever interrupts a run leaves either a finished batch
+or nothing, but for files that the next run writes again.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
 import os
-import shutil
 import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
@@ -22,12 +20,12 @@ import numpy as np
 from PIL import Image
 
 from vaevq_med.core.errors import DataError
-from vaevq_med.core.files import atomic_write_text
+from vaevq_med.core.folder import OutputFolder
 from vaevq_med.images.pixels import plain, upright
-from vaevq_med.prepare.image_recipes import ImageRecipe
+from vaevq_med.prepare.job import Record
 from vaevq_med.prepare.pictures.batches import Batch
+from vaevq_med.prepare.recipes import ImageRecipe
 
-STATE = ".images"
 ODDITIES = {
     "gray": "gray, read as three equal channels",
     "cmyk": "CMYK, read as RGB",
@@ -52,24 +50,28 @@ _EXIF_ORIENTATION = 0x0112
 
 
 @dataclass(frozen=True)
-class BatchRecord:
-    """What is known of a finished batch.
+class BatchRecord(Record):
+    """What is known of a finished batch; its digest is over the names and bytes of the images, in order.
 
     Attributes:
-        fingerprint: of the recipe and the input files.
-        digest: SHA-256 over the names and bytes of the images, in order.
         images: each written image, by its path below the data set's folder, to its size in bytes.
         sources: the name each had in the batch, in the same order.
         skipped: file and what is wrong with it.
         odd: what is unusual, one of :data:`ODDITIES`, to the images.
     """
 
-    fingerprint: str
-    digest: str
     images: dict[str, int] = field(default_factory=dict)
     sources: list[str] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     odd: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def lost(self) -> Sequence[tuple[str, str]]:  # noqa: D102
+        return self.skipped
+
+    @property
+    def amount(self) -> int:  # noqa: D102
+        return len(self.images)
 
 
 @dataclass(frozen=True)
@@ -104,21 +106,14 @@ def batch_fingerprint(batch: Batch, recipe: ImageRecipe) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def read_batch_record(output: Path, batch: str) -> BatchRecord | None:
+def read_batch_record(folder: OutputFolder, batch: str) -> BatchRecord | None:
     """The record of a finished batch whose images are all there, or None."""
     try:
-        record = _read(output, batch)
-        if any((output / path).stat().st_size != size for path, size in record.images.items()):
-            return None
-    except (OSError, ValueError, TypeError):
+        values = folder.record(batch) or {}
+        record = BatchRecord(**values | {"skipped": [(name, reason) for name, reason in values["skipped"]]})
+        return record if all((folder.path / p).stat().st_size == size for p, size in record.images.items()) else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
-    return record
-
-
-def _read(output: Path, batch: str) -> BatchRecord:
-    values = json.loads((output / STATE / f"{batch}.json").read_text(encoding="utf-8"))
-    values["skipped"] = [(name, reason) for name, reason in values["skipped"]]
-    return BatchRecord(**values)
 
 
 def check_image(source: Path | bytes, suffix: str, recipe: ImageRecipe) -> _Checked:
@@ -190,13 +185,13 @@ def _shrink(image: Image.Image, recipe: ImageRecipe) -> tuple[bytes, str]:
     return buffer.getvalue(), ".jpg"
 
 
-def write_batch(batch: Batch, recipe: ImageRecipe, output: Path, limit: int | None = None) -> BatchRecord:
-    """Write a batch's images below ``images/``, then its record.
+def write_batch(batch: Batch, recipe: ImageRecipe, folder: OutputFolder, limit: int | None = None) -> BatchRecord:
+    """Write a batch's images below ``images/``, all of them or none.
 
     Args:
         batch: what to read.
         recipe: what to do.
-        output: the data set's folder, with a folder :data:`STATE`.
+        folder: of the data set.
         limit: take the first images only, for an estimate.
 
     Returns:
@@ -206,15 +201,9 @@ def write_batch(batch: Batch, recipe: ImageRecipe, output: Path, limit: int | No
         DataError: an archive is damaged, or a file has gone.
         OSError: the disk is full, or not writable.
     """
-    mark = batch_fingerprint(batch, recipe)
-    state = output / STATE / f"{batch.name}.json"
-    record = BatchRecord(mark, "")
+    record = BatchRecord(batch_fingerprint(batch, recipe), "")
     digest = hashlib.sha256()
-    partial = output / STATE / f"{batch.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    _forget(output, batch.name)
-    try:
+    with folder.unit(batch.name) as partial:
         for name, source in islice(batch.contents(), limit):
             where = PurePosixPath("images", batch.prefix, name)
             try:
@@ -226,26 +215,18 @@ def write_batch(batch: Batch, recipe: ImageRecipe, output: Path, limit: int | No
             if path in record.images:
                 record.skipped.append((batch.path_of(name), f"found another image of that name ({path})"))
                 continue
-            size = _place(source if checked.content is None else checked.content, partial / "image", digest, path)
-            (output / path).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(partial / "image", output / path)
-            record.images[path] = size
+            (partial / path).parent.mkdir(parents=True, exist_ok=True)
+            content = source if checked.content is None else checked.content
+            record.images[path] = _place(content, partial / path, digest, path)
             record.sources.append(name)
             for kind in checked.odd:
                 record.odd.setdefault(kind, []).append(path)
-        record = BatchRecord(**{**asdict(record), "digest": digest.hexdigest()})
-        atomic_write_text(state, json.dumps(asdict(record), ensure_ascii=False) + "\n")
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        record = replace(record, digest=digest.hexdigest())
+        # Images of an earlier record, which a change of the input has outdated, go.
+        old = (folder.record(batch.name) or {}).get("images")
+        outdated = old if isinstance(old, dict) else ()
+        folder.commit(batch.name, asdict(record), {path: path for path in (*outdated, *record.images)})
     return record
-
-
-def _forget(output: Path, batch: str) -> None:
-    """Remove a batch's record and the images it names, which its input's change has outdated."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        for path in _read(output, batch).images:
-            (output / path).unlink(missing_ok=True)
-    (output / STATE / f"{batch}.json").unlink(missing_ok=True)
 
 
 def _place(source: Path | bytes, target: Path, digest: hashlib._Hash, name: str) -> int:

@@ -11,11 +11,12 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
 from vaevq_med.core.errors import DataError
+from vaevq_med.prepare.job import Search, Unit
 from vaevq_med.prepare.volumes.labels import BRATS2021, BRATS2024, BRATS2024_PED, DECATHLON
 
 SUFFIXES = (".nii.gz", ".nii", ".mha", ".nrrd")
@@ -45,7 +46,7 @@ _CASE_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,126}[A-Za-z0-9_-])?")
 
 
 @dataclass(frozen=True)
-class Source:
+class Volume:
     """Where a volume is.
 
     Attributes:
@@ -58,7 +59,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(Unit):
     """One examination of one patient.
 
     Attributes:
@@ -67,28 +68,14 @@ class Case:
         images: contrast to volume.
         segmentation: the labels, or None.
         label_map: name of the map that the segmentation's values follow.
+        target_map: name of the map that they are written in.
     """
 
-    name: str
     patient: str
-    images: Mapping[str, Source]
-    segmentation: Source | None
+    images: Mapping[str, Volume]
+    segmentation: Volume | None
     label_map: str
-
-
-@dataclass
-class CaseSearch:
-    """What was found.
-
-    Attributes:
-        cases: by name.
-        problems: case (or file) and what is wrong with it; such a case is left out.
-        notes: what a user should know besides.
-    """
-
-    cases: list[Case] = field(default_factory=list)
-    problems: list[tuple[str, str]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    target_map: str = BRATS2024.name
 
 
 def strip_suffix(name: str) -> str | None:
@@ -133,7 +120,7 @@ def check_case_name(name: str) -> None:
 
 def find_cases(
     root: Path, modalities: Sequence[str], *, label_map: str | None = None, exclude: Path | None = None
-) -> CaseSearch:
+) -> Search[Case]:
     """Find cases under any nesting, by the names of their files.
 
     Args:
@@ -151,7 +138,7 @@ def find_cases(
     if not os.path.isdir(root):
         found = "a file" if os.path.exists(root) else "nothing"
         raise DataError(f"input {root}: found {found}, expected a folder of cases")
-    search = CaseSearch()
+    search = Search[Case]()
     files: dict[str, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
     maps: dict[str, str] = {}
     patients: dict[str, str] = {}
@@ -179,11 +166,11 @@ def find_cases(
     for name in sorted(files):
         case_or_problem = _assemble(name, patients[name], files[name], modalities, label_map or maps[name], root)
         if isinstance(case_or_problem, Case):
-            search.cases.append(case_or_problem)
+            search.units.append(case_or_problem)
         else:
             search.problems.append((name, case_or_problem))
     _add_notes(search, strangers, maps, label_map, root)
-    if not search.cases and not search.problems:
+    if not search.units and not search.problems:
         raise DataError(
             f"input {root}: found no case"
             + (f" but {len(strangers)} volumes of other names ({_relative(strangers[0], root)})" if strangers else "")
@@ -193,7 +180,7 @@ def find_cases(
     return search
 
 
-def read_cases(table: Path, root: Path, modalities: Sequence[str], *, label_map: str | None = None) -> CaseSearch:
+def read_cases(table: Path, root: Path, modalities: Sequence[str], *, label_map: str | None = None) -> Search[Case]:
     """Read cases from a CSV of paths.
 
     The columns are ``case``, one for each contrast (under any of :data:`CONTRAST_ALIASES`), and, where there
@@ -230,7 +217,7 @@ def read_cases(table: Path, root: Path, modalities: Sequence[str], *, label_map:
     rows = [row for row in rows if any(row.values())]
     if not rows:
         raise DataError(f"cases {table}: found no rows, expected one for each case")
-    search = CaseSearch()
+    search = Search[Case]()
     ignored = [column for column, name in zip(header, columns, strict=True) if name not in used]
     if ignored:
         search.notes.append(f"cases {table.name}: columns {', '.join(ignored)} are not used")
@@ -256,14 +243,14 @@ def read_cases(table: Path, root: Path, modalities: Sequence[str], *, label_map:
         patient = row.get("patient") or patient_of(name)
         made = _assemble(name, patient, volumes, modalities, label_map or BRATS2024.name, root)
         if isinstance(made, Case):
-            search.cases.append(made)
+            search.units.append(made)
         else:
             search.problems.append((name, made))
-    search.cases.sort(key=lambda case: case.name)
+    search.units.sort(key=lambda case: case.name)
     return search
 
 
-def _walk(root: Path, search: CaseSearch, exclude: Path | None) -> Iterator[Path]:
+def _walk(root: Path, search: Search[Case], exclude: Path | None) -> Iterator[Path]:
     """Files below a folder, in order; links are followed, once each, and hidden names left out."""
 
     def unreadable(error: OSError) -> None:
@@ -310,14 +297,14 @@ def _assemble(
         unknown = [m for m in modalities if m not in DECATHLON_CHANNELS]
         if unknown:
             return f"found contrasts {', '.join(DECATHLON_CHANNELS)}, expected also {', '.join(unknown)}"
-        images = {m: Source(stacked, DECATHLON_CHANNELS[m]) for m in modalities}
+        images = {m: Volume(stacked, DECATHLON_CHANNELS[m]) for m in modalities}
     else:
         missing = [m for m in modalities if m not in files]
         if missing:
             found = ", ".join(sorted(files)) or "nothing"
             return f"missing {', '.join(missing)}; found {found}, expected {', '.join(modalities)}"
-        images = {m: Source(files[m][0]) for m in modalities}
-    segmentation = Source(files["seg"][0]) if files.get("seg") else None
+        images = {m: Volume(files[m][0]) for m in modalities}
+    segmentation = Volume(files["seg"][0]) if files.get("seg") else None
     return Case(name, patient, images, segmentation, label_map)
 
 
@@ -331,20 +318,20 @@ def _printable(text: object) -> str:
 
 
 def _add_notes(
-    search: CaseSearch, strangers: Sequence[Path], maps: Mapping[str, str], label_map: str | None, root: Path
+    search: Search[Case], strangers: Sequence[Path], maps: Mapping[str, str], label_map: str | None, root: Path
 ) -> None:
     if strangers:
         search.notes.append(
             f"{len(strangers)} volumes of other names were left out (first: {_relative(strangers[0], root)}); "
             "describe them with --cases"
         )
-    kinds = {maps[case.name] for case in search.cases}
+    kinds = {maps[case.name] for case in search.units}
     if {BRATS2021.name, BRATS2024.name} <= kinds:
         search.notes.append(
             "BraTS 2021 and 2023/2024 cases together: the releases share patients under different names, "
             "and a split cannot know them; give the patients with --cases"
         )
-    if label_map is None and any(c.label_map == BRATS2024_PED.name and c.segmentation for c in search.cases):
+    if label_map is None and any(c.label_map == BRATS2024_PED.name and c.segmentation for c in search.units):
         search.notes.append(
             "BraTS-PED segmentations are read as those of 2024 (1 = ET); for the 2023 release: --label-map brats2024"
         )

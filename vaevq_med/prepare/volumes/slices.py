@@ -1,7 +1,7 @@
 """Volumes to 2D slices: one case in, a folder of images and a record of them out.
 
-A case is written below ``.slices/`` first and moved into place as a whole; its record, written last, is what says that
-it is done. Whatever interrupts a run leaves either a finished case or nothing.
+A case is written below a hidden folder first and moved into place as a whole; its record, written last, is what says
+that it is done. Whatever interrupts a run leaves either a finished case or nothing.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import hashlib
 import io
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -29,14 +28,14 @@ from PIL import Image
 from torch import Tensor
 
 from vaevq_med.core.errors import DataError
-from vaevq_med.core.files import atomic_write_text
+from vaevq_med.core.folder import OutputFolder
 from vaevq_med.images.volumes import MAX_VOXELS, check_volume, displacement, read_volume, shape
+from vaevq_med.prepare.job import Record
 from vaevq_med.prepare.recipes import Recipe
-from vaevq_med.prepare.volumes.find import Case, Source
+from vaevq_med.prepare.volumes.find import Case, Volume
 from vaevq_med.prepare.volumes.labels import label_map
 from vaevq_med.prepare.volumes.transforms import BiasFieldCorrectionN4, distinct, nonzero_percentiles
 
-STATE = ".slices"
 # Run-length matching after PNG's filters: on brains, smaller and faster than zlib's default search.
 _PNG = {"compress_level": 1, "compress_type": 3}
 _BLOCK_PIXELS = 2**24
@@ -51,25 +50,21 @@ _VIEWS = {
 
 
 @dataclass(frozen=True)
-class CaseRecord:
-    """What is known of a finished case.
+class CaseRecord(Record):
+    """What is known of a finished case; its digest is over the bytes of every file written, in order.
 
     Attributes:
-        fingerprint: of the recipe and the input files.
-        digest: SHA-256 over the bytes of every file written, in order.
         files: how many were written.
         bytes: their total size.
         entries: the datalist's entries of this case.
     """
 
-    fingerprint: str
-    digest: str
     files: int
     bytes: int
     entries: list[dict[str, Any]]
 
 
-def fingerprint(case: Case, recipe: Recipe, target_map: str) -> str:
+def fingerprint(case: Case, recipe: Recipe) -> str:
     """What a finished case depends on: the recipe, and names, sizes and times of the input files."""
     sources = {**case.images, **({"seg": case.segmentation} if case.segmentation else {})}
     files = []
@@ -81,25 +76,19 @@ def fingerprint(case: Case, recipe: Recipe, target_map: str) -> str:
                 f"{source.path.name}: found no readable file ({error.strerror}), expected a volume"
             ) from None
         files.append([name, source.path.name, source.channel, status.st_size, status.st_mtime_ns])
-    content = [recipe.image_hash, case.name, case.patient, case.label_map, target_map, files]
+    content = [recipe.image_hash, case.name, case.patient, case.label_map, case.target_map, files]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def read_record(output: Path, case: str) -> CaseRecord | None:
+def read_record(folder: OutputFolder, case: str) -> CaseRecord | None:
     """The record of a finished case whose files are all there, or None."""
+    places = [folder.path / part / case for part in ("images", "labels")]
     try:
-        record = CaseRecord(**json.loads((output / STATE / f"{case}.json").read_text(encoding="utf-8")))
-        entries = [
-            entry
-            for folder in ("images", "labels")
-            if (output / folder / case).is_dir()
-            for entry in os.scandir(output / folder / case)
-        ]
-        if len(entries) != record.files or sum(entry.stat().st_size for entry in entries) != record.bytes:
-            return None
-    except (OSError, ValueError, TypeError):
+        record = CaseRecord(**(folder.record(case) or {}))
+        sizes = [entry.stat().st_size for place in places if place.is_dir() for entry in os.scandir(place)]
+        return record if (len(sizes), sum(sizes)) == (record.files, record.bytes) else None
+    except (OSError, TypeError):
         return None
-    return record
 
 
 class _Writer:
@@ -210,7 +199,7 @@ class _Reader:
         self.files: dict[Path, tuple[NDArray, NDArray[np.float64]]] = {}
         self.grid: tuple[str, tuple[int, ...], NDArray[np.float64]] | None = None
 
-    def read(self, source: Source) -> tuple[NDArray, NDArray[np.float64]]:
+    def read(self, source: Volume) -> tuple[NDArray, NDArray[np.float64]]:
         name = source.path.name
         voxels, affine = self.files.pop(source.path) if source.path in self.files else read_volume(source.path)
         if source.channel is not None:
@@ -269,24 +258,23 @@ def _as_tensor(voxels: NDArray, affine: NDArray[np.float64], dtype: Any) -> Meta
     return MetaTensor(torch.from_numpy(voxels)[None], affine=torch.from_numpy(affine))
 
 
-def _read_labels(reader: _Reader, source: Source, case: Case, target_map: str) -> MetaTensor:
+def _read_labels(reader: _Reader, source: Volume, case: Case) -> MetaTensor:
     voxels, affine = reader.read(source)
     values = distinct(voxels)
     if (values != np.round(values)).any() or values.min() < 0 or values.max() > 255:
         raise DataError(f"{source.path.name}: found values {values.min():g} to {values.max():g}, expected whole labels")
     own = label_map(case.label_map)
     own.check({int(value) for value in values})
-    return _as_tensor(own.convert(voxels.astype(np.uint8), label_map(target_map)), affine, np.uint8)
+    return _as_tensor(own.convert(voxels.astype(np.uint8), label_map(case.target_map)), affine, np.uint8)
 
 
-def write_case(case: Case, recipe: Recipe, folder: Path, target_map: str) -> CaseRecord:
+def write_case(case: Case, recipe: Recipe, folder: Path) -> CaseRecord:
     """Slice one case into ``images`` and ``labels`` below a folder.
 
     Args:
         case: what to read.
         recipe: what to do.
         folder: an empty one.
-        target_map: name of the label map to write.
 
     Returns:
         The record, without its fingerprint.
@@ -316,7 +304,7 @@ def write_case(case: Case, recipe: Recipe, folder: Path, target_map: str) -> Cas
         stacks[modality] = stack
     labels = None
     if case.segmentation is not None:
-        volume = _volume_transforms(recipe, labels=True)(_read_labels(reader, case.segmentation, case, target_map))
+        volume = _volume_transforms(recipe, labels=True)(_read_labels(reader, case.segmentation, case))
         labels = _stack(volume.as_tensor(), recipe.axis).round().to(torch.uint8)
     reader.files.clear()
     kept = np.flatnonzero(np.min([foregrounds[m] for m in recipe.modalities], axis=0) >= recipe.min_foreground)
@@ -327,7 +315,7 @@ def write_case(case: Case, recipe: Recipe, folder: Path, target_map: str) -> Cas
     writer = _Writer(folder, recipe.format)
     (folder / "images").mkdir()
     entries: list[dict[str, Any]] = [{} for _ in range(kept.size * len(recipe.modalities))]
-    shared = _write_labels(writer, case, recipe, labels, kept, target_map)
+    shared = _write_labels(writer, case, recipe, labels, kept)
     letter = _VIEWS[recipe.axis][2]
     for number, modality in enumerate(recipe.modalities):
         low, high = windows[modality]
@@ -352,7 +340,7 @@ def write_case(case: Case, recipe: Recipe, folder: Path, target_map: str) -> Cas
 
 
 def _write_labels(
-    writer: _Writer, case: Case, recipe: Recipe, labels: Tensor | None, kept: NDArray[np.int64], target_map: str
+    writer: _Writer, case: Case, recipe: Recipe, labels: Tensor | None, kept: NDArray[np.int64]
 ) -> list[Mapping[str, Any]]:
     """Write a case's segmentation slices; what they add to the entries of each slice."""
     if labels is None:
@@ -364,7 +352,9 @@ def _write_labels(
     for index, pixels in zip(kept, chain.from_iterable(blocks), strict=True):
         name = f"{case.name}-seg-{letter}{index:03d}.png"
         writer.labels(f"labels/{name}", pixels)
-        areas = {region: int(np.isin(pixels, values).sum()) for region, values in label_map(target_map).regions.items()}
+        areas = {
+            region: int(np.isin(pixels, values).sum()) for region, values in label_map(case.target_map).regions.items()
+        }
         shared.append({"segmentation": f"labels/{case.name}/{name}", "region_area": areas})
     return shared
 
@@ -380,14 +370,13 @@ def _tracked_meta() -> Iterator[None]:
         set_track_meta(before)
 
 
-def extract_case(case: Case, recipe: Recipe, output: Path, target_map: str) -> CaseRecord:
+def extract_case(case: Case, recipe: Recipe, folder: OutputFolder) -> CaseRecord:
     """Slice one case into a data set, all of it or nothing.
 
     Args:
         case: what to read.
         recipe: what to do.
-        output: the data set's folder, with a folder :data:`STATE`.
-        target_map: name of the label map to write.
+        folder: of the data set.
 
     Returns:
         The record, which is written too.
@@ -396,24 +385,9 @@ def extract_case(case: Case, recipe: Recipe, output: Path, target_map: str) -> C
         DataError: a volume is not what was expected.
         OSError: the disk is full, or not writable.
     """
-    state = output / STATE
-    partial = state / f"{case.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    mark = fingerprint(case, recipe, target_map)
-    try:
-        partial.mkdir()
+    mark = fingerprint(case, recipe)
+    with folder.unit(case.name) as partial:
         with _tracked_meta():
-            record = write_case(case, recipe, partial, target_map)
-        record = CaseRecord(mark, record.digest, record.files, record.bytes, record.entries)
-        (state / f"{case.name}.json").unlink(missing_ok=True)
-        for folder in ("images", "labels"):
-            place = output / folder / case.name
-            if place.exists():
-                shutil.rmtree(place)
-            if (partial / folder).exists():
-                place.parent.mkdir(exist_ok=True)
-                os.replace(partial / folder, place)
-        atomic_write_text(state / f"{case.name}.json", json.dumps(record.__dict__) + "\n")
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            record = replace(write_case(case, recipe, partial), fingerprint=mark)
+        folder.commit(case.name, vars(record), {part: f"{part}/{case.name}" for part in ("images", "labels")})
     return record

@@ -2,323 +2,152 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from vaevq_med.core.errors import DataError
-from vaevq_med.core.files import atomic_write_text
-from vaevq_med.core.folder import RECIPE, REPORT, Workplace
-from vaevq_med.core.jobs import Problem, attempt, check_workers, run_jobs
-from vaevq_med.images.manifest import SPLITS, split_hash, write_manifest
+from vaevq_med.core.folder import OutputFolder
+from vaevq_med.core.jobs import Problem, attempt
+from vaevq_med.images.manifest import SPLITS, split_hash
 from vaevq_med.images.reading import Reading
-from vaevq_med.images.splits import SPLIT_FILE, count_patients, remembered_splits, split_by_file, split_by_rule
-from vaevq_med.prepare.recipes import Recipe, load_recipe
-from vaevq_med.prepare.volumes.find import Case, CaseSearch, find_cases, read_cases
+from vaevq_med.images.splits import count_patients, remembered_splits, split_by_file, split_by_rule
+from vaevq_med.prepare.job import DataSet, Estimate, Search, Source, known_record
+from vaevq_med.prepare.recipes import AnyRecipe, Recipe
+from vaevq_med.prepare.volumes.find import Case, find_cases, read_cases
 from vaevq_med.prepare.volumes.labels import BRATS2024, label_map
-from vaevq_med.prepare.volumes.slices import STATE, CaseRecord, extract_case, fingerprint, read_record
-
-_VERSIONS = ("vaevq_med", "monai", "torch", "numpy", "nibabel", "SimpleITK", "pillow")
+from vaevq_med.prepare.volumes.slices import CaseRecord, extract_case, fingerprint, read_record
 
 
-@dataclass(frozen=True)
-class SliceReport:
-    """What a run did.
+@dataclass
+class _Patients(Search[Case]):
+    """The cases, and the split of each patient."""
 
-    Attributes:
-        output: the data set's folder.
-        written: cases sliced now.
-        reused: cases that an earlier run had finished.
-        skipped: case and what is wrong with it.
-        notes: what a user should know besides.
-        slices: images in each split.
-        patients: patients in each split.
-        modalities: images of each contrast.
-    """
-
-    output: Path
-    written: int
-    reused: int
-    skipped: tuple[tuple[str, str], ...]
-    notes: tuple[str, ...]
-    slices: dict[str, int]
-    patients: dict[str, int]
-    modalities: dict[str, int]
+    splits: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class SlicePlan:
-    """What a run would do.
-
-    Attributes:
-        cases: cases to slice.
-        reused: cases that an earlier run has finished.
-        skipped: case and what is wrong with it, as far as names tell.
-        notes: what a user should know besides.
-        patients: patients in each split.
-        measured_on: the case that the estimates come from, or None where there is nothing to do.
-        images: estimated images to write.
-        bytes: estimated space that they take.
-        free_bytes: space that there is.
-    """
-
-    cases: int
-    reused: int
-    skipped: tuple[tuple[str, str], ...]
-    notes: tuple[str, ...]
-    patients: dict[str, int]
-    measured_on: str | None
-    images: int
-    bytes: int
-    free_bytes: int
-
-
-@dataclass(frozen=True)
-class SliceExtract:
-    """Slice every case below a folder.
+class VolumeSource(Source[Case, CaseRecord]):
+    """Every case below a folder, sliced.
 
     Attributes:
         input: folder of cases, searched under any nesting.
-        output: folder of the data set.
         recipe: what is done to each case.
-        workers: processes, or None for one a core.
         split_file: patients' splits, instead of the recipe's rule.
         cases: CSV of paths, for a layout that the search does not know.
         label_map: what the segmentations' values mean, where the file names tell it wrongly.
-        overwrite: replace a data set that another recipe made.
     """
 
+    recipes: ClassVar[type[AnyRecipe]] = Recipe
+    unit: ClassVar[str] = "case"
+    item: ClassVar[str] = "case"
+    nothing: ClassVar[str] = "found no case that could be sliced ({} skipped), expected at least one"
+    packages: ClassVar[tuple[str, ...]] = ("vaevq_med", "monai", "torch", "numpy", "nibabel", "SimpleITK", "pillow")
+
     input: Path
-    output: Path
-    recipe: Recipe = field(default_factory=lambda: load_recipe("brats24/axial_256"))
-    workers: int | None = None
+    recipe: Recipe = field(default_factory=lambda: Recipe.load("brats24/axial_256"))
     split_file: Path | None = None
     cases: Path | None = None
     label_map: str | None = None
-    overwrite: bool = False
 
-    def plan(self) -> SlicePlan:
-        """Find out what :meth:`run` would do, and slice one case into a temporary folder to see what it takes.
+    def folder(self, output: Path) -> OutputFolder:
+        """Where slices are written."""
+        return OutputFolder(output, ".slices", "slice-extract", "slices")
 
-        Raises:
-            DataError: input, output or an option is not what was expected.
+    def find(self, output: Path) -> _Patients:
+        """Find the cases, deal their patients, and choose the label map that every segmentation is written in.
+
+        That is their own if they share one, or BraTS 2024's.
         """
-        search = self._search()
-        splits = self._splits(search.cases)
-        target = self._target_map(search.cases)
-        self._check_output()
-        todo = [case for case in search.cases if not self._finished(case, target)]
-        skipped = list(search.problems)
-        measured, images, size = None, 0, 0
+        if self.label_map is not None:
+            label_map(self.label_map)
+        if self.cases is not None:
+            found = read_cases(self.cases, self.input, self.recipe.modalities, label_map=self.label_map)
+        else:
+            found = find_cases(self.input, self.recipe.modalities, label_map=self.label_map, exclude=output)
+        maps = {case.label_map for case in found.units if case.segmentation is not None}
+        target = maps.pop() if len(maps) == 1 else BRATS2024.name
+        patients = sorted({case.patient for case in found.units})
+        if self.split_file is not None:
+            splits = split_by_file(patients, self.split_file)
+        else:
+            splits = split_by_rule(patients, self.recipe.split, remembered_splits(output, self.recipe.split))
+        cases = [replace(case, target_map=target) for case in found.units]
+        return _Patients(cases, found.problems, found.notes, splits)
+
+    def fingerprint(self, unit: Case) -> str:
+        """See :func:`fingerprint`."""
+        return fingerprint(unit, self.recipe)
+
+    def record(self, unit: Case, folder: OutputFolder) -> CaseRecord | None:
+        """See :func:`read_record`."""
+        return read_record(folder, unit.name)
+
+    def write(self, unit: Case, folder: OutputFolder) -> CaseRecord:
+        """See :func:`extract_case`."""
+        return extract_case(unit, self.recipe, folder)
+
+    def estimate(self, search: Search[Case], todo: Sequence[Case], folder: OutputFolder) -> Estimate:
+        """Slice the first case that can be; the others take what it takes."""
+        assert isinstance(search, _Patients)
+        facts: dict[str, Any] = {"patients": count_patients(search.splits), "measured_on": None}
+        skipped: list[tuple[str, str]] = []
         for case in todo:
-            with tempfile.TemporaryDirectory() as folder:
-                (Path(folder) / STATE).mkdir()
-                outcome = attempt(extract_case, "case", case, self.recipe, Path(folder), target)
-            if isinstance(outcome, CaseRecord):
-                measured, images, size = case.name, len(outcome.entries), outcome.bytes
-                break
+            outcome = attempt(self.write, self.unit, case, folder)
+            if not isinstance(outcome, Problem):
+                left = len(todo) - len(skipped)
+                facts["measured_on"] = case.name
+                return Estimate(len(outcome.entries) * left, outcome.bytes * left, skipped, facts)
             if outcome.fatal:
                 raise DataError(f"case {case.name}: {outcome.reason}")
             skipped.append((case.name, outcome.reason))
-        remaining = len(todo) - (len(skipped) - len(search.problems))
-        if len(search.cases) - len(todo) + remaining == 0:
-            raise self._nothing(skipped)
-        return SlicePlan(
-            cases=remaining,
-            reused=len(search.cases) - len(todo),
-            skipped=tuple(skipped),
-            notes=tuple(search.notes),
-            patients=count_patients(splits),
-            measured_on=measured,
-            images=images * remaining,
-            bytes=size * remaining,
-            free_bytes=self._workplace.free_bytes(),
-        )
+        return Estimate(0, 0, skipped, facts)
 
-    def run(
-        self,
-        *,
-        on_start: Callable[[int], None] = lambda total: None,
-        on_case: Callable[[str], None] = lambda case: None,
-        on_skip: Callable[[str, str], None] = lambda case, reason: None,
-    ) -> SliceReport:
-        """Slice the cases, then write the datalist and the report.
-
-        A case that cannot be read is skipped, the others go on. Interrupted, it leaves finished cases only, and the
-        next run does the rest.
-
-        Args:
-            on_start: called once with the number of cases to slice.
-            on_case: called with the name of each case that is done.
-            on_skip: called with the name of each case that is skipped, and the reason.
-
-        Raises:
-            DataError: input, output or an option is not what was expected, every case was skipped, or the disk is
-                full.
-            KeyboardInterrupt: interrupted; the cases being sliced are finished first.
-        """
-        search = self._search()
-        for name, reason in search.problems:
-            on_skip(name, reason)
-        splits = self._splits(search.cases)
-        target = self._target_map(search.cases)
-        self._check_output()
-        with self._workplace.lock():
-            self._workplace.prepare(self.recipe.image_hash)
-            todo = [case for case in search.cases if not self._finished(case, target)]
-            problems = dict(search.problems)
-            jobs = {case.name: (case, self.recipe, self.output, target) for case in todo}
-            running = run_jobs(extract_case, jobs, kind="case", workers=self.workers, on_start=on_start)
-            with contextlib.closing(running) as outcomes:
-                for name, outcome in outcomes:
-                    if isinstance(outcome, Problem):
-                        problems[name] = outcome.reason
-                        on_skip(name, outcome.reason)
-                    else:
-                        on_case(name)
-            done = [case for case in search.cases if case.name not in problems]
-            if not done:
-                raise self._nothing(list(problems.items()))
-            return self._finish(
-                search, done, problems, splits, target, written=len({c.name for c in todo} - set(problems))
-            )
-
-    def _search(self) -> CaseSearch:
-        if self.label_map is not None:
-            label_map(self.label_map)
-        check_workers(self.workers)
-        if self.cases is not None:
-            return read_cases(self.cases, self.input, self.recipe.modalities, label_map=self.label_map)
-        return find_cases(self.input, self.recipe.modalities, label_map=self.label_map, exclude=self.output)
-
-    def _splits(self, cases: Sequence[Case]) -> dict[str, str]:
-        patients = sorted({case.patient for case in cases})
-        if self.split_file is not None:
-            return split_by_file(patients, self.split_file)
-        return split_by_rule(patients, self.recipe.split, remembered_splits(self.output, self.recipe.split))
-
-    @staticmethod
-    def _target_map(cases: Sequence[Case]) -> str:
-        """The label map that every segmentation is written in: their own if they share one, or BraTS 2024's."""
-        names = {case.label_map for case in cases if case.segmentation is not None}
-        return names.pop() if len(names) == 1 else BRATS2024.name
-
-    def _finished(self, case: Case, target: str) -> bool:
-        try:
-            mark = fingerprint(case, self.recipe, target)
-        except DataError:
-            return False
-        record = read_record(self.output, case.name)
-        return record is not None and record.fingerprint == mark
-
-    @property
-    def _workplace(self) -> Workplace:
-        return Workplace(self.output, STATE, "slice-extract", "slices")
-
-    def _check_output(self) -> None:
-        made_by = f"{self.recipe.name} at {self.recipe.size} pixels as {self.recipe.format}"
-        self._workplace.check(self.recipe.image_hash, made_by, overwrite=self.overwrite)
-
-    def _nothing(self, problems: Sequence[tuple[str, str]]) -> DataError:
-        return DataError(
-            f"input {self.input}: found no case that could be sliced ({len(problems)} skipped), expected at least one"
-        )
-
-    def _finish(
-        self,
-        search: CaseSearch,
-        done: Sequence[Case],
-        problems: dict[str, str],
-        splits: dict[str, str],
-        target: str,
-        written: int,
-    ) -> SliceReport:
-        """Write datalist, recipe and report from the records."""
-        digest = hashlib.sha256(self.recipe.image_hash.encode())
-        slices = dict.fromkeys(SPLITS, 0)
+    def describe(
+        self, search: Search[Case], records: Iterator[tuple[Case, CaseRecord]], folder: OutputFolder
+    ) -> DataSet:
+        """Slices by split; their entries are read again when they are written, as there may be a million."""
+        assert isinstance(search, _Patients)
+        cases: dict[str, list[Case]] = {split: [] for split in SPLITS}
+        images: dict[str, list[dict[str, str]]] = {split: [] for split in SPLITS}
         modalities = dict.fromkeys(self.recipe.modalities, 0)
-        digests: dict[str, list[dict[str, str]]] = {split: [] for split in SPLITS}
-        for case in done:
-            record = self._record(case)
-            digest.update(f"{case.name} {record.digest}\n".encode())
-            split = splits[case.patient]
-            slices[split] += len(record.entries)
+        for case, record in records:
+            split = search.splits[case.patient]
+            cases[split].append(case)
             for entry in record.entries:
                 modalities[entry["modality"]] += 1
-                digests[split].append({"image": entry["image"]})
-        labels = label_map(target)
-        content: dict[str, Any] = {
-            "name": self.recipe.name,
-            "description": self.recipe.description,
-            "tensorImageSize": "2D",
-            "modality": {str(number): name for number, name in enumerate(self.recipe.modalities)},
-            "channels_per_image": 1,
-            "reading": asdict(Reading("square", channels=1)),
-            "label_map": {region: list(values) for region, values in labels.regions.items()},
-            "segmentation_labels": {str(value): name for value, name in labels.labels.items()},
-            "image_size": self.recipe.size,
-            "format": self.recipe.format,
-            "recipe": self.recipe.to_dict(),
-            "versions": {name: version(name) for name in _VERSIONS},
-            "content_hash": f"sha256:{digest.hexdigest()}",
-            "split_hash": split_hash(digests),
-        }
-        for split in SPLITS:
-            cases = [case for case in done if splits[case.patient] == split]
-            content[split] = (entry for case in cases for entry in self._record(case).entries)
-        patients = count_patients({case.patient: splits[case.patient] for case in done})
-        notes = list(search.notes)
+                images[split].append({"image": entry["image"]})
+        done = {case.name: case for split in SPLITS for case in cases[split]}
+        standing = {patient: search.splits[patient] for patient in sorted({case.patient for case in done.values()})}
+        patients = count_patients(standing)
+        slices = {split: len(images[split]) for split in SPLITS}
+        labels = label_map(next((case.target_map for case in done.values()), BRATS2024.name))
+        notes = []
         empty = [split for split in SPLITS if not patients[split]]
         if empty:
             notes.append(f"no patient fell into {' or '.join(empty)}; --split-file names the patients of each split")
-        others = sorted(self._folders() - {case.name for case in done})
+        place = folder.path / "images"
+        others = sorted({path.name for path in place.iterdir()} - set(done)) if place.is_dir() else []
         if others:
             notes.append(f"folders of cases that are not part of this data set were left: {len(others)} ({others[0]})")
-        report = SliceReport(
-            output=self.output,
-            written=written,
-            reused=len(done) - written,
-            skipped=tuple(sorted(problems.items())),
-            notes=tuple(notes),
-            slices=slices,
-            patients=patients,
-            modalities=modalities,
+        return DataSet(
+            head={
+                "modality": {str(number): name for number, name in enumerate(self.recipe.modalities)},
+                "channels_per_image": 1,
+                "reading": Reading(shape="square", channels=1).to_dict(),
+                "label_map": {region: list(values) for region, values in labels.regions.items()},
+                "segmentation_labels": {str(value): name for value, name in labels.labels.items()},
+                "image_size": self.recipe.size,
+                "format": self.recipe.format,
+            },
+            entries={
+                split: (entry for case in cases[split] for entry in known_record(self, case, folder).entries)
+                for split in SPLITS
+            },
+            split_hash=split_hash(images),
+            size=sum(slices.values()),
+            facts={"cases": len(done), "patients": patients, "slices": slices, "modalities": modalities},
+            notes=notes,
+            patients=standing,
         )
-        with self._workplace.writing():
-            atomic_write_text(self.output / RECIPE, json.dumps(self.recipe.to_dict(), indent=2) + "\n")
-            atomic_write_text(self.output / REPORT, _report_text(report, len(done)))
-            standing = {patient: splits[patient] for patient in sorted({case.patient for case in done})}
-            atomic_write_text(self.output / SPLIT_FILE, json.dumps(standing, indent=1, ensure_ascii=False) + "\n")
-            write_manifest(self.output, content)
-        return report
-
-    def _record(self, case: Case) -> CaseRecord:
-        record = read_record(self.output, case.name)
-        if record is None:
-            raise DataError(
-                f"case {case.name}: found its slices changed while this ran, expected nobody else to write there"
-            )
-        return record
-
-    def _folders(self) -> set[str]:
-        images = self.output / "images"
-        return {path.name for path in images.iterdir()} if images.is_dir() else set()
-
-
-def _report_text(report: SliceReport, cases: int) -> str:
-    """The report as JSON; nothing of it depends on which run sliced which case."""
-    content = {
-        "cases": cases,
-        "patients": report.patients,
-        "slices": report.slices,
-        "modalities": report.modalities,
-        "skipped": [{"case": name, "reason": reason} for name, reason in report.skipped],
-        "notes": list(report.notes),
-    }
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
