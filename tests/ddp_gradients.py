@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from monai.bundle import ConfigWorkflow
 
-from vaevq_med.networks.generators import denoising as diffusion
+from vaevq_med.networks.generators import losses as diffusion
 from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.training.distributed import is_main
 

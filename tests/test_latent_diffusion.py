@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.generators import ddim as diffusion
 from vaevq_med.networks.generators.ddim import generate_images, ldm_scheduler, set_ddim_steps
-from vaevq_med.networks.generators.denoising import DenoisingLoss
 from vaevq_med.networks.generators.latent_diffusion import LatentDiffusionUNet
+from vaevq_med.networks.generators.losses import DenoisingLoss
 
 # Linear in the square root, summed up by hand.
 ALPHAS = np.cumprod(1 - np.linspace(math.sqrt(0.0015), math.sqrt(0.0195), 1000) ** 2)

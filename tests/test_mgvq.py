@@ -133,7 +133,7 @@ def test_anchors_have_the_probabilities_of_scipy(monkeypatch: pytest.MonkeyPatch
     steps = 5000
     uniform = (torch.arange(steps) + 0.5) / steps
     for chunk in (2**21, 7 * 11):
-        monkeypatch.setitem(mgvq._CHUNK, "cpu", chunk)
+        monkeypatch.setitem(mgvq._PROBABILITIES_AT_ONCE, "cpu", chunk)
         anchors = draw_anchors(latents, codewords.repeat_interleave(steps, 0), uniform.repeat(3)).view(3, steps, 2)
         for drawn, probabilities in zip(anchors, expected, strict=True):
             shares = [(drawn == latent).all(dim=1).double().mean().item() for latent in latents]
@@ -178,7 +178,7 @@ def test_draws_repeat_with_the_generator() -> None:
 
 
 def test_no_tensor_of_the_size_of_all_distances_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(mgvq._CHUNK, "cpu", 2**16)
+    monkeypatch.setitem(mgvq._PROBABILITIES_AT_ONCE, "cpu", 2**16)
     positions, codewords = 4096, 1024
     quantizer = MGVQ(num_embeddings=codewords, embedding_dim=4, num_codebooks=2)
     z = torch.randn(1, 4, 64, 64, requires_grad=True)

@@ -101,6 +101,12 @@ def test_no_group_norm_is_left_alone() -> None:
     assert modulated == {id(module) for module in plain}
 
 
+@pytest.mark.parametrize(("kind", "dim"), [(ModulatedDecoder, None), (Decoder, 4)])
+def test_a_decoder_reads_codes_or_does_not(kind: type[Decoder], dim: int | None) -> None:
+    with pytest.raises(VaevqMedError, match=f"embedding_dim is {dim}; expected"):
+        kind(embedding_dim=dim, **SMALL)
+
+
 def test_at_scale_one_and_shift_zero_it_is_the_plain_decoder() -> None:
     torch.manual_seed(0)
     plain = Decoder(out_channels=1, **SMALL)

@@ -207,6 +207,7 @@ def test_downsampling_pads_right_and_bottom_and_upsampling_repeats() -> None:
     assert up(x[..., :2, :2])[0, 0].tolist() == [[1, 1, 2, 2], [1, 1, 2, 2], [5, 5, 6, 6], [5, 5, 6, 6]]
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("quantizer", ["simvq", "fsq-projection", "softvq-hard-plain", "gaussian-grouped"])
 @pytest.mark.parametrize("size", [(16,), (4, 6), (4, 6, 8)])
 def test_signals_images_and_volumes(size: tuple[int, ...], quantizer: str) -> None:
@@ -231,6 +232,7 @@ def test_signals_images_and_volumes(size: tuple[int, ...], quantizer: str) -> No
     indices = network.encode_indices(images)
     assert indices.shape == (2, *grid, inner.num_codebooks)
     assert torch.equal(network.decode_indices(indices), network(images))
+    torch.testing.assert_close(torch.jit.trace(network, images, check_trace=False)(images), network(images))
     if inner.num_codebooks == 1:
         assert torch.equal(network.decode_samples(network.index_quantize(images)), network(images))
 

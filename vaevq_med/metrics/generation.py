@@ -18,9 +18,9 @@ from vaevq_med.networks.features import FeatureNetwork
 Figures = dict[str, dict[str, Any]]
 
 _PUBLISHED_SPLITS = 10
-_LEAST_OF_SPLIT = 1000
-_SEED = 2020
-"""That torch-fidelity shuffles with."""
+_LEAST_IMAGES_OF_SPLIT = 1000
+_SHUFFLE_SEED = 2020
+"""Torch-fidelity's."""
 
 
 def measure_generation(
@@ -85,7 +85,7 @@ def measure_generation(
 
 def score_splits(count: int) -> int:
     """Parts that the score is averaged over: 10, as published, where each has 1,000 images; otherwise one."""
-    return _PUBLISHED_SPLITS if count >= _PUBLISHED_SPLITS * _LEAST_OF_SPLIT else 1
+    return _PUBLISHED_SPLITS if count >= _PUBLISHED_SPLITS * _LEAST_IMAGES_OF_SPLIT else 1
 
 
 def inception_score(logits: Tensor, *, splits: int = 10) -> tuple[float, float]:
@@ -109,7 +109,7 @@ def inception_score(logits: Tensor, *, splits: int = 10) -> tuple[float, float]:
     count = len(logits)
     if not 1 <= splits <= count:
         raise VaevqMedError(f"splits: found {splits} for {count} images, expected 1 to {count}")
-    order = torch.from_numpy(np.random.RandomState(_SEED).permutation(count)).to(logits.device)
+    order = torch.from_numpy(np.random.RandomState(_SHUFFLE_SEED).permutation(count)).to(logits.device)
     scores = []
     for part in range(splits):
         chosen = order[part * count // splits : (part + 1) * count // splits]

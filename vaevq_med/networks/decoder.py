@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import cast
+from typing import ClassVar, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,12 +45,16 @@ class Decoder(nn.Module):
         z_channels: channels in.
         dropout: dropout probability in the residual blocks.
         norm: makes the normalizations.
+        embedding_dim: D, channels of the codes that a :class:`ModulatedDecoder` reads beside the features.
 
     Attributes:
-        embedding_dim: D, channels of the codes that the decoder reads beside the features; None where it reads none.
+        modulated: whether the class reads codes, by which every normalization is modulated.
+
+    Raises:
+        VaevqMedError: a decoder that reads codes has no ``embedding_dim``, or one that reads none has some.
     """
 
-    embedding_dim: int | None = None
+    modulated: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -65,8 +69,14 @@ class Decoder(nn.Module):
         z_channels: int = 256,
         dropout: float = 0.0,
         norm: NormFactory = group_norm,
+        embedding_dim: int | None = None,
     ) -> None:
         super().__init__()
+        if self.modulated != (embedding_dim is not None):
+            expected = "that of the codes" if self.modulated else "None but for a ModulatedDecoder"
+            raise VaevqMedError(f"embedding_dim is {embedding_dim}; expected {expected}")
+        if embedding_dim is not None:
+            norm = partial(ModulatedNorm, spatial_dims=spatial_dims, embedding_dim=embedding_dim)
         plan = level_plan(
             num_channels=num_channels,
             channel_mult=channel_mult,
@@ -74,6 +84,7 @@ class Decoder(nn.Module):
             image_size=image_size,
         )
         self.z_channels = z_channels
+        self.embedding_dim = embedding_dim
         self.upsampling_factor = 2 ** (len(plan) - 1)
 
         width = plan[-1][0]
@@ -175,42 +186,7 @@ class ModulatedDecoder(Decoder):
     D = 4 and 1,497,600 for D = 64.
 
     Args:
-        embedding_dim: D, channels of the codes.
-        spatial_dims: see :class:`Decoder`, as all the others.
-        out_channels: image channels C.
-        num_channels: width of the finest level.
-        channel_mult: width of each level, finest first, as a multiple of ``num_channels``.
-        num_res_blocks: the encoder's residual blocks a level; the decoder has one more.
-        attention_resolutions: image sizes, in pixels, of the levels with attention.
-        image_size: the image size, in pixels, at which ``attention_resolutions`` is counted.
-        z_channels: channels of the features.
-        dropout: dropout probability in the residual blocks.
+        embedding_dim: D, channels of the codes; the other arguments are those of :class:`Decoder`.
     """
 
-    def __init__(
-        self,
-        *,
-        embedding_dim: int,
-        spatial_dims: int = 2,
-        out_channels: int = 3,
-        num_channels: int = 128,
-        channel_mult: Sequence[int] = (1, 2, 2, 4),
-        num_res_blocks: int = 2,
-        attention_resolutions: Sequence[int] = (32,),
-        image_size: int = 256,
-        z_channels: int = 256,
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__(
-            spatial_dims=spatial_dims,
-            out_channels=out_channels,
-            num_channels=num_channels,
-            channel_mult=channel_mult,
-            num_res_blocks=num_res_blocks,
-            attention_resolutions=attention_resolutions,
-            image_size=image_size,
-            z_channels=z_channels,
-            dropout=dropout,
-            norm=partial(ModulatedNorm, spatial_dims=spatial_dims, embedding_dim=embedding_dim),
-        )
-        self.embedding_dim = embedding_dim
+    modulated = True

@@ -82,16 +82,6 @@ def set_ddim_steps(scheduler: DDIMScheduler, num_steps: int) -> None:
     scheduler.timesteps = (torch.arange(num_steps) * interval).flip(0) + scheduler.steps_offset
 
 
-def _in_type(network: LatentDiffusionUNet, device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
-    """The network under autocast to a type, its output in fp32."""
-
-    def predict(*args: Tensor, **kwargs: Tensor | None) -> Tensor:
-        with torch.autocast(device.type, dtype=dtype):
-            return network(*args, **kwargs).float()
-
-    return predict
-
-
 class StaticPredictor:
     """The network over static memory, so that a GPU replays its pass at each step as a CUDA graph.
 
@@ -128,6 +118,21 @@ class StaticPredictor:
         assert self._found is not None
         x, timesteps, context = self._given
         self._found.copy_(self._predict(x, timesteps=timesteps, context=context))
+
+
+def _predictor(
+    network: LatentDiffusionUNet, device: torch.device, dtype: torch.dtype | None, graphs: Graphs | None
+) -> Callable[..., Tensor]:
+    """The network, under autocast where a type is given, its output then in fp32; captured where graphs are used."""
+
+    def in_type(*args: Tensor, **kwargs: Tensor | None) -> Tensor:
+        with torch.autocast(device.type, dtype=dtype):
+            return network(*args, **kwargs).float()
+
+    predict: Callable[..., Tensor] = network if dtype is None else in_type
+    if graphs is None and device.type == "cuda":
+        graphs = CudaGraphs(device)
+    return predict if graphs is None else StaticPredictor(predict, graphs)
 
 
 @torch.no_grad()
@@ -184,12 +189,7 @@ def generate_images(
     device, scale_factor = next(network.parameters()).device, network.measured_scale_factor()
     count = len(labels) if labels is not None else num_images or 1
     noise = _noise(count, (network.in_channels, *grid_size), generator).to(device)
-    predict: Callable[..., Tensor] = network if dtype is None else _in_type(network, device, dtype)
-    if graphs is None and device.type == "cuda":
-        graphs = CudaGraphs(device)
-    if graphs is not None:
-        predict = StaticPredictor(predict, graphs)
-    times = scheduler.timesteps.tolist()
+    predict, times = _predictor(network, device, dtype, graphs), scheduler.timesteps.tolist()
     # Outermost, so that autocast keeps the weights that it casts until the last step.
     with torch.autocast(device.type, enabled=False):
         context = None if labels is None else labels.to(device)

@@ -7,10 +7,12 @@ from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
+from monai.inferers import DiffusionInferer
 from monai.networks.schedulers import Scheduler
 from torch import Tensor, nn
 
-from vaevq_med.networks.generators.denoising import DenoisingLoss
+from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.generators.latent_diffusion import LatentDiffusionUNet
 from vaevq_med.networks.generators.llamagen import LlamaGen
 
@@ -65,6 +67,67 @@ class TokenLoss(GeneratorLoss):
     def figures(self, loss: float) -> dict[str, float]:
         """The loss, and the perplexity of a token, ``exp(loss)``: K where nothing has been learned."""
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+
+
+class DenoisingLoss:
+    """The denoising loss of a latent diffusion model (DDPM, arXiv 2006.11239, Eq. 14; LDM, arXiv 2112.10752, Eq. 2).
+
+    ``mean((eps - eps_theta(sqrt(a_t) s z + sqrt(1 - a_t) eps, t, y))^2)`` over every element. The time ``t`` is
+    uniform over the schedule, ``eps`` standard normal, ``s`` the network's scale factor. For classifier-free guidance
+    (arXiv 2207.12598) a share of the labels gives way to the null class.
+
+    Args:
+        scheduler: noise schedule of MONAI; the network predicts the noise.
+        label_dropout: that share, in [0, 1); 0.1 is usual.
+
+    Raises:
+        VaevqMedError: a share out of its range, or a scheduler of another target.
+    """
+
+    def __init__(self, *, scheduler: Scheduler, label_dropout: float = 0.1) -> None:
+        if not 0 <= label_dropout < 1:
+            raise VaevqMedError(f"label_dropout is {label_dropout}; expected a number in [0, 1)")
+        prediction = str(getattr(scheduler, "prediction_type", "epsilon"))
+        if prediction != "epsilon":
+            raise VaevqMedError(f"the scheduler's prediction_type is {prediction!r}; expected 'epsilon'")
+        self.scheduler = scheduler
+        self.label_dropout = label_dropout
+        self._inferer = DiffusionInferer(scheduler)
+
+    def __call__(
+        self,
+        network: LatentDiffusionUNet,
+        latents: Tensor,
+        labels: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The loss of one draw of times and noise.
+
+        Args:
+            network: or its ``DistributedDataParallel``.
+            latents: before quantization and not scaled, ``[B, D, h, w]``.
+            labels: ``[B]``; the null class when absent.
+            generator: of the draws, on the CPU; the global one when absent.
+
+        Raises:
+            VaevqMedError: the network has no scale factor yet.
+        """
+        inner: LatentDiffusionUNet = getattr(network, "module", network)
+        batch, device = latents.shape[0], latents.device
+        timesteps = torch.randint(self.scheduler.num_train_timesteps, (batch,), generator=generator)
+        noise = torch.randn(latents.shape, generator=generator).to(device, latents.dtype, non_blocking=True)
+        dropped = torch.rand(batch, generator=generator) < self.label_dropout
+        if labels is None:
+            labels = torch.full((batch,), inner.null_class)
+        labels = labels.to(device).masked_fill(dropped.to(device, non_blocking=True), inner.null_class)
+        predicted = self._inferer(
+            inputs=latents * inner.measured_scale_factor(),
+            diffusion_model=network,  # type: ignore[arg-type]
+            noise=noise,
+            timesteps=timesteps.to(device, non_blocking=True),
+            condition=labels,
+        )
+        return F.mse_loss(predicted.float(), noise.float())
 
 
 class LatentLoss(GeneratorLoss):

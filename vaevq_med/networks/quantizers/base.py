@@ -52,16 +52,16 @@ class Quantizer(nn.Module, ABC):
         embedding_dim: D, channels of the latent.
         num_codebooks: G, indices a position.
         is_discrete: whether ``indices_to_codes(indices)`` gives what the decoder was fed.
+        size_arguments: arguments that fix K; where there are several they change together, and no sweep can set one.
         initial_files: arguments that name a file, or None, of values for a new run's start; where the weights come
             from a checkpoint they are None, so that the file is not needed.
         readouts: names of the ways to decode one trained quantizer, where there are several.
-        size_arguments: arguments that fix K; where there are several they change together, and no sweep can set one.
         readout: the one in use, or None where there is but one way.
     """
 
+    size_arguments: ClassVar[tuple[str, ...]] = ("num_embeddings",)
     initial_files: ClassVar[tuple[str, ...]] = ()
     readouts: ClassVar[tuple[str, ...]] = ()
-    size_arguments: ClassVar[tuple[str, ...]] = ("num_embeddings",)
 
     num_embeddings: int
     embedding_dim: int

@@ -30,8 +30,8 @@ from vaevq_med.networks.processes import from_first_process, is_distributed, num
 from vaevq_med.networks.quantizers.base import FollowsLatents, rows, straight_through, vq_losses
 from vaevq_med.networks.quantizers.grouped import GroupedQuantizer, look_up_groups
 
-# Probabilities held at once while anchors are drawn.
-_CHUNK = {"cpu": 2**19, "other": 2**22}
+# While anchors are drawn.
+_PROBABILITIES_AT_ONCE = {"cpu": 2**19, "other": 2**22}
 
 
 class MGVQ(FollowsLatents, GroupedQuantizer):
@@ -206,7 +206,7 @@ def draw_anchors(latents: Tensor, codewords: Tensor, uniform: Tensor) -> Tensor:
     """
     if codewords.shape[0] == 0:
         return codewords
-    chunk = _CHUNK.get(latents.device.type, _CHUNK["other"])
+    chunk = _PROBABILITIES_AT_ONCE.get(latents.device.type, _PROBABILITIES_AT_ONCE["other"])
     step = max(1, chunk // max(1, latents.shape[0]))
     if not is_distributed():
         return torch.cat(

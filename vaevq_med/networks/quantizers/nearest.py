@@ -30,7 +30,9 @@ _MAX_ROWS = 4096
 _FEW_CODES = 512
 # Rows with more candidate blocks than this go through one search in float64 instead.
 _MAX_CANDIDATE_BLOCKS = 4
+# Of so many rows at most that search looks through copies of one codeword too.
 _FEW_LATENTS = 64
+# Codewords whose float64 scores are held at once.
 _CODES_AT_ONCE = 4096
 # In place of an index that fp32 cannot settle.
 _OPEN = -1

@@ -22,7 +22,7 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.quantizers.base import CodebookQuantizer
 from vaevq_med.networks.ranges import check_sizes
 
-_MAKE = "vaevq-med feature-codebook DATASET {path} --num-embeddings {count}"
+_COMMAND = "vaevq-med feature-codebook DATASET {path} --num-embeddings {count}"
 
 
 class VQGANLC(CodebookQuantizer):
@@ -64,7 +64,7 @@ class VQGANLC(CodebookQuantizer):
         shape = (num_embeddings, num_features)
         table = torch.randn(shape) if features is None else read_features(features, num_embeddings=num_embeddings)
         if tuple(table.shape) != shape:
-            make = _MAKE.format(path=features, count=num_embeddings)
+            make = _COMMAND.format(path=features, count=num_embeddings)
             raise VaevqMedError(
                 f"{features}: found {table.shape[0]} features of length {table.shape[1]}, expected num_embeddings = "
                 f"{num_embeddings} of num_features = {num_features}; make them with: {make}"
@@ -97,7 +97,7 @@ def read_features(path: str | Path, *, num_embeddings: int | None = None) -> Ten
     """
     path = Path(path)
     if not path.is_file():
-        make = _MAKE.format(path=path, count=num_embeddings or "K")
+        make = _COMMAND.format(path=path, count=num_embeddings or "K")
         raise VaevqMedError(f"{path}: found no feature codebook, expected one made by: {make}")
     if path.suffix not in (".npz", ".pt", ".pth"):
         raise VaevqMedError(f"{path}: found the suffix {path.suffix!r}, expected .npz, .pt or .pth")
