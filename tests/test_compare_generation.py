@@ -23,11 +23,11 @@ from test_compare import flags
 from test_generation_bundles import TOY
 from test_tokens import write_checkpoint
 from typer.testing import CliRunner
+from vaevq_med.study.compare_generation import CompareGeneration
 
 from vaevq_med.cli.app import app
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.study import rows as rows_module
-from vaevq_med.study.compare_generation import CompareGeneration
 from vaevq_med.study.plan import Budget
 from vaevq_med.study.published import load_published
 from vaevq_med.trained.file import read_checkpoint

@@ -1,4 +1,4 @@
-"""Where the bundles and recipes are: inside an installed package, or at the top of a checkout."""
+"""Where the bundles, studies and recipes are: inside an installed package, or at the top of a checkout."""
 
 from __future__ import annotations
 
@@ -7,22 +7,17 @@ from pathlib import Path
 from vaevq_med.core.errors import VaevqMedError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
+_CHOICES = {"bundles": "*/train.json", "bundles/studies": "*.yaml", "preprocessing": "*/*.json"}
 
 
 def _find(folder: str, name: str) -> Path:
-    for root in (_PACKAGE, _PACKAGE.parent):
-        path = root / folder / name
-        if path.exists():
-            return path
-    choices = sorted(
-        {
-            path.relative_to(root / folder).with_suffix("").as_posix()
-            for root in (_PACKAGE, _PACKAGE.parent)
-            for path in (root / folder).glob("*/*.json" if folder == "preprocessing" else "*")
-            if path.name[0] not in "._"
-        }
-    )
-    raise VaevqMedError(f"found no {folder}/{name}, expected one of {', '.join(choices) or 'an installed package'}")
+    roots = [root / folder for root in (_PACKAGE, _PACKAGE.parent)]
+    for root in roots:
+        if (root / name).exists():
+            return root / name
+    found = {path.relative_to(root) for root in roots for path in root.glob(_CHOICES[folder])}
+    names = sorted((path.parent if folder == "bundles" else path.with_suffix("")).as_posix() for path in found)
+    raise VaevqMedError(f"found no {folder}/{name}, expected one of {', '.join(names) or 'an installed package'}")
 
 
 def bundle_path(name: str) -> Path:
@@ -32,6 +27,20 @@ def bundle_path(name: str) -> Path:
         VaevqMedError: there is no such bundle; the message names those there are.
     """
     return _find("bundles", name)
+
+
+def study_path(name: str) -> Path:
+    """File of a study: one of ``bundles/studies/`` by its name, e.g. ``table1``, or any by its path.
+
+    Raises:
+        VaevqMedError: there is no such file; the message names the studies there are.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml", ".json"):
+        if not path.is_file():
+            raise VaevqMedError(f"found no file {path}, expected a study")
+        return path
+    return _find("bundles/studies", f"{name}.yaml")
 
 
 def recipe_path(name: str) -> Path:

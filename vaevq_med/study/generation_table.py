@@ -5,46 +5,40 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from vaevq_med.study.generation import GenerationPlan
-from vaevq_med.study.published import Published
+from vaevq_med.study.published import load_published
 from vaevq_med.study.rows import RowResult
-from vaevq_med.study.tables import GENERATION_COLUMNS, Table, check_alike, summarize
+from vaevq_med.study.tables import Table, check_alike, summarize_all
 
 _ALIKE = ("split", "split_hash", "content_hash", "modalities", "image_size", "n", "n_reference")
 _TITLES = {"gfid": "gFID", "precision": "Precision", "recall": "Recall", "memorization": "Memorized"}
 
 
-def make_generation_table(
-    plan: GenerationPlan, results: Sequence[RowResult], published: Published | None = None
-) -> Table:
+def make_generation_table(plan: GenerationPlan, results: Sequence[RowResult]) -> Table:
     """The table over finished rows, in the order of the methods.
 
     Args:
         plan: what was compared.
         results: finished rows, at least one.
-        published: the paper's figures, or None.
 
     Raises:
         VaevqMedError: rows were evaluated with different feature networks, on different data or at another N.
     """
     check_alike(results, (*_ALIKE, "feature_weights_sha256"))
-    methods = []
-    for method in plan.methods:
-        own = [result for result in results if result.row.method.name == method.name]
-        if own:
-            methods.append(summarize(own, GENERATION_COLUMNS))
-    return Table(tuple(methods), (), tuple(_notes(plan, results)), published, GENERATION_COLUMNS)
+    published = load_published(plan.bundle.name, "generation") if plan.study.report.published else None
+    notes = (*_notes(plan, results), *plan.study.report.notes)
+    return Table(summarize_all(plan, results, plan.columns), (), notes, published, plan.columns)
 
 
 def _notes(plan: GenerationPlan, results: Sequence[RowResult]) -> Iterator[str]:
     first = results[0]
     told, words = first.provenance, first.conventions
-    budget = plan.budget.words()
-    yield f"Budget: {budget} for each generator; bundle {plan.bundle.name}; the {plan.checkpoint} checkpoint."
-    seeds = ", ".join(map(str, plan.seeds))
-    many = len(plan.seeds) > 1
+    budget = plan.study.budget.words()
+    yield f"Budget: {budget} for each generator; bundle {plan.bundle.name}; the {plan.study.checkpoint} checkpoint."
+    seeds = ", ".join(map(str, plan.study.seeds))
+    many = len(plan.study.seeds) > 1
     yield f"Seed{'s' if many else ''} {seeds}{'; mean ± standard deviation over seeds' if many else ''}."
     if many:
-        shared = all(method.tokenizer.shared for method in plan.methods)
+        shared = plan.study.tokenizers.source is None
         yield (
             "One tokenizer serves all seeds: the spread is that of the generators alone."
             if shared

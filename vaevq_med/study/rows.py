@@ -20,9 +20,10 @@ from typing import Any
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.files import atomic_write_text
 from vaevq_med.core.folder import BusyError, Workplace
-from vaevq_med.study.plan import Plan, Row, first_difference, settings_hash
+from vaevq_med.study.bundle import first_difference, settings_hash
+from vaevq_med.study.plan import Plan, Row
 
-RECORD = "comparison.json"
+RECORD, STUDY = "comparison.json", "study.yaml"
 STATE = ".comparison"
 """Folder of the lock of a comparison, and of each of its rows."""
 _ROW_RECORD = "row.json"
@@ -89,22 +90,34 @@ class RowResult:
         return None if found is None else float(found)
 
 
-def read_result(row: Row) -> RowResult:
-    """Read the record of a finished row.
+def read_result(row: Row, *, per_image: bool = True) -> RowResult:
+    """Read the record of a finished row: its figures, and what its training cost.
+
+    Args:
+        row: which.
+        per_image: whether its figures are of images that all rows share, not of samples of its own.
 
     Raises:
         VaevqMedError: it is damaged.
     """
     run = read_json(row.trained.folder / "run.json") or {}
+    images: list[dict[str, str]] = []
     try:
         record = json.loads((row.evaluation / "metrics.json").read_text(encoding="utf-8"))
-        with (row.evaluation / "per_image.csv").open(newline="", encoding="utf-8") as file:
-            images = list(csv.DictReader(file))
-        count = int(record["provenance"].get("n", len(images)))
-        if len(images) != count:
-            raise ValueError(f"{len(images)} of {count} images in per_image.csv")
-        return RowResult(row, record["summary"]["overall"], record["provenance"], record["conventions"], run, images)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        metrics, told = {**record["summary"]["overall"]}, record["provenance"]
+        if per_image:
+            with (row.evaluation / "per_image.csv").open(newline="", encoding="utf-8") as file:
+                images = list(csv.DictReader(file))
+            if len(images) != int(told.get("n", len(images))):
+                raise ValueError(f"{len(images)} of {told['n']} images in per_image.csv")
+        else:
+            metrics["n"] = {"value": told["n"]}
+            shares = {space: found.get("share") for space, found in record.get("memorization", {}).items()}
+            for space in ("feature", "pixel"):
+                if shares.get(space) is not None:
+                    metrics[f"memorized_{space}"] = {"value": shares[space]}
+        return RowResult(row, metrics, told, record["conventions"], run, images)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise VaevqMedError(
             f"{row.label}: found a damaged evaluation ({error}); remove {row.evaluation} and run again"
         ) from None
@@ -134,14 +147,16 @@ def read_plan_record(output: Path) -> dict[str, Any]:
 
 
 def write_plan_record(plan: Plan, parent_run_id: str | None) -> None:
-    """Note the shared settings and the MLflow run, so that a later call goes on with both."""
+    """Note the study, the shared settings and the MLflow run, so that a later call goes on with them."""
+    output = plan.study.output
     record = {"shared": plan.shared(), "parent_run_id": parent_run_id}
     try:
-        plan.output.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(plan.output / RECORD, json.dumps(record, indent=2) + "\n")
+        output.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(output / STUDY, plan.study.text())
+        atomic_write_text(output / RECORD, json.dumps(record, indent=2) + "\n")
     except OSError as error:
         raise VaevqMedError(
-            f"{plan.output}: found it not writable ({error.strerror}), expected a folder; choose another --output-dir"
+            f"{output}: found it not writable ({error.strerror}), expected a folder; choose another output"
         ) from None
 
 
@@ -152,13 +167,13 @@ def check_settings(plan: Plan) -> None:
         VaevqMedError: naming the first setting that differs.
         DataError: the data set is missing or damaged.
     """
-    record = read_plan_record(plan.output)
-    advice = "choose another --output-dir"
+    record = read_plan_record(plan.study.output)
+    advice = "choose another output"
     found, expected = (_without(settings, plan.changeable) for settings in (record.get("shared", {}), plan.shared()))
     if record:
         difference = first_difference(found, expected)
         if difference is not None:
-            raise VaevqMedError(f"{plan.output}: found a comparison with {difference}; {advice}")
+            raise VaevqMedError(f"{plan.study.output}: found a comparison with {difference}; {advice}")
     for row in plan.rows():
         stored = read_json(row.folder / _ROW_RECORD, "hash", "status", "settings")
         if stored is None:
@@ -281,7 +296,7 @@ def run_row(state: RowState, parent_run_id: str | None, on_update: Callable[[], 
     """
     row = state.row
     try:
-        with Workplace(row.folder, STATE, row.plan.kind, "rows").lock():
+        with Workplace(row.folder, STATE, row.plan.study.label, "rows").lock():
             _run_row(state, parent_run_id, on_update)
     except BusyError as error:
         state.status, state.detail = "failed", str(error)

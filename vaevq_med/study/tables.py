@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.study.file import Report
 from vaevq_med.study.plan import Method, Plan
-from vaevq_med.study.published import Published
+from vaevq_med.study.published import Published, load_published
 from vaevq_med.study.rows import RowResult
 from vaevq_med.study.statistics import (
     HIGHER_IS_BETTER,
@@ -296,26 +297,44 @@ class Table:
         }
 
 
-def make_table(plan: Plan, results: Sequence[RowResult], published: Published | None = None) -> Table:
+def chosen_columns(report: Report, columns: Sequence[Column]) -> tuple[Column, ...]:
+    """The columns that a report names, in its order; all where it names none.
+
+    Raises:
+        VaevqMedError: there is no such column.
+    """
+    names = report.figures
+    if names is None:
+        return tuple(columns)
+    known = {column.name: column for column in columns}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise VaevqMedError(f"report.figures has {unknown[0]}; expected some of {', '.join(known)}")
+    return tuple(known[name] for name in names)
+
+
+def summarize_all(plan: Plan, results: Sequence[RowResult], columns: Sequence[Column]) -> tuple[MethodResult, ...]:
+    """The methods that have finished rows, in the order of the plan."""
+    rows = {m.name: [result for result in results if result.row.method.name == m.name] for m in plan.methods}
+    return tuple(summarize(own, columns) for own in rows.values() if own)
+
+
+def make_table(plan: Plan, results: Sequence[RowResult]) -> Table:
     """The table over finished rows.
 
     Args:
         plan: what was compared; gives the order of the methods.
         results: finished rows.
-        published: the paper's figures, or None.
 
     Raises:
         VaevqMedError: rows were evaluated with different feature networks or on different data.
     """
     check_alike(results, ("split", "split_hash", "dataset_hash", "n", "lpips_weights_sha256", "fid_weights_sha256"))
-    methods = []
-    for method in plan.methods:
-        own = [result for result in results if result.row.method.name == method.name]
-        if own:
-            methods.append(summarize(own))
+    methods = summarize_all(plan, results, COLUMNS)
     images = {result.method.name: result.images for result in methods if result.is_discrete}
     tests = tuple(test for metric in PER_IMAGE for test in best_against_next(metric, images))
-    return Table(tuple(methods), tests, tuple(_notes(plan, results, methods)), published)
+    published = load_published(plan.bundle.name) if plan.study.report.published else None
+    return Table(methods, tests, tuple(_notes(plan, results, methods)), published, plan.columns)
 
 
 def check_alike(results: Sequence[RowResult], keys: Sequence[str]) -> None:
@@ -345,10 +364,11 @@ def _notes(plan: Plan, results: Sequence[RowResult], methods: Sequence[MethodRes
     unit, units = methods[0].images.units()
     count = len(set(units.tolist()))
     many = any(len(result.seeds) > 1 for result in methods)
-    seeds = ", ".join(map(str, plan.seeds))
+    study, seeds = plan.study, ", ".join(map(str, plan.study.seeds))
     notes = [
-        f"Budget: {plan.budget.words()} for each method; bundle {plan.bundle.name}; the {plan.checkpoint} checkpoint.",
-        f"Seed{'s' if len(plan.seeds) > 1 else ''} {seeds}{'; mean ± standard deviation over seeds' if many else ''}.",
+        f"Budget: {study.budget.words()} for each method; bundle {plan.bundle.name}; "
+        f"the {study.checkpoint} checkpoint.",
+        f"Seed{'s' if len(study.seeds) > 1 else ''} {seeds}{'; mean ± standard deviation over seeds' if many else ''}.",
         f"Split {first.provenance.get('split', 'evaluated')}: {first.provenance.get('n')} images. "
         + (
             f"In brackets: {100 * (1 - LEVEL):.0f} % bootstrap interval over {count} {unit} ({RESAMPLES:,} resamples)."
@@ -373,8 +393,7 @@ def _notes(plan: Plan, results: Sequence[RowResult], methods: Sequence[MethodRes
         )
         notes.append(f"Trained on {', '.join(devices)}; peak memory: {', '.join(memory)}.")
     notes += _schedule_notes(results, methods)
-    if plan.kind == "ablate":
-        notes.append("M1 to full have SimVQ's codebook, M0 a free one: VLQ alone is M1 against SimVQ.")
+    notes += plan.study.report.notes
     continuous = [result.method.title for result in methods if not result.is_discrete]
     if continuous:
         notes.append(

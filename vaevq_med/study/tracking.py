@@ -18,7 +18,7 @@ def log_to_training(plan: Plan, checkpoint: Path, figures: Mapping[str, float]) 
         checkpoint: of the training.
         figures: name to value.
     """
-    tracker = MLflowTracker(tracking_uri=plan.tracking_uri, experiment=plan.experiment())
+    tracker = MLflowTracker(tracking_uri=plan.study.tracking_uri, experiment=plan.experiment())
     if not tracker.enabled:
         return
     with tracker.guard():
@@ -41,11 +41,11 @@ class ParentRun:
     def __init__(self, plan: Plan, run_id: str | None = None) -> None:
         families = dict.fromkeys(method.family or method.name for method in plan.methods)
         self._tracker = MLflowTracker(
-            tracking_uri=plan.tracking_uri,
+            tracking_uri=plan.study.tracking_uri,
             experiment=plan.experiment(),
-            run_name=f"{plan.kind} {', '.join(families)}",
+            run_name=f"{plan.study.label} {', '.join(families)}",
             config=plan.shared(),
-            tags={"vaevq_med.comparison": plan.kind},
+            tags={"vaevq_med.comparison": plan.study.label},
         )
         self._run_id = run_id
 

@@ -1,0 +1,61 @@
+"""Flags of a command from the dataclass that declares its options."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from enum import StrEnum
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import typer
+
+
+def with_flags(kind: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command the fields of a dataclass as flags; it takes them as ``options``, after its own parameters.
+
+    Args:
+        kind: dataclass whose fields are made by :func:`vaevq_med.core.declared.option`.
+    """
+    names = [entry.name for entry in fields(kind)]
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "options"]
+
+        @functools.wraps(command)
+        def run(**values: Any) -> Any:
+            options = kind(**{name: values.pop(name) for name in names})
+            return command(**values, options=options)
+
+        run.__signature__ = inspect.Signature([*own, *_parameters(kind)])  # type: ignore[attr-defined]
+        run.__annotations__ = {}
+        return run
+
+    return decorate
+
+
+def _parameters(kind: type) -> list[inspect.Parameter]:
+    hints = get_type_hints(kind)
+    found = []
+    for entry in fields(kind):
+        metadata = dict(entry.metadata)
+        # A switch that is off by default has no opposite.
+        switch = f"--{entry.name.replace('_', '-')}" if hints[entry.name] is bool and entry.default is False else ""
+        flag = metadata.pop("flag") or switch
+        annotation = Annotated[_listed(hints[entry.name]), typer.Option(*([flag] if flag else []), **metadata)]
+        default = inspect.Parameter.empty if entry.default is MISSING else entry.default
+        found.append(
+            inspect.Parameter(entry.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        )
+    return found
+
+
+def _listed(hint: Any) -> Any:
+    """A list of literals as one of an enumeration, since Typer knows no other."""
+    for part in get_args(hint):
+        items = get_args(part)
+        if get_origin(part) is list and get_origin(items[0]) is Literal:
+            choice: Any = StrEnum("Choice", {value: value for value in get_args(items[0])})
+            return list[choice] | None
+    return hint
