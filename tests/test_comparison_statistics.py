@@ -18,8 +18,10 @@ from PIL import Image
 from scipy import stats
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.study.bundle import Bundle
 from vaevq_med.study.figures import sweep_curves, utilization_bars
-from vaevq_med.study.plan import Budget, Bundle, Method, Plan, Row
+from vaevq_med.study.file import Study, check_study
+from vaevq_med.study.plan import Method, Plan, Row
 from vaevq_med.study.published import load_published
 from vaevq_med.study.rows import RowResult
 from vaevq_med.study.statistics import (
@@ -168,13 +170,21 @@ def result(plan: Plan, method: Method, seed: int, psnr: list[float], patients: l
     return RowResult(Row(plan, method, seed), metrics, provenance, CONVENTIONS, run, rows)
 
 
+def study(output: Path, **further: Any) -> Study:
+    return check_study({"study": "tokenizers", "output": str(output), "methods": ["vqgan"], **further}, "study")
+
+
 @pytest.fixture
 def plan(tmp_path: Path) -> Plan:
     methods = (
         Method("vqgan", ("vqgan",), "VQGAN", family="vqgan"),
         Method("vaevq", ("paper",), "VAEVQ_50% & co", family="vaevq"),
     )
-    return Plan("compare", Bundle.find("brats"), methods, (0, 1), tmp_path, Budget(max_epochs=3))
+    return Plan(
+        study(tmp_path, seeds=[0, 1], budget={"max_epochs": 3}, report={"published": True}),
+        Bundle.find("brats"),
+        methods,
+    )
 
 
 @pytest.fixture
@@ -186,7 +196,7 @@ def table(plan: Plan) -> Table:
         result(plan, first, 1, [22.0, 24.0, 26.0], patients, rfid=11.0, utilization=0.05),
         result(plan, second, 0, [30.0, 31.0, 32.0], patients, rfid=2.0, utilization=0.99),
     ]
-    return make_table(plan, results, load_published("brats"))
+    return make_table(plan, results)
 
 
 def test_csv_parses_back_to_hand_computed_figures(table: Table) -> None:
@@ -237,7 +247,7 @@ def test_notes_say_what_a_reader_has_to_know(table: Table) -> None:
 def test_notes_say_what_a_budget_is_too_short_for(plan: Plan) -> None:
     # train.json has a warm-up of 1,000 steps and a GAN from step 10,000.
     def notes(steps: dict[str, int], **changes: Any) -> str:
-        chosen = replace(plan, **changes)
+        chosen = replace(plan, study=plan.study.model_copy(update=changes))
         results = [
             result(chosen, m, 0, [1.0, 2.0], ["A", "B"], run={"iterations": steps[m.name]}) for m in chosen.methods
         ]
@@ -251,8 +261,8 @@ def test_notes_say_what_a_budget_is_too_short_for(plan: Plan) -> None:
     assert "The learning rate rises" not in some
     assert "No GAN" not in notes({"vqgan": 10_001, "vaevq": 10_001})
     set_anew = {"objective#adversarial#start_step": "900", "warmup_steps": "10"}
-    assert "Set" not in notes({"vqgan": 1000, "vaevq": 1000}, overrides=set_anew)
-    assert "No GAN" not in notes({"vqgan": 1000, "vaevq": 1000}, overrides={"objective#adversarial": "None"})
+    assert "Set" not in notes({"vqgan": 1000, "vaevq": 1000}, set=set_anew)
+    assert "No GAN" not in notes({"vqgan": 1000, "vaevq": 1000}, set={"objective#adversarial": None})
 
 
 def test_latex_is_escaped_and_balanced(table: Table) -> None:
@@ -308,7 +318,7 @@ def test_bars_and_curves(plan: Plan, table: Table, tmp_path: Path) -> None:
         Method(f"simvq_k{k}", ("simvq",), f"SimVQ, K = {k}", family="simvq", num_embeddings=k) for k in (16, 64)
     )
     results = [result(plan, method, 0, [20.0, 21.0], ["A", "B"]) for method in methods]
-    swept = make_table(Plan("sweep", plan.bundle, methods, (0,), tmp_path), results)
+    swept = make_table(Plan(study(tmp_path), plan.bundle, methods), results)
     assert sweep_curves(swept.methods, tmp_path / "sweep.png")
     with Image.open(tmp_path / "sweep.png") as picture:
         assert picture.size[0] > picture.size[1]

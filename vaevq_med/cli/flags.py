@@ -43,7 +43,8 @@ def _parameters(kind: type) -> list[inspect.Parameter]:
         # A switch that is off by default has no opposite.
         switch = f"--{entry.name.replace('_', '-')}" if hints[entry.name] is bool and entry.default is False else ""
         flag = metadata.pop("flag") or switch
-        annotation = Annotated[_listed(hints[entry.name]), typer.Option(*([flag] if flag else []), **metadata)]
+        hint: Any = _listed(hints[entry.name])
+        annotation = Annotated[hint, typer.Option(*([flag] if flag else []), **metadata)]
         default = inspect.Parameter.empty if entry.default is MISSING else entry.default
         found.append(
             inspect.Parameter(entry.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
@@ -51,11 +52,14 @@ def _parameters(kind: type) -> list[inspect.Parameter]:
     return found
 
 
+_enumeration: Any = StrEnum
+
+
 def _listed(hint: Any) -> Any:
     """A list of literals as one of an enumeration, since Typer knows no other."""
     for part in get_args(hint):
         items = get_args(part)
         if get_origin(part) is list and get_origin(items[0]) is Literal:
-            choice: Any = StrEnum("Choice", {value: value for value in get_args(items[0])})
-            return list[choice] | None
+            several: Any = list
+            return several[_enumeration("Choice", [(value, value) for value in get_args(items[0])])] | None
     return hint

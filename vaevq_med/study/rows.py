@@ -112,10 +112,10 @@ def read_result(row: Row, *, per_image: bool = True) -> RowResult:
                 raise ValueError(f"{len(images)} of {told['n']} images in per_image.csv")
         else:
             metrics["n"] = {"value": told["n"]}
-            shares = {space: found.get("share") for space, found in record.get("memorization", {}).items()}
             for space in ("feature", "pixel"):
-                if shares.get(space) is not None:
-                    metrics[f"memorized_{space}"] = {"value": shares[space]}
+                share = record.get("memorization", {}).get(space, {}).get("share")
+                if share is not None:
+                    metrics[f"memorized_{space}"] = {"value": share}
         return RowResult(row, metrics, told, record["conventions"], run, images)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise VaevqMedError(
