@@ -409,6 +409,8 @@ def _assign(content: Any, text: str) -> None:
             break
     try:
         for name in way:
+            if isinstance(content, list):
+                content[int(name)] = _named(content[int(name)])
             content = content[int(name)] if isinstance(content, list) else content.setdefault(name, {})
         content[int(last) if isinstance(content, list) else last] = yaml.load(value, _Loader)
     except (AttributeError, IndexError, TypeError, ValueError, yaml.YAMLError):

@@ -245,9 +245,7 @@ class GenerationPlan(Plan):
 
     def tasks(self) -> list[list[Row]]:
         """None: rows share token stores, which one of them writes."""
-        raise VaevqMedError(
-            "study is of generators, whose rows share token stores; expected one of tokenizers for tasks"
-        )
+        raise VaevqMedError("study is generators, whose rows share token stores; expected tokenizers for tasks")
 
     def results(self, row: Row) -> RowResult:
         """The figures of a finished row.
