@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -146,10 +145,6 @@ class PairedTest:
     difference: float
     p_value: float | None
     note: str = ""
-
-    def record(self) -> dict[str, Any]:
-        """As JSON-ready values."""
-        return asdict(self)
 
 
 def smallest_p_value(n: int) -> float:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from vaevq_med.core.errors import VaevqMedError
@@ -160,101 +158,71 @@ class Table:
         """Those that at least one method has a figure of."""
         return [column for column in self.candidates if any(column.name in m.figures for m in self.methods)]
 
-    def _paper_columns(self) -> list[Column]:
+    def _paper(self, result: MethodResult) -> Mapping[str, str]:
+        """The paper's figures of a method, by column; empty texts where others have one."""
         if self.published is None:
-            return []
-        return [_BY_NAME[name] for name in self.published.metrics([m.method.family for m in self.methods])]
-
-    def _paper(self, result: MethodResult, column: Column) -> str:
-        assert self.published is not None
-        return self.published.figures.get(result.method.family, {}).get(column.name, "")
-
-    def _titles(self) -> dict[str, str]:
-        return {result.method.name: result.method.title for result in self.methods}
+            return {}
+        own = self.published.figures.get(result.method.family, {})
+        return {name: own.get(name, "") for name in self.published.metrics([m.method.family for m in self.methods])}
 
     def _sources(self) -> list[str]:
         return [] if self.published is None else [f"Paper: {self.published.source}", *self.published.notes]
 
     def _is_best(self, column: Column, result: MethodResult) -> bool:
-        figure = result.figures.get(column.name)
         rivals = [m for m in self.methods if m.is_discrete and m.method.group == result.method.group]
-        if figure is None or column.name not in HIGHER_IS_BETTER or len(rivals) < 2 or not result.is_discrete:
+        if column.name not in HIGHER_IS_BETTER or len(rivals) < 2 or not result.is_discrete:
             return False
         means = [m.figures[column.name].mean for m in rivals if column.name in m.figures]
-        return figure.mean == (max(means) if HIGHER_IS_BETTER[column.name] else min(means))
+        return result.figures[column.name].mean == (max(means) if HIGHER_IS_BETTER[column.name] else min(means))
 
     def _head(self) -> list[str]:
-        arrows = {True: " ↑", False: " ↓"}
-        titles = [
-            column.title + (arrows[HIGHER_IS_BETTER[column.name]] if column.name in HIGHER_IS_BETTER else "")
-            for column in self.columns
-        ]
-        return ["Method", *titles, *(f"{column.title}, paper" for column in self._paper_columns())]
+        arrows = {True: " ↑", False: " ↓", None: ""}
+        titles = [column.title + arrows[HIGHER_IS_BETTER.get(column.name)] for column in self.columns]
+        return ["Method", *titles, *(f"{_BY_NAME[name].title}, paper" for name in self._paper(self.methods[0]))]
+
+    def _body(self, escape: Callable[[str], str], plus_minus: str, bold: str) -> Iterator[list[str]]:
+        """The cells of each method."""
+        for result in self.methods:
+            cells = []
+            for column in self.columns:
+                text = _cell(column, result.figures[column.name], plus_minus) if column.name in result.figures else ""
+                cells.append(bold % text if text and self._is_best(column, result) else text)
+            yield [escape(result.method.title), *cells, *map(escape, self._paper(result).values())]
 
     def markdown(self) -> str:
         """As Markdown, the best of each column in bold, with notes."""
-        head = self._head()
-        lines = [_row(head), _row(["---", *["---:"] * (len(head) - 1)])]
-        for result in self.methods:
-            cells = [_markdown_text(result.method.title)]
-            for column in self.columns:
-                figure = result.figures.get(column.name)
-                text = "" if figure is None else _cell(column, figure, "±")
-                cells.append(f"**{text}**" if self._is_best(column, result) else text)
-            lines.append(_row([*cells, *(self._paper(result, column) for column in self._paper_columns())]))
-        notes = [*self.notes, *(_sentence(test, self._titles()) for test in self.tests), *self._sources()]
+        head, titles = self._head(), {result.method.name: result.method.title for result in self.methods}
+        rows = [head, ["---", *["---:"] * (len(head) - 1)], *self._body(_markdown_text, "±", "**%s**")]
+        notes = [*self.notes, *(_sentence(test, titles) for test in self.tests), *self._sources()]
+        lines = [f"| {' | '.join(row)} |" for row in rows]
         return "\n".join([*lines, "", *(f"- {_markdown_text(note)}" for note in notes)]) + "\n"
 
     def csv(self) -> str:
         """As CSV: unscaled means, with ``_std``, ``_low`` and ``_high`` columns where there are such."""
-        parts: list[tuple[Column, str]] = []
-        for column in self.columns:
-            found = [m.figures[column.name] for m in self.methods if column.name in m.figures]
-            parts += [
-                (column, part)
-                for part in ("mean", "std", "low", "high")
-                if part == "mean" or any(not math.isnan(getattr(figure, part)) for figure in found)
-            ]
-        head = [column.name + ("" if part == "mean" else f"_{part}") for column, part in parts]
-        paper = self._paper_columns()
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["method", "title", "overlays", "seeds", *head, *(f"{c.name}_paper" for c in paper)])
+        from pandas import DataFrame
+
+        rows = []
         for result in self.methods:
-            values = [
-                "" if column.name not in result.figures else _number(getattr(result.figures[column.name], part))
-                for column, part in parts
-            ]
-            names = ["+".join(result.method.overlays), " ".join(map(str, result.seeds))]
-            cells = [result.method.name, result.method.title, *names, *values]
-            writer.writerow([*cells, *(self._paper(result, column) for column in paper)])
-        return text.getvalue()
+            row: dict[str, Any] = {"method": result.method.name, "title": result.method.title}
+            row |= {"overlays": "+".join(result.method.overlays), "seeds": " ".join(map(str, result.seeds))}
+            for column in self.columns:
+                row |= _named_parts(column.name, result.figures.get(column.name, Figure(math.nan)))
+            rows.append(row | {f"{name}_paper": value for name, value in self._paper(result).items()})
+        return DataFrame(rows).dropna(axis=1, how="all").to_csv(index=False, lineterminator="\n")
 
     def latex(self) -> str:
         """As a LaTeX table (packages ``booktabs`` and ``graphicx``), the best of each column in bold."""
-        arrows = {" ↑": r" $\uparrow$", " ↓": r" $\downarrow$"}
-        heads = []
-        for title in self._head():
-            arrow = next((a for a in arrows if title.endswith(a)), "")
-            heads.append(latex_text(title.removesuffix(arrow)) + arrows.get(arrow, ""))
-        body = []
-        for result in self.methods:
-            cells = [latex_text(result.method.title)]
-            for column in self.columns:
-                figure = result.figures.get(column.name)
-                text = "" if figure is None else _cell(column, figure, r"$\pm$")
-                cells.append(rf"\textbf{{{text}}}" if self._is_best(column, result) else text)
-            cells += [latex_text(self._paper(result, column)) for column in self._paper_columns()]
-            body.append(" & ".join(cells) + r" \\")
+        head = [latex_text(title) for title in self._head()]
+        rows = [" & ".join(row) + r" \\" for row in (head, *self._body(latex_text, r"$\pm$", r"\textbf{%s}"))]
         lines = [
             r"\begin{table}",
             r"\centering",
             r"\resizebox{\linewidth}{!}{%",
-            rf"\begin{{tabular}}{{l{'r' * (len(heads) - 1)}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
             r"\toprule",
-            " & ".join(heads) + r" \\",
+            rows[0],
             r"\midrule",
-            *body,
+            *rows[1:],
             r"\bottomrule",
             r"\end{tabular}}",
             rf"\caption{{{latex_text(' '.join([*self.notes, *self._sources()[:1]]))}}}",
@@ -265,36 +233,37 @@ class Table:
     def flat(self) -> dict[str, float]:
         """Figures for a tracker: ``vqgan/psnr``, ``vqgan/psnr_std``, ..."""
         return {
-            f"{result.method.name}/{name}" + ("" if part == "mean" else f"_{part}"): value
+            f"{result.method.name}/{part}": value
             for result in self.methods
             for name, figure in result.figures.items()
-            for part, value in vars(figure).items()
+            for part, value in _named_parts(name, figure).items()
             if not math.isnan(value)
         }
 
     def record(self) -> dict[str, Any]:
         """As JSON-ready values."""
-        return {
-            "methods": [
-                {
-                    "name": result.method.name,
-                    "title": result.method.title,
-                    "overlays": list(result.method.overlays),
-                    "overrides": dict(result.method.overrides),
-                    "seeds": list(result.seeds),
-                    "figures": {
-                        name: {part: None if math.isnan(value) else value for part, value in vars(figure).items()}
-                        for name, figure in result.figures.items()
-                    },
-                    "paper": {}
-                    if self.published is None
-                    else dict(self.published.figures.get(result.method.family, {})),
-                }
-                for result in self.methods
-            ],
-            "tests": [test.record() for test in self.tests],
-            "notes": [*self.notes, *self._sources()],
-        }
+        papers = {} if self.published is None else self.published.figures
+        methods = [
+            {
+                "name": result.method.name,
+                "title": result.method.title,
+                "overlays": list(result.method.overlays),
+                "overrides": dict(result.method.overrides),
+                "seeds": list(result.seeds),
+                "figures": {
+                    name: {part: None if math.isnan(value) else value for part, value in vars(figure).items()}
+                    for name, figure in result.figures.items()
+                },
+                "paper": dict(papers.get(result.method.family, {})),
+            }
+            for result in self.methods
+        ]
+        notes = [*self.notes, *self._sources()]
+        return {"methods": methods, "tests": [asdict(test) for test in self.tests], "notes": notes}
+
+
+def _named_parts(name: str, figure: Figure) -> dict[str, float]:
+    return {name if part == "mean" else f"{name}_{part}": value for part, value in vars(figure).items()}
 
 
 def chosen_columns(report: Report, columns: Sequence[Column]) -> tuple[Column, ...]:
@@ -453,33 +422,19 @@ def _cell(column: Column, figure: Figure, plus_minus: str) -> str:
     return text
 
 
-def _number(value: float) -> str:
-    return "" if math.isnan(value) else repr(value)
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
 def _markdown_text(text: str) -> str:
     for character in "\\|*_<":
         text = text.replace(character, "\\" + character)
     return text
 
 
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "&": r"\&",
-    "%": r"\%",
-    "$": r"\$",
-    "#": r"\#",
-    "_": r"\_",
-    "{": r"\{",
-    "}": r"\}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "±": r"$\pm$",
-}
+_LATEX = str.maketrans(
+    {
+        **{character: f"\\{character}" for character in "&%$#_{}"},
+        **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
+        **{"±": r"$\pm$", "↑": r"$\uparrow$", "↓": r"$\downarrow$"},
+    }
+)
 
 
 def latex_text(text: str) -> str:
@@ -489,4 +444,4 @@ def latex_text(text: str) -> str:
         >>> print(latex_text("50 % of vq_gan"))
         50 \% of vq\_gan
     """
-    return "".join(_LATEX.get(character, character) for character in text)
+    return text.translate(_LATEX)
