@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import yaml
 from conftest import BUNDLE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 from study_makers import KINDS, make
 from test_tokens import write_checkpoint
 from typer.testing import CliRunner
@@ -20,7 +22,7 @@ from vaevq_med.cli.app import app
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.study.bundle import Bundle, literal, texts
 from vaevq_med.study.command import RunStudy
-from vaevq_med.study.file import TokenizerStudy, check_study, read_study
+from vaevq_med.study.file import GeneratorStudy, Report, TokenizerStudy, check_study, read_study
 from vaevq_med.study.plan import make_methods
 from vaevq_med.study.rows import check_settings
 
@@ -177,6 +179,25 @@ def test_a_bundled_study_is_one(name: str, tmp_path: Path, slice_dataset: Path) 
         titles = [method.title for method in plan.methods]
         assert [title for title in titles if title == title.lower()] == []
         assert len(set(titles)) == len(titles)
+
+
+DOCS = (BUNDLE.parents[1] / "docs" / "studies.md").read_text()
+
+
+def test_the_documented_studies_are_such(slice_dataset: Path) -> None:
+    first, second = (
+        check_study(yaml.safe_load(block), "docs") for block in re.findall(r"```yaml\n(.*?)```", DOCS, re.S)
+    )
+    assert isinstance(first, TokenizerStudy)
+    assert isinstance(second, GeneratorStudy)
+    plan = RunStudy(first.model_copy(update={"dataset_dir": slice_dataset})).plan
+    assert [method.name for method in plan.methods] == ["vqgan", "vaevq_map", "softvq", "softvq_hard"]
+    assert [column.name for column in plan.columns] == ["psnr", "ssim", "rfid", "utilization"]
+
+
+@pytest.mark.parametrize("kind", [TokenizerStudy, GeneratorStudy, Report])
+def test_every_field_is_documented(kind: type[BaseModel]) -> None:
+    assert [name for name in kind.model_fields if f"`{name}`" not in DOCS] == []
 
 
 def test_values_reach_the_run_as_they_are_written() -> None:

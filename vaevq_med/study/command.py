@@ -27,6 +27,7 @@ from vaevq_med.study.rows import (
     run_row,
     write_plan_record,
 )
+from vaevq_med.study.tables import make_table
 from vaevq_med.study.tracking import ParentRun
 
 Update = Callable[[Sequence[RowState]], None]
@@ -141,7 +142,7 @@ class RunStudy:
     def _write(self, results: Sequence[RowResult]) -> tuple[list[Path], str, dict[str, float]]:
         if not results:
             return [], "", {}
-        output, table = self.study.output, self.plan.table(results)
+        output, table = self.study.output, make_table(self.plan, results)
         record: dict[str, Any] = {
             "comparison": self.plan.shared(),
             "study": self.study.model_dump(mode="json", by_alias=True),

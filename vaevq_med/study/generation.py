@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from vaevq_med.tokens.options import EncodeOptions
 from vaevq_med.tokens.store import FILE_NAME
 
 if TYPE_CHECKING:
-    from vaevq_med.study.tables import Column, Table
+    from vaevq_med.study.tables import Column, MethodResult, Table
 
 _GENERATE = "generate.json"
 _BOTH = "generator_"
@@ -151,6 +151,11 @@ class GenerationPlan(Plan):
     """A study of generators whose bundle, tokenizers and methods were looked up."""
 
     changeable: ClassVar[frozenset[str]] = frozenset({"num_samples", "evaluate"})
+    alike: ClassVar[tuple[str, ...]] = (
+        *("split", "split_hash", "content_hash", "modalities", "image_size", "n", "n_reference"),
+        "feature_weights_sha256",
+    )
+    published: ClassVar[str] = "generation"
 
     study: GeneratorStudy
     methods: tuple[GenerationMethod, ...]
@@ -262,11 +267,11 @@ class GenerationPlan(Plan):
         figures = {f"samples/{name}": float(entry["value"]) for name, entry in self.results(row).metrics.items()}
         log_to_training(self, row.checkpoint, figures)
 
-    def table(self, results: Sequence[RowResult]) -> Table:
-        """The table over finished rows, at least one."""
-        from vaevq_med.study.generation_table import make_generation_table
+    def notes(self, results: Sequence[RowResult], methods: Sequence[MethodResult]) -> Iterator[str]:
+        """What stands under the table over finished rows."""
+        from vaevq_med.study.notes import generator_notes
 
-        return make_generation_table(self, results)
+        return generator_notes(self, results)
 
     def draw(self, table: Table, results: Sequence[RowResult]) -> list[Path]:
         """Draw samples of the first finished seed of each method; the file."""

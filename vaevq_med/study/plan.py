@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pydoc import ErrorDuringImport, locate
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from monai.bundle import ConfigParser
 
     from vaevq_med.study.rows import RowResult
-    from vaevq_med.study.tables import Column, Table
+    from vaevq_med.study.tables import Column, MethodResult, Table
 
 TORCHRUN = ("torchrun", "torch.distributed.run")
 OWN_IDS = frozenset({"seed", "output_dir", "dataset_dir", "tracking_uri", "parent_run_id", "run_name", "resume"})
@@ -158,9 +158,15 @@ class Plan:
         bundle: what is run.
         methods: rows of the table.
         changeable: entries of :meth:`shared` that may change from one call to the next in the same output folder.
+        alike: entries of the rows' provenance that have to agree.
+        published: which of the paper's tables has figures of the methods.
     """
 
     changeable: ClassVar[frozenset[str]] = frozenset()
+    alike: ClassVar[tuple[str, ...]] = (
+        *("split", "split_hash", "dataset_hash", "n", "lpips_weights_sha256", "fid_weights_sha256"),
+    )
+    published: ClassVar[str] = "reconstruction"
 
     study: Study
     bundle: Bundle
@@ -284,11 +290,11 @@ class Plan:
     def log(self, row: Row) -> None:
         """Log what a row found to its own MLflow run, where its commands have not done so."""
 
-    def table(self, results: Sequence[RowResult]) -> Table:
-        """The table over finished rows, at least one."""
-        from vaevq_med.study.tables import make_table
+    def notes(self, results: Sequence[RowResult], methods: Sequence[MethodResult]) -> Iterator[str]:
+        """What stands under the table over finished rows."""
+        from vaevq_med.study.notes import tokenizer_notes
 
-        return make_table(self, results)
+        return tokenizer_notes(self, results, methods)
 
     def draw(self, table: Table, results: Sequence[RowResult]) -> list[Path]:
         """Draw the utilization, a sweep's curves and reconstructions; their files."""

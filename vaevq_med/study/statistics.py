@@ -76,7 +76,7 @@ def over_seeds(runs: Sequence[Sequence[Mapping[str, str]]]) -> Images:
     values = {
         name: np.mean([[float(row[name]) for row in rows] for rows in runs], axis=0)
         for name in PER_IMAGE
-        if all(name in row for rows in runs for row in rows)
+        if keys and all(name in row for rows in runs for row in rows)
     }
     return Images(keys, tuple(row.get("patient", "") for row in runs[0]), values)
 

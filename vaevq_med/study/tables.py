@@ -14,9 +14,7 @@ from vaevq_med.study.published import Published, load_published
 from vaevq_med.study.rows import RowResult
 from vaevq_med.study.statistics import (
     HIGHER_IS_BETTER,
-    LEVEL,
     PER_IMAGE,
-    RESAMPLES,
     Images,
     PairedTest,
     best_against_next,
@@ -112,7 +110,7 @@ class MethodResult:
     is_discrete: bool = True
 
 
-def summarize(results: Sequence[RowResult], columns: Sequence[Column] = COLUMNS) -> MethodResult:
+def summarize(results: Sequence[RowResult], columns: Sequence[Column]) -> MethodResult:
     """Put the seeds of one method together.
 
     Args:
@@ -282,31 +280,22 @@ def chosen_columns(report: Report, columns: Sequence[Column]) -> tuple[Column, .
     return tuple(known[name] for name in names)
 
 
-def summarize_all(plan: Plan, results: Sequence[RowResult], columns: Sequence[Column]) -> tuple[MethodResult, ...]:
-    """The methods that have finished rows, in the order of the plan."""
-    rows = {m.name: [result for result in results if result.row.method.name == m.name] for m in plan.methods}
-    return tuple(summarize(own, columns) for own in rows.values() if own)
-
-
 def make_table(plan: Plan, results: Sequence[RowResult]) -> Table:
-    """The table over finished rows.
-
-    Args:
-        plan: what was compared; gives the order of the methods.
-        results: finished rows.
+    """The table over finished rows, at least one, in the order of the plan.
 
     Raises:
-        VaevqMedError: rows were evaluated with different feature networks or on different data.
+        VaevqMedError: rows were evaluated with different feature networks, on different data or at another N.
     """
-    check_alike(results, ("split", "split_hash", "dataset_hash", "n", "lpips_weights_sha256", "fid_weights_sha256"))
-    methods = summarize_all(plan, results, COLUMNS)
+    _check_alike(results, plan.alike)
+    rows = {m.name: [result for result in results if result.row.method.name == m.name] for m in plan.methods}
+    methods = tuple(summarize(own, plan.columns) for own in rows.values() if own)
     images = {result.method.name: result.images for result in methods if result.is_discrete}
     tests = tuple(test for metric in PER_IMAGE for test in best_against_next(metric, images))
-    published = load_published(plan.bundle.name) if plan.study.report.published else None
-    return Table(methods, tests, tuple(_notes(plan, results, methods)), published, plan.columns)
+    published = load_published(plan.bundle.name, plan.published) if plan.study.report.published else None
+    return Table(methods, tests, tuple(plan.notes(results, methods)), published, plan.columns)
 
 
-def check_alike(results: Sequence[RowResult], keys: Sequence[str]) -> None:
+def _check_alike(results: Sequence[RowResult], keys: Sequence[str]) -> None:
     """Figures of different feature networks or data never share a column.
 
     Args:
@@ -324,86 +313,6 @@ def check_alike(results: Sequence[RowResult], keys: Sequence[str]) -> None:
                 f"{one} and {other}: found evaluations of different {key} ({first[:19]} and {second[:19]}), expected "
                 "one; remove their evaluation folders and run again"
             )
-
-
-def _notes(plan: Plan, results: Sequence[RowResult], methods: Sequence[MethodResult]) -> list[str]:
-    if not results:
-        return []
-    first = results[0]
-    unit, units = methods[0].images.units()
-    count = len(set(units.tolist()))
-    many = any(len(result.seeds) > 1 for result in methods)
-    study, seeds = plan.study, ", ".join(map(str, plan.study.seeds))
-    notes = [
-        f"Budget: {study.budget.words()} for each method; bundle {plan.bundle.name}; "
-        f"the {study.checkpoint} checkpoint.",
-        f"Seed{'s' if len(study.seeds) > 1 else ''} {seeds}{'; mean ± standard deviation over seeds' if many else ''}.",
-        f"Split {first.provenance.get('split', 'evaluated')}: {first.provenance.get('n')} images. "
-        + (
-            f"In brackets: {100 * (1 - LEVEL):.0f} % bootstrap interval over {count} {unit} ({RESAMPLES:,} resamples)."
-            if count > 1
-            else "No interval: there is one image."
-        ),
-    ]
-    patients = {name for name in methods[0].images.patients if name}
-    if len(patients) == 1:
-        notes.append("All images are of one patient: the interval says nothing of other patients.")
-    elif unit == "patients" and count < 6:
-        notes.append(f"An interval from {count} patients is rough.")
-    for name in ("lpips", "rfid"):
-        if name in first.conventions:
-            title = {"lpips": "LPIPS", "rfid": "rFID"}[name]
-            notes.append(f"{title}: {first.conventions[name]}.")
-    devices = sorted({str(result.run["device"]) for result in results if "device" in result.run})
-    if devices:
-        kinds = {"cuda": "GPU memory allocated", "process": "resident memory of the process"}
-        memory = sorted(
-            {kinds[str(result.run["peak_memory_of"])] for result in results if "peak_memory_of" in result.run}
-        )
-        notes.append(f"Trained on {', '.join(devices)}; peak memory: {', '.join(memory)}.")
-    notes += _schedule_notes(results, methods)
-    notes += plan.study.report.notes
-    continuous = [result.method.title for result in methods if not result.is_discrete]
-    if continuous:
-        notes.append(
-            f"{', '.join(continuous)}: continuous, no indices hold what is decoded; left out of the tests and the bold."
-        )
-    notes += _stage_notes(methods)
-    missing = [row.label for row in plan.rows() if row.label not in {result.row.label for result in results}]
-    if missing:
-        notes.append(f"Missing: {', '.join(missing)}.")
-    return notes
-
-
-def _schedule_notes(results: Sequence[RowResult], methods: Sequence[MethodResult]) -> Iterator[str]:
-    """What a budget is too short for: settings that count steps do not follow it."""
-    for key, text in (
-        ("objective#adversarial#start_step", "No GAN: it starts at step {start:,}, not within the {steps:,} of {who}."),
-        ("warmup_steps", "The learning rate rises over {start:,} steps, all {steps:,} of {who}."),
-    ):
-        found: dict[tuple[int, int], list[str]] = {}
-        for method in methods:
-            result = next(result for result in results if result.row.method.name == method.method.name)
-            start, steps = result.row.trained.training_number(key), result.run.get("iterations")
-            if start is not None and steps is not None and start >= steps:
-                found.setdefault((start, int(steps)), []).append(method.method.title)
-        for (start, steps), titles in found.items():
-            who = "each method" if len(titles) == len(methods) else ", ".join(titles)
-            yield text.format(start=start, steps=steps, who=who) + f" Set {key}."
-
-
-def _stage_notes(methods: Sequence[MethodResult]) -> Iterator[str]:
-    """Which methods of a sweep have several indices a position, so that K is not that of one codebook."""
-    for family in dict.fromkeys(m.method.family for m in methods):
-        for method in methods:
-            size, bits = method.method.num_embeddings, method.figures.get("bits_per_position")
-            if method.method.family != family or size is None or bits is None:
-                continue
-            indices = round(bits.mean / math.log2(size))
-            if indices > 1:
-                title = method.method.title.rsplit(", K = ", 1)[0]
-                yield f"{title}: K counts the codewords of one of its {indices} stages or groups."
-            break
 
 
 def _sentence(test: PairedTest, titles: Mapping[str, str]) -> str:
