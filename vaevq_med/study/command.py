@@ -24,6 +24,7 @@ from vaevq_med.study.rows import (
     RowState,
     check_settings,
     read_plan_record,
+    read_result,
     run_row,
     write_plan_record,
 )
@@ -69,11 +70,7 @@ class RunStudy:
 
     @cached_property
     def plan(self) -> Plan:
-        """The rows, checked.
-
-        Raises:
-            VaevqMedError: a field that cannot be.
-        """
+        """The rows, checked."""
         if isinstance(self.study, GeneratorStudy):
             return GenerationPlan.of(self.study)
         assert isinstance(self.study, TokenizerStudy)
@@ -127,7 +124,7 @@ class RunStudy:
                 run_row(state, run_id, lambda: self.on_update(states))
                 if state.status == "finished":
                     self.plan.log(state.row)
-            results = [self.plan.results(state.row) for state in states if state.done]
+            results = [read_result(state.row) for state in states if state.done]
             files, table, figures = self._write(results)
         except KeyboardInterrupt:
             parent.close("KILLED", {})
@@ -171,9 +168,6 @@ class RunStudy:
         """Run one row that trains and those that decode it, as a task of an array job does.
 
         Tables are left to :meth:`run`.
-
-        Raises:
-            VaevqMedError: there is no such row, or see :meth:`run`.
         """
         tasks = self.plan.tasks()
         if not 0 <= number < len(tasks):
@@ -188,11 +182,7 @@ class RunStudy:
         return StudyReport(self.study.output, tuple(states))
 
     def script(self) -> str:
-        """A SLURM array script with a task a training; notes the study and its MLflow run, which the tasks share.
-
-        Raises:
-            VaevqMedError: a field that cannot be, or an output folder of other settings.
-        """
+        """A SLURM array script with a task a training; notes the study and its MLflow run, which the tasks share."""
         tasks, processes = self.plan.tasks(), self.plan.processes()
         log = self._slurm_log()
         self.open()
@@ -221,11 +211,7 @@ class RunStudy:
         )
 
     def _slurm_log(self) -> str:
-        """The log of a task, as ``sbatch`` reads it: quoted for blanks, its own ``%`` doubled.
-
-        Raises:
-            VaevqMedError: the folder has a character that no directive can hold.
-        """
+        """The log of a task, as ``sbatch`` reads it: quoted for blanks, its own ``%`` doubled."""
         folder = str(Path.cwd() / self.study.output)
         # To sbatch a backslash escapes, and one that is left in the name turns off %A and %a.
         if any(character in folder for character in "\\\n\r"):

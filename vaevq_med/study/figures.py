@@ -15,8 +15,9 @@ from PIL import Image
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.evaluation.pictures import comparison_grid, save_figure
 from vaevq_med.images.generated import LIST_NAME, find_samples
+from vaevq_med.study.columns import BY_NAME
 from vaevq_med.study.plan import Row
-from vaevq_med.study.tables import COLUMNS, MethodResult
+from vaevq_med.study.tables import MethodResult
 
 _SWEPT = ("utilization", "rfid", "psnr")
 
@@ -66,10 +67,9 @@ def sweep_curves(methods: Sequence[MethodResult], path: Path) -> bool:
     names = [name for name in _SWEPT if any(name in m.figures for m in points)]
     if not names:
         return False
-    columns = {column.name: column for column in COLUMNS}
     figure = Figure(figsize=(4 * len(names), 3.4), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        scale = columns[name].scale
+        scale = BY_NAME[name].scale
         for family in dict.fromkeys(m.method.family for m in points):
             own = [m for m in points if m.method.family == family and name in m.figures]
             own.sort(key=lambda m: m.method.num_embeddings or 0)
@@ -83,7 +83,7 @@ def sweep_curves(methods: Sequence[MethodResult], path: Path) -> bool:
             )
         axis.set_xscale("log", base=2)
         axis.set_xlabel("codewords K")
-        axis.set_ylabel(columns[name].title)
+        axis.set_ylabel(BY_NAME[name].title)
         axis.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=8)
     save_figure(figure, path)

@@ -142,42 +142,52 @@ class Budget(_Part):
         return "the bundle's own number of epochs"
 
 
-class MethodPart(_Part):
-    """A tokenizer to train.
-
-    Attributes:
-        name: of its folder; alone, that of its overlay too.
-        overlays: names of the bundle's overlays, or paths, in order; None for the one of the method's name.
-        title: what tables call it; the overlay's own, or the name, where empty.
-        set: overrides that it alone has.
-        readouts: ways to decode its quantizer that have a row beside the trained one; None for all there are.
-    """
-
-    name: Name
-    overlays: list[str] | None = None
-    title: str = ""
-    set: Values = {}
-    readouts: list[str] | None = None
-
-
-class TokenizerPart(_Part):
-    """A trained tokenizer, and what the rows of its tokens have of their own.
+class _Named(_Part):
+    """What is compared.
 
     Attributes:
         name: of its folder.
-        checkpoint: that serves all seeds; None where ``from`` names the folder of a study.
-        title: what tables call it.
-        set: overrides of the trainings over its tokens.
-        sample: overrides of drawing.
-        encode: further options of its encoding.
+        title: what tables call it; by default its overlay's title, or the name.
+        set: overrides of its trainings alone.
     """
 
     name: Name
-    checkpoint: Path | None = None
     title: str = ""
     set: Values = {}
+
+
+class MethodPart(_Named):
+    """A tokenizer to train.
+
+    Attributes:
+        overlays: names of the bundle's overlays, or paths, in order; None for the one of the method's name.
+        readouts: ways to decode its quantizer that have a row beside the trained one; None for all there are.
+    """
+
+    overlays: list[str] | None = None
+    readouts: list[str] | None = None
+
+
+class _Stage(_Named):
+    """Either half of a row of a study of generators.
+
+    Attributes:
+        sample: overrides of drawing.
+        encode: further options of the encoding.
+    """
+
     sample: Values = {}
     encode: Encode = {}
+
+
+class TokenizerPart(_Stage):
+    """A trained tokenizer, and what the rows of its tokens have of their own.
+
+    Attributes:
+        checkpoint: that serves all seeds; None where ``from`` names the folder of a study.
+    """
+
+    checkpoint: Path | None = None
 
 
 class TokenizersPart(_Part):
@@ -214,26 +224,16 @@ class TokenizersPart(_Part):
         return self
 
 
-class GeneratorPart(_Part):
+class GeneratorPart(_Stage):
     """A generator to train over each tokenizer's tokens.
 
     Attributes:
-        name: of its folder.
         config: the bundle's file that trains it.
-        title: what tables call it; the name where empty.
         overlays: names of the bundle's overlays of generators, or paths, beside those of the study.
-        set: overrides of its training.
-        sample: overrides of drawing.
-        encode: further options of the encoding.
     """
 
-    name: Name
     config: str
-    title: str = ""
     overlays: list[str] = []
-    set: Values = {}
-    sample: Values = {}
-    encode: Encode = {}
 
 
 class Sweep(_Part):
@@ -297,7 +297,8 @@ class Study(_Part):
     @property
     def label(self) -> str:
         """Its name, or what it does."""
-        return self.name or "compare"
+        does = {"generators": "compare-generation"}.get(self.study, "compare")
+        return self.name or ("sweep" if getattr(self, "sweep", None) else does)
 
     def text(self) -> str:
         """As a file that says the same."""
@@ -319,11 +320,6 @@ class TokenizerStudy(Study):
     ]
     sweep: Sweep | None = None
 
-    @property
-    def label(self) -> str:
-        """Its name, or what it does."""
-        return self.name or ("sweep" if self.sweep else "compare")
-
 
 class GeneratorStudy(Study):
     """Generators over the tokens of trained tokenizers, under one budget.
@@ -344,11 +340,6 @@ class GeneratorStudy(Study):
     sample: Values = {}
     encode: Encode = {}
     evaluate: Evaluate = {}
-
-    @property
-    def label(self) -> str:
-        """Its name, or what it does."""
-        return self.name or "compare-generation"
 
     @model_validator(mode="after")
     def _names(self) -> GeneratorStudy:

@@ -17,6 +17,7 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.evaluation.options import EvaluateOptions
 from vaevq_med.images.generated import LIST_NAME
 from vaevq_med.study.bundle import GENERATORS, Bundle, check_ids, decisive, texts
+from vaevq_med.study.columns import GENERATION_COLUMNS, Column
 from vaevq_med.study.file import GeneratorPart, GeneratorStudy, TokenizerPart
 from vaevq_med.study.plan import OWN_IDS, Method, Plan, Row
 from vaevq_med.study.rows import RowResult, read_json, read_plan_record, read_result
@@ -24,7 +25,7 @@ from vaevq_med.tokens.options import EncodeOptions
 from vaevq_med.tokens.store import FILE_NAME
 
 if TYPE_CHECKING:
-    from vaevq_med.study.tables import Column, MethodResult, Table
+    from vaevq_med.study.tables import MethodResult, Table
 
 _GENERATE = "generate.json"
 _BOTH = "generator_"
@@ -124,11 +125,7 @@ def make_methods(study: GeneratorStudy, bundle: Bundle) -> tuple[GenerationMetho
 
 
 def _checkpoints(study: GeneratorStudy, tokenizer: TokenizerPart) -> dict[int, Path]:
-    """The checkpoint of each seed, of the study that trained the tokenizer or the one that serves all.
-
-    Raises:
-        VaevqMedError: there is no such study, or it has no checkpoint of the method under a seed.
-    """
+    """The checkpoint of each seed, of the study that trained the tokenizer or the one that serves all."""
     folder = study.tokenizers.source
     if folder is None:
         found = dict.fromkeys(study.seeds, tokenizer.checkpoint or Path())
@@ -156,17 +153,14 @@ class GenerationPlan(Plan):
         "feature_weights_sha256",
     )
     published: ClassVar[str] = "generation"
+    candidates: ClassVar[tuple[Column, ...]] = GENERATION_COLUMNS
 
     study: GeneratorStudy
     methods: tuple[GenerationMethod, ...]
 
     @classmethod
     def of(cls, study: GeneratorStudy) -> GenerationPlan:  # type: ignore[override]
-        """The plan of a study, checked.
-
-        Raises:
-            VaevqMedError: an overlay, an id or a value with which no row could run.
-        """
+        """The plan of a study, checked."""
         bundle = Bundle.find(study.bundle)
         plan = cls(study, bundle, make_methods(study, bundle))
         for name in study.overlays:
@@ -192,13 +186,6 @@ class GenerationPlan(Plan):
         plan._check_evaluation()
         _ = plan.columns, plan.hashes
         return plan
-
-    @property
-    def columns(self) -> tuple[Column, ...]:
-        """The columns that its table may have."""
-        from vaevq_med.study.tables import GENERATION_COLUMNS, chosen_columns
-
-        return chosen_columns(self.study.report, GENERATION_COLUMNS)
 
     def _check_evaluation(self) -> None:
         """Refuse what the evaluation of every row would refuse after the training."""
@@ -236,11 +223,7 @@ class GenerationPlan(Plan):
         return self.study.dataset_dir or Path(str(self.bundle.read("train.json")["dataset_dir"]))
 
     def shared(self) -> dict[str, Any]:
-        """What all rows of one output folder have in common, as JSON-ready values.
-
-        Raises:
-            DataError: the data set is missing or damaged.
-        """
+        """What all rows of one output folder have in common, as JSON-ready values."""
         evaluate = _decisive(self.study.evaluate)
         return {**super().shared(), "num_samples": self.study.samples, "evaluate": evaluate}
 
@@ -252,19 +235,11 @@ class GenerationPlan(Plan):
         """None: rows share token stores, which one of them writes."""
         raise VaevqMedError("study is generators, whose rows share token stores; expected tokenizers for tasks")
 
-    def results(self, row: Row) -> RowResult:
-        """The figures of a finished row.
-
-        Raises:
-            VaevqMedError: its record is damaged.
-        """
-        return read_result(row, per_image=False)
-
     def log(self, row: Row) -> None:
         """Log the figures of the samples to the run of the training."""
         from vaevq_med.study.tracking import log_to_training
 
-        figures = {f"samples/{name}": float(entry["value"]) for name, entry in self.results(row).metrics.items()}
+        figures = {f"samples/{name}": float(entry["value"]) for name, entry in read_result(row).metrics.items()}
         log_to_training(self, row.checkpoint, figures)
 
     def notes(self, results: Sequence[RowResult], methods: Sequence[MethodResult]) -> Iterator[str]:
@@ -285,12 +260,7 @@ class GenerationPlan(Plan):
 
     @cached_property
     def hashes(self) -> dict[Path, str]:
-        """Content hash of each tokenizer.
-
-        Raises:
-            CheckpointError: a file is no tokenizer's checkpoint.
-            VaevqMedError: a tokenizer's images are several contrasts at once.
-        """
+        """Content hash of each tokenizer, whose images are not several contrasts at once."""
         from vaevq_med.trained.network import StoredTokenizer
 
         found = {}
@@ -312,6 +282,7 @@ class GenerationRow(Row):
     """One generator over one tokenizer's tokens, under one seed."""
 
     redone: ClassVar[Mapping[str, str]] = {"generate": "generating", "evaluate": "evaluating"}
+    per_image: ClassVar[bool] = False
 
     plan: GenerationPlan
     method: GenerationMethod

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from vaevq_med.core.errors import VaevqMedError, root_cause
 from vaevq_med.images.manifest import load_manifest
 from vaevq_med.study.bundle import METHODS, Bundle, check_ids, decisive, flags, has_id, literal, texts
+from vaevq_med.study.columns import COLUMNS, Column
 from vaevq_med.study.file import MethodPart, Study, TokenizerStudy
 
 if TYPE_CHECKING:
     from monai.bundle import ConfigParser
 
     from vaevq_med.study.rows import RowResult
-    from vaevq_med.study.tables import Column, MethodResult, Table
+    from vaevq_med.study.tables import MethodResult, Table
 
 TORCHRUN = ("torchrun", "torch.distributed.run")
 OWN_IDS = frozenset({"seed", "output_dir", "dataset_dir", "tracking_uri", "parent_run_id", "run_name", "resume"})
@@ -160,6 +161,7 @@ class Plan:
         changeable: entries of :meth:`shared` that may change from one call to the next in the same output folder.
         alike: entries of the rows' provenance that have to agree.
         published: which of the paper's tables has figures of the methods.
+        candidates: columns of its table.
     """
 
     changeable: ClassVar[frozenset[str]] = frozenset()
@@ -167,6 +169,7 @@ class Plan:
         *("split", "split_hash", "dataset_hash", "n", "lpips_weights_sha256", "fid_weights_sha256"),
     )
     published: ClassVar[str] = "reconstruction"
+    candidates: ClassVar[tuple[Column, ...]] = COLUMNS
 
     study: Study
     bundle: Bundle
@@ -197,10 +200,12 @@ class Plan:
 
     @property
     def columns(self) -> tuple[Column, ...]:
-        """The columns that its table may have."""
-        from vaevq_med.study.tables import COLUMNS, chosen_columns
-
-        return chosen_columns(self.study.report, COLUMNS)
+        """The columns that its table may have: those that the report names, in its order; all where it names none."""
+        names, known = self.study.report.figures, {column.name: column for column in self.candidates}
+        unknown = [name for name in names or () if name not in known]
+        if unknown:
+            raise VaevqMedError(f"report.figures has {unknown[0]}; expected some of {', '.join(known)}")
+        return tuple(known[name] for name in (known if names is None else names))
 
     def _check_methods(self) -> None:
         """Refuse two methods that would train the same."""
@@ -247,11 +252,7 @@ class Plan:
         return self.study.dataset_dir or Path(str(self.bundle.read("train.json", self.study.overlays)["dataset_dir"]))
 
     def shared(self) -> dict[str, Any]:
-        """What all rows of one output folder have in common, as JSON-ready values.
-
-        Raises:
-            DataError: the data set is missing or damaged.
-        """
+        """What all rows of one output folder have in common, as JSON-ready values."""
         manifest, study = load_manifest(self.data()), self.study
         return {
             "kind": study.study,
@@ -276,16 +277,6 @@ class Plan:
             for method in self.methods
             if not method.decodes
         ]
-
-    def results(self, row: Row) -> RowResult:
-        """The figures of a finished row.
-
-        Raises:
-            VaevqMedError: its record is damaged.
-        """
-        from vaevq_med.study.rows import read_result
-
-        return read_result(row)
 
     def log(self, row: Row) -> None:
         """Log what a row found to its own MLflow run, where its commands have not done so."""
@@ -325,9 +316,11 @@ class Row:
         seed: of the initialization, the noise and the order of the data.
         redone: entries of :meth:`settings` that may change in the same output folder, and the command of each from
             which on the row is run again then.
+        per_image: whether its figures are of images that all rows share, not of samples of its own.
     """
 
     redone: ClassVar[Mapping[str, str]] = {}
+    per_image: ClassVar[bool] = True
 
     plan: Plan
     method: Method

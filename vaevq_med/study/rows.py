@@ -90,12 +90,8 @@ class RowResult:
         return None if found is None else float(found)
 
 
-def read_result(row: Row, *, per_image: bool = True) -> RowResult:
+def read_result(row: Row) -> RowResult:
     """Read the record of a finished row: its figures, and what its training cost.
-
-    Args:
-        row: which.
-        per_image: whether its figures are of images that all rows share, not of samples of its own.
 
     Raises:
         VaevqMedError: it is damaged.
@@ -105,7 +101,7 @@ def read_result(row: Row, *, per_image: bool = True) -> RowResult:
     try:
         record = json.loads((row.evaluation / "metrics.json").read_text(encoding="utf-8"))
         metrics, told = {**record["summary"]["overall"]}, record["provenance"]
-        if per_image:
+        if row.per_image:
             with (row.evaluation / "per_image.csv").open(newline="", encoding="utf-8") as file:
                 images = list(csv.DictReader(file))
             if len(images) != int(told.get("n", len(images))):

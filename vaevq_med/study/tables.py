@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.study.file import Report
+from vaevq_med.study.columns import BY_NAME, Column
 from vaevq_med.study.plan import Method, Plan
 from vaevq_med.study.published import Published, load_published
 from vaevq_med.study.rows import RowResult
@@ -22,56 +22,6 @@ from vaevq_med.study.statistics import (
     mean_and_spread,
     over_seeds,
 )
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of the table.
-
-    Attributes:
-        name: of the figure in the records and in the CSV.
-        title: what readers see.
-        digits: after the point.
-        scale: what the recorded value is multiplied by, for readers.
-        varies: whether seeds can differ in it.
-    """
-
-    name: str
-    title: str
-    digits: int
-    scale: float = 1.0
-    varies: bool = True
-
-    def show(self, value: float) -> str:
-        """A value for a reader."""
-        return f"{value * self.scale:,.{self.digits}f}"
-
-
-COLUMNS = (
-    Column("psnr", "PSNR (dB)", 2),
-    Column("ssim", "SSIM", 4),
-    Column("rfid", "rFID", 2),
-    Column("lpips", "LPIPS", 4),
-    Column("utilization", "Utilization (%)", 1, 100),
-    Column("perplexity", "Perplexity", 0),
-    Column("bits_per_position", "Bits per position", 2, varies=False),
-    Column("bits_per_pixel", "Bits per pixel", 3, varies=False),
-    Column("parameters", "Parameters (M)", 2, 1e-6, varies=False),
-    Column("images_per_second", "Training images/s", 1),
-    Column("peak_memory_bytes", "Peak memory (GB)", 2, 1e-9),
-)
-GENERATION_COLUMNS = (
-    Column("gfid", "gFID", 2),
-    Column("precision", "Precision", 3),
-    Column("recall", "Recall", 3),
-    Column("inception_score", "Inception score", 2),
-    Column("memorized_feature", "Memorized, features (%)", 1, 100),
-    Column("memorized_pixel", "Memorized, pixels (%)", 1, 100),
-    Column("parameters", "Parameters (M)", 2, 1e-6, varies=False),
-    Column("images_per_second", "Training images/s", 1),
-    Column("n", "N", 0, varies=False),
-)
-_BY_NAME = {column.name: column for column in (*COLUMNS, *GENERATION_COLUMNS)}
 
 
 @dataclass(frozen=True)
@@ -149,7 +99,7 @@ class Table:
     tests: tuple[PairedTest, ...]
     notes: tuple[str, ...]
     published: Published | None = None
-    candidates: tuple[Column, ...] = COLUMNS
+    candidates: tuple[Column, ...] = ()
 
     @property
     def columns(self) -> list[Column]:
@@ -176,7 +126,7 @@ class Table:
     def _head(self) -> list[str]:
         arrows = {True: " ↑", False: " ↓", None: ""}
         titles = [column.title + arrows[HIGHER_IS_BETTER.get(column.name)] for column in self.columns]
-        return ["Method", *titles, *(f"{_BY_NAME[name].title}, paper" for name in self._paper(self.methods[0]))]
+        return ["Method", *titles, *(f"{BY_NAME[name].title}, paper" for name in self._paper(self.methods[0]))]
 
     def _body(self, escape: Callable[[str], str], plus_minus: str, bold: str) -> Iterator[list[str]]:
         """The cells of each method."""
@@ -264,22 +214,6 @@ def _named_parts(name: str, figure: Figure) -> dict[str, float]:
     return {name if part == "mean" else f"{name}_{part}": value for part, value in vars(figure).items()}
 
 
-def chosen_columns(report: Report, columns: Sequence[Column]) -> tuple[Column, ...]:
-    """The columns that a report names, in its order; all where it names none.
-
-    Raises:
-        VaevqMedError: there is no such column.
-    """
-    names = report.figures
-    if names is None:
-        return tuple(columns)
-    known = {column.name: column for column in columns}
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise VaevqMedError(f"report.figures has {unknown[0]}; expected some of {', '.join(known)}")
-    return tuple(known[name] for name in names)
-
-
 def make_table(plan: Plan, results: Sequence[RowResult]) -> Table:
     """The table over finished rows, at least one, in the order of the plan.
 
@@ -316,7 +250,7 @@ def _check_alike(results: Sequence[RowResult], keys: Sequence[str]) -> None:
 
 
 def _sentence(test: PairedTest, titles: Mapping[str, str]) -> str:
-    pair = f"{_BY_NAME[test.metric].title}: {titles[test.best]} over {titles[test.next]}, mean difference"
+    pair = f"{BY_NAME[test.metric].title}: {titles[test.best]} over {titles[test.next]}, mean difference"
     head = f"{pair} {test.difference:+.4g} over {test.n} {test.unit if test.n != 1 else test.unit[:-1]}"
     value = "no p-value" if test.p_value is None else f"Wilcoxon signed-rank p = {test.p_value:.3g}"
     return f"{head}, {value}{f' ({test.note})' if test.note else ''}."
