@@ -18,7 +18,7 @@ from vaevq_med.cli import makers
 from vaevq_med.cli import study as studies
 from vaevq_med.cli.flags import with_flags
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.evaluation.options import EvaluateOptions
+from vaevq_med.evaluation.options import CodebookOptions, EvaluateOptions
 from vaevq_med.tokens.options import EncodeOptions
 
 if TYPE_CHECKING:
@@ -61,6 +61,11 @@ def _root(
 # --- data preparation -------------------------------------------------------------------------------
 
 
+Recipe = Annotated[str, typer.Option(help="A recipe of preprocessing/, or a .json file of your own.")]
+Workers = Annotated[int | None, typer.Option(help="Processes; by default one a core.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done and the space it takes.")]
+
+
 def _show_counts(title: str, patients: dict[str, int], slices: dict[str, int] | None = None) -> None:
     for split, count in patients.items():
         tail = "" if slices is None else f", {slices[split]} slices"
@@ -71,15 +76,13 @@ def _show_counts(title: str, patients: dict[str, int], slices: dict[str, int] | 
 def slice_extract(
     source: Annotated[Path, typer.Argument(metavar="INPUT", help="Folder of cases, under any nesting.")],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder of the data set.")],
-    recipe: Annotated[
-        str, typer.Option(help="A recipe of preprocessing/, or a .json file of your own.")
-    ] = "brats24/axial_256",
+    recipe: Recipe = "brats24/axial_256",
     size: Annotated[int | None, typer.Option(help="Side of the slices in pixels, in place of the recipe's.")] = None,
     image_format: Annotated[
         Literal["png", "png16", "npy"] | None,
         typer.Option("--format", help="8- or 16-bit PNG, or float32 .npy, in place of the recipe's."),
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes; by default one a core.")] = None,
+    workers: Workers = None,
     split_file: Annotated[
         Path | None, typer.Option(help="JSON {patient: split} or CSV patient,split, in place of the recipe's rule.")
     ] = None,
@@ -90,7 +93,7 @@ def slice_extract(
         str | None,
         typer.Option(help="What the segmentations' values mean: brats2021, brats2024, brats2024-ped or decathlon."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and the space it takes.")] = False,
+    dry_run: DryRun = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace slices that another recipe made.")] = False,
 ) -> None:
     """Turn volumes (BraTS 2017-2024, Decathlon, or a CSV of paths) into a data set of 2D slices, split by patient.
@@ -143,9 +146,7 @@ def imagenet_prepare(
         Path, typer.Argument(metavar="INPUT", help="Folder of train/ and val/, of the archives, or of any images.")
     ],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder of the data set.")],
-    recipe: Annotated[
-        str, typer.Option(help="A recipe of preprocessing/, or a .json file of your own.")
-    ] = "imagenet/original",
+    recipe: Recipe = "imagenet/original",
     resize: Annotated[
         int | None, typer.Option(help="Shrink to this shorter side, e.g. 256 or 288, in place of the recipe's.")
     ] = None,
@@ -162,8 +163,8 @@ def imagenet_prepare(
     no_classes: Annotated[
         bool, typer.Option("--no-classes", help="Subfolders of a folder without train/ are no classes.")
     ] = False,
-    workers: Annotated[int | None, typer.Option(help="Processes; by default one a core.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and the space it takes.")] = False,
+    workers: Workers = None,
+    dry_run: DryRun = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace images that another recipe made.")] = False,
 ) -> None:
     """Turn ImageNet (class folders or ILSVRC2012 archives), or any folder of images, into a data set with a datalist.
@@ -295,7 +296,7 @@ def phantom(
     subjects: Annotated[int, typer.Option(help="Patients to make; every third has two timepoints.")] = 6,
     seed: Annotated[int, typer.Option(help="Another seed makes other patients.")] = 0,
     shape: Annotated[str, typer.Option(help="Voxels of a volume; fewer are larger ones.")] = "182,218,182",
-    workers: Annotated[int | None, typer.Option(help="Processes; by default one a core.")] = None,
+    workers: Workers = None,
 ) -> None:
     """Write synthetic brains with a tumor, in BraTS 2024 layout and naming."""
     from vaevq_med.prepare.phantom.subjects import PhantomConfig
@@ -330,39 +331,16 @@ def weights() -> None:
 
 
 @app.command("feature-codebook")
+@with_flags(CodebookOptions)
 def feature_codebook(
     dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Folder of dataset.json.")],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="File to write, .npz.")],
-    num_embeddings: Annotated[int, typer.Option(help="K, codewords in all.")],
-    network: Annotated[str, typer.Option(help="Feature network, see docs/feature_networks.md.")] = "efficientnet-lite0",
-    weights: Annotated[Path | None, typer.Option(help="File of its weights, where not in a usual place.")] = None,
-    grid: Annotated[int, typer.Option(help="Features of an image along each axis.")] = 8,
-    image_size: Annotated[int, typer.Option(help="Pixels that images are resized and cropped to.")] = 256,
-    per_class: Annotated[bool, typer.Option(help="Cluster the images of each contrast or class apart.")] = True,
-    max_items: Annotated[int | None, typer.Option(help="Look at this many images, evenly spaced.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Images at once.")] = 32,
-    workers: Annotated[int | None, typer.Option(help="Processes that read images; by default one a core.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the images' order and of the clusters' start.")] = 0,
-    device: Annotated[str | None, typer.Option(help="By default the GPU, where there is one.")] = None,
+    options: CodebookOptions,
 ) -> None:
     """Cluster a feature network's features of the training images: the frozen codebook of VQGAN-LC."""
     from vaevq_med.evaluation.codebook import FeatureCodebook
 
-    command = FeatureCodebook(
-        dataset=dataset,
-        output=output,
-        num_embeddings=num_embeddings,
-        network=network,
-        weights=weights,
-        grid=grid,
-        image_size=image_size,
-        per_class=per_class,
-        max_items=max_items,
-        batch_size=batch_size,
-        workers=workers,
-        seed=seed,
-        device=device,
-    )
+    command = FeatureCodebook(dataset=dataset, output=output, **vars(options))
     with _progress() as progress:
         task = progress.add_task("images", total=None)
         report = command.run(

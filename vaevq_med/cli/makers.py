@@ -80,7 +80,24 @@ class Maker:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compare(Maker):
+class _Tokenizers(Maker):
+    slurm: Path | None = option(None, "Write a SLURM array script with a task a training ('-' prints it) and end.")
+    row: int | None = option(None, "Do this training only, from 0, and evaluate it: a task of an array job.")
+
+    def chosen(self) -> list[dict[str, Any]]:
+        """The methods."""
+        raise NotImplementedError
+
+    def content(self) -> dict[str, Any]:
+        """What the study is of, as a file has it."""
+        methods = self.chosen()
+        shared, own = _assignments("set", self.assignments, [method["name"] for method in methods])
+        full = [_with(method, set=own[method["name"]]) for method in methods]
+        return {"study": "tokenizers", "methods": full, **_with({}, set=shared)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(_Tokenizers):
     """Train and evaluate tokenizers under one budget; write the table, its statistics and the figures.
 
     The same command goes on after an interruption and keeps what is finished. Exit code 0: all rows are there; 1: some
@@ -92,41 +109,32 @@ class Compare(Maker):
     methods: str = option(
         "vqgan,simvq,vaevq", "Overlays of the bundle, separated by commas; NAME=OVERLAY+OVERLAY joins several."
     )
-    slurm: Path | None = option(None, "Write a SLURM array script with a task a training ('-' prints it) and end.")
-    row: int | None = option(None, "Do this training only, from 0, and evaluate it: a task of an array job.")
 
-    def content(self) -> dict[str, Any]:
-        """What the study is of, as a file has it."""
-        known = {method["name"]: method for method in _bundled("table1")["methods"] if isinstance(method, dict)}
-        methods = []
+    def chosen(self) -> list[dict[str, Any]]:
+        """The methods."""
+        known, methods = _bundled("table1", "methods"), []
         for text in _parts(self.methods):
             name, equals, overlays = (piece.strip() for piece in text.partition("="))
             joined = {"name": name, "overlays": [piece.strip() for piece in overlays.split("+")]}
-            methods.append(joined if equals else dict(known.get(name, {"name": name})))
-        return {"study": "tokenizers", **self.with_values(methods)}
-
-    def with_values(self, methods: list[dict[str, Any]]) -> dict[str, Any]:
-        """The methods with what ``--set`` says of each, and what it says of all."""
-        shared, own = _assignments("set", self.assignments, [method["name"] for method in methods])
-        return {"methods": [_with(method, set=own[method["name"]]) for method in methods], **_with({}, set=shared)}
+            methods.append(joined if equals else known.get(name, {"name": name}))
+        return methods
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ablate(Compare):
+class Ablate(_Tokenizers):
     """Run the ablation (VQGAN; VLQ; VLQ + RCS; VLQ + DCR; all three), as ``compare`` does."""
 
     command = "ablate"
 
-    methods: str = option("", "Those of the study 'ablation' alone, with commas; all where empty.")
     output_dir: Path = option(Path("outputs/ablate"), "Folder of everything that is written.")
+
+    def chosen(self) -> list[dict[str, Any]]:
+        """The methods."""
+        return [*_bundled("ablation", "methods").values()]
 
     def content(self) -> dict[str, Any]:
         """What the study is of, as a file has it."""
-        file = _bundled("ablation")
-        known = [method if isinstance(method, dict) else {"name": method} for method in file["methods"]]
-        chosen = [method for method in known if not self.methods or method["name"] in _parts(self.methods)]
-        notes = {"report": {"notes": file["report"]["notes"]}}
-        return {"study": "tokenizers", "name": "ablate", **self.with_values(chosen), **notes}
+        return {"name": "ablate", **super().content(), "report": {"notes": _bundled("ablation")["report"]["notes"]}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,15 +184,12 @@ class CompareGeneration(Maker):
 
     def content(self) -> dict[str, Any]:
         """What the study is of, as a file has it."""
-        file = _bundled("table2")
-        generators = {part["name"]: part for part in file["generators"]}
+        generators, known = _bundled("table2", "generators"), _bundled("table2", "tokenizers", "methods")
         chosen = list(dict.fromkeys(_parts(self.generators)))
         unknown = [name for name in chosen if name not in generators]
         if unknown or not chosen:
             found = unknown[0] if unknown else self.generators
             raise VaevqMedError(f"generators: found {found!r}, expected {', '.join(generators)}")
-        titled = [part if isinstance(part, dict) else {"name": part} for part in file["tokenizers"]["methods"]]
-        known = {part["name"]: part for part in titled}
         tokenizers = self._tokenizers(known)
         names = [*chosen, *(part["name"] for part in tokenizers)]
         every, own = _assignments("set", self.assignments, names)
@@ -233,13 +238,17 @@ class CompareGeneration(Maker):
         return found
 
 
-def _bundled(name: str) -> dict[str, Any]:
+def _bundled(name: str, *way: str) -> dict[str, Any]:
+    """A bundled study, or one of its lists by name."""
     import yaml
 
     from vaevq_med.core.resources import study_path
 
-    content: dict[str, Any] = yaml.safe_load(study_path(name).read_text(encoding="utf-8"))
-    return content
+    content = yaml.safe_load(study_path(name).read_text(encoding="utf-8"))
+    for key in way:
+        content = content[key]
+    parts = [{"name": part} if isinstance(part, str) else part for part in content]
+    return {part["name"]: part for part in parts} if way else content
 
 
 def _with(part: Mapping[str, Any], **further: Any) -> dict[str, Any]:

@@ -192,28 +192,23 @@ def best_against_next(metric: str, methods: Mapping[str, Images]) -> list[Paired
         )
     differences = first.values[metric] - other.values[metric]
     unit, units = first.units()
-    patients = sorted({name for name in first.patients if name})
-    counts = np.bincount(units)
-    paired = np.bincount(units, weights=differences) / counts
+    patients, images = len({name for name in first.patients if name}), len(differences)
+    paired = np.bincount(units, weights=differences) / np.bincount(units)
     tests = []
     if patients:
-        few = len(patients)
-        if unit == "patients" and smallest_p_value(few) < LEVEL:
-            mean = float(paired.mean())
-            return [PairedTest(metric, best, second, unit, few, mean, wilcoxon(paired))]
-        mean = float(paired.mean()) if unit == "patients" else float(differences.mean())
+        values = paired if unit == "patients" else differences
+        enough = unit == "patients" and smallest_p_value(patients) < LEVEL
         note = (
-            f"{few} patient{'s' if few > 1 else ''}: too few for any p-value below {LEVEL}: "
-            f"the smallest possible is {smallest_p_value(few):.3g}, 6 patients are needed"
+            f"{patients} patient{'s' if patients > 1 else ''}: too few for any p-value below {LEVEL}: "
+            f"the smallest possible is {smallest_p_value(patients):.3g}, 6 patients are needed"
         )
-        tests.append(PairedTest(metric, best, second, "patients", few, mean, None, note))
-    note, p_value, count = "", None, len(differences)
-    if smallest_p_value(count) >= LEVEL:
-        note = f"{count} image{'s' if count > 1 else ''}: too few for any p-value below {LEVEL}"
-    else:
-        p_value = wilcoxon(differences)
-        if patients:
-            note = "images of one patient are not independent, so the p-value is too small"
-    mean = float(differences.mean())
-    tests.append(PairedTest(metric, best, second, "images", count, mean, p_value, note))
-    return tests
+        said = (wilcoxon(paired), "") if enough else (None, note)
+        tests.append(PairedTest(metric, best, second, "patients", patients, float(values.mean()), *said))
+        if enough:
+            return tests
+    few = smallest_p_value(images) >= LEVEL
+    note = "images of one patient are not independent, so the p-value is too small" if patients else ""
+    if few:
+        note = f"{images} image{'s' if images > 1 else ''}: too few for any p-value below {LEVEL}"
+    p_value = None if few else wilcoxon(differences)
+    return [*tests, PairedTest(metric, best, second, "images", images, float(differences.mean()), p_value, note)]
