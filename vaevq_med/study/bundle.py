@@ -154,18 +154,16 @@ def check_ids(
     Raises:
         VaevqMedError: naming the first such id, and the nearest known one.
     """
-    known = {name for _, places in chosen for config in places for name in config}
+    known = sorted({name for _, places in chosen for config in places for name in config})
     for key, places in chosen:
         root = key.split("#")[0].split("::")[0]
         if root in own:
             raise VaevqMedError(f"{option}: found {root!r}, which the comparison sets itself; expected its own option")
         if root not in known:
-            close = difflib.get_close_matches(root, sorted(known), n=1)
-            missing = "neither file has it" if len(files) > 1 else "the file has no such id"
-            hint = f"did you mean {close[0]!r}?" if close else missing
-            raise VaevqMedError(
-                f"{option}: found the unknown id {root!r}, expected one of {' or '.join(files)}; {hint}"
-            )
+            close = difflib.get_close_matches(root, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "no file has it"
+            expected = f"expected one of {' or '.join(files)}"
+            raise VaevqMedError(f"{option}: found the unknown id {root!r}, {expected}; {hint}")
         if not any(has_id(config, key) for config in places):
             where = f"neither {' nor '.join(files)} has" if len(files) > 1 else f"{files[0]} does not have"
             raise VaevqMedError(f"{option}: found {key!r}, which {where} a place for")

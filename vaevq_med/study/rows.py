@@ -163,31 +163,29 @@ def check_settings(plan: Plan) -> None:
         VaevqMedError: naming the first setting that differs.
         DataError: the data set is missing or damaged.
     """
-    record = read_plan_record(plan.study.output)
-    advice = "choose another output"
-    found, expected = (_without(settings, plan.changeable) for settings in (record.get("shared", {}), plan.shared()))
+    record, shared = read_plan_record(plan.study.output), plan.shared()
     if record:
-        difference = first_difference(found, expected)
-        if difference is not None:
-            raise VaevqMedError(f"{plan.study.output}: found a comparison with {difference}; {advice}")
+        _check_alike(f"{plan.study.output}: found a comparison", record["shared"], shared, plan.changeable)
     for row in plan.rows():
-        stored = read_json(row.folder / _ROW_RECORD, "hash", "status", "settings")
-        if stored is None:
-            continue
-        settings = row.settings()
-        if stored["hash"] != settings_hash(settings):
-            difference = first_difference(_without(stored["settings"], row.redone), _without(settings, row.redone))
-            if difference is not None:
-                raise VaevqMedError(f"{row.folder}: found a row with {difference}; {advice}")
+        stored = _stored(row)
+        if stored is not None:
+            _check_alike(f"{row.folder}: found a row", stored["settings"], row.settings(), row.redone)
 
 
-def _without(settings: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if key not in names}
+def _check_alike(found: str, old: Mapping[str, Any], new: Mapping[str, Any], changeable: Container[str]) -> None:
+    kept = ({key: value for key, value in one.items() if key not in changeable} for one in (old, new))
+    difference = first_difference(*kept)
+    if difference is not None:
+        raise VaevqMedError(f"{found} with {difference}; choose another output")
+
+
+def _stored(row: Row) -> dict[str, Any] | None:
+    return read_json(row.folder / _ROW_RECORD, "hash", "status", "settings")
 
 
 def is_finished(row: Row) -> bool:
     """Whether the row was trained and evaluated with these settings."""
-    stored = read_json(row.folder / _ROW_RECORD, "hash", "status", "settings")
+    stored = _stored(row)
     if stored is None or stored["status"] != "finished" or stored["hash"] != settings_hash(row.settings()):
         return False
     if row.method.decodes and _evaluated(row) != _evaluated(row.trained):
@@ -197,7 +195,7 @@ def is_finished(row: Row) -> bool:
 
 def _kept_commands(row: Row, settings: Mapping[str, Any]) -> list[str]:
     """Commands of an unfinished row that ended with these settings in an earlier call, and left their files."""
-    stored = read_json(row.folder / _ROW_RECORD, "hash", "status", "settings")
+    stored = _stored(row)
     if stored is None:
         return []
     outputs = row.outputs()
@@ -310,22 +308,23 @@ def _run_row(state: RowState, parent_run_id: str | None, on_update: Callable[[],
     record: dict[str, Any] = {"hash": settings_hash(settings), "status": "started", "settings": settings}
     if row.outputs():
         record["ended"] = kept
-    target = row.folder / _ROW_RECORD
-    atomic_write_text(target, json.dumps(record, indent=1) + "\n")
     began = time.monotonic()
+
+    def note(**further: str) -> None:
+        atomic_write_text(row.folder / _ROW_RECORD, json.dumps({**record, **further}, indent=1) + "\n")
 
     def show(line: str) -> None:
         state.detail, state.seconds = line, time.monotonic() - began
         on_update()
 
-    def fail(detail: str) -> None:
-        state.status = "failed"
+    def end(status: str, detail: str = "") -> None:
+        note(status=status, **({"error": detail} if detail else {}))
+        state.status = status
         show(detail)
-        atomic_write_text(target, json.dumps({**record, "status": "failed", "error": detail}, indent=1) + "\n")
 
+    note()
     if row.method.decodes and not is_finished(row.trained):
-        fail(f"{row.trained.label} is not finished, which this row decodes")
-        return
+        return end("failed", f"{row.trained.label} is not finished, which this row decodes")
     commands = row.commands(parent_run_id)
     # What comes before a command that has ended, e.g. the encoding, was for that alone.
     skipped = [*commands].index(kept[-1]) + 1 if kept else 0
@@ -335,12 +334,8 @@ def _run_row(state: RowState, parent_run_id: str | None, on_update: Callable[[],
         start = state.log.stat().st_size if state.log.is_file() else 0
         code = call(command, state.log, show)
         if code != 0:
-            fail(f"{status} ended with exit code {code}: {error_line(state.log, start)}")
-            return
+            return end("failed", f"{status} ended with exit code {code}: {error_line(state.log, start)}")
         if status in row.outputs():
             kept.append(status)
-            atomic_write_text(target, json.dumps(record, indent=1) + "\n")
-    record |= {"status": "finished"}
-    atomic_write_text(target, json.dumps(record, indent=1) + "\n")
-    state.status = "finished"
-    show("")
+            note()
+    end("finished")
