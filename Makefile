@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench overlays install clean
+.PHONY: demo test lint bench install clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -23,18 +23,12 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/nearest_codeword.py
 	$(BIN)/python benchmarks/quantizers.py
 	$(BIN)/python benchmarks/slice_extract.py
-
-# Overlays are written for bundles/brats and hold for bundles/imagenet too, but for these.
-BRATS_ONLY := demo
-
-overlays:
-	cp $(filter-out $(BRATS_ONLY:%=bundles/brats/overlays/%.json),$(wildcard bundles/brats/overlays/*.json)) bundles/imagenet/overlays
-	cp bundles/brats/overlays_generation/*.json bundles/imagenet/overlays_generation
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -13,6 +13,7 @@ from PIL import Image
 
 MODALITIES = ("t1n", "t1c", "t2w", "t2f")
 BUNDLE = Path(__file__).resolve().parents[1] / "bundles" / "brats"
+OVERLAYS = BUNDLE.parent / "overlays"
 
 
 def write_slice_dataset(root: Path, *, size: int = 32, slices: int = 4, seed: int = 0) -> Path:
@@ -113,7 +114,7 @@ def trainer_of(overrides: dict[str, Any], *overlays: str) -> Any:
     """The BraTS bundle's trainer of a tokenizer, ready to run."""
     from monai.bundle import ConfigWorkflow
 
-    files = [str(BUNDLE / "train.json"), *(str(BUNDLE / "overlays" / f"{name}.json") for name in overlays)]
+    files = [str(BUNDLE / "train.json"), *(str(OVERLAYS / f"{name}.json") for name in overlays)]
     workflow = ConfigWorkflow(config_file=files, workflow_type="train", **overrides)
     workflow.initialize()
     return workflow.parser.get_parsed_content("train#trainer")

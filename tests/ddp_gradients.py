@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,9 +48,17 @@ def wake(network: torch.nn.Module) -> None:
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=draws))
 
 
+def note_threads(path: Path) -> None:
+    """Write the names of the threads that are left, where the system tells them."""
+    tasks = Path("/proc/self/task")
+    path.write_text("\n".join(task.joinpath("comm").read_text().strip() for task in tasks.glob("*")))
+
+
 def main(files: list[str], overrides: dict[str, Any], output: str) -> None:
     """Train one iteration and write what a comparison needs."""
     torch.set_num_threads(1)
+    # What is registered first is called last: this is how the process goes.
+    atexit.register(note_threads, Path(f"{output}.threads_of_{os.environ.get('RANK', 0)}"))
     DiagonalGaussian.sample = deterministic_sample  # type: ignore[method-assign]
     workflow = ConfigWorkflow(config_file=files, workflow_type="train", **overrides)
     workflow.initialize()

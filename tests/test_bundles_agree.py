@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,10 @@ import pytest
 from conftest import BUNDLE
 from monai.bundle import ConfigParser
 
+from vaevq_med.core.resources import overlay_files
 from vaevq_med.training.config import check_config
 
 BRATS, IMAGENET = BUNDLE, BUNDLE.parent / "imagenet"
-MAKEFILE = BUNDLE.parents[1] / "Makefile"
-BRATS_ONLY = {"demo"}
-IMAGENET_ONLY = {"random_resized_crop"}
 SHARED = {"bundle_root", "dataset_dir", "output_dir"}
 GENERATION = {"bundle_root", "dataset_dir", "output_dir", "experiment"}
 DIFFERENT = {
@@ -33,10 +30,6 @@ DIFFERENT = {
     },
 }
 """Ids whose values differ, by file; everything below them may."""
-
-
-def overlays(bundle: Path) -> set[str]:
-    return {path.stem for path in (bundle / "overlays").glob("*.json")}
 
 
 def flat(config: Any, path: str = "") -> dict[str, Any]:
@@ -60,36 +53,12 @@ def test_the_folders_hold_the_same_files() -> None:
     def names(bundle: Path) -> set[str]:
         return {path.name for path in bundle.iterdir()}
 
-    assert names(BRATS) == names(IMAGENET)
+    assert names(BRATS) == names(IMAGENET) - {"overlays"}
     assert (BRATS / "logging.conf").read_bytes() == (IMAGENET / "logging.conf").read_bytes()
 
 
-def test_the_overlays_are_copies() -> None:
-    assert overlays(BRATS) - overlays(IMAGENET) == BRATS_ONLY, "run: make overlays"
-    assert overlays(IMAGENET) - overlays(BRATS) == IMAGENET_ONLY
-    changed = [
-        name
-        for name in sorted(overlays(BRATS) & overlays(IMAGENET))
-        if (BRATS / "overlays" / f"{name}.json").read_bytes() != (IMAGENET / "overlays" / f"{name}.json").read_bytes()
-    ]
-    assert changed == [], "run: make overlays"
-
-
-def test_the_makefile_names_the_same_exceptions() -> None:
-    (names,) = re.findall(r"^BRATS_ONLY := (.*)$", MAKEFILE.read_text(), re.MULTILINE)
-    assert set(names.split()) == BRATS_ONLY
-
-
-def test_the_overlays_of_the_generators_are_copies() -> None:
-    brats, imagenet = (
-        {path.name: path.read_bytes() for path in (bundle / "overlays_generation").iterdir()}
-        for bundle in (BRATS, IMAGENET)
-    )
-    assert brats == imagenet, "run: make overlays"
-
-
-@pytest.mark.parametrize("name", sorted(overlays(IMAGENET)))
+@pytest.mark.parametrize("name", list(overlay_files(IMAGENET)))
 def test_every_overlay_is_read_by_the_imagenet_bundle(name: str) -> None:
     parser = ConfigParser()
-    parser.read_config([str(IMAGENET / "train.json"), str(IMAGENET / "overlays" / f"{name}.json")])
+    parser.read_config([str(IMAGENET / "train.json"), str(overlay_files(IMAGENET)[name])])
     check_config(parser.get())

@@ -27,7 +27,7 @@ from vaevq_med.cli.study import _status_table
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.folder import Workplace
 from vaevq_med.study import rows as rows_module
-from vaevq_med.study.bundle import TITLES, Bundle
+from vaevq_med.study.bundle import Bundle
 from vaevq_med.study.command import RunStudy
 from vaevq_med.study.file import Budget
 from vaevq_med.study.rows import STATE, RowState, call, error_line, last_line
@@ -312,7 +312,9 @@ def test_methods_are_the_overlays_of_the_bundle(slice_dataset: Path) -> None:
     assert (vaevq.overlays, mine.overlays) == (("paper",), ("simvq", "f16"))
     ablation = titles(slice_dataset, methods="", kind="ablate")
     assert list(ablation) == ABLATION
-    assert [*ablation.values()] == [TITLES[name] for name in ABLATION]
+    assert [*ablation.values()] == [
+        *("M0: VQGAN", "SimVQ", "M1: + VLQ", "M2: + VLQ, RCS", "M3: + VLQ, DCR", "full: + VLQ, RCS, DCR")
+    ]
     for text, said in (
         ("vgqan", "did you mean 'vqgan'"),
         ("a=simvq+fsqq", "'fsqq'"),
@@ -343,7 +345,7 @@ def test_columns_of_the_same_title_are_all_drawn(tmp_path: Path) -> None:
 
 
 def test_a_bundle_may_be_a_folder(tmp_path: Path) -> None:
-    assert Bundle.find(str(BUNDLE)).overlays() == Bundle.find("brats").overlays()
+    assert Bundle.find(str(BUNDLE)).read("train.json") == Bundle.find("brats").read("train.json")
     (tmp_path / "train.json").write_text("{}")
     with pytest.raises(VaevqMedError, match=r"no evaluate\.json"):
         Bundle.find(str(tmp_path))
@@ -355,7 +357,7 @@ def test_both_bundles_can_be_compared(slice_dataset: Path, tmp_path: Path) -> No
     command = make("compare", tmp_path, bundle="imagenet", methods="vqgan,vaevq", dataset_dir=slice_dataset)
     training, evaluation = command.plan.rows()[1].commands().values()
     names = [Path(file).relative_to(BUNDLE.parent).as_posix() for file in flags(training)["config_file"]]
-    assert names == ["imagenet/train.json", "imagenet/overlays/paper.json"]
+    assert names == ["imagenet/train.json", "overlays/paper.json"]
     parser = ConfigParser()
     parser.read_config(flags(training)["config_file"])
     handlers = [handler["_target_"] for handler in parser.get()["train"]["handlers"]]
@@ -553,6 +555,7 @@ def test_torchrun_is_known_wherever_it_stands(
 @pytest.mark.parametrize("content", ['{"a":', "[1]", '{"network_def": 3}'])
 def test_an_overlay_that_is_none_is_one_line(content: str, slice_dataset: Path, tmp_path: Path) -> None:
     shutil.copytree(BUNDLE, tmp_path / "brats")
+    (tmp_path / "brats/overlays").mkdir()
     (tmp_path / "brats/overlays/mine.json").write_text(content)
     # What it says of the network is read by a sweep alone; a row's own run refuses it otherwise.
     for kind in ("sweep",) if "network_def" in content else ("compare", "sweep"):

@@ -11,7 +11,7 @@ from typing import Any
 import ddp_codebook
 import pytest
 import torch
-from conftest import BUNDLE
+from conftest import BUNDLE, OVERLAYS
 from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 from test_bundle import evaluation_overrides, run_bundle, states_equal
@@ -285,7 +285,7 @@ def test_the_overlay_with_revival_evaluates_and_resumes_as_an_unbroken_run(
         "network_def#quantizer#revival_threshold": 20.0,
         "network_def#quantizer#revival_count": 40.0,
     }
-    overlay = BUNDLE / "overlays" / "vqgan_ema_revival.json"
+    overlay = OVERLAYS / "vqgan_ema_revival.json"
     whole, broken = ({**overrides, "output_dir": str(tmp_path / name)} for name in ("whole", "broken"))
     run_bundle("train.json", whole, "vqgan_ema_revival", run_id="training")
     workflow = ConfigWorkflow(

@@ -16,12 +16,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BUNDLE
+from conftest import BUNDLE, OVERLAYS
 from monai.bundle import ConfigParser
+
+from vaevq_med.core.resources import overlay_files
 
 BUNDLES = (BUNDLE, BUNDLE.parent / "imagenet")
 FOLDER = BUNDLE.parents[1] / "benchmarks" / "gpu"
-# The bundles' overlays are copies, so that each is walked in both precisions, in one bundle each.
+# Both bundles have the shared overlays, so that each is walked in both precisions, in one bundle each.
 PRECISION = {"brats": "bf16", "imagenet": "fp32"}
 BASIC = {"precision", "micro_batch_size", "batch_size", "max_epochs", "image_size"}
 MOST_GIB_AN_IMAGE = 1.5
@@ -44,17 +46,16 @@ def fake() -> Iterator[ModuleType]:
         sys.path.remove(str(FOLDER))
 
 
-def cases(folder: str) -> list[Any]:
+def cases(kind: str) -> list[Any]:
     """Each bundle with each overlay, and with none."""
 
     def marks(bundle: Path, path: Path | None) -> list[pytest.MarkDecorator]:
-        copy = path is not None and bundle != BUNDLE and (BUNDLE / folder / path.name).is_file()
-        return [pytest.mark.slow] if copy else []
+        return [pytest.mark.slow] if path is not None and bundle != BUNDLE and OVERLAYS in path.parents else []
 
     return [
         pytest.param(bundle, path, marks=marks(bundle, path), id=f"{bundle.name}-{path.stem if path else 'default'}")
         for bundle in BUNDLES
-        for path in (None, *sorted((bundle / folder).glob("*.json")))
+        for path in (None, *overlay_files(bundle, kind).values())
     ]
 
 
@@ -109,7 +110,7 @@ def walk(mode: Any, trainer: Any, batch: dict[str, torch.Tensor], first: int) ->
     return output
 
 
-@pytest.mark.parametrize(("bundle", "overlay"), cases("overlays"))
+@pytest.mark.parametrize(("bundle", "overlay"), cases(""))
 def test_a_tokenizer_is_trained_and_evaluated(fake: ModuleType, bundle: Path, overlay: Path | None) -> None:
     """A whole step with the GAN on and its update, and a batch of evaluation, by every overlay."""
     if overlay is not None and overlay.stem == "multi_gpu":
@@ -140,7 +141,7 @@ def test_a_tokenizer_is_trained_and_evaluated(fake: ModuleType, bundle: Path, ov
 
 
 @pytest.mark.parametrize("kind", sorted(SMALL_GENERATOR))
-@pytest.mark.parametrize(("bundle", "overlay"), cases("overlays_generation"))
+@pytest.mark.parametrize(("bundle", "overlay"), cases("generation"))
 def test_a_generator_is_trained(fake: ModuleType, bundle: Path, overlay: Path | None, kind: str) -> None:
     if overlay is not None and overlay.stem == "generator_multi_gpu":
         pytest.skip("DistributedDataParallel's reducer is C++ that reads the memory of parameters, which fakes lack")

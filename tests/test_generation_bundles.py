@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import BUNDLE, MODALITIES
+from conftest import BUNDLE, MODALITIES, OVERLAYS
 from ignite.engine import Events
 from monai.bundle import ConfigParser, ConfigWorkflow
 from PIL import Image
@@ -419,7 +419,7 @@ def test_two_processes_have_the_gradients_of_one(kind: str, stores: dict[str, Pa
     found = []
     for processes in (1, 2):
         overrides |= {"batch_size": 4 // processes, "output_dir": str(tmp_path / f"of{processes}")}
-        overlays = ["../overlays_generation/generator_multi_gpu"] if processes > 1 else []
+        overlays = ["generation/generator_multi_gpu"] if processes > 1 else []
         output = tmp_path / f"{processes}.pt"
         found.append(gradients(processes, overrides, overlays, output, file=f"train_{kind}.json"))
     one, two = (result["network"] for result in found)
@@ -489,29 +489,29 @@ def test_a_grid_of_pictures_places_each() -> None:
     assert found.tolist() == [[1, 1, 255, 2, 2], [255] * 5, [3, 3, 255, 255, 255]]
 
 
-OVERLAYS = [
+CONFIGURED = [
     *[(f"train_{kind}.json", f"{kind}_small_cpu") for kind in KINDS],
     *[(f"train_{kind}.json", "generator_multi_gpu") for kind in KINDS],
     *[("train_autoregressive.json", f"autoregressive_{size}") for size in ("s", "l", "xl")],
 ]
 
 
-@pytest.mark.parametrize(("file", "overlay"), OVERLAYS)
+@pytest.mark.parametrize(("file", "overlay"), CONFIGURED)
 def test_every_overlay_is_read(file: str, overlay: str) -> None:
     for bundle in (BUNDLE, BUNDLE.parent / "imagenet"):
         parser = ConfigParser()
-        path = bundle / "overlays_generation" / f"{overlay}.json"
+        path = OVERLAYS / "generation" / f"{overlay}.json"
         parser.read_config([str(bundle / file), str(path)])
         check_config(parser.get())
         for key in json.loads(path.read_text()):
-            assert key == "_notes_" or parser[key] is not None
-    assert {path.stem for path in (BUNDLE / "overlays_generation").iterdir()} == {name for _, name in OVERLAYS}
+            assert key in ("_notes_", "_title_") or parser[key] is not None
+    assert {path.stem for path in (OVERLAYS / "generation").iterdir()} == {name for _, name in CONFIGURED}
 
 
 @pytest.mark.parametrize(("size", "millions"), [("s", 34.2), ("l", 342.9), ("xl", 774.7)])
 def test_overlays_have_the_published_sizes(size: str, millions: float) -> None:
     parser = ConfigParser()
-    overlay = BUNDLE / "overlays_generation" / f"autoregressive_{size}.json"
+    overlay = OVERLAYS / "generation" / f"autoregressive_{size}.json"
     parser.read_config([str(BUNDLE / "train_autoregressive.json"), str(overlay)])
     parser.update({"num_embeddings": 16384, "num_codebooks": 1, "grid_size": [16, 16], "num_classes": 1000})
     with torch.device("meta"):

@@ -118,26 +118,26 @@ def test_no_part_starts_when_the_time_is_up(tmp_path: Path, environment: dict[st
 def test_an_error_and_a_part_that_takes_too_long_are_lines(tmp_path: Path, module: Any) -> None:
     """And the parts after them run."""
     record_module = module("_record")
-    record = record_module.Record(tmp_path / "r.json", record_module.process_age() + 60, {})
+    record = record_module.Record(tmp_path / "r.json", record_module.process_age() + 600, {})
 
     def fails() -> None:
         raise RuntimeError("CUDA error:\n  an illegal memory access")
 
     def hangs() -> None:
         try:
-            time.sleep(20)
+            time.sleep(200)
         except Exception:  # as a library might
-            time.sleep(20)
+            time.sleep(200)
 
     # Somebody else's alarm, such as that of pytest-timeout, is still there afterwards.
     before, alarm = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)[0]
-    signal.setitimer(signal.ITIMER_REAL, alarm or 100)
+    signal.setitimer(signal.ITIMER_REAL, alarm or 200)
     started = time.monotonic()
-    assert not record.run("fails", fails, at_most=5, needs=0)
+    assert not record.run("fails", fails, at_most=50, needs=0)
     assert not record.run("hangs", hangs, at_most=0.2, needs=0)
     assert not record.run("late", fails, at_most=5, needs=10**6)
-    assert record.run("works", lambda: record.say("works", figure=1.5), at_most=5, needs=0)
-    assert time.monotonic() - started < 5
+    assert record.run("works", lambda: record.say("works", figure=1.5), at_most=50, needs=0)
+    assert time.monotonic() - started < 100
     stored = {line["part"]: line for line in json.loads((tmp_path / "r.json").read_text())["lines"]}
     assert stored["fails"]["error"] == "RuntimeError: CUDA error: an illegal memory access"
     assert "in fails" in stored["fails"]["traceback"]
@@ -145,7 +145,7 @@ def test_an_error_and_a_part_that_takes_too_long_are_lines(tmp_path: Path, modul
     assert "it takes 1000000" in stored["late"]["skipped"]
     assert stored["works"]["figure"] == 1.5
     assert signal.getsignal(signal.SIGALRM) is before
-    assert (alarm or 100) - 6 < signal.setitimer(signal.ITIMER_REAL, alarm)[0] <= (alarm or 100)
+    assert (alarm or 200) - 100 < signal.setitimer(signal.ITIMER_REAL, alarm)[0] <= (alarm or 200)
 
 
 def test_goals_are_judged_on_a_gpu_alone(tmp_path: Path, module: Any) -> None:

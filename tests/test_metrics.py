@@ -6,6 +6,7 @@ import csv
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,9 +21,11 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.evaluation.pictures import reconstruction_grid, usage_histogram
 from vaevq_med.evaluation.reconstruction import ReconstructionEvaluation
+from vaevq_med.metrics.base import ImageMetric
 from vaevq_med.metrics.codebook import CodebookUsage
+from vaevq_med.metrics.figures import Figure
 from vaevq_med.metrics.frechet import FrechetDistance
-from vaevq_med.metrics.reconstruction import psnr_per_image, region_mean, region_psnr, ssim_per_image, to_unit
+from vaevq_med.metrics.reconstruction import PSNR, psnr_per_image, region_mean, region_psnr, ssim_per_image, to_unit
 from vaevq_med.networks.features import FeatureNetwork
 
 
@@ -378,6 +381,60 @@ def test_one_image_gives_null_where_nothing_can_be_said(tmp_path: Path) -> None:
     assert summary["region"] == {}
     assert set(report.overall()) == {"psnr", "ssim", "psnr_t1n", "ssim_t1n"}
     assert "biased upward: 1 images for 4 features" in report.conventions["rfid"]
+
+
+class LargestDeviation(ImageMetric):
+    """The largest error, which is no mean over pixels."""
+
+    figure = Figure("largest_error", "Largest error", 3, higher_is_better=False, convention="of any pixel")
+
+    def per_image(self, target: Tensor, reconstruction: Tensor) -> Tensor:
+        return (target - reconstruction).abs().amax(dim=(1, 2, 3))
+
+
+class Scalar(LargestDeviation):
+    def per_image(self, target: Tensor, reconstruction: Tensor) -> Tensor:
+        return (target - reconstruction).abs().max()
+
+
+def test_a_metric_of_ones_own_is_measured_and_described(tmp_path: Path) -> None:
+    evaluation = ReconstructionEvaluation(num_embeddings=4, metrics=[LargestDeviation(), PSNR()], uint8=False)
+    target, reconstruction = pair()
+    region = {"half": torch.arange(24).view(1, 1, 24).expand(4, 24, 24) < 12}
+    metadata = {"index": [0, 1, 2, 3], "modality": ["t1n", "t2f"] * 2}
+    evaluation.update(2 * target - 1, 2 * reconstruction - 1, None, metadata=metadata, regions=region)
+    report = evaluation.compute()
+    expected = np.abs(target.numpy() - reconstruction.numpy()).max(axis=(1, 2, 3))
+    np.testing.assert_allclose([row["largest_error"] for row in report.per_image], expected, rtol=1e-6)
+    assert report.summary["modality"]["t2f"]["largest_error"]["value"] == pytest.approx(expected[1::2].mean())
+    assert set(report.summary["overall"]) == {"largest_error", "psnr"}
+    # It has no figure of a region, where PSNR has one.
+    half = peak_signal_noise_ratio(target[0, 0, :, :12].numpy(), reconstruction[0, 0, :, :12].numpy(), data_range=1)
+    assert set(report.summary["region"]["half"]) == {"psnr"}
+    assert report.per_image[0]["psnr_half"] == pytest.approx(half, rel=1e-5)
+    report.save(tmp_path)
+    record = json.loads((tmp_path / "metrics.json").read_text())
+    assert record["conventions"]["largest_error"] == "of any pixel"
+    assert [figure["name"] for figure in record["figures"]] == ["largest_error", "psnr"]
+    assert Figure.of({**record["figures"][0], "of_a_later_version": 1}) == LargestDeviation.figure
+
+
+@pytest.mark.parametrize(
+    ("metrics", "said"),
+    [
+        ([PSNR(), PSNR()], "psnr, psnr, expected each name once"),
+        (["psnr"], "expected objects derived from ImageMetric"),
+    ],
+)
+def test_what_is_no_set_of_metrics_is_one_line(metrics: list[Any], said: str) -> None:
+    with pytest.raises(VaevqMedError, match=said):
+        ReconstructionEvaluation(num_embeddings=4, metrics=metrics)
+
+
+def test_a_metric_that_is_not_one_of_images_is_one_line() -> None:
+    evaluation = ReconstructionEvaluation(num_embeddings=4, metrics=[Scalar()])
+    with pytest.raises(VaevqMedError, match=r"largest_error: found figures of shape \[\], expected \[4\]"):
+        evaluation.update(*pair(), None, metadata={"index": [0, 1, 2, 3]})
 
 
 def test_a_region_that_the_last_batch_lacks_is_kept() -> None:

@@ -211,6 +211,7 @@ def test_values_reach_the_run_as_they_are_written() -> None:
 
 def test_a_method_is_named_by_its_overlay_or_by_the_study(tmp_path: Path) -> None:
     shutil.copytree(BUNDLE, tmp_path / "brats")
+    (tmp_path / "brats/overlays").mkdir()
     (tmp_path / "brats/overlays/cosine.json").write_text(json.dumps({"_title_": "CosineVQ", "max_epochs": 3}))
     outside = tmp_path / "outside.json"
     shutil.copy(tmp_path / "brats/overlays/cosine.json", outside)

@@ -1,4 +1,4 @@
-"""VLQ over every quantizer: what the bundle's README says works trains, and the rest is refused in one line."""
+"""VLQ over every quantizer: what the overlays' page says works trains, and the rest is refused in one line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BUNDLE, toy_config
+from conftest import BUNDLE, OVERLAYS, toy_config
 from monai.bundle import ConfigParser
 from test_factorized import quick, train_and_evaluate
 
@@ -29,12 +29,12 @@ SIZES: dict[str, dict[str, Any]] = {
 
 def readme_table() -> dict[str, str]:
     """What the table says of each overlay: ``yes``, ``no`` or an override."""
-    section = (BUNDLE / "README.md").read_text().split("### VLQ over another quantizer")[1]
+    section = (OVERLAYS / "README.md").read_text().split("## VLQ over another quantizer")[1]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("| `")]
     return {name: verdict.strip("`") for names, verdict, _ in rows for name in re.findall(r"`(\w+)`", names)}
 
 
-TABLE = {name: verdict for name, verdict in readme_table().items() if (BUNDLE / "overlays" / f"{name}.json").exists()}
+TABLE = {name: verdict for name, verdict in readme_table().items() if (OVERLAYS / f"{name}.json").exists()}
 WORKING = [name for name, verdict in TABLE.items() if verdict != "no"]
 
 
@@ -42,9 +42,9 @@ def step(name: str, overrides: dict[str, Any]) -> tuple[torch.nn.Module, Tokeniz
     """The loss of one training step of an overlay with VLQ, and its backward pass."""
     torch.manual_seed(0)
     parser = ConfigParser()
-    parser.read_config([str(BUNDLE / "train.json"), *(str(BUNDLE / "overlays" / f"{n}.json") for n in (name, "vlq"))])
+    parser.read_config([str(BUNDLE / "train.json"), *(str(OVERLAYS / f"{n}.json") for n in (name, "vlq"))])
     toy = quick(toy_config(Path("unread"), Path("unwritten")))
-    overlay = json.loads((BUNDLE / "overlays" / f"{name}.json").read_text())
+    overlay = json.loads((OVERLAYS / f"{name}.json").read_text())
     if "embedding_dim" in overlay:  # a method whose sizes depend on each other
         toy = {key: value for key, value in toy.items() if key not in overlay}
     parser.update(pairs=toy | SIZES.get(name, {}) | overrides)
@@ -65,7 +65,7 @@ def override(verdict: str) -> dict[str, Any]:
 def test_the_table_names_every_quantizer() -> None:
     general = {"paper", "paper_literal", "released", "information_matched"}
     found = set()
-    for path in (BUNDLE / "overlays").glob("*.json"):
+    for path in OVERLAYS.glob("*.json"):
         if "network_def#quantizer" in json.loads(path.read_text()) and not path.stem.startswith("ablation_"):
             found.add(path.stem)
     assert found - general <= set(TABLE)

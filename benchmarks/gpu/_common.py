@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vaevq_med.core.errors import DataError
-from vaevq_med.core.resources import bundle_path
+from vaevq_med.core.resources import bundle_path, overlay_path
 
 
 def pack(dataset_dir: Path, output: Path, image_size: int, max_items: Mapping[str, int]) -> None:
@@ -106,7 +106,7 @@ def configure(
     """The bundle's ``train.json`` with overlays, on packed slices, without tracking and validation during training."""
     root = bundle_path("brats")
     parser = ConfigParser()
-    parser.read_config([str(root / "train.json"), *(str(root / "overlays" / f"{name}.json") for name in overlays)])
+    parser.read_config([str(root / "train.json"), *(str(overlay_path(name, root)) for name in overlays)])
     parser.update(
         {
             "output_dir": str(scratch_folder()),

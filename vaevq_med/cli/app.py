@@ -17,6 +17,7 @@ import typer
 from vaevq_med.cli import makers
 from vaevq_med.cli import study as studies
 from vaevq_med.cli.flags import with_flags
+from vaevq_med.cli.overlays import overlays
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.evaluation.options import CodebookOptions, EvaluateOptions
 from vaevq_med.tokens.options import EncodeOptions
@@ -523,6 +524,7 @@ def demo(
 
 # --- comparison -------------------------------------------------------------------------------------
 
+app.command()(overlays)
 app.command("study")(studies.study)
 for _kind in (makers.Compare, makers.Ablate, makers.Sweep, makers.CompareGeneration):
     app.command(_kind.command)(studies.maker(_kind))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.core.resources import bundle_path
+from vaevq_med.core.resources import bundle_path, overlay_path
 
 _MARK = ".vaevq_med_demo"
 _SHAPE = ("--shape", "91,109,91")
@@ -71,7 +71,7 @@ class Demo:
         splits = self.output / "splits.json"
         splits.write_text(json.dumps(self._splits(volumes), indent=2) + "\n")
         self._call("Slices", *tool, "slice-extract", volumes, slices, "--size", "64", "--split-file", splits)
-        config = f"['{root / 'train.json'}','{root / 'overlays' / 'demo.json'}']"
+        config = f"['{root / 'train.json'}','{overlay_path('demo', root)}']"
         length = [] if epochs is None else ["--max_epochs", epochs]
         self._call("Training", *bundle, "training", "--config_file", config, *shared, "--seed", seed, *length)
         self._call("Evaluation", *bundle, "evaluating", "--config_file", root / "evaluate.json", *shared, *_SMALL)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from enum import StrEnum
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
+import typer.main
 
 
 def with_flags(kind: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -63,3 +64,28 @@ def _listed(hint: Any) -> Any:
             several: Any = list
             return several[_enumeration("Choice", [(value, value) for value in get_args(items[0])])] | None
     return hint
+
+
+def parse_flags(kind: type, words: Sequence[str]) -> dict[str, Any]:
+    """The options that words of a command line give, as a study file has them.
+
+    Raises:
+        ValueError: a word is no flag of these, or no value of one.
+    """
+    app = typer.Typer(add_completion=False, context_settings={"help_option_names": []})
+    app.command()(with_flags(kind)(lambda options: None))
+    command: Any = typer.main.get_command(app)
+    try:
+        context = command.make_context("", [*words])
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # Typer's or Click's, depending on Typer's version
+            raise
+        raise ValueError(" ".join(error.format_message().split())) from None
+    given = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]
+    return {name: _plain(context.params[name]) for name in given}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, int | float) else str(value)

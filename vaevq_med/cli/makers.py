@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from vaevq_med.cli.flags import parse_flags
 from vaevq_med.core.declared import option
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.evaluation.options import EvaluateOptions
+from vaevq_med.tokens.options import EncodeOptions
 
 if TYPE_CHECKING:
     from vaevq_med.study.file import Study
@@ -200,7 +203,7 @@ class CompareGeneration(Maker):
             name = part["name"]
             return _with(part, set=own[name], sample=own_sample[name], encode=encode[name])
 
-        evaluate = _given("evaluate", "evaluate-samples", _words("evaluate", self.evaluate))
+        evaluate = _given("evaluate", EvaluateOptions, _words("evaluate", self.evaluate))
         source = {} if self.source is None else {"from": str(self.source)}
         return {
             "study": "generators",
@@ -234,7 +237,7 @@ class CompareGeneration(Maker):
             name = head.strip() if colon and not head.lstrip().startswith("-") else ""
             if name not in found:
                 raise VaevqMedError(f"encode: found {text!r} for {name!r}, expected one of {', '.join(names)}")
-            found[name] |= _given("encode", "encode-tokens", _words("encode", rest if name else text))
+            found[name] |= _given("encode", EncodeOptions, _words("encode", rest if name else text))
         return found
 
 
@@ -310,35 +313,9 @@ def _value(text: str) -> Any:
     return value if alike else text
 
 
-def _given(flag: str, command: str, words: Sequence[str]) -> dict[str, Any]:
-    """The options that words of a command give, as the command reads them.
-
-    Raises:
-        VaevqMedError: the command would refuse them, or they are the study's to set.
-    """
-    import typer.main
-
-    from vaevq_med.cli.app import app
-
-    own = ("--kind", "--overwrite", "--output-dir", "--tokenizer", "--json", "--help", "-h")
-    taken = [word for word in words if word.partition("=")[0] in own]
-    if taken:
-        raise VaevqMedError(f"{flag}: found {taken[0]}, which the comparison sets itself; expected others")
-    places = {"encode-tokens": ["a", "b", "c"], "evaluate-samples": ["a", "b", "--output-dir", "c"]}[command]
-    commands: Any = typer.main.get_command(app)
+def _given(flag: str, kind: type, words: Sequence[str]) -> dict[str, Any]:
+    """The options of a command that words of its line give."""
     try:
-        context = commands.commands[command].make_context(command, [*places, *words])
-    except Exception as error:
-        if not hasattr(error, "format_message"):  # Typer's or Click's, depending on Typer's version
-            raise
-        said = " ".join(error.format_message().split())
-        raise VaevqMedError(f"{flag}: found {shlex.join(words)!r} ({said}), expected options of {command}") from None
-    arguments = {"checkpoint", "samples", "dataset", "output", "output_dir"}
-    given = {n for n in context.params if context.get_parameter_source(n).name == "COMMANDLINE"} - arguments
-    return {name: _plain(context.params[name]) for name in sorted(given)}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, int | float) else str(value)
+        return parse_flags(kind, words)
+    except ValueError as error:
+        raise VaevqMedError(f"{flag}: found {shlex.join(words)!r} ({error}), expected further options") from None

@@ -1,23 +1,31 @@
-"""Where the bundles, studies and recipes are: inside an installed package, or at the top of a checkout."""
+"""Where the bundles, overlays, studies and recipes are: inside an installed package, or at the top of a checkout."""
 
 from __future__ import annotations
 
+import difflib
+import json
 from pathlib import Path
 
 from vaevq_med.core.errors import VaevqMedError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_CHOICES = {"bundles": "*/train.json", "bundles/studies": "*.yaml", "preprocessing": "*/*.json"}
+# What names the resources of a folder: a bundle is a folder with metadata.json, a recipe a file.
+_KNOWN_BY = {"bundles": "*/metadata.json", "bundles/studies": "*.yaml", "preprocessing": "*/*.json"}
 
 
 def _find(folder: str, name: str) -> Path:
-    roots = [root / folder for root in (_PACKAGE, _PACKAGE.parent)]
-    for root in roots:
-        if (root / name).exists():
-            return root / name
-    found = {path.relative_to(root) for root in roots for path in root.glob(_CHOICES[folder])}
-    names = sorted((path.parent if folder == "bundles" else path.with_suffix("")).as_posix() for path in found)
-    raise VaevqMedError(f"found no {folder}/{name}, expected one of {', '.join(names) or 'an installed package'}")
+    for root in (_PACKAGE, _PACKAGE.parent):
+        path = root / folder / name
+        if path.exists():
+            return path
+    found = (
+        path.relative_to(root / folder)
+        for root in (_PACKAGE, _PACKAGE.parent)
+        for path in (root / folder).glob(_KNOWN_BY[folder])
+    )
+    choices = {(path.parent if folder == "bundles" else path.with_suffix("")).as_posix() for path in found}
+    known = ", ".join(sorted(choices)) or "an installed package"
+    raise VaevqMedError(f"found no {folder}/{name}, expected one of {known}")
 
 
 def bundle_path(name: str) -> Path:
@@ -50,3 +58,40 @@ def recipe_path(name: str) -> Path:
         VaevqMedError: there is no such recipe; the message names those there are.
     """
     return _find("preprocessing", f"{name}.json")
+
+
+def overlay_files(bundle: Path, kind: str = "") -> dict[str, Path]:
+    """The overlays for a bundle by their names: the shared ones of ``bundles/overlays``, and the bundle's own.
+
+    Args:
+        bundle: its folder; an overlay of its own ``overlays/`` goes before a shared one of that name.
+        kind: ``generation`` for those of the generators, which stand in a folder of that name.
+    """
+    folders = (_find("bundles", "overlays"), bundle / "overlays")
+    found = {path.stem: path for folder in folders for path in (folder / kind).glob("*.json")}
+    return dict(sorted(found.items()))
+
+
+def overlay_path(name: str, bundle: Path, kind: str = "") -> Path:
+    """File of an overlay, by its path or by its name; see :func:`overlay_files`.
+
+    Raises:
+        VaevqMedError: there is none of that name; the message names the nearest.
+    """
+    if name.endswith(".json") and Path(name).is_file():
+        return Path(name)
+    known = overlay_files(bundle, kind)
+    if name in known:
+        return known[name]
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+    where = Path("overlays", kind).as_posix()
+    raise VaevqMedError(f"bundle {bundle.name}: found no overlay {name!r}, expected a file of {where}/; {hint}")
+
+
+def overlay_title(path: Path) -> str:
+    """What tables call the method that an overlay makes: its ``_title_``, or its file's name where it has none."""
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["_title_"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return path.stem

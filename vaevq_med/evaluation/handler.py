@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +21,7 @@ from vaevq_med.evaluation.reconstruction import ReconstructionEvaluation
 from vaevq_med.evaluation.report import EvaluationReport
 from vaevq_med.images.dataset import REGIONS
 from vaevq_med.images.manifest import load_manifest
+from vaevq_med.metrics.base import ImageMetric
 from vaevq_med.networks.features import feature_network
 from vaevq_med.networks.tokenizer import VisualTokenizer
 from vaevq_med.trained.network import StoredTokenizer
@@ -72,6 +74,7 @@ class EvaluationHandler:
         dataset: what the evaluator reads; a few of its items are decoded again for the pictures.
         num_embeddings: K, codewords of a codebook.
         num_codebooks: G, codebooks.
+        metrics: of single images; by default PSNR and SSIM.
         lpips_network: feature network of the perceptual distance; None leaves it out.
         lpips_weights: its weights file, where it is not in the usual place.
         fid_network: feature network of rFID; None leaves it out.
@@ -90,6 +93,7 @@ class EvaluationHandler:
         dataset: Dataset,
         num_embeddings: int,
         num_codebooks: int = 1,
+        metrics: Sequence[ImageMetric] | None = None,
         lpips_network: str | None = None,
         lpips_weights: str | None = None,
         fid_network: str | None = None,
@@ -103,6 +107,7 @@ class EvaluationHandler:
         self.dataset = dataset
         self.num_embeddings = num_embeddings
         self.num_codebooks = num_codebooks
+        self.metrics = metrics
         self.lpips = None if lpips_network is None else feature_network(lpips_network, lpips_weights)
         same = fid_network == lpips_network and fid_weights == lpips_weights
         self.fid = self.lpips if same else None if fid_network is None else feature_network(fid_network, fid_weights)
@@ -173,6 +178,7 @@ class EvaluationHandler:
         self._evaluation = ReconstructionEvaluation(
             num_embeddings=self.num_embeddings,
             num_codebooks=self.num_codebooks,
+            metrics=self.metrics,
             lpips=self.lpips,
             fid=self.fid,
             uint8=self.uint8,
@@ -206,7 +212,8 @@ class EvaluationHandler:
             return
         if self.output_dir is not None:
             report.save(self.output_dir)
-            self._draw(engine, self._extremes(report), self.output_dir / "best_median_worst.png")
+            if report.figures:
+                self._draw(engine, self._extremes(report), self.output_dir / "best_median_worst.png")
         folder = self.pictures_dir or self.output_dir
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -216,11 +223,13 @@ class EvaluationHandler:
             usage_histogram(report.usage_counts, folder / "codebook_usage.png")
 
     def _extremes(self, report: EvaluationReport) -> dict[str, int]:
-        """Two items each of the best, the median and the worst PSNR, as this process's item numbers."""
+        """Two items each of the best, the median and the worst by the first metric, as this process's item numbers."""
         data = getattr(self.dataset, "data", None)
-        psnr = {row["index"]: row["psnr"] for row in report.per_image}
-        own = [psnr[data[i]["index"] if data is not None else i] for i in range(len(self.dataset))]  # type: ignore[arg-type]
-        order = sorted(range(len(own)), key=lambda i: -own[i])
+        first = report.figures[0]
+        sign = 1 if first["higher_is_better"] is False else -1
+        values = {row["index"]: sign * row[first["name"]] for row in report.per_image}
+        own = [values[data[i]["index"] if data is not None else i] for i in range(len(self.dataset))]  # type: ignore[arg-type]
+        order = sorted(range(len(own)), key=lambda i: own[i] if own[i] == own[i] else math.inf)
         middle = len(order) // 2
         chosen = {"best": order[:2], "median": order[middle : middle + 2], "worst": order[-2:]}
         return {f"{name} {n + 1}": item for name, items in chosen.items() for n, item in enumerate(items)}

@@ -13,29 +13,34 @@ from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.evaluation.report import EvaluationReport, Summary
+from vaevq_med.metrics import figures
+from vaevq_med.metrics.base import ImageMetric
 from vaevq_med.metrics.codebook import CodebookUsage
 from vaevq_med.metrics.frechet import FrechetDistance
-from vaevq_med.metrics.reconstruction import psnr_per_image, region_mean, region_psnr, ssim_per_image, to_unit
+from vaevq_med.metrics.reconstruction import PSNR, SSIM, to_unit
 from vaevq_med.networks.features import FeatureNetwork
 
-_PER_IMAGE = ("psnr", "ssim", "lpips")
 # Batches whose figures stay on a device before they are read.
 _BATCHES = 64
 
 
 class ReconstructionEvaluation:
-    """Accumulates PSNR, SSIM, LPIPS, rFID and codebook usage; each image's features are extracted once.
+    """Accumulates metrics of images, LPIPS, rFID and codebook usage; each image's features are extracted once.
 
     Memory grows by one row of numbers an image; features are summed up and dropped.
 
     Args:
         num_embeddings: K.
         num_codebooks: G.
+        metrics: of single images; by default PSNR and SSIM.
         lpips: network of the perceptual distance, or None.
         fid: network of the Frechet distance, or None; may be the same.
         uint8: round both images to 256 levels first.
         provenance: what the record says of checkpoint and split.
         device: where sums are kept.
+
+    Raises:
+        VaevqMedError: something is no metric, or two have one name.
     """
 
     def __init__(
@@ -43,14 +48,23 @@ class ReconstructionEvaluation:
         *,
         num_embeddings: int,
         num_codebooks: int = 1,
+        metrics: Sequence[ImageMetric] | None = None,
         lpips: FeatureNetwork | None = None,
         fid: FeatureNetwork | None = None,
         uint8: bool = True,
         provenance: Mapping[str, Any] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
+        self.metrics = (PSNR(), SSIM()) if metrics is None else tuple(metrics)
+        for metric in self.metrics:
+            if not isinstance(metric, ImageMetric):
+                raise VaevqMedError(f"metrics: found {metric!r}, expected objects derived from ImageMetric")
         self.lpips = lpips
         self.fid = fid
+        self.figures = [*(metric.figure for metric in self.metrics), *([figures.LPIPS] if lpips is not None else [])]
+        names = [figure.name for figure in self.figures]
+        if len(set(names)) < len(names):
+            raise VaevqMedError(f"metrics: found {', '.join(names)}, expected each name once")
         self.uint8 = uint8
         self.provenance = dict(provenance or {})
         self.device = device
@@ -90,14 +104,16 @@ class ReconstructionEvaluation:
         """
         columns = {"finite": reconstruction.isfinite().flatten(1).all(dim=1)}
         unit_target, unit = to_unit(target, uint8=self.uint8), to_unit(reconstruction, uint8=self.uint8)
-        ssim, ssim_map = ssim_per_image(unit, unit_target)
-        columns |= {"psnr": psnr_per_image(unit, unit_target), "ssim": ssim}
+        for metric in self.metrics:
+            for name, values in metric.measure(unit_target, unit, regions or {}).items():
+                if values.shape != (len(target),):
+                    raise VaevqMedError(
+                        f"metric {name}: found figures of shape {list(values.shape)}, expected [{len(target)}]"
+                    )
+                columns[name] = values
         distance, features = self._features(2 * unit_target - 1, 2 * unit - 1)
         if distance is not None:
             columns["lpips"] = distance
-        for name, mask in (regions or {}).items():
-            columns[f"psnr_{name}"] = region_psnr(unit, unit_target, mask)
-            columns[f"ssim_{name}"] = region_mean(ssim_map, mask)
         self._regions = tuple(dict.fromkeys([*self._regions, *(regions or {})]))
         self._unread.append((dict(metadata), tuple(columns), torch.stack([c.double() for c in columns.values()])))
         if len(self._unread) >= (_BATCHES if target.device.type != "cpu" else 1):
@@ -168,14 +184,15 @@ class ReconstructionEvaluation:
         rows = self._gather_rows()
         self.usage.reduce()
         self.usage_sample.reduce()
-        overall: Summary = _means(rows, [name for name in _PER_IMAGE if any(name in row for row in rows)])
+        names = [figure.name for figure in self.figures]
+        overall: Summary = _means(rows, names)
         modalities = {
-            modality: _means([row for row in rows if row.get("modality") == modality], list(overall))
+            modality: _means([row for row in rows if row.get("modality") == modality], names)
             for modality in sorted({str(row.get("modality") or "") for row in rows} - {""})
         }
         regions: dict[str, Summary] = {}
         for region in self._regions:
-            table = _means(rows, [f"psnr_{region}", f"ssim_{region}"])
+            table = _means(rows, [f"{name}_{region}" for name in names])
             regions[region] = {name.removesuffix(f"_{region}"): entry for name, entry in table.items() if entry["n"]}
         if self.fid is not None:
             self._add_distances(overall, modalities, rows)
@@ -191,6 +208,7 @@ class ReconstructionEvaluation:
             usage_counts=self.usage.counts.cpu(),
             provenance={**self.provenance, "n": len(rows), **self._networks()},
             conventions=self._conventions(len(rows)),
+            figures=[figure.to_json() for figure in self.figures],
         )
 
     def _gather_rows(self) -> list[dict[str, Any]]:
@@ -209,7 +227,7 @@ class ReconstructionEvaluation:
         for name in ["all", *(f"modality {modality}" for modality in modalities)]:
             distance = self._distances.setdefault(name, FrechetDistance(num_features=width, device=self.device))
             table = overall if name == "all" else modalities[name.removeprefix("modality ")]
-            count = table["psnr"]["n"]
+            count = sum(name in ("all", f"modality {row.get('modality')}") for row in rows)
             table["rfid"] = {"value": distance.compute(), "n": count}
 
     def _usage_figures(self) -> dict[str, float]:
@@ -239,11 +257,10 @@ class ReconstructionEvaluation:
         levels = "rounded to 256 levels" if self.uint8 else "not rounded"
         words = {
             "images": f"[0, 1], both sides {levels}",
-            "psnr": "dB, range 1, mean over images of each image's own value, at most 100",
-            "ssim": "Gaussian window 11, sigma 1.5, range 1, mirrored at the border, mean over pixels and images",
+            **{figure.name: figure.convention for figure in self.figures if figure.convention},
             "region": "PSNR, and mean of the SSIM map, over the region's pixels; images without it left out",
-            "utilization": "share of the K entries used at least once over the split",
-            "perplexity": "exp of the entropy of the entries' frequencies over the split",
+            "utilization": figures.UTILIZATION.convention,
+            "perplexity": figures.PERPLEXITY.convention,
         }
         if self.lpips is not None:
             learned = self.lpips.name in ("vgg", "alex", "squeeze")

@@ -26,6 +26,7 @@ class EvaluationReport:
         usage_counts: int64 ``[G, K]``, how often each codebook entry was used.
         provenance: checkpoint, split, feature networks and their weights.
         conventions: how each figure is defined, in words.
+        figures: of the metrics of single images, what a table has to know (``metrics.figures.Figure``).
     """
 
     summary: Mapping[str, Any]
@@ -33,6 +34,7 @@ class EvaluationReport:
     usage_counts: Tensor
     provenance: Mapping[str, Any] = field(default_factory=dict)
     conventions: Mapping[str, str] = field(default_factory=dict)
+    figures: Sequence[Mapping[str, Any]] = ()
 
     def overall(self) -> dict[str, float]:
         """Flat figures for logging: ``psnr``, ``utilization``, ``psnr_t1n``, ``ssim_whole_tumor``, ..."""
@@ -49,6 +51,7 @@ class EvaluationReport:
             "summary": self.summary,
             "provenance": dict(self.provenance),
             "conventions": dict(self.conventions),
+            "figures": list(self.figures),
         }
         atomic_write_text(directory / "metrics.json", json.dumps(_clean(record), indent=2) + "\n")
         with atomic_writer(directory / "metrics.csv") as file:

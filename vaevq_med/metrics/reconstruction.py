@@ -8,10 +8,14 @@ torchmetrics has it (scikit-image leaves out the five outermost pixels, which on
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from vaevq_med.metrics import figures
+from vaevq_med.metrics.base import ImageMetric
 from vaevq_med.networks.precision import full_precision
 
 MAX_PSNR = 100.0
@@ -76,3 +80,33 @@ def region_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of ``[B, H, W]`` over a region, ``[B]``; NaN where the region is empty."""
     weight = mask.to(values)
     return (values * weight).sum(dim=(1, 2)) / weight.sum(dim=(1, 2))
+
+
+class PSNR(ImageMetric):
+    """PSNR, of images and of regions."""
+
+    figure = figures.PSNR
+
+    def per_image(self, target: Tensor, reconstruction: Tensor) -> Tensor:
+        """In dB, ``[B]``."""
+        return psnr_per_image(reconstruction, target)
+
+    def measure(self, target: Tensor, reconstruction: Tensor, regions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of images, and over the pixels of each region."""
+        of_regions = {f"psnr_{name}": region_psnr(reconstruction, target, mask) for name, mask in regions.items()}
+        return {"psnr": self.per_image(target, reconstruction), **of_regions}
+
+
+class SSIM(ImageMetric):
+    """SSIM of images, and the mean of its map over regions."""
+
+    figure = figures.SSIM
+
+    def per_image(self, target: Tensor, reconstruction: Tensor) -> Tensor:
+        """In [-1, 1], ``[B]``."""
+        return ssim_per_image(reconstruction, target)[0]
+
+    def measure(self, target: Tensor, reconstruction: Tensor, regions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of images, and of each region by the same map."""
+        value, pixels = ssim_per_image(reconstruction, target)  # pixels: [B, H, W]
+        return {"ssim": value, **{f"ssim_{name}": region_mean(pixels, mask) for name, mask in regions.items()}}

@@ -12,40 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.core.resources import bundle_path
+from vaevq_med.core.resources import bundle_path, overlay_files, overlay_path, overlay_title
 
-TITLES = {
-    "vqgan": "VQGAN",
-    "vqgan_ema": "VQGAN-EMA",
-    "vqgan_ema_revival": "VQGAN-EMA (revival)",
-    "mo_vqgan": "Mo-VQGAN",
-    "vqgan_lc": "VQGAN-LC",
-    "simvq": "SimVQ",
-    "softvq": "SoftVQ",
-    "vaevq": "VAEVQ",
-    "paper": "VAEVQ",
-    "paper_literal": "VAEVQ (literal constants)",
-    "released": "VAEVQ (released code)",
-    "information_matched": "VAEVQ (information-matched)",
-    "kl_budget": "VAEVQ (KL budget, mean)",
-    "fsq": "FSQ",
-    "ifsq": "iFSQ",
-    "lfq": "LFQ",
-    "ibq": "IBQ",
-    "rvq": "RVQ",
-    "fq": "FQ",
-    "mgvq": "MGVQ",
-    "fvq": "FVQ",
-    "gq": "GQ",
-    "ablation_m0": "M0: VQGAN",
-    "ablation_m1": "M1: + VLQ",
-    "ablation_m2": "M2: + VLQ, RCS",
-    "ablation_m3": "M3: + VLQ, DCR",
-    "ablation_full": "full: + VLQ, RCS, DCR",
-}
-"""Of overlays that do not say it themselves."""
-METHODS, GENERATORS = "overlays", "overlays_generation"
-"""Folders of a bundle: overlays of tokenizers, and of generators."""
 # Where and under what name a run is tracked, and on what device it runs, change no figure.
 _NOT_SETTINGS = frozenset(
     {
@@ -57,7 +25,7 @@ _NOT_SETTINGS = frozenset(
 
 @dataclass(frozen=True)
 class Bundle:
-    """A MONAI bundle with ``train.json``, ``evaluate.json`` and ``overlays/``.
+    """A MONAI bundle with ``train.json`` and ``evaluate.json``.
 
     Attributes:
         name: its folder's name.
@@ -80,34 +48,19 @@ class Bundle:
                 raise VaevqMedError(f"{path}: found no {file}, expected a bundle that trains and evaluates")
         return cls(path.resolve().name, path)
 
-    def overlays(self, folder: str = METHODS) -> list[str]:
-        """Names of the overlays in a folder of it."""
-        return sorted(path.stem for path in (self.path / folder).glob("*.json"))
-
-    def overlay(self, name: str, folder: str = METHODS) -> Path:
-        """File of an overlay, by its name or its path.
+    def overlay(self, name: str, kind: str = "") -> Path:
+        """File of an overlay, ``generation`` for those of the generators.
 
         Raises:
             VaevqMedError: there is none; the message names the nearest.
         """
-        if name.endswith(".json") and Path(name).is_file():
-            return Path(name)
-        known = self.overlays(folder)
-        if name in known:
-            return self.path / folder / f"{name}.json"
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
-        raise VaevqMedError(f"bundle {self.name}: found no overlay {name!r}, expected a file of {folder}/; {hint}")
+        return overlay_path(name, self.path, kind)
 
     def title(self, name: str) -> str:
-        """What an overlay calls itself, or its name."""
-        if name in self.overlays():
-            title = _read(self.overlay(name)).get("_title_")
-            if title is not None:
-                return str(title)
-        return TITLES.get(name, name)
+        """What the overlay of a name calls itself; the name where there is none."""
+        return overlay_title(overlay_files(self.path).get(name, Path(name)))
 
-    def read(self, file: str, overlays: Sequence[str] = (), folder: str = METHODS) -> dict[str, Any]:
+    def read(self, file: str, overlays: Sequence[str] = (), kind: str = "") -> dict[str, Any]:
         """A configuration merged with overlays, unresolved.
 
         Raises:
@@ -115,9 +68,14 @@ class Bundle:
         """
         from monai.bundle import ConfigParser
 
-        paths = [self.path / file, *(self.overlay(name, folder) for name in overlays)]
+        paths = [self.path / file, *(self.overlay(name, kind) for name in overlays)]
         for path in paths:
-            _read(path)
+            try:
+                content = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise VaevqMedError(f"{path}: found an unreadable file ({error}), expected a configuration") from None
+            if not isinstance(content, dict):
+                raise VaevqMedError(f"{path}: found {type(content).__name__}, expected a mapping of ids")
         parser = ConfigParser()
         try:
             parser.read_config([str(path) for path in paths])
@@ -125,16 +83,6 @@ class Bundle:
             names = ", ".join(path.name for path in paths)
             raise VaevqMedError(f"{names}: found what cannot be merged ({error}), expected overlays of ids") from error
         return parser.get()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise VaevqMedError(f"{path}: found an unreadable file ({error}), expected a configuration") from None
-    if not isinstance(content, dict):
-        raise VaevqMedError(f"{path}: found {type(content).__name__}, expected a mapping of ids")
-    return content
 
 
 def check_ids(

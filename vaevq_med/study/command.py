@@ -16,7 +16,7 @@ from vaevq_med.core.files import atomic_write_text
 from vaevq_med.core.folder import Workplace
 from vaevq_med.study.file import GeneratorStudy, Study, TokenizerStudy
 from vaevq_med.study.generation import GenerationPlan
-from vaevq_med.study.plan import Plan
+from vaevq_med.study.plan import Plan, Row
 from vaevq_med.study.rows import (
     STATE,
     STUDY,
@@ -29,7 +29,7 @@ from vaevq_med.study.rows import (
     write_plan_record,
 )
 from vaevq_med.study.tables import make_table
-from vaevq_med.study.tracking import ParentRun
+from vaevq_med.study.tracking import ParentRun, log_to_training
 
 Update = Callable[[Sequence[RowState]], None]
 
@@ -122,8 +122,8 @@ class RunStudy:
         try:
             for state in states:
                 run_row(state, run_id, lambda: self.on_update(states))
-                if state.status == "finished":
-                    self.plan.log(state.row)
+                if state.status == "finished" and not state.row.per_image:
+                    self._log(state.row)
             results = [read_result(state.row) for state in states if state.done]
             files, table, figures = self._write(results)
         except KeyboardInterrupt:
@@ -162,7 +162,14 @@ class RunStudy:
         for name, text in texts.items():
             atomic_write_text(output / name, text)
         files = [output / name for name in texts]
-        return [*files, *self.plan.draw(table, results)], table.markdown(), table.flat()
+        from vaevq_med.study.figures import draw
+
+        return [*files, *draw(self.plan, table, results)], table.markdown(), table.flat()
+
+    def _log(self, row: Row) -> None:
+        """Log the figures of samples to the run of their generator's training, which knows nothing of them."""
+        figures = {f"samples/{name}": float(entry["value"]) for name, entry in read_result(row).metrics.items()}
+        log_to_training(self.plan, row.checkpoint, figures)
 
     def run_task(self, number: int) -> StudyReport:
         """Run one row that trains and those that decode it, as a task of an array job does.

@@ -16,10 +16,37 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.evaluation.pictures import comparison_grid, save_figure
 from vaevq_med.images.generated import LIST_NAME, find_samples
 from vaevq_med.study.columns import BY_NAME
-from vaevq_med.study.plan import Row
-from vaevq_med.study.tables import MethodResult
+from vaevq_med.study.generation import GenerationPlan
+from vaevq_med.study.plan import Plan, Row
+from vaevq_med.study.rows import RowResult
+from vaevq_med.study.tables import MethodResult, Table
 
 _SWEPT = ("utilization", "rfid", "psnr")
+
+
+def draw(plan: Plan, table: Table, results: Sequence[RowResult]) -> list[Path]:
+    """Draw what a study's report shows beside its table; the files.
+
+    Args:
+        plan: what was compared.
+        table: over the finished rows.
+        results: finished rows, at least one.
+    """
+    output, count = plan.study.output, plan.study.report.pictures
+    first = {result.row.method.name: result.row for result in reversed(results)}
+    rows = [first[method.name] for method in plan.methods if method.name in first]
+    drawn = {}
+    if isinstance(plan, GenerationPlan):
+        if count:
+            sample_grid(rows, [row.folder / "generated" for row in rows], count, output / "samples.png")
+        drawn["samples.png"] = count > 0
+    else:
+        drawn["utilization.png"] = utilization_bars(table.methods, output / "utilization.png")
+        drawn["sweep.png"] = sweep_curves(table.methods, output / "sweep.png")
+        if count:
+            reconstructions(rows, count, output / "reconstructions.png")
+        drawn["reconstructions.png"] = count > 0
+    return [output / name for name, there in drawn.items() if there]
 
 
 def _spread(value: float) -> float:

@@ -5,29 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, cast
 
 from vaevq_med.core.components import resolve
 from vaevq_med.core.declared import as_words
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.core.resources import overlay_files
 from vaevq_med.evaluation.options import EvaluateOptions
 from vaevq_med.images.generated import LIST_NAME
-from vaevq_med.study.bundle import GENERATORS, Bundle, check_ids, decisive, texts
+from vaevq_med.study.bundle import Bundle, check_ids, decisive, texts
 from vaevq_med.study.columns import GENERATION_COLUMNS, Column
 from vaevq_med.study.file import GeneratorPart, GeneratorStudy, TokenizerPart
 from vaevq_med.study.plan import OWN_IDS, Method, Plan, Row
-from vaevq_med.study.rows import RowResult, read_json, read_plan_record, read_result
+from vaevq_med.study.rows import read_json, read_plan_record
 from vaevq_med.tokens.options import EncodeOptions
 from vaevq_med.tokens.store import FILE_NAME
 
-if TYPE_CHECKING:
-    from vaevq_med.study.tables import MethodResult, Table
-
 _GENERATE = "generate.json"
+KIND = "generation"
+"""The folder of the generators' overlays among the overlays."""
 _BOTH = "generator_"
 """What the names of overlays of every generator begin with."""
 _OWN_SAMPLE_IDS = frozenset(
@@ -75,7 +75,7 @@ def _overlays(part: GeneratorPart, names: Sequence[str], bundle: Bundle) -> tupl
 
     The prefix is that of its configuration: ``autoregressive_`` for ``train_autoregressive.json``.
     """
-    known, prefix = bundle.overlays(GENERATORS), f"{Path(part.config).stem.removeprefix('train_')}_"
+    known, prefix = overlay_files(bundle.path, KIND), f"{Path(part.config).stem.removeprefix('train_')}_"
 
     def forms(name: str) -> list[str]:
         return [form for form in (name, prefix + name, _BOTH + name) if form in known]
@@ -83,7 +83,7 @@ def _overlays(part: GeneratorPart, names: Sequence[str], bundle: Bundle) -> tupl
     shared = [form for name in names for form in forms(name) if form.startswith((prefix, _BOTH))]
     own = [(forms(name) or [name])[0] for name in part.overlays]
     for name in own:
-        bundle.overlay(name, GENERATORS)
+        bundle.overlay(name, KIND)
     return tuple(dict.fromkeys([*shared, *own]))
 
 
@@ -100,7 +100,7 @@ def make_methods(study: GeneratorStudy, bundle: Bundle) -> tuple[GenerationMetho
         if not (bundle.path / part.config).is_file():
             raise VaevqMedError(f"{bundle.path}: found no {part.config}, expected a bundle that trains generators")
         overlays = _overlays(part, study.overlays, bundle)
-        definition = bundle.read(part.config, overlays, GENERATORS).get("network_def")
+        definition = bundle.read(part.config, overlays, KIND).get("network_def")
         target = definition.get("_target_") if isinstance(definition, dict) else None
         network = cast(type[Generator], resolve(str(target), Generator))
         for tokenizer in study.tokenizers.methods:
@@ -165,7 +165,7 @@ class GenerationPlan(Plan):
         plan = cls(study, bundle, make_methods(study, bundle))
         for name in study.overlays:
             if not any(_overlays(part, [name], bundle) for part in study.generators):
-                bundle.overlay(name, GENERATORS)
+                bundle.overlay(name, KIND)
                 raise VaevqMedError(f"overlay: found {name!r}, expected one of a generator that is compared")
         configs = {m.name: plan.training_config(m) for m in plan.methods}
         files = tuple(dict.fromkeys(m.config for m in plan.methods))
@@ -216,7 +216,7 @@ class GenerationPlan(Plan):
     def training_config(self, method: Method | None = None) -> dict[str, Any]:
         """The merged configuration of a method's training, or the first one's, unresolved."""
         chosen = cast(GenerationMethod, method or self.methods[0])
-        return self.bundle.read(chosen.config, self.composed(chosen), GENERATORS)
+        return self.bundle.read(chosen.config, self.composed(chosen), KIND)
 
     def data(self) -> Path:
         """Folder of the images."""
@@ -234,29 +234,6 @@ class GenerationPlan(Plan):
     def tasks(self) -> list[list[Row]]:
         """None: rows share token stores, which one of them writes."""
         raise VaevqMedError("study is generators, whose rows share token stores; expected tokenizers for tasks")
-
-    def log(self, row: Row) -> None:
-        """Log the figures of the samples to the run of the training."""
-        from vaevq_med.study.tracking import log_to_training
-
-        figures = {f"samples/{name}": float(entry["value"]) for name, entry in read_result(row).metrics.items()}
-        log_to_training(self, row.checkpoint, figures)
-
-    def notes(self, results: Sequence[RowResult], methods: Sequence[MethodResult]) -> Iterator[str]:
-        """What stands under the table over finished rows."""
-        from vaevq_med.study.notes import generator_notes
-
-        return generator_notes(self, results)
-
-    def draw(self, table: Table, results: Sequence[RowResult]) -> list[Path]:
-        """Draw samples of the first finished seed of each method; the file."""
-        from vaevq_med.study.figures import sample_grid
-
-        if not self.study.report.pictures:
-            return []
-        rows, path = self.firsts(results), self.study.output / "samples.png"
-        sample_grid(rows, [row.folder / "generated" for row in rows], self.study.report.pictures, path)
-        return [path]
 
     @cached_property
     def hashes(self) -> dict[Path, str]:
@@ -343,7 +320,7 @@ class GenerationRow(Row):
         encoding = {"encoding": [*_TOOL, *encode, *as_words(EncodeOptions, method.encode)]}
         return {
             **({} if self.is_encoded else encoding),
-            "training": self.training_words(method.config, training, parent_run_id, GENERATORS),
+            "training": self.training_words(method.config, training, parent_run_id, KIND),
             "generating": self.run_words("generating", drawing, generating, launched=False),
             "evaluating": [*_TOOL, *evaluate, *words],
         }

@@ -20,8 +20,14 @@ _TITLES = {
 }
 
 
-def tokenizer_notes(plan: Plan, results: Sequence[RowResult], methods: Sequence[MethodResult]) -> Iterator[str]:
-    """Of a table of tokenizers."""
+def notes(plan: Plan, results: Sequence[RowResult], methods: Sequence[MethodResult]) -> Iterator[str]:
+    """Under the table over finished rows, at least one."""
+    if isinstance(plan, GenerationPlan):
+        return _generator_notes(plan, results)
+    return _tokenizer_notes(plan, results, methods)
+
+
+def _tokenizer_notes(plan: Plan, results: Sequence[RowResult], methods: Sequence[MethodResult]) -> Iterator[str]:
     first = results[0]
     unit, units = methods[0].images.units()
     count = len(set(units.tolist()))
@@ -47,8 +53,7 @@ def tokenizer_notes(plan: Plan, results: Sequence[RowResult], methods: Sequence[
     yield from _missing(plan, results)
 
 
-def generator_notes(plan: GenerationPlan, results: Sequence[RowResult]) -> Iterator[str]:
-    """Of a table of generators."""
+def _generator_notes(plan: GenerationPlan, results: Sequence[RowResult]) -> Iterator[str]:
     first, many = results[0], len(plan.study.seeds) > 1
     told = first.provenance
     yield from _head(plan, "generator", many)

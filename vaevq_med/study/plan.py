@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pydoc import ErrorDuringImport, locate
@@ -12,15 +12,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from vaevq_med.core.errors import VaevqMedError, root_cause
 from vaevq_med.images.manifest import load_manifest
-from vaevq_med.study.bundle import METHODS, Bundle, check_ids, decisive, flags, has_id, literal, texts
+from vaevq_med.study.bundle import Bundle, check_ids, decisive, flags, has_id, literal, texts
 from vaevq_med.study.columns import COLUMNS, Column
 from vaevq_med.study.file import MethodPart, Study, TokenizerStudy
 
 if TYPE_CHECKING:
     from monai.bundle import ConfigParser
 
-    from vaevq_med.study.rows import RowResult
-    from vaevq_med.study.tables import MethodResult, Table
 
 TORCHRUN = ("torchrun", "torch.distributed.run")
 OWN_IDS = frozenset({"seed", "output_dir", "dataset_dir", "tracking_uri", "parent_run_id", "run_name", "resume"})
@@ -278,33 +276,6 @@ class Plan:
             if not method.decodes
         ]
 
-    def log(self, row: Row) -> None:
-        """Log what a row found to its own MLflow run, where its commands have not done so."""
-
-    def notes(self, results: Sequence[RowResult], methods: Sequence[MethodResult]) -> Iterator[str]:
-        """What stands under the table over finished rows."""
-        from vaevq_med.study.notes import tokenizer_notes
-
-        return tokenizer_notes(self, results, methods)
-
-    def draw(self, table: Table, results: Sequence[RowResult]) -> list[Path]:
-        """Draw the utilization, a sweep's curves and reconstructions; their files."""
-        from vaevq_med.study.figures import reconstructions, sweep_curves, utilization_bars
-
-        names = ("utilization.png", "sweep.png", "reconstructions.png")
-        bars, curves, pictures = (self.study.output / name for name in names)
-        files = [bars] if utilization_bars(table.methods, bars) else []
-        files += [curves] if sweep_curves(table.methods, curves) else []
-        if self.study.report.pictures:
-            reconstructions(self.firsts(results), self.study.report.pictures, pictures)
-            files.append(pictures)
-        return files
-
-    def firsts(self, results: Sequence[RowResult]) -> list[Row]:
-        """The first finished row of each method."""
-        first = {result.row.method.name: result.row for result in reversed(results)}
-        return [first[method.name] for method in self.methods if method.name in first]
-
 
 @dataclass(frozen=True)
 class Row:
@@ -414,13 +385,13 @@ class Row:
         return [*start, "-m", "monai.bundle", "run", command, "--config_file", paths, *flags(overrides)]
 
     def training_words(
-        self, file: str, overrides: dict[str, str], parent_run_id: str | None, folder: str = METHODS
+        self, file: str, overrides: dict[str, str], parent_run_id: str | None, kind: str = ""
     ) -> list[str]:
         """The training, nested under an MLflow run."""
         if parent_run_id is not None:
             overrides = overrides | {"parent_run_id": parent_run_id, "run_name": self.label}
         bundle = self.plan.bundle
-        overlays = [bundle.overlay(name, folder) for name in self.plan.composed(self.method)]
+        overlays = [bundle.overlay(name, kind) for name in self.plan.composed(self.method)]
         return self.run_words("training", [bundle.path / file, *overlays], overrides)
 
     def commands(self, parent_run_id: str | None = None) -> dict[str, list[str]]:

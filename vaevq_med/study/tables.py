@@ -9,6 +9,7 @@ from typing import Any
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.study.columns import BY_NAME, Column
+from vaevq_med.study.notes import notes
 from vaevq_med.study.plan import Method, Plan
 from vaevq_med.study.published import Published, load_published
 from vaevq_med.study.rows import RowResult
@@ -226,7 +227,7 @@ def make_table(plan: Plan, results: Sequence[RowResult]) -> Table:
     images = {result.method.name: result.images for result in methods if result.is_discrete}
     tests = tuple(test for metric in PER_IMAGE for test in best_against_next(metric, images))
     published = load_published(plan.bundle.name, plan.published) if plan.study.report.published else None
-    return Table(methods, tests, tuple(plan.notes(results, methods)), published, plan.columns)
+    return Table(methods, tests, tuple(notes(plan, results, methods)), published, plan.columns)
 
 
 def _check_alike(results: Sequence[RowResult], keys: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.files import atomic_write_text
-from vaevq_med.core.resources import bundle_path
+from vaevq_med.core.resources import bundle_path, overlay_files
 from vaevq_med.trained.network import StoredTokenizer
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -72,7 +72,7 @@ class BundlePack:
             for folder in ("configs/overlays", "models", "docs"):
                 (partial / folder).mkdir(parents=True)
             torch.save(network.state_dict(), partial / "models" / "model.pt")
-            for path in (source / "overlays").glob("*.json"):
+            for path in overlay_files(source).values():
                 shutil.copyfile(path, partial / "configs" / "overlays" / path.name)
             shutil.copyfile(source / "logging.conf", partial / "configs" / "logging.conf")
             shutil.copyfile(source / "README.md", partial / "docs" / "README.md")

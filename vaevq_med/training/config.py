@@ -32,7 +32,19 @@ from vaevq_med.trained.device import named_device
 from vaevq_med.training import distributed
 
 ENTRY_POINTS = frozenset(
-    {"imports", "initialize", "run", "training", "evaluating", "generating", "finalize", "_meta_", "_mode_", "_notes_"}
+    {
+        "imports",
+        "initialize",
+        "run",
+        "training",
+        "evaluating",
+        "generating",
+        "finalize",
+        "_meta_",
+        "_mode_",
+        "_notes_",
+        "_title_",
+    }
 )
 _REFERENCE = re.compile(r"@(\w+)")
 _SCALARS = {"int": (int,), "float": (int, float), "bool": (bool,)}

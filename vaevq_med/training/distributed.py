@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 
 import torch
@@ -30,6 +32,9 @@ def start_process_group() -> None:
     """Join torchrun's process group: NCCL with GPUs, gloo without; nothing outside torchrun."""
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         return
+    # A trainer and its DistributedDataParallel refer to each other, so that gloo's threads outlive the group until a
+    # collection. One that asks for the interpreter while that is taken down aborts the process.
+    atexit.register(gc.collect)
     if torch.cuda.is_available():
         torch.cuda.set_device(default_device())
         dist.init_process_group("nccl", device_id=default_device())
@@ -38,10 +43,7 @@ def start_process_group() -> None:
 
 
 def stop_process_group() -> None:
-    """Leave the process group, if one was joined, when every process has come here.
-
-    A process that ends while another is still at work has aborted now and then, as its interpreter was taken down.
-    """
+    """Leave the process group, if one was joined, when every process has come here."""
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -1,0 +1,92 @@
+"""What is known of each figure that a table shows: its title, its digits, and which way is better.
+
+A figure stands here once; tables, tests of significance and arrows follow from it. An evaluation's record carries the
+figures of its metrics, so that a table shows those of metrics from outside of the package too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A quantity that is reported.
+
+    Attributes:
+        name: in records, e.g. ``psnr``; letters, digits and ``_``.
+        title: in tables, with its unit.
+        digits: shown after the point.
+        scale: shown is the value times this, e.g. 100 for a share as a percentage.
+        higher_is_better: None where neither way is.
+        varies: whether it differs between seeds.
+        convention: how it is computed, in words.
+    """
+
+    name: str
+    title: str
+    digits: int = 4
+    scale: float = 1.0
+    higher_is_better: bool | None = None
+    varies: bool = True
+    convention: str = ""
+
+    def show(self, value: float) -> str:
+        """A value for a reader."""
+        return f"{value * self.scale:,.{self.digits}f}"
+
+    def to_json(self) -> dict[str, Any]:
+        """What a record holds of it."""
+        return asdict(self)
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Figure:
+        """From a record; what a later version may have added is left out."""
+        return cls(**{name: value for name, value in record.items() if name in cls.__dataclass_fields__})
+
+
+PSNR = Figure(
+    "psnr",
+    "PSNR (dB)",
+    2,
+    higher_is_better=True,
+    convention="dB, range 1, mean over images of each image's own value, at most 100",
+)
+SSIM = Figure(
+    "ssim",
+    "SSIM",
+    4,
+    higher_is_better=True,
+    convention="Gaussian window 11, sigma 1.5, range 1, mirrored at the border, mean over pixels and images",
+)
+LPIPS = Figure("lpips", "LPIPS", 4, higher_is_better=False)
+RFID = Figure("rfid", "rFID", 2, higher_is_better=False)
+UTILIZATION = Figure(
+    "utilization",
+    "Utilization (%)",
+    1,
+    100,
+    higher_is_better=True,
+    convention="share of the K entries used at least once over the split",
+)
+PERPLEXITY = Figure(
+    "perplexity",
+    "Perplexity",
+    0,
+    higher_is_better=True,
+    convention="exp of the entropy of the entries' frequencies over the split",
+)
+BITS_PER_POSITION = Figure("bits_per_position", "Bits per position", 2, varies=False)
+BITS_PER_PIXEL = Figure("bits_per_pixel", "Bits per pixel", 3, varies=False)
+PARAMETERS = Figure("parameters", "Parameters (M)", 2, 1e-6, varies=False)
+IMAGES_PER_SECOND = Figure("images_per_second", "Training images/s", 1)
+PEAK_MEMORY = Figure("peak_memory_bytes", "Peak memory (GB)", 2, 1e-9)
+GFID = Figure("gfid", "gFID", 2, higher_is_better=False)
+PRECISION = Figure("precision", "Precision", 3, higher_is_better=True)
+RECALL = Figure("recall", "Recall", 3, higher_is_better=True)
+INCEPTION_SCORE = Figure("inception_score", "Inception score", 2, higher_is_better=True)
+MEMORIZED_FEATURE = Figure("memorized_feature", "Memorized, features (%)", 1, 100)
+MEMORIZED_PIXEL = Figure("memorized_pixel", "Memorized, pixels (%)", 1, 100)
+COUNT = Figure("n", "N", 0, varies=False)
