@@ -122,7 +122,7 @@ class RunStudy:
         try:
             for state in states:
                 run_row(state, run_id, lambda: self.on_update(states))
-                if state.status == "finished" and not state.row.per_image:
+                if state.status == "finished" and not self.plan.per_image:
                     self._log(state.row)
             results = [read_result(state.row) for state in states if state.done]
             files, table, figures = self._write(results)

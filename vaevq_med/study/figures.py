@@ -15,13 +15,13 @@ from PIL import Image
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.evaluation.pictures import comparison_grid, save_figure
 from vaevq_med.images.generated import LIST_NAME, find_samples
-from vaevq_med.study.columns import BY_NAME
+from vaevq_med.metrics import figures
 from vaevq_med.study.generation import GenerationPlan
 from vaevq_med.study.plan import Plan, Row
 from vaevq_med.study.rows import RowResult
 from vaevq_med.study.tables import MethodResult, Table
 
-_SWEPT = ("utilization", "rfid", "psnr")
+_SWEPT = (figures.UTILIZATION, figures.RFID, figures.PSNR)
 
 
 def draw(plan: Plan, table: Table, results: Sequence[RowResult]) -> list[Path]:
@@ -91,26 +91,26 @@ def sweep_curves(methods: Sequence[MethodResult], path: Path) -> bool:
         Whether there was anything to draw.
     """
     points = [m for m in methods if m.method.num_embeddings is not None]
-    names = [name for name in _SWEPT if any(name in m.figures for m in points)]
-    if not names:
+    shown = [column for column in _SWEPT if any(column.name in m.figures for m in points)]
+    if not shown:
         return False
-    figure = Figure(figsize=(4 * len(names), 3.4), layout="constrained")
-    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        scale = BY_NAME[name].scale
+    figure = Figure(figsize=(4 * len(shown), 3.4), layout="constrained")
+    for axis, column in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         for family in dict.fromkeys(m.method.family for m in points):
-            own = [m for m in points if m.method.family == family and name in m.figures]
+            own = [m for m in points if m.method.family == family and column.name in m.figures]
             own.sort(key=lambda m: m.method.num_embeddings or 0)
+            cells = [m.figures[column.name] for m in own]
             axis.errorbar(
                 [m.method.num_embeddings for m in own],
-                [scale * m.figures[name].mean for m in own],
-                yerr=[scale * _spread(m.figures[name].std) for m in own],
+                [column.scale * cell.mean for cell in cells],
+                yerr=[column.scale * _spread(cell.std) for cell in cells],
                 marker="o",
                 capsize=3,
                 label=own[0].method.title.rsplit(", K = ", 1)[0] if own else family,
             )
         axis.set_xscale("log", base=2)
         axis.set_xlabel("codewords K")
-        axis.set_ylabel(BY_NAME[name].title)
+        axis.set_ylabel(column.title)
         axis.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=8)
     save_figure(figure, path)

@@ -17,8 +17,9 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.resources import overlay_files
 from vaevq_med.evaluation.options import EvaluateOptions
 from vaevq_med.images.generated import LIST_NAME
+from vaevq_med.metrics import figures
+from vaevq_med.metrics.figures import Figure
 from vaevq_med.study.bundle import Bundle, check_ids, decisive, texts
-from vaevq_med.study.columns import GENERATION_COLUMNS, Column
 from vaevq_med.study.file import GeneratorPart, GeneratorStudy, TokenizerPart
 from vaevq_med.study.plan import OWN_IDS, Method, Plan, Row
 from vaevq_med.study.rows import read_json, read_plan_record
@@ -153,7 +154,12 @@ class GenerationPlan(Plan):
         "feature_weights_sha256",
     )
     published: ClassVar[str] = "generation"
-    candidates: ClassVar[tuple[Column, ...]] = GENERATION_COLUMNS
+    per_image: ClassVar[tuple[Figure, ...]] = ()
+    known: ClassVar[tuple[Figure, ...]] = (
+        *(figures.GFID, figures.PRECISION, figures.RECALL, figures.INCEPTION_SCORE),
+        *(figures.MEMORIZED_FEATURE, figures.MEMORIZED_PIXEL),
+        *(figures.PARAMETERS, figures.IMAGES_PER_SECOND, figures.COUNT),
+    )
 
     study: GeneratorStudy
     methods: tuple[GenerationMethod, ...]
@@ -184,7 +190,8 @@ class GenerationPlan(Plan):
                     "another generator stands with that"
                 )
         plan._check_evaluation()
-        _ = plan.columns, plan.hashes
+        plan.columns()
+        _ = plan.hashes
         return plan
 
     def _check_evaluation(self) -> None:
@@ -259,7 +266,6 @@ class GenerationRow(Row):
     """One generator over one tokenizer's tokens, under one seed."""
 
     redone: ClassVar[Mapping[str, str]] = {"generate": "generating", "evaluate": "evaluating"}
-    per_image: ClassVar[bool] = False
 
     plan: GenerationPlan
     method: GenerationMethod

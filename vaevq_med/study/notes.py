@@ -40,6 +40,8 @@ def _tokenizer_notes(plan: Plan, results: Sequence[RowResult], methods: Sequence
     elif unit == "patients" and count < 6:
         yield f"An interval from {count} patients is rough."
     yield from _conventions(first, "lpips", "rfid")
+    known = {figure.name for figure in plan.known}
+    yield from (f"{f.title}: {f.convention}." for f in first.figures if f.convention and f.name not in known)
     kinds = {"cuda": "GPU memory allocated", "process": "resident memory of the process"}
     memory = sorted({kinds[str(result.run["peak_memory_of"])] for result in results if "peak_memory_of" in result.run})
     yield from _devices(results, f"; peak memory: {', '.join(memory)}")

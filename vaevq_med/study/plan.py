@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from vaevq_med.core.errors import VaevqMedError, root_cause
 from vaevq_med.images.manifest import load_manifest
+from vaevq_med.metrics import figures
+from vaevq_med.metrics.figures import Figure
 from vaevq_med.study.bundle import Bundle, check_ids, decisive, flags, has_id, literal, texts
-from vaevq_med.study.columns import COLUMNS, Column
 from vaevq_med.study.file import MethodPart, Study, TokenizerStudy
 
 if TYPE_CHECKING:
@@ -159,7 +160,8 @@ class Plan:
         changeable: entries of :meth:`shared` that may change from one call to the next in the same output folder.
         alike: entries of the rows' provenance that have to agree.
         published: which of the paper's tables has figures of the methods.
-        candidates: columns of its table.
+        per_image: figures of which each image has one; none where rows are of samples of their own.
+        known: figures that its table can have, in their order.
     """
 
     changeable: ClassVar[frozenset[str]] = frozenset()
@@ -167,7 +169,12 @@ class Plan:
         *("split", "split_hash", "dataset_hash", "n", "lpips_weights_sha256", "fid_weights_sha256"),
     )
     published: ClassVar[str] = "reconstruction"
-    candidates: ClassVar[tuple[Column, ...]] = COLUMNS
+    per_image: ClassVar[tuple[Figure, ...]] = (figures.PSNR, figures.SSIM, figures.LPIPS)
+    known: ClassVar[tuple[Figure, ...]] = (
+        *(figures.PSNR, figures.SSIM, figures.RFID, figures.LPIPS, figures.UTILIZATION, figures.PERPLEXITY),
+        *(figures.BITS_PER_POSITION, figures.BITS_PER_PIXEL),
+        *(figures.PARAMETERS, figures.IMAGES_PER_SECOND, figures.PEAK_MEMORY),
+    )
 
     study: Study
     bundle: Bundle
@@ -190,20 +197,24 @@ class Plan:
         chosen = [(key, everywhere) for key in study.set]
         chosen += [(key, [*configs[m.name]]) for m in plan.methods for key in m.overrides]
         check_ids("set", chosen, own, ("train.json", "evaluate.json"))
-        _ = plan.columns
+        plan.columns()
         if study.sweep:  # sizes that a codebook cannot have
             for row in plan.rows()[: len(plan.methods)]:
                 row.build("network_def#quantizer")
         return plan
 
-    @property
-    def columns(self) -> tuple[Column, ...]:
-        """The columns that its table may have: those that the report names, in its order; all where it names none."""
-        names, known = self.study.report.figures, {column.name: column for column in self.candidates}
+    def columns(self, further: Sequence[Figure] = ()) -> tuple[Figure, ...]:
+        """The columns of its table: the figures that the report names, in its order; all where it names none.
+
+        Args:
+            further: figures of metrics from outside that the rows were evaluated with.
+        """
+        names, known = self.study.report.figures, {figure.name: figure for figure in (*self.known, *further)}
         unknown = [name for name in names or () if name not in known]
-        if unknown:
+        outside = any("metrics" in values for values in (self.study.set, *(m.overrides for m in self.methods)))
+        if unknown and not outside:
             raise VaevqMedError(f"report.figures has {unknown[0]}; expected some of {', '.join(known)}")
-        return tuple(known[name] for name in (known if names is None else names))
+        return tuple(known[name] for name in (known if names is None else names) if name in known)
 
     def _check_methods(self) -> None:
         """Refuse two methods that would train the same."""
@@ -287,11 +298,9 @@ class Row:
         seed: of the initialization, the noise and the order of the data.
         redone: entries of :meth:`settings` that may change in the same output folder, and the command of each from
             which on the row is run again then.
-        per_image: whether its figures are of images that all rows share, not of samples of its own.
     """
 
     redone: ClassVar[Mapping[str, str]] = {}
-    per_image: ClassVar[bool] = True
 
     plan: Plan
     method: Method

@@ -20,6 +20,7 @@ from typing import Any
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.files import atomic_write_text
 from vaevq_med.core.folder import BusyError, Workplace
+from vaevq_med.metrics.figures import Figure
 from vaevq_med.study.bundle import first_difference, settings_hash
 from vaevq_med.study.plan import Plan, Row
 
@@ -68,6 +69,7 @@ class RowResult:
         conventions: how each figure is defined.
         run: what the training cost (``run.json``); empty where the bundle does not write it.
         images: rows of ``per_image.csv``.
+        figures: of the metrics of single images that it was evaluated with.
     """
 
     row: Row
@@ -76,6 +78,7 @@ class RowResult:
     conventions: Mapping[str, str]
     run: Mapping[str, Any]
     images: list[dict[str, str]]
+    figures: tuple[Figure, ...] = ()
 
     @property
     def is_discrete(self) -> bool:
@@ -101,7 +104,7 @@ def read_result(row: Row) -> RowResult:
     try:
         record = json.loads((row.evaluation / "metrics.json").read_text(encoding="utf-8"))
         metrics, told = {**record["summary"]["overall"]}, record["provenance"]
-        if row.per_image:
+        if row.plan.per_image:
             with (row.evaluation / "per_image.csv").open(newline="", encoding="utf-8") as file:
                 images = list(csv.DictReader(file))
             if len(images) != int(told.get("n", len(images))):
@@ -112,7 +115,8 @@ def read_result(row: Row) -> RowResult:
                 share = record.get("memorization", {}).get(space, {}).get("share")
                 if share is not None:
                     metrics[f"memorized_{space}"] = {"value": share}
-        return RowResult(row, metrics, told, record["conventions"], run, images)
+        figures = tuple(Figure.of(figure) for figure in record.get("figures", []))
+        return RowResult(row, metrics, told, record["conventions"], run, images, figures)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise VaevqMedError(
             f"{row.label}: found a damaged evaluation ({error}); remove {row.evaluation} and run again"

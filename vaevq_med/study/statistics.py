@@ -7,7 +7,7 @@ resampled and tested (cluster bootstrap; Wilcoxon's signed-rank test over the pa
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
@@ -15,12 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.metrics.figures import Figure
 
-PER_IMAGE = ("psnr", "ssim", "lpips")
-HIGHER_IS_BETTER = {
-    **{"psnr": True, "ssim": True, "rfid": False, "lpips": False, "utilization": True, "perplexity": True},
-    **{"gfid": False, "precision": True, "recall": True, "inception_score": True},
-}
 RESAMPLES = 10_000
 LEVEL = 0.05
 Array = NDArray[np.float64]
@@ -57,11 +53,12 @@ def _keys(rows: Sequence[Mapping[str, str]]) -> tuple[str, ...]:
     return tuple(f"{row.get('index', '')} {PurePath(row['path']).name}" for row in rows)
 
 
-def over_seeds(runs: Sequence[Sequence[Mapping[str, str]]]) -> Images:
+def over_seeds(runs: Sequence[Sequence[Mapping[str, str]]], names: Iterable[str]) -> Images:
     """Average the rows of ``per_image.csv`` of one method's seeds.
 
     Args:
         runs: one list of rows a seed.
+        names: of the figures.
 
     Raises:
         VaevqMedError: the seeds were not evaluated on the same images.
@@ -75,7 +72,7 @@ def over_seeds(runs: Sequence[Sequence[Mapping[str, str]]]) -> Images:
             )
     values = {
         name: np.mean([[float(row[name]) for row in rows] for rows in runs], axis=0)
-        for name in PER_IMAGE
+        for name in names
         if keys and all(name in row for rows in runs for row in rows)
     }
     return Images(keys, tuple(row.get("patient", "") for row in runs[0]), values)
@@ -165,11 +162,11 @@ def wilcoxon(differences: Array) -> float:
     return 1.0 if len(moved) == 0 else float(signed_rank(moved).pvalue)
 
 
-def best_against_next(metric: str, methods: Mapping[str, Images]) -> list[PairedTest]:
-    """Test the best method against the next by one per-image metric.
+def best_against_next(figure: Figure, methods: Mapping[str, Images]) -> list[PairedTest]:
+    """Test the best method against the next by one figure.
 
     Args:
-        metric: one of :data:`PER_IMAGE`.
+        figure: of which each image has one.
         methods: name to its images.
 
     Returns:
@@ -179,10 +176,11 @@ def best_against_next(metric: str, methods: Mapping[str, Images]) -> list[Paired
     Raises:
         VaevqMedError: best and next were not evaluated on the same images.
     """
+    metric = figure.name
     having = {name: images for name, images in methods.items() if metric in images.values}
-    if len(having) < 2:
+    if len(having) < 2 or figure.higher_is_better is None:
         return []
-    sign = -1 if HIGHER_IS_BETTER[metric] else 1
+    sign = -1 if figure.higher_is_better else 1
     best, second = sorted(having, key=lambda name: sign * float(having[name].values[metric].mean()))[:2]
     first, other = having[best], having[second]
     if first.keys != other.keys:

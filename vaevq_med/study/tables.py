@@ -8,14 +8,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.study.columns import BY_NAME, Column
+from vaevq_med.metrics import figures
+from vaevq_med.metrics.figures import Figure
 from vaevq_med.study.notes import notes
 from vaevq_med.study.plan import Method, Plan
 from vaevq_med.study.published import Published, load_published
 from vaevq_med.study.rows import RowResult
 from vaevq_med.study.statistics import (
-    HIGHER_IS_BETTER,
-    PER_IMAGE,
     Images,
     PairedTest,
     best_against_next,
@@ -24,9 +23,11 @@ from vaevq_med.study.statistics import (
     over_seeds,
 )
 
+_KNOWN = {figure.name: figure for figure in vars(figures).values() if isinstance(figure, Figure)}
+
 
 @dataclass(frozen=True)
-class Figure:
+class Cell:
     """One cell.
 
     Attributes:
@@ -56,19 +57,20 @@ class MethodResult:
 
     method: Method
     seeds: tuple[int, ...]
-    figures: Mapping[str, Figure]
+    figures: Mapping[str, Cell]
     images: Images
     is_discrete: bool = True
 
 
-def summarize(results: Sequence[RowResult], columns: Sequence[Column]) -> MethodResult:
+def summarize(results: Sequence[RowResult], columns: Sequence[Figure], per_image: Sequence[Figure]) -> MethodResult:
     """Put the seeds of one method together.
 
     Args:
         results: its finished rows, at least one.
         columns: figures to look for.
+        per_image: those of which each image has one.
     """
-    images = over_seeds([result.images for result in results])
+    images = over_seeds([result.images for result in results], [figure.name for figure in per_image])
     unit_of = images.units()[1]
     figures = {}
     for column in columns:
@@ -76,10 +78,10 @@ def summarize(results: Sequence[RowResult], columns: Sequence[Column]) -> Method
         if not values:
             continue
         low, high = math.nan, math.nan
-        if column.name in PER_IMAGE and column.name in images.values:
+        if column.name in images.values:
             low, high = bootstrap_interval(images.values[column.name], unit_of)
         mean, std = mean_and_spread(values)
-        figures[column.name] = Figure(mean, std if column.varies else math.nan, low, high)
+        figures[column.name] = Cell(mean, std if column.varies else math.nan, low, high)
     seeds = tuple(result.row.seed for result in results)
     return MethodResult(results[0].row.method, seeds, figures, images, results[0].is_discrete)
 
@@ -100,10 +102,10 @@ class Table:
     tests: tuple[PairedTest, ...]
     notes: tuple[str, ...]
     published: Published | None = None
-    candidates: tuple[Column, ...] = ()
+    candidates: tuple[Figure, ...] = ()
 
     @property
-    def columns(self) -> list[Column]:
+    def columns(self) -> list[Figure]:
         """Those that at least one method has a figure of."""
         return [column for column in self.candidates if any(column.name in m.figures for m in self.methods)]
 
@@ -117,17 +119,17 @@ class Table:
     def _sources(self) -> list[str]:
         return [] if self.published is None else [f"Paper: {self.published.source}", *self.published.notes]
 
-    def _is_best(self, column: Column, result: MethodResult) -> bool:
+    def _is_best(self, column: Figure, result: MethodResult) -> bool:
         rivals = [m for m in self.methods if m.is_discrete and m.method.group == result.method.group]
-        if column.name not in HIGHER_IS_BETTER or len(rivals) < 2 or not result.is_discrete:
+        if column.higher_is_better is None or len(rivals) < 2 or not result.is_discrete:
             return False
         means = [m.figures[column.name].mean for m in rivals if column.name in m.figures]
-        return result.figures[column.name].mean == (max(means) if HIGHER_IS_BETTER[column.name] else min(means))
+        return result.figures[column.name].mean == (max(means) if column.higher_is_better else min(means))
 
     def _head(self) -> list[str]:
         arrows = {True: " ↑", False: " ↓", None: ""}
-        titles = [column.title + arrows[HIGHER_IS_BETTER.get(column.name)] for column in self.columns]
-        return ["Method", *titles, *(f"{BY_NAME[name].title}, paper" for name in self._paper(self.methods[0]))]
+        titles = [column.title + arrows[column.higher_is_better] for column in self.columns]
+        return ["Method", *titles, *(f"{_KNOWN[name].title}, paper" for name in self._paper(self.methods[0]))]
 
     def _body(self, escape: Callable[[str], str], plus_minus: str, bold: str) -> Iterator[list[str]]:
         """The cells of each method."""
@@ -142,7 +144,9 @@ class Table:
         """As Markdown, the best of each column in bold, with notes."""
         head, titles = self._head(), {result.method.name: result.method.title for result in self.methods}
         rows = [head, ["---", *["---:"] * (len(head) - 1)], *self._body(_markdown_text, "±", "**%s**")]
-        notes = [*self.notes, *(_sentence(test, titles) for test in self.tests), *self._sources()]
+        known = {column.name: column for column in self.columns}
+        said = (_sentence(test, known[test.metric].title, titles) for test in self.tests)
+        notes = [*self.notes, *said, *self._sources()]
         lines = [f"| {' | '.join(row)} |" for row in rows]
         return "\n".join([*lines, "", *(f"- {_markdown_text(note)}" for note in notes)]) + "\n"
 
@@ -155,7 +159,7 @@ class Table:
             row: dict[str, Any] = {"method": result.method.name, "title": result.method.title}
             row |= {"overlays": "+".join(result.method.overlays), "seeds": " ".join(map(str, result.seeds))}
             for column in self.columns:
-                row |= _named_parts(column.name, result.figures.get(column.name, Figure(math.nan)))
+                row |= _named_parts(column.name, result.figures.get(column.name, Cell(math.nan)))
             rows.append(row | {f"{name}_paper": value for name, value in self._paper(result).items()})
         return DataFrame(rows).dropna(axis=1, how="all").to_csv(index=False, lineterminator="\n")
 
@@ -180,7 +184,7 @@ class Table:
         return "\n".join(lines) + "\n"
 
     def flat(self) -> dict[str, float]:
-        """Figures for a tracker: ``vqgan/psnr``, ``vqgan/psnr_std``, ..."""
+        """Cells for a tracker: ``vqgan/psnr``, ``vqgan/psnr_std``, ..."""
         return {
             f"{result.method.name}/{part}": value
             for result in self.methods
@@ -211,7 +215,7 @@ class Table:
         return {"methods": methods, "tests": [asdict(test) for test in self.tests], "notes": notes}
 
 
-def _named_parts(name: str, figure: Figure) -> dict[str, float]:
+def _named_parts(name: str, figure: Cell) -> dict[str, float]:
     return {name if part == "mean" else f"{name}_{part}": value for part, value in vars(figure).items()}
 
 
@@ -222,16 +226,21 @@ def make_table(plan: Plan, results: Sequence[RowResult]) -> Table:
         VaevqMedError: rows were evaluated with different feature networks, on different data or at another N.
     """
     _check_alike(results, plan.alike)
+    own = {
+        f.name: f for result in results for f in result.figures if f.name not in {known.name for known in plan.known}
+    }
+    further, per_image = [*own.values()], [*plan.per_image, *own.values()]
     rows = {m.name: [result for result in results if result.row.method.name == m.name] for m in plan.methods}
-    methods = tuple(summarize(own, plan.columns) for own in rows.values() if own)
+    methods = tuple(summarize(found, (*plan.known, *further), per_image) for found in rows.values() if found)
     images = {result.method.name: result.images for result in methods if result.is_discrete}
-    tests = tuple(test for metric in PER_IMAGE for test in best_against_next(metric, images))
+    columns = plan.columns(further)
+    tests = tuple(test for figure in per_image if figure in columns for test in best_against_next(figure, images))
     published = load_published(plan.bundle.name, plan.published) if plan.study.report.published else None
-    return Table(methods, tests, tuple(notes(plan, results, methods)), published, plan.columns)
+    return Table(methods, tests, tuple(notes(plan, results, methods)), published, columns)
 
 
 def _check_alike(results: Sequence[RowResult], keys: Sequence[str]) -> None:
-    """Figures of different feature networks or data never share a column.
+    """Cells of different feature networks or data never share a column.
 
     Args:
         results: finished rows.
@@ -250,14 +259,14 @@ def _check_alike(results: Sequence[RowResult], keys: Sequence[str]) -> None:
             )
 
 
-def _sentence(test: PairedTest, titles: Mapping[str, str]) -> str:
-    pair = f"{BY_NAME[test.metric].title}: {titles[test.best]} over {titles[test.next]}, mean difference"
+def _sentence(test: PairedTest, figure: str, titles: Mapping[str, str]) -> str:
+    pair = f"{figure}: {titles[test.best]} over {titles[test.next]}, mean difference"
     head = f"{pair} {test.difference:+.4g} over {test.n} {test.unit if test.n != 1 else test.unit[:-1]}"
     value = "no p-value" if test.p_value is None else f"Wilcoxon signed-rank p = {test.p_value:.3g}"
     return f"{head}, {value}{f' ({test.note})' if test.note else ''}."
 
 
-def _cell(column: Column, figure: Figure, plus_minus: str) -> str:
+def _cell(column: Figure, figure: Cell, plus_minus: str) -> str:
     text = column.show(figure.mean)
     if not math.isnan(figure.std):
         text += f" {plus_minus} {column.show(figure.std)}"
