@@ -56,7 +56,7 @@ def generators(**changes: Any) -> dict[str, Any]:
         ("3", "study is missing; expected tokenizers or generators"),
         (tokenizers(study="losses"), 'study is "losses"; expected tokenizers or generators'),
         (tokenizers(bugdet=3), "bugdet is unknown; expected budget"),
-        (tokenizers(samples=3), "samples is unknown; expected"),
+        (tokenizers(**{"sam{p}les": 3}), "sam{p}les is unknown; expected"),
         (tokenizers(budget={"step": 3}), "budget.step is unknown; expected steps"),
         (tokenizers(budget={"steps": 3, "images": 4}), "budget is steps and images; expected one of max_epochs, steps"),
         (tokenizers(budget={"steps": 0}), "budget.steps is 0; expected 1 or more"),

@@ -31,18 +31,14 @@ from vaevq_med.tokens.options import EncodeOptions
 
 
 def _refuse(message: str, kind: str = "said") -> PydanticCustomError:
-    return PydanticCustomError(kind, message.replace("{", "{{").replace("}", "}}"))
-
-
-def _nearest(name: str, known: Collection[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return close[0] if close else f"one of {', '.join(known)}"
+    return PydanticCustomError(kind, "{said}", {"said": message})
 
 
 def _check_names(found: object, known: Collection[str]) -> None:
     for name in found if isinstance(found, Mapping) else ():
         if name not in known:
-            raise _refuse(f"{name} is unknown; expected {_nearest(name, known)}", "name")
+            close, others = difflib.get_close_matches(name, known, n=1), f"one of {', '.join(known)}"
+            raise _refuse(f"{name} is unknown; expected {close[0] if close else others}", "name")
 
 
 def _given(value: Any, handler: Callable[[Any], Any]) -> dict[str, Any]:
@@ -87,7 +83,7 @@ Evaluate = Annotated[
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, populate_by_name=True)
+    model_config = ConfigDict(frozen=True)
 
     @model_validator(mode="before")
     @classmethod
