@@ -310,9 +310,9 @@ def test_methods_are_the_overlays_of_the_bundle(slice_dataset: Path) -> None:
     vqgan, vaevq, mine = plan.methods
     assert (vqgan.title, vaevq.title, mine.title) == ("VQGAN", "VAEVQ", "mine")
     assert (vaevq.overlays, mine.overlays) == (("paper",), ("simvq", "f16"))
-    ablation = titles(slice_dataset, methods="", kind="ablate")
-    assert list(ablation) == ABLATION
-    assert [*ablation.values()] == [
+    ablation = make("ablate", Path("out"), dataset_dir=slice_dataset).plan.methods
+    assert [method.name for method in ablation] == ABLATION
+    assert [method.title for method in ablation] == [
         *("M0: VQGAN", "SimVQ", "M1: + VLQ", "M2: + VLQ, RCS", "M3: + VLQ, DCR", "full: + VLQ, RCS, DCR")
     ]
     for text, said in (

@@ -54,11 +54,7 @@ class Demo:
     announce: Callable[[str, str], None] = field(default=lambda title, command: None)
 
     def run(self) -> DemoReport:
-        """Run the steps.
-
-        Raises:
-            VaevqMedError: the output folder holds something else, or a step failed.
-        """
+        """Run the steps."""
         self._make_output()
         volumes, slices, trained = self.output / "volumes", self.output / "slices", self.output / "run"
         tracking_uri = f"sqlite:///{(self.output / 'mlflow.db').as_posix()}"

@@ -49,11 +49,7 @@ class Maker:
     show_study: bool = option(False, "Print the study file that the command stands for and end.")
 
     def study(self) -> Study:
-        """The study that the flags stand for.
-
-        Raises:
-            VaevqMedError: a flag that cannot be.
-        """
+        """The study that the flags stand for."""
         from vaevq_med.study.file import check_study
 
         budget = {"max_epochs": self.max_epochs, "steps": self.steps, "images": self.images}

@@ -37,11 +37,7 @@ class Bundle:
 
     @classmethod
     def find(cls, name: str) -> Bundle:
-        """A bundle by the name of an installed one, or by its folder.
-
-        Raises:
-            VaevqMedError: there is none, or it lacks a file.
-        """
+        """A bundle by the name of an installed one, or by its folder."""
         path = Path(name) if (Path(name) / "train.json").is_file() else bundle_path(name)
         for file in ("train.json", "evaluate.json"):
             if not (path / file).is_file():
@@ -49,11 +45,7 @@ class Bundle:
         return cls(path.resolve().name, path)
 
     def overlay(self, name: str, kind: str = "") -> Path:
-        """File of an overlay, ``generation`` for those of the generators.
-
-        Raises:
-            VaevqMedError: there is none; the message names the nearest.
-        """
+        """File of an overlay, ``generation`` for those of the generators."""
         return overlay_path(name, self.path, kind)
 
     def title(self, name: str) -> str:
@@ -61,11 +53,7 @@ class Bundle:
         return overlay_title(overlay_files(self.path).get(name, Path(name)))
 
     def read(self, file: str, overlays: Sequence[str] = (), kind: str = "") -> dict[str, Any]:
-        """A configuration merged with overlays, unresolved.
-
-        Raises:
-            VaevqMedError: a file is no configuration.
-        """
+        """A configuration merged with overlays, unresolved."""
         from monai.bundle import ConfigParser
 
         paths = [self.path / file, *(self.overlay(name, kind) for name in overlays)]

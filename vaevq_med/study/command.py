@@ -82,11 +82,7 @@ class RunStudy:
         return [sys.executable, "-m", "vaevq_med.cli.app", "study", str(self.study.output / STUDY)]
 
     def dry_run(self) -> list[tuple[str, list[str]]]:
-        """Label and commands, as shell lines, of every row, a token store once; nothing is written.
-
-        Raises:
-            VaevqMedError: a field that cannot be, or an output folder of other settings.
-        """
+        """Label and commands, as shell lines, of every row, a token store once; nothing is written."""
         check_settings(self.plan)
         seen: set[str] = set()
         rows = []

@@ -30,7 +30,7 @@ def draw(plan: Plan, table: Table, results: Sequence[RowResult]) -> list[Path]:
     Args:
         plan: what was compared.
         table: over the finished rows.
-        results: finished rows, at least one.
+        results: these rows, at least one.
     """
     output, count = plan.study.output, plan.study.report.pictures
     first = {result.row.method.name: result.row for result in reversed(results)}
@@ -56,10 +56,6 @@ def _spread(value: float) -> float:
 def utilization_bars(methods: Sequence[MethodResult], path: Path) -> bool:
     """The paper's Figure 5: a bar a method, its height the utilization, a whisker the spread over seeds.
 
-    Args:
-        methods: rows of the table.
-        path: PNG file to write.
-
     Returns:
         Whether there was anything to draw.
     """
@@ -82,10 +78,6 @@ def utilization_bars(methods: Sequence[MethodResult], path: Path) -> bool:
 
 def sweep_curves(methods: Sequence[MethodResult], path: Path) -> bool:
     """The paper's Figure 7: utilization, rFID and PSNR over K, a line a method.
-
-    Args:
-        methods: points of the sweep.
-        path: PNG file to write.
 
     Returns:
         Whether there was anything to draw.
@@ -125,9 +117,6 @@ def sample_grid(rows: Sequence[Row], generated: Sequence[Path], count: int, path
         generated: folder of each one's samples.
         count: samples of each.
         path: PNG file to write.
-
-    Raises:
-        DataError: the samples are not there any more.
     """
     samples = [find_samples(folder)[:count] for folder in generated]
     columns = max(len(found) for found in samples)
@@ -155,9 +144,6 @@ def reconstructions(rows: Sequence[Row], count: int, path: Path) -> None:
         rows: a finished row of each method.
         count: images.
         path: PNG file to write.
-
-    Raises:
-        VaevqMedError: a checkpoint is not there any more.
     """
     columns: dict[str, torch.Tensor] = {}
     images = torch.empty(0)

@@ -89,11 +89,7 @@ def _overlays(part: GeneratorPart, names: Sequence[str], bundle: Bundle) -> tupl
 
 
 def make_methods(study: GeneratorStudy, bundle: Bundle) -> tuple[GenerationMethod, ...]:
-    """Each generator, in the outer order, over each tokenizer; the tokenizers under one compete for the best figure.
-
-    Raises:
-        VaevqMedError: a file or an overlay is missing, or a configuration names no generator.
-    """
+    """Each generator, in the outer order, over each tokenizer; the tokenizers under one compete for the best figure."""
     from vaevq_med.networks.generators.base import Generator
 
     methods = []

@@ -52,11 +52,7 @@ class Method:
 
 
 def make_methods(study: TokenizerStudy, bundle: Bundle) -> tuple[Method, ...]:
-    """The methods of a study: each at each size of a sweep, and after it a row for every other read-out.
-
-    Raises:
-        VaevqMedError: there is no such overlay or read-out, or a size cannot be swept.
-    """
+    """The methods of a study: each at each size of a sweep, and after it a row for every other read-out."""
     titles = [part.title or (bundle.title(part.name) if part.overlays is None else part.name) for part in study.methods]
     found: list[tuple[Method, MethodPart]] = []
     for part, title in zip(study.methods, titles, strict=True):
@@ -182,11 +178,7 @@ class Plan:
 
     @classmethod
     def of(cls, study: TokenizerStudy) -> Plan:
-        """The plan of a study, checked.
-
-        Raises:
-            VaevqMedError: an overlay, an id or a value with which no row could run.
-        """
+        """The plan of a study, checked."""
         bundle = Bundle.find(study.bundle)
         plan = cls(study, bundle, make_methods(study, bundle))
         plan._check_methods()
@@ -370,11 +362,7 @@ class Row:
         return parser
 
     def build(self, key: str) -> Any:
-        """What the training's configuration has under an id, built.
-
-        Raises:
-            VaevqMedError: it cannot be; with the reason.
-        """
+        """What the training's configuration has under an id, built."""
         try:
             return self.parser("training").get_parsed_content(key)
         except Exception as error:  # whatever the component or MONAI raises

@@ -94,11 +94,7 @@ class RowResult:
 
 
 def read_result(row: Row) -> RowResult:
-    """Read the record of a finished row: its figures, and what its training cost.
-
-    Raises:
-        VaevqMedError: it is damaged.
-    """
+    """Read the record of a finished row: its figures, and what its training cost."""
     run = read_json(row.trained.folder / "run.json") or {}
     images: list[dict[str, str]] = []
     try:
@@ -161,12 +157,7 @@ def write_plan_record(plan: Plan, parent_run_id: str | None) -> None:
 
 
 def check_settings(plan: Plan) -> None:
-    """Refuse an output folder whose rows were made with other settings.
-
-    Raises:
-        VaevqMedError: naming the first setting that differs.
-        DataError: the data set is missing or damaged.
-    """
+    """Refuse an output folder whose rows were made with other settings."""
     record, shared = read_plan_record(plan.study.output), plan.shared()
     if record:
         _check_alike(f"{plan.study.output}: found a comparison", record["shared"], shared, plan.changeable)
