@@ -192,7 +192,7 @@ def test_the_documented_studies_are_such(slice_dataset: Path) -> None:
     assert isinstance(second, GeneratorStudy)
     plan = RunStudy(first.model_copy(update={"dataset_dir": slice_dataset})).plan
     assert [method.name for method in plan.methods] == ["vqgan", "vaevq_map", "softvq", "softvq_hard"]
-    assert [column.name for column in plan.columns] == ["psnr", "ssim", "rfid", "utilization"]
+    assert [column.name for column in plan.columns()] == ["psnr", "ssim", "rfid", "utilization"]
 
 
 @pytest.mark.parametrize("kind", [TokenizerStudy, GeneratorStudy, Report])

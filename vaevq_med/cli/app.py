@@ -9,6 +9,7 @@ import contextlib
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -62,9 +63,12 @@ def _root(
 # --- data preparation -------------------------------------------------------------------------------
 
 
-Recipe = Annotated[str, typer.Option(help="A recipe of preprocessing/, or a .json file of your own.")]
-Workers = Annotated[int | None, typer.Option(help="Processes; by default one a core.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done and the space it takes.")]
+class SliceFormat(StrEnum):
+    """How slices are stored."""
+
+    png = "png"
+    png16 = "png16"
+    npy = "npy"
 
 
 def _show_counts(title: str, patients: dict[str, int], slices: dict[str, int] | None = None) -> None:
@@ -77,13 +81,15 @@ def _show_counts(title: str, patients: dict[str, int], slices: dict[str, int] | 
 def slice_extract(
     source: Annotated[Path, typer.Argument(metavar="INPUT", help="Folder of cases, under any nesting.")],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder of the data set.")],
-    recipe: Recipe = "brats24/axial_256",
+    recipe: Annotated[
+        str, typer.Option(help="A recipe of preprocessing/, or a .json file of your own.")
+    ] = "brats24/axial_256",
     size: Annotated[int | None, typer.Option(help="Side of the slices in pixels, in place of the recipe's.")] = None,
     image_format: Annotated[
-        Literal["png", "png16", "npy"] | None,
+        SliceFormat | None,
         typer.Option("--format", help="8- or 16-bit PNG, or float32 .npy, in place of the recipe's."),
     ] = None,
-    workers: Workers = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; by default one a core.")] = None,
     split_file: Annotated[
         Path | None, typer.Option(help="JSON {patient: split} or CSV patient,split, in place of the recipe's rule.")
     ] = None,
@@ -94,7 +100,7 @@ def slice_extract(
         str | None,
         typer.Option(help="What the segmentations' values mean: brats2021, brats2024, brats2024-ped or decathlon."),
     ] = None,
-    dry_run: DryRun = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and the space it takes.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace slices that another recipe made.")] = False,
 ) -> None:
     """Turn volumes (BraTS 2017-2024, Decathlon, or a CSV of paths) into a data set of 2D slices, split by patient.
@@ -105,7 +111,7 @@ def slice_extract(
     from vaevq_med.prepare.recipes import load_recipe
     from vaevq_med.prepare.volumes.source import SliceExtract
 
-    chosen = load_recipe(recipe).with_options(size=size, image_format=image_format)
+    chosen = load_recipe(recipe).with_options(size=size, image_format=image_format.value if image_format else None)
     command = SliceExtract(
         input=source,
         output=output,
@@ -147,7 +153,9 @@ def imagenet_prepare(
         Path, typer.Argument(metavar="INPUT", help="Folder of train/ and val/, of the archives, or of any images.")
     ],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder of the data set.")],
-    recipe: Recipe = "imagenet/original",
+    recipe: Annotated[
+        str, typer.Option(help="A recipe of preprocessing/, or a .json file of your own.")
+    ] = "imagenet/original",
     resize: Annotated[
         int | None, typer.Option(help="Shrink to this shorter side, e.g. 256 or 288, in place of the recipe's.")
     ] = None,
@@ -164,8 +172,8 @@ def imagenet_prepare(
     no_classes: Annotated[
         bool, typer.Option("--no-classes", help="Subfolders of a folder without train/ are no classes.")
     ] = False,
-    workers: Workers = None,
-    dry_run: DryRun = False,
+    workers: Annotated[int | None, typer.Option(help="Processes; by default one a core.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and the space it takes.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace images that another recipe made.")] = False,
 ) -> None:
     """Turn ImageNet (class folders or ILSVRC2012 archives), or any folder of images, into a data set with a datalist.
@@ -297,7 +305,7 @@ def phantom(
     subjects: Annotated[int, typer.Option(help="Patients to make; every third has two timepoints.")] = 6,
     seed: Annotated[int, typer.Option(help="Another seed makes other patients.")] = 0,
     shape: Annotated[str, typer.Option(help="Voxels of a volume; fewer are larger ones.")] = "182,218,182",
-    workers: Workers = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; by default one a core.")] = None,
 ) -> None:
     """Write synthetic brains with a tumor, in BraTS 2024 layout and naming."""
     from vaevq_med.prepare.phantom.subjects import PhantomConfig

@@ -6,7 +6,8 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
-from enum import StrEnum
+from enum import Enum, StrEnum
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
@@ -26,7 +27,7 @@ def with_flags(kind: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]
 
         @functools.wraps(command)
         def run(**values: Any) -> Any:
-            options = kind(**{name: values.pop(name) for name in names})
+            options = kind(**{name: _value(values.pop(name)) for name in names})
             return command(**values, options=options)
 
         run.__signature__ = inspect.Signature([*own, *_parameters(kind)])  # type: ignore[attr-defined]
@@ -82,10 +83,12 @@ def parse_flags(kind: type, words: Sequence[str]) -> dict[str, Any]:
             raise
         raise ValueError(" ".join(error.format_message().split())) from None
     given = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]
-    return {name: _plain(context.params[name]) for name in given}
+    values = {name: _value(context.params[name]) for name in given}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
-def _plain(value: Any) -> Any:
+def _value(value: Any) -> Any:
+    """A value of Typer's as the dataclass declares it: no enumeration, and None in place of an empty list."""
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, int | float) else str(value)
+        return [_value(item) for item in value] or None
+    return value.value if isinstance(value, Enum) else value
