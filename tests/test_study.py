@@ -262,6 +262,14 @@ def test_a_script_of_tasks_runs_the_study_that_stands_in_its_folder(slice_datase
     assert str(done.exception) == "task: found 4, expected 0 to 3"
 
 
+def test_rows_of_generators_have_names_of_their_own(tmp_path: Path) -> None:
+    file, config = str(write_checkpoint(tmp_path / "a.pt")), "train_autoregressive.json"
+    parts = [{"name": "b_c", "config": config}, {"name": "c", "config": config}]
+    content = generators(tokenizers={"a": file, "a_b": file}, generators=parts, output=str(tmp_path / "out"))
+    with pytest.raises(VaevqMedError, match="make a_b_c twice"):
+        RunStudy(check_study(content, "mine")).dry_run()
+
+
 def test_generators_have_no_tasks(slice_dataset: Path, tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "a.pt")
     content = generators(tokenizers={"a": str(checkpoint)}, output=str(tmp_path), dataset_dir=str(slice_dataset))

@@ -299,6 +299,7 @@ class Study(_Part):
     def text(self) -> str:
         """As a file that says the same."""
         content = self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+        content |= {"report": content.pop("report")} if "report" in content else {}  # last, as what is made last
         return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None)
 
 

@@ -118,6 +118,10 @@ def make_methods(study: GeneratorStudy, bundle: Bundle) -> tuple[GenerationMetho
                     encode={**study.encode, **part.encode, **tokenizer.encode},
                 )
             )
+    names = [method.name for method in methods]
+    repeated = [name for name in names if names.count(name) > 1]
+    if repeated:
+        raise VaevqMedError(f"names of tokenizers and generators make {repeated[0]} twice; expected each row's once")
     return tuple(methods)
 
 
