@@ -19,15 +19,17 @@ from conftest import BUNDLE, toy_config
 from monai.bundle import ConfigParser, ConfigWorkflow
 from PIL import Image
 from rich.console import Console
+from study_makers import make
 from typer.testing import CliRunner
 
 from vaevq_med.cli.app import app
-from vaevq_med.cli.compare import _status_table
+from vaevq_med.cli.study import _status_table
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.folder import Workplace
 from vaevq_med.study import rows as rows_module
-from vaevq_med.study.compare import Compare
-from vaevq_med.study.plan import ABLATION, Budget, Bundle, parse_integers, parse_methods
+from vaevq_med.study.bundle import Bundle
+from vaevq_med.study.command import RunStudy
+from vaevq_med.study.file import Budget
 from vaevq_med.study.rows import STATE, RowState, call, error_line, last_line
 from vaevq_med.trained.file import read_checkpoint
 from vaevq_med.training.config import check_config
@@ -44,6 +46,9 @@ def literal(text: str) -> Any:
 def flags(command: list[str]) -> dict[str, Any]:
     words = command[command.index("run") + 2 :]
     return {name.removeprefix("--"): literal(value) for name, value in zip(words[::2], words[1::2], strict=True)}
+
+
+ABLATION = ["ablation_m0", "simvq", "ablation_m1", "ablation_m2", "ablation_m3", "ablation_full"]
 
 
 class Runner:
@@ -87,15 +92,19 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> Runner:
     return fake
 
 
-def toy(dataset: Path, output: Path, **options: Any) -> Compare:
-    """Methods at toy size, one epoch, untracked, without what takes seconds: rFID, validation pictures."""
-    small = toy_config(dataset, output)
-    for name in ("dataset_dir", "output_dir", "tracking_uri", "max_epochs"):
-        del small[name]
+def assignments(*without: str) -> list[str]:
+    """Overrides of toy size, without what takes seconds: rFID, validation pictures."""
+    small = toy_config(Path(), Path())
     small |= {"val_interval": 1000, "fid_network": None, "objective#weights#perceptual": 0.0}
-    chosen = {"methods": "vqgan,vaevq", "budget": Budget(max_epochs=1), "tracking_uri": "none", "pictures": 2}
-    chosen |= {"checkpoint": "last", "assignments": tuple(f"{key}={value}" for key, value in small.items())}
-    return Compare(output=output, dataset_dir=dataset, **{**chosen, **options})
+    without += ("dataset_dir", "output_dir", "tracking_uri", "max_epochs")
+    return [f"{key}={value}" for key, value in small.items() if key not in without]
+
+
+def toy(dataset: Path, output: Path, **options: Any) -> RunStudy:
+    """Methods at toy size, one epoch, untracked."""
+    chosen = {"kind": "compare", "methods": "vqgan,vaevq", "tracking_uri": "none", "pictures": 2, "checkpoint": "last"}
+    chosen |= {"assignments": assignments()} | ({} if {"steps", "images"} & {*options} else {"max_epochs": 1})
+    return make(output=output, dataset_dir=dataset, **{**chosen, **options})
 
 
 @pytest.mark.slow
@@ -163,8 +172,8 @@ def test_a_comparison_from_rows_to_tables(runner: Runner, slice_dataset: Path, t
 
     # Another budget, another seed's overrides or a changed overlay do not mix with it.
     for changed, said in (
-        ({"budget": Budget(max_epochs=2)}, "1 epoch, expected 2 epochs"),
-        ({"assignments": (*command.assignments, "ema_decay=0.5")}, "ema_decay unset, expected 0.5"),
+        ({"max_epochs": 2}, "1 epoch, expected 2 epochs"),
+        ({"assignments": [*assignments(), "ema_decay=0.5"]}, "ema_decay unset, expected 0.5"),
         ({"checkpoint": "best"}, "last, expected best"),
     ):
         with pytest.raises(VaevqMedError, match=said) as refused:
@@ -194,7 +203,7 @@ def test_an_interrupted_comparison_goes_on(runner: Runner, slice_dataset: Path, 
     changed["settings"]["train"]["objective"]["weights"]["commitment"] = 0.1
     changed["hash"] = "0" * 64
     record.write_text(json.dumps(changed))
-    with pytest.raises(VaevqMedError, match=r"commitment 0.1, expected 0.25; choose another --output-dir"):
+    with pytest.raises(VaevqMedError, match=r"commitment 0.1, expected 0.25; choose another output"):
         command.run()
 
 
@@ -238,22 +247,20 @@ def test_two_calls_do_not_train_a_row_twice(runner: Runner, slice_dataset: Path,
     assert not (tmp_path / "out" / "comparison.json").exists()
     # A task of an array job goes on beside another one, and not on the same row.
     with Workplace(tmp_path / "out/vqgan/seed_0", STATE, "compare", "rows").lock():
-        (busy,) = command.run_row(0).failed
+        (busy,) = command.run_task(0).failed
         assert "out/vqgan/seed_0: found another compare at work" in busy.detail
         assert runner.commands == []
-        assert command.run_row(1).failed == []
+        assert command.run_task(1).failed == []
     assert runner.trained() == ["vaevq/seed_0"]
 
 
 def test_a_sweep_draws_its_curves(runner: Runner, slice_dataset: Path, tmp_path: Path) -> None:
-    toy_options = toy(slice_dataset, tmp_path / "out").assignments
-    options = tuple(text for text in toy_options if not text.startswith("num_embeddings="))
     command = toy(
         *(slice_dataset, tmp_path / "out"),
         kind="sweep",
         methods="simvq,fq",
         num_embeddings="16,64",
-        assignments=options,
+        assignments=assignments("num_embeddings"),
         pictures=0,
     )
     report = command.run()
@@ -267,18 +274,13 @@ def test_a_sweep_draws_its_curves(runner: Runner, slice_dataset: Path, tmp_path:
 
 @pytest.mark.slow
 def test_the_documented_command_in_processes_of_its_own(slice_dataset: Path, tmp_path: Path) -> None:
-    options = toy(slice_dataset, tmp_path).assignments
-    assignments = (
-        "modalities=['t1c']",
-        *(text for text in options if not text.startswith(("fid_network", "val_interval"))),
-    )
     command = toy(
         *(slice_dataset, tmp_path / "out"),
         methods="vqgan,simvq",
         checkpoint="best",
         pictures=1,
         published=True,
-        assignments=assignments,
+        assignments=["modalities=['t1c']", *assignments("fid_network", "val_interval")],
     )
     report = command.run()
     assert report.failed == []
@@ -297,34 +299,36 @@ def test_the_documented_command_in_processes_of_its_own(slice_dataset: Path, tmp
 # --- plan -------------------------------------------------------------------------------------------
 
 
-def test_methods_are_the_overlays_of_the_bundle() -> None:
-    bundle = Bundle.find("brats")
-    vqgan, vaevq, mine = parse_methods("vqgan, vaevq,mine=simvq+f16", bundle)
+def titles(dataset: Path, *assignments: str, methods: str = "softvq", **options: Any) -> dict[str, str]:
+    """Title of each row by its name."""
+    chosen = {"kind": "compare", "methods": methods, "assignments": assignments, "dataset_dir": dataset, **options}
+    return {method.name: method.title for method in make(output=Path("out"), **chosen).plan.methods}
+
+
+def test_methods_are_the_overlays_of_the_bundle(slice_dataset: Path) -> None:
+    plan = make("compare", Path("out"), methods="vqgan, vaevq,mine=simvq+f16", dataset_dir=slice_dataset).plan
+    vqgan, vaevq, mine = plan.methods
     assert (vqgan.title, vaevq.title, mine.title) == ("VQGAN", "VAEVQ", "mine")
     assert (vaevq.overlays, mine.overlays) == (("paper",), ("simvq", "f16"))
-    assert [m.title for m in parse_methods(",".join(ABLATION), bundle)] == [
-        "M0: VQGAN",
-        "SimVQ",
-        "M1: + VLQ",
-        "M2: + VLQ, RCS",
-        "M3: + VLQ, DCR",
-        "full: + VLQ, RCS, DCR",
+    ablation = make("ablate", Path("out"), dataset_dir=slice_dataset).plan.methods
+    assert [method.name for method in ablation] == ABLATION
+    assert [method.title for method in ablation] == [
+        *("M0: VQGAN", "SimVQ", "M1: + VLQ", "M2: + VLQ, RCS", "M3: + VLQ, DCR", "full: + VLQ, RCS, DCR")
     ]
     for text, said in (
         ("vgqan", "did you mean 'vqgan'"),
         ("a=simvq+fsqq", "'fsqq'"),
         ("vqgan,vqgan", "more than once"),
-        (" ,", "found none"),
-        ("../x=vqgan", "the name '../x'"),
+        (" ,", "at least 1 item"),
+        ("../x=vqgan", r"name is \"../x\"; expected letters"),
     ):
         with pytest.raises(VaevqMedError, match=said):
-            parse_methods(text, bundle)
+            titles(slice_dataset, methods=text)
 
 
 def test_methods_of_the_same_overlays_and_other_settings_have_titles_of_their_own(slice_dataset: Path) -> None:
-    options = {"methods": "vaevq,paper,vqgan", "assignments": ("paper:ema_decay=0.5",), "dataset_dir": slice_dataset}
-    plan = Compare(output=Path("nowhere"), **options).plan
-    assert [m.title for m in plan.methods] == ["VAEVQ (vaevq)", "VAEVQ (paper)", "VQGAN"]
+    found = titles(slice_dataset, "paper:ema_decay=0.5", methods="vaevq,paper,vqgan")
+    assert [*found.values()] == ["VAEVQ (vaevq)", "VAEVQ (paper)", "VQGAN"]
 
 
 def test_columns_of_the_same_title_are_all_drawn(tmp_path: Path) -> None:
@@ -341,7 +345,7 @@ def test_columns_of_the_same_title_are_all_drawn(tmp_path: Path) -> None:
 
 
 def test_a_bundle_may_be_a_folder(tmp_path: Path) -> None:
-    assert Bundle.find(str(BUNDLE)).overlays == Bundle.find("brats").overlays
+    assert Bundle.find(str(BUNDLE)).read("train.json") == Bundle.find("brats").read("train.json")
     (tmp_path / "train.json").write_text("{}")
     with pytest.raises(VaevqMedError, match=r"no evaluate\.json"):
         Bundle.find(str(tmp_path))
@@ -350,7 +354,7 @@ def test_a_bundle_may_be_a_folder(tmp_path: Path) -> None:
 
 
 def test_both_bundles_can_be_compared(slice_dataset: Path, tmp_path: Path) -> None:
-    command = Compare(output=tmp_path, bundle="imagenet", methods="vqgan,vaevq", dataset_dir=slice_dataset)
+    command = make("compare", tmp_path, bundle="imagenet", methods="vqgan,vaevq", dataset_dir=slice_dataset)
     training, evaluation = command.plan.rows()[1].commands().values()
     names = [Path(file).relative_to(BUNDLE.parent).as_posix() for file in flags(training)["config_file"]]
     assert names == ["imagenet/train.json", "overlays/paper.json"]
@@ -364,7 +368,7 @@ def test_both_bundles_can_be_compared(slice_dataset: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("text", ["", "a", "1,-1", "1.5"])
 def test_seeds_are_whole_numbers(text: str) -> None:
     with pytest.raises(VaevqMedError, match="seeds"):
-        parse_integers(text, "seeds", 0)
+        make("compare", Path("out"), seeds=text)
 
 
 @pytest.mark.parametrize(
@@ -375,36 +379,36 @@ def test_seeds_are_whole_numbers(text: str) -> None:
         ({"assignments": ("max_epochs=2",)}, "'max_epochs', which the comparison sets"),
         ({"assignments": ("learning_rate",)}, "ID=VALUE"),
         ({"assignments": ("vqgam:batch_size=2",)}, "expected one of vqgan, simvq"),
-        ({"budget": Budget(max_epochs=1, steps=2)}, "max_epochs and steps, expected one"),
-        ({"budget": Budget(images=0)}, "images: found 0"),
-        ({"checkpoint": "worst"}, "'best' or 'last'"),
+        ({"max_epochs": 1, "steps": 2}, "max_epochs and steps; expected one"),
+        ({"max_epochs": None, "images": 0}, "images is 0; expected 1 or more"),
+        ({"checkpoint": "worst"}, "checkpoint is .worst.; expected 'best' or 'last'"),
         ({"overlays": ("small_cpuu",)}, "small_cpu"),
         ({"dataset_dir": Path("nowhere")}, "vaevq-med slice-extract"),
-        ({"kind": "sweep", "num_embeddings": "1"}, "at least 2"),
+        ({"kind": "sweep", "num_embeddings": "1"}, "num_embeddings.0. is 1; expected at least 2"),
         ({"assignments": ("network_def#quantiser#x=2",)}, "has a place for"),
         ({"assignments": ("vqgan:num_features=2",)}, "num_features"),
         ({"kind": "sweep", "num_embeddings": "4", "assignments": ("num_embeddings=8",)}, "sets itself"),
         ({"kind": "sweep", "num_embeddings": "4", "assignments": ("vqgan:num_embeddings=8",)}, "sets itself"),
         ({"launch": "torchrun '"}, "launch: found"),
-        ({"kind": "sweep", "num_embeddings": "4", "methods": "fsq"}, "method fsq: found FSQ, whose K changes together"),
-        ({"kind": "sweep", "num_embeddings": "4", "methods": "vqgan,ifsq"}, "method ifsq: found IFSQ"),
-        ({"kind": "sweep", "num_embeddings": "4", "methods": "a=lfq"}, "method a: found LFQ"),
+        ({"kind": "sweep", "num_embeddings": "4", "methods": "fsq"}, "fsq_k4 seed 0: "),
+        ({"kind": "sweep", "num_embeddings": "4", "methods": "vqgan,ifsq"}, "ifsq_k4 seed 0: "),
+        ({"kind": "sweep", "num_embeddings": "4", "methods": "a=lfq"}, "a_k4 seed 0: "),
         ({"kind": "sweep", "num_embeddings": "64,8192", "methods": "fvq"}, "fvq_k8192 seed 0: num_embeddings"),
         ({"kind": "sweep", "num_embeddings": "8", "methods": "vqgan_lc"}, "vqgan_lc_k8 seed 0: .*features.npz"),
         ({"methods": "vaevq,paper"}, "found vaevq and paper, two names of paper with the same settings"),
         ({"methods": "simvq,vqgan,a=simvq"}, "found simvq and a, two names of simvq"),
         ({"kind": "sweep", "num_embeddings": "4", "methods": "vaevq,paper"}, "found vaevq_k4 and paper_k4"),
-        ({"seeds": "0,4294967296"}, "seeds: found 4294967296, expected whole numbers of 0 to 4294967295"),
+        ({"seeds": "0,4294967296"}, "seeds.1. is 4294967296; expected less than or equal to 4294967295"),
     ],
 )
 def test_a_mistake_is_one_line_before_anything_is_written(
     options: dict[str, Any], said: str, slice_dataset: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(VaevqMedError, match=said) as stopped:
-        Compare(
+        make(
             **{
-                **{"output": tmp_path / "out", "dataset_dir": slice_dataset, "methods": "vqgan,simvq"},
-                **{"budget": Budget(max_epochs=1), **options},
+                **{"kind": "compare", "output": tmp_path / "out", "dataset_dir": slice_dataset},
+                **{"methods": "vqgan,simvq", "max_epochs": 1, **options},
             }
         ).dry_run()
     assert "\n" not in str(stopped.value)
@@ -447,7 +451,7 @@ def test_a_budget_is_what_the_run_resolves(
     budget: Budget, epochs: int, length: int, slice_dataset: Path, tmp_path: Path
 ) -> None:
     """16 training slices in batches of 4: 4 steps an epoch."""
-    command = toy(slice_dataset, tmp_path, budget=budget)
+    command = toy(slice_dataset, tmp_path, **{"max_epochs": None, **budget.model_dump()})
     training = command.plan.rows()[0].commands()["training"]
     values = flags(training)
     parser = ConfigParser()
@@ -459,8 +463,9 @@ def test_a_budget_is_what_the_run_resolves(
 
 
 def test_commands_carry_what_each_file_knows(slice_dataset: Path, tmp_path: Path) -> None:
-    command = Compare(
-        output=tmp_path / "out",
+    command = make(
+        "compare",
+        tmp_path / "out",
         methods="vqgan",
         seeds="3",
         overlays=("small_cpu",),
@@ -487,7 +492,7 @@ def test_commands_carry_what_each_file_knows(slice_dataset: Path, tmp_path: Path
 
 
 def test_all_methods_of_a_seed_share_everything_but_the_method(slice_dataset: Path, tmp_path: Path) -> None:
-    rows = Compare(output=tmp_path, methods="vqgan,simvq,vaevq", dataset_dir=slice_dataset).plan.rows()
+    rows = make("compare", tmp_path, methods="vqgan,simvq,vaevq", dataset_dir=slice_dataset).plan.rows()
     settings = [row.settings()["train"] for row in rows]
     different = {key for other in settings[1:] for key in other if other[key] != settings[0].get(key)}
     assert different <= {"network_def", "objective"}
@@ -519,13 +524,13 @@ def test_a_slurm_script_has_a_task_a_row(runner: Runner, slice_dataset: Path, tm
     assert "# task 3: vaevq seed 1" in script
     (line,) = (line for line in script.splitlines() if line.startswith("exec "))
     words = shlex.split(line.replace('"$SLURM_ARRAY_TASK_ID"', "1"))
-    assert words[1:5] == [sys.executable, "-m", "vaevq_med.cli.app", "compare"]
+    assert words[1:5] == [sys.executable, "-m", "vaevq_med.cli.app", "study"]
     done = CliRunner().invoke(app, words[4:])
     assert done.exit_code == 0, done.output
     assert runner.trained() == ["vaevq/seed_0"]
     assert not (tmp_path / "out" / "table.md").exists()
-    with pytest.raises(VaevqMedError, match="row: found 4, expected 0 to 3"):
-        command.run_row(4)
+    with pytest.raises(VaevqMedError, match="task: found 4, expected 0 to 3"):
+        command.run_task(4)
 
 
 @pytest.mark.parametrize(
@@ -541,7 +546,7 @@ def test_a_slurm_script_has_a_task_a_row(runner: Runner, slice_dataset: Path, tm
 def test_torchrun_is_known_wherever_it_stands(
     launch: str, gpus: int, is_distributed: bool, slice_dataset: Path, tmp_path: Path
 ) -> None:
-    command = Compare(output=tmp_path / "out", methods="vqgan", dataset_dir=slice_dataset, launch=launch)
+    command = make("compare", tmp_path / "out", methods="vqgan", dataset_dir=slice_dataset, launch=launch)
     assert command.plan.composed(command.plan.methods[0]) == (*(["multi_gpu"] if is_distributed else []), "vqgan")
     script = command.script().splitlines()
     assert {f"#SBATCH --gpus-per-task={gpus}", f"#SBATCH --cpus-per-task={8 * gpus}"} <= set(script)
@@ -554,14 +559,9 @@ def test_an_overlay_that_is_none_is_one_line(content: str, slice_dataset: Path, 
     (tmp_path / "brats/overlays/mine.json").write_text(content)
     # What it says of the network is read by a sweep alone; a row's own run refuses it otherwise.
     for kind in ("sweep",) if "network_def" in content else ("compare", "sweep"):
-        command = Compare(
-            kind=kind,
-            output=tmp_path / "out",
-            bundle=str(tmp_path / "brats"),
-            methods="mine",
-            num_embeddings="8",
-            dataset_dir=slice_dataset,
-        )
+        sizes = {"num_embeddings": "8"} if kind == "sweep" else {}
+        bundle = {"bundle": str(tmp_path / "brats"), "methods": "mine", "dataset_dir": slice_dataset}
+        command = make(kind, tmp_path / "out", **bundle, **sizes)
         with pytest.raises(VaevqMedError, match="mine") as stopped:
             command.dry_run()
         assert "\n" not in str(stopped.value)
@@ -625,7 +625,7 @@ def test_an_interruption_waits_for_the_checkpoint(tmp_path: Path) -> None:
 
 
 def test_the_live_table_shows_each_row_as_it_stands(slice_dataset: Path, tmp_path: Path) -> None:
-    rows = Compare(output=tmp_path, methods="vqgan,simvq", dataset_dir=slice_dataset).plan.rows()
+    rows = make("compare", tmp_path, methods="vqgan,simvq", dataset_dir=slice_dataset).plan.rows()
     states = [RowState(rows[0], "training", 83.0, "train 3/8  loss [0.5]"), RowState(rows[1])]
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(_status_table(states, console.width))
@@ -661,7 +661,7 @@ def test_every_readout_of_a_quantizer_has_a_row_and_one_training(
     assert "SoftVQ (soft): continuous" in report.table
     # One task of an array job does both; what is there is kept, also in a folder that was moved.
     (tmp_path / "out").rename(tmp_path / "moved")
-    again = toy(slice_dataset, tmp_path / "moved", methods="softvq").run_row(0)
+    again = toy(slice_dataset, tmp_path / "moved", methods="softvq").run_task(0)
     assert [state.status for state in again.states] == ["kept", "kept"]
     # Figures of weights that are gone are not kept.
     shutil.rmtree(tmp_path / "moved" / "softvq")
@@ -669,7 +669,7 @@ def test_every_readout_of_a_quantizer_has_a_row_and_one_training(
     record = json.loads(metrics.read_text())
     record["provenance"]["checkpoint_sha256"] = "of other weights"
     metrics.write_text(json.dumps(record))
-    again = toy(slice_dataset, tmp_path / "moved", methods="softvq").run_row(0)
+    again = toy(slice_dataset, tmp_path / "moved", methods="softvq").run_task(0)
     assert [state.status for state in again.states] == ["finished", "finished"]
 
 
@@ -682,14 +682,6 @@ def test_a_readout_waits_for_its_training(runner: Runner, slice_dataset: Path, t
     ]
     record = json.loads((tmp_path / "out/softvq_hard/seed_0/row.json").read_text())
     assert (record["status"], record["error"]) == ("failed", report.failed[1].detail)
-
-
-def titles(dataset: Path, *assignments: str, methods: str = "softvq", **options: Any) -> dict[str, str]:
-    """Title of each row by its name."""
-    command = Compare(
-        output=Path("out"), methods=methods, assignments=assignments, dataset_dir=dataset, **options
-    )  # fmt: skip
-    return {method.name: method.title for method in command.plan.methods}
 
 
 def test_which_readouts_have_rows(slice_dataset: Path) -> None:
@@ -711,9 +703,7 @@ def test_which_readouts_have_rows(slice_dataset: Path) -> None:
 
 
 def test_a_sweep_has_a_line_for_each_readout(slice_dataset: Path) -> None:
-    command = Compare(
-        kind="sweep", output=Path("out"), methods="softvq", num_embeddings="64,128", dataset_dir=slice_dataset
-    )  # fmt: skip
+    command = make("sweep", Path("out"), methods="softvq", num_embeddings="64,128", dataset_dir=slice_dataset)
     assert [(method.family, method.title) for method in command.plan.methods] == [
         ("softvq", "SoftVQ (soft), K = 64"),
         ("softvq_hard", "SoftVQ (hard), K = 64"),

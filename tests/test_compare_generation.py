@@ -19,6 +19,7 @@ import torch
 from conftest import BUNDLE, OVERLAYS
 from monai.bundle import ConfigWorkflow
 from PIL import Image
+from study_makers import make
 from test_compare import flags
 from test_generation_bundles import TOY
 from test_tokens import write_checkpoint
@@ -27,15 +28,23 @@ from typer.testing import CliRunner
 from vaevq_med.cli.app import app
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.study import rows as rows_module
-from vaevq_med.study.compare_generation import CompareGeneration
-from vaevq_med.study.plan import Budget
+from vaevq_med.study.command import RunStudy
 from vaevq_med.study.published import load_published
 from vaevq_med.trained.file import read_checkpoint
 from vaevq_med.trained.network import StoredTokenizer
 
 VQ = {"_target_": "vaevq_med.networks.quantizers.VectorQuantizer", "num_embeddings": 32, "embedding_dim": 4}
 SOFTVQ = {"_target_": "vaevq_med.networks.quantizers.SoftVQ", "num_embeddings": 32, "embedding_dim": 4}
+ENCODE = "--workers 0 --device cpu --no-flip"
 GFID = {"vqgan_llamagen": 40.0, "vaevq_llamagen": 30.0, "vqgan_ldm": 20.0, "vaevq_ldm": 10.0}
+
+
+def tiny(*generators: str) -> list[str]:
+    """Overrides of toy size."""
+    kinds = {"llamagen": "autoregressive", "ldm": "diffusion"}
+    small = {"batch_size": 4, "micro_batch_size": "auto", "num_workers": 0, "precision": "fp32", "device": "cpu"}
+    widths = [f"{name}:{key}={value}" for name in generators for key, value in TOY[kinds[name]].items()]
+    return [*(f"{key}={value}" for key, value in small.items()), *widths]
 
 
 @pytest.fixture(scope="module")
@@ -148,33 +157,27 @@ def real(monkeypatch: pytest.MonkeyPatch) -> Real:
 
 
 @pytest.fixture
-def command(tokenizers: str, slice_dataset: Path, tmp_path: Path) -> Callable[..., CompareGeneration]:
+def command(tokenizers: str, slice_dataset: Path, tmp_path: Path) -> Callable[..., RunStudy]:
     """A comparison at toy size, untracked."""
-    small = {"batch_size": 4, "micro_batch_size": "auto", "num_workers": 0, "precision": "fp32", "device": "cpu"}
-    own = (("llamagen", "autoregressive"), ("ldm", "diffusion"))
-    widths = {name: [f"{name}:{key}={value}" for key, value in TOY[kind].items()] for name, kind in own}
 
-    def make(**options: Any) -> CompareGeneration:
-        names = [name for name in widths if name in options.get("generators", "llamagen,ldm")]
+    def run(**options: Any) -> RunStudy:
+        names = [name for name in ("llamagen", "ldm") if name in options.get("generators", "llamagen,ldm")]
         chosen: dict[str, Any] = {
             "output": tmp_path / "out",
             "tokenizers": "" if "source" in options else tokenizers,
             "dataset_dir": slice_dataset,
             "tracking_uri": "none",
-            "budget": Budget(steps=2),
+            "steps": 2,
             "num_samples": 8,
-            "encode": ("--workers 0 --device cpu --no-flip",),
+            "encode": (ENCODE,),
             "evaluate": "--workers 0 --device cpu",
-            "assignments": (
-                *(f"{key}={value}" for key, value in small.items()),
-                *(text for name in names for text in widths[name]),
-            ),
-            "sampling": ("device=cpu", *(["ldm:num_steps=2"] if "ldm" in names else [])),
+            "assignments": tiny(*names),
+            "generate_set": ("device=cpu", *(["ldm:num_steps=2"] if "ldm" in names else [])),
             "pictures": 4,
         }
-        return CompareGeneration(**{**chosen, **options})
+        return make("compare-generation", **{**chosen, **options})
 
-    return make
+    return run
 
 
 def table_of(output: Path) -> dict[str, dict[str, str]]:
@@ -183,12 +186,13 @@ def table_of(output: Path) -> dict[str, dict[str, str]]:
 
 
 def test_a_comparison_from_tokenizers_to_the_table(
-    real: Real, command: Callable[..., CompareGeneration], tmp_path: Path
+    real: Real, command: Callable[..., RunStudy], tokenizers: str, tmp_path: Path
 ) -> None:
     from mlflow import MlflowClient
 
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    comparison = command(tokenizers=command().tokenizers.split(",")[1], tracking_uri=uri, published=True)
+    vaevq = tokenizers.split(",")[1]
+    comparison = command(tokenizers=vaevq, tracking_uri=uri, published=True)
     report = comparison.run()
     assert [(state.row.label, state.status, state.detail) for state in report.states] == [
         ("vaevq_llamagen seed 0", "finished", ""),
@@ -233,7 +237,7 @@ def test_a_comparison_from_tokenizers_to_the_table(
     before = {name: (folder / "000000.png").stat().st_mtime_ns for name, folder in folders.items()}
     real.commands.clear()
     sampling = ("device=cpu", "ldm:num_steps=3")
-    again = command(tokenizers=comparison.tokenizers, tracking_uri=uri, num_samples=10, sampling=sampling).run()
+    again = command(tokenizers=vaevq, tracking_uri=uri, num_samples=10, generate_set=sampling).run()
     assert again.failed == []
     assert real.steps() == ["generating", "evaluate-samples"] * 2
     after = {name: (folder / "000000.png").stat().st_mtime_ns for name, folder in folders.items()}
@@ -244,7 +248,7 @@ def test_a_comparison_from_tokenizers_to_the_table(
 
 
 def test_finished_rows_are_kept_and_a_failing_one_does_not_stop_the_others(
-    faked: Faked, command: Callable[..., CompareGeneration], tmp_path: Path
+    faked: Faked, command: Callable[..., RunStudy], tmp_path: Path
 ) -> None:
     faked.fail = "vqgan_llamagen"
     report = command(seeds="0,1").run()
@@ -288,9 +292,9 @@ def test_finished_rows_are_kept_and_a_failing_one_does_not_stop_the_others(
     assert {state.status for state in command(seeds="0,1").run().states} == {"kept"}
     assert faked.commands == []
     for changed, said in (
-        ({"encode": ("--no-flip",)}, "a row with encode --workers 0 --device cpu --no-flip, expected --no-flip"),
-        ({"assignments": (*command().assignments, "max_grad_norm=2")}, "set#max_grad_norm unset, expected 2"),
-        ({"budget": Budget(steps=3)}, "2 steps, expected 3 steps"),
+        ({"encode": ()}, "a row with encode#flip False, expected unset"),
+        ({"assignments": [*tiny("llamagen", "ldm"), "max_grad_norm=2"]}, "set#max_grad_norm unset, expected 2"),
+        ({"steps": 3}, "2 steps, expected 3 steps"),
     ):
         with pytest.raises(VaevqMedError, match=said) as refused:
             command(seeds="0,1", **changed).run()
@@ -298,7 +302,7 @@ def test_finished_rows_are_kept_and_a_failing_one_does_not_stop_the_others(
 
 
 def test_other_samples_or_figures_need_no_other_training(
-    faked: Faked, command: Callable[..., CompareGeneration], tmp_path: Path
+    faked: Faked, command: Callable[..., RunStudy], tmp_path: Path
 ) -> None:
     def steps(**options: Any) -> list[str]:
         faked.commands.clear()
@@ -314,9 +318,9 @@ def test_other_samples_or_figures_need_no_other_training(
     assert steps() == [*evaluated, "encode-tokens", "training", *drawn]
     assert steps(num_samples=9) == drawn * 2
     assert {flags(line)["overwrite"] for line in faked.commands if step_of(line) == "generating"} == {True}
-    assert steps(num_samples=9, sampling=("vaevq:top_k=5",)) == drawn
-    assert steps(num_samples=9, sampling=("device=cpu", "vaevq:top_k=5")) == []
-    own = {"num_samples": 9, "sampling": ("vaevq:top_k=5",)}
+    assert steps(num_samples=9, generate_set=("vaevq:top_k=5",)) == drawn
+    assert steps(num_samples=9, generate_set=("device=cpu", "vaevq:top_k=5")) == []
+    own = {"num_samples": 9, "generate_set": ("vaevq:top_k=5",)}
     assert steps(**own, evaluate="--neighbors 2 --workers 0") == evaluated * 2
     assert steps(**own, evaluate="--workers 2 --device cpu --batch-size 8 --neighbors 2") == []
     row = tmp_path / "out/vqgan_llamagen/seed_0"
@@ -327,9 +331,9 @@ def test_other_samples_or_figures_need_no_other_training(
     shutil.rmtree(row / "evaluation")
     assert steps(**own, evaluate="--neighbors 2") == ["training", *drawn]
     record = json.loads((tmp_path / "out/comparison.json").read_text())["shared"]
-    assert (record["num_samples"], record["evaluate"]) == (9, ["--neighbors", "2"])
+    assert (record["num_samples"], record["evaluate"]) == (9, {"neighbors": 2})
     with pytest.raises(VaevqMedError, match="max_grad_norm unset, expected 2"):
-        steps(**own, assignments=(*command(generators="llamagen").assignments, "max_grad_norm=2"))
+        steps(**own, assignments=[*tiny("llamagen"), "max_grad_norm=2"])
     assert faked.commands == []
 
 
@@ -344,7 +348,7 @@ def test_the_reason_of_a_failure_is_not_the_frame_around_it(tmp_path: Path) -> N
 
 
 def test_a_tokenizer_that_rows_cannot_use_is_found_before_they_are_trained(
-    command: Callable[..., CompareGeneration], tmp_path: Path
+    command: Callable[..., RunStudy], tmp_path: Path
 ) -> None:
     def said(path: Path) -> str:
         with pytest.raises(VaevqMedError) as refused:
@@ -365,7 +369,7 @@ def test_a_tokenizer_that_rows_cannot_use_is_found_before_they_are_trained(
     assert "found a tokenizer of 2 stacked contrasts" in said(write_checkpoint(tmp_path / "two.pt", in_channels=2))
 
 
-def test_an_interrupted_comparison_goes_on(faked: Faked, command: Callable[..., CompareGeneration]) -> None:
+def test_an_interrupted_comparison_goes_on(faked: Faked, command: Callable[..., RunStudy]) -> None:
     comparison = command(generators="llamagen")
     faked.interrupt_at = 6  # encode, train, draw, evaluate; encode, train
     with pytest.raises(KeyboardInterrupt):
@@ -377,12 +381,12 @@ def test_an_interrupted_comparison_goes_on(faked: Faked, command: Callable[..., 
 
 
 def test_what_cannot_be_trained_is_a_reason_and_the_other_rows_go_on(
-    real: Real, command: Callable[..., CompareGeneration], tmp_path: Path
+    real: Real, command: Callable[..., RunStudy], tmp_path: Path
 ) -> None:
     soft = write_checkpoint(tmp_path / "soft.pt", SOFTVQ)
     # 8 x 8 latents cannot be halved four times.
     deep = ("ldm:network_def#channel_mult=[1, 1, 1, 1, 1]",)
-    comparison = command(tokenizers=f"soft={soft}", assignments=(*command().assignments, *deep))
+    comparison = command(tokenizers=f"soft={soft}", assignments=[*tiny("llamagen", "ldm"), *deep])
     indices, latents = comparison.run().failed
     assert indices.detail.startswith(f"encoding ended with exit code 2: {soft}: found SoftVQ with read-out 'soft'")
     assert latents.detail.startswith("training ended with exit code 2: ")
@@ -391,10 +395,10 @@ def test_what_cannot_be_trained_is_a_reason_and_the_other_rows_go_on(
 
 
 def test_a_hard_read_out_for_one_tokenizer_makes_its_indices(
-    faked: Faked, command: Callable[..., CompareGeneration], tokenizers: str, tmp_path: Path
+    faked: Faked, command: Callable[..., RunStudy], tokenizers: str, tmp_path: Path
 ) -> None:
     soft = write_checkpoint(tmp_path / "soft.pt", SOFTVQ)
-    encode = (*command().encode, "soft: --readout hard")
+    encode = (ENCODE, "soft: --readout hard")
     comparison = command(
         tokenizers=f"soft={soft},{tokenizers.split(',')[0]}", generators="llamagen", seeds="0,1", encode=encode
     )
@@ -403,7 +407,7 @@ def test_a_hard_read_out_for_one_tokenizer_makes_its_indices(
 
 
 def test_another_tokenizer_in_the_same_place_is_refused(
-    faked: Faked, command: Callable[..., CompareGeneration], tmp_path: Path
+    faked: Faked, command: Callable[..., RunStudy], tmp_path: Path
 ) -> None:
     path = write_checkpoint(tmp_path / "a.pt")
     comparison = command(tokenizers=f"a={path}", generators="llamagen", pictures=0)
@@ -415,7 +419,7 @@ def test_another_tokenizer_in_the_same_place_is_refused(
 
 
 def test_a_comparison_of_tokenizers_gives_each_seed_its_own(
-    faked: Faked, command: Callable[..., CompareGeneration], tokenizers: str, tmp_path: Path
+    faked: Faked, command: Callable[..., RunStudy], tokenizers: str, tmp_path: Path
 ) -> None:
     source = tmp_path / "compared"
     sources = dict(part.split("=") for part in tokenizers.split(","))
@@ -441,12 +445,12 @@ def test_a_comparison_of_tokenizers_gives_each_seed_its_own(
 
 
 def test_commands_are_those_of_the_documentation(
-    command: Callable[..., CompareGeneration], tokenizers: str, tmp_path: Path
+    command: Callable[..., RunStudy], tokenizers: str, tmp_path: Path
 ) -> None:
     options = {"launch": "torchrun --nproc_per_node=2", "checkpoint": "last", "overlays": ("small_cpu",)}
     sampling = ("device=cpu", "llamagen:top_k=5", "vqgan:guidance_scale=3")
     encode = ("--workers 0", "vaevq: --dtype float32", "llamagen:--ten-crop")
-    comparison = command(**options, sampling=sampling, seeds="3,4", encode=encode)
+    comparison = command(**options, generate_set=sampling, seeds="3,4", encode=encode)
     rows = {row.label: row.commands("parent") for row in comparison.plan.rows()}
     commands = rows["vqgan_llamagen seed 3"]
     assert list(commands) == ["encoding", "training", "generating", "evaluating"]
@@ -470,22 +474,20 @@ def test_commands_are_those_of_the_documentation(
     plain = rows["vqgan_ldm seed 3"]["encoding"]
     assert plain[3:] == [
         *("encode-tokens", tokenizers.split(",")[0].removeprefix("vqgan=")),
-        *(str(comparison.dataset_dir), plain[6], "--kind", "latents", "--workers", "0"),
+        *(str(comparison.study.dataset_dir), plain[6], "--kind", "latents", "--workers", "0"),
     ]
-    assert commands["encoding"][-3:] == ["--workers", "0", "--ten-crop"]
-    assert rows["vaevq_ldm seed 4"]["encoding"][-2:] == ["--dtype", "float32"]
+    assert commands["encoding"][-3:] == ["--ten-crop", "--workers", "0"]
+    assert rows["vaevq_ldm seed 4"]["encoding"][-4:] == ["--dtype", "float32", "--workers", "0"]
     assert (
         plain[6] == rows["vqgan_ldm seed 4"]["encoding"][6] == flags(rows["vqgan_ldm seed 3"]["training"])["tokens_dir"]
     )
-    # Stores of other options are others.
-    other_words = command(**options, seeds="3", encode=()).plan.rows()[2].commands()["encoding"]
-    assert (other_words[6], plain[6].startswith(f"{other_words[6]}_")) == (
-        str(tmp_path / "out/tokens/vqgan/latents"),
-        True,
-    )
-    # What is typed again is this comparison.
-    words = comparison.words()
-    done = CliRunner().invoke(app, [*words[3:], "--dry-run"])
+    # Stores of options that change what is stored are others.
+    assert plain[6] == str(tmp_path / "out/tokens/vqgan/latents")
+    assert commands["encoding"][6].startswith(str(tmp_path / "out/tokens/vqgan/indices_"))
+    # The file that says it is this comparison.
+    file = tmp_path / "study.yaml"
+    file.write_text(comparison.study.text())
+    done = CliRunner().invoke(app, ["study", str(file), "--dry-run"])
     assert done.exit_code == 0, done.output
     lines = done.output.splitlines()
     assert [line for line in lines if line.startswith("#")] == [f"# {label}" for label in rows]
@@ -502,41 +504,41 @@ def test_commands_are_those_of_the_documentation(
         ({"methods": "vqgan"}, "methods: found it with --tokenizers"),
         ({"tokenizers": "vqgan"}, "found 'vqgan', expected NAME=CHECKPOINT"),
         ({"tokenizers": "a=nowhere.pt"}, "tokenizer a, seed 0: found no checkpoint nowhere.pt"),
-        ({"tokenizers": "../a=b"}, "found the name '../a'"),
-        ({"tokenizers": "ldm=b"}, "found ldm which is a generator's name"),
+        ({"tokenizers": "../a=b"}, 'name is "../a"; expected letters'),
+        ({"tokenizers": "ldm=b"}, "tokenizers has ldm, which is a generator's name"),
         ({"generators": "llamagem"}, "generators: found 'llamagem', expected llamagen, ldm"),
         ({"assignments": ("learning_rat=1",)}, "did you mean 'learning_rate'"),
         ({"assignments": ("llamagen:label_dropout=1",)}, "unknown id 'label_dropout'"),
         ({"assignments": ("network_def#a#b=1",)}, "found 'network_def#a#b', which neither"),
         ({"assignments": ("seed=1",)}, "found 'seed', which the comparison sets itself"),
         ({"assignments": ("gan:seed=1",)}, "for the method 'gan'"),
-        ({"sampling": ("top_q=1",)}, "generate-set: found the unknown id 'top_q', expected one of generate.json"),
-        ({"sampling": ("num_samples=1",)}, "generate-set: found 'num_samples', which the comparison sets itself"),
-        ({"sampling": ("seven",)}, "generate-set: found 'seven'"),
+        ({"generate_set": ("top_q=1",)}, "sample: found the unknown id 'top_q', expected one of generate.json"),
+        ({"generate_set": ("num_samples=1",)}, "sample: found 'num_samples', which the comparison sets itself"),
+        ({"generate_set": ("seven",)}, "generate-set: found 'seven'"),
         ({"overlays": ("small_gpu",)}, "found no overlay 'small_gpu'"),
         ({"overlays": ("diffusion_small_cpu",), "generators": "llamagen"}, "one of a generator that is compared"),
-        ({"encode": ("--kind latents",)}, "encode: found --kind, which the comparison sets itself"),
+        ({"encode": ("--kind latents",)}, "encode: found '--kind latents' (No such option: --kind)"),
         ({"encode": ("ldn: --no-flip",)}, "encode: found 'ldn: --no-flip' for 'ldn', expected one of llamagen"),
-        ({"evaluate": "--output-dir=a"}, "evaluate: found --output-dir"),
+        ({"evaluate": "--output-dir=a"}, "(No such option: --output-dir)"),
         ({"evaluate": "'"}, "expected words of a shell"),
         ({"evaluate": "--bogus x"}, "evaluate: found '--bogus x' (No such option: --bogus)"),
-        ({"evaluate": "--neighbors two"}, "expected options of evaluate-samples"),
-        ({"evaluate": "--help"}, "evaluate: found --help"),
+        ({"evaluate": "--neighbors two"}, "expected further options"),
+        ({"evaluate": "--help"}, "(No such option: --help)"),
         ({"evaluate": "--feature-network inceptoin"}, "feature network: found 'inceptoin'"),
         ({"encode": ("--bogus",)}, "encode: found '--bogus' (No such option: --bogus)"),
         ({"encode": ("llamagen:--ten-crops",)}, "No such option: --ten-crops"),
-        ({"sampling": ("ldm:top_k=5",)}, "generate-set: found top_k for vqgan_ldm"),
-        ({"sampling": ("num_steps=5",)}, "num_steps for vqgan_llamagen, expected guidance_scale, temperature"),
-        ({"num_samples": 3}, "num-samples: found 3 to evaluate, expected more than the 3 neighbors"),
-        ({"evaluate": "--max-items 3"}, "num-samples: found 3 to evaluate"),
-        ({"evaluate": "--fid-infinity"}, "num-samples: found 8 to evaluate, expected at least"),
+        ({"generate_set": ("ldm:top_k=5",)}, "sample: found top_k for vqgan_ldm"),
+        ({"generate_set": ("num_steps=5",)}, "num_steps for vqgan_llamagen, expected guidance_scale, temperature"),
+        ({"num_samples": 3}, "samples: found 3 to evaluate, expected at least 4 for precision"),
+        ({"evaluate": "--max-items 3"}, "samples: found 3 to evaluate"),
+        ({"evaluate": "--fid-infinity"}, "samples: found 8 to evaluate, expected at least"),
         ({"checkpoint": "first"}, "expected 'best' or 'last'"),
-        ({"num_samples": 0}, "num-samples: found 0"),
+        ({"num_samples": 0}, "samples is 0; expected 1 or more"),
         ({"seeds": "x"}, "seeds: found 'x'"),
     ],
 )
 def test_bad_options_are_one_line(
-    options: dict[str, Any], said: str, command: Callable[..., CompareGeneration], tmp_path: Path
+    options: dict[str, Any], said: str, command: Callable[..., RunStudy], tmp_path: Path
 ) -> None:
     with pytest.raises(VaevqMedError) as refused:
         command(**options).dry_run()
@@ -546,7 +548,7 @@ def test_bad_options_are_one_line(
 
 
 def test_rows_of_different_feature_networks_share_no_table(
-    faked: Faked, command: Callable[..., CompareGeneration], tmp_path: Path
+    faked: Faked, command: Callable[..., RunStudy], tmp_path: Path
 ) -> None:
     comparison = command(generators="llamagen", pictures=0)
     comparison.run()

@@ -18,8 +18,11 @@ from PIL import Image
 from scipy import stats
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.metrics.figures import LPIPS, PSNR, Figure
+from vaevq_med.study.bundle import Bundle
 from vaevq_med.study.figures import sweep_curves, utilization_bars
-from vaevq_med.study.plan import Budget, Bundle, Method, Plan, Row
+from vaevq_med.study.file import Report, Study, check_study
+from vaevq_med.study.plan import Method, Plan, Row
 from vaevq_med.study.published import load_published
 from vaevq_med.study.rows import RowResult
 from vaevq_med.study.statistics import (
@@ -52,11 +55,11 @@ def test_mean_and_spread_by_hand() -> None:
 def test_images_are_averaged_over_seeds() -> None:
     first = [{"path": "a", "patient": "P", "psnr": "20"}, {"path": "b", "patient": "P", "psnr": "30"}]
     second = [{"path": "a", "patient": "P", "psnr": "22"}, {"path": "b", "patient": "P", "psnr": "36"}]
-    assert over_seeds([first, second]).values["psnr"].tolist() == [21.0, 33.0]
+    assert over_seeds([first, second], ["psnr"]).values["psnr"].tolist() == [21.0, 33.0]
     with pytest.raises(VaevqMedError, match="different images"):
-        over_seeds([first, second[::-1]])
+        over_seeds([first, second[::-1]], ["psnr"])
     moved = [{**row, "path": f"/elsewhere/{row['path']}"} for row in second]
-    assert over_seeds([first, moved]).values["psnr"].tolist() == [21.0, 33.0]
+    assert over_seeds([first, moved], ["psnr"]).values["psnr"].tolist() == [21.0, 33.0]
 
 
 def test_the_bootstrap_draws_whole_patients() -> None:
@@ -112,7 +115,7 @@ def test_the_best_is_tested_against_the_next_over_patients() -> None:
         "best": images((base + gain).tolist(), patients),
         "next": images(base.tolist(), patients),
     }
-    (test,) = best_against_next("psnr", methods)
+    (test,) = best_against_next(PSNR, methods)
     assert (test.best, test.next, test.unit, test.n) == ("best", "next", "patients", 8)
     means = gain.reshape(8, 2).mean(axis=1)
     assert test.difference == pytest.approx(means.mean())
@@ -121,23 +124,23 @@ def test_the_best_is_tested_against_the_next_over_patients() -> None:
 
 def test_lower_is_better_for_lpips() -> None:
     methods = {"a": images([0.2] * 7, metric="lpips"), "b": images([0.1] * 7, metric="lpips")}
-    (test,) = best_against_next("lpips", methods)
+    (test,) = best_against_next(LPIPS, methods)
     assert (test.best, test.next, test.unit) == ("b", "a", "images")
     assert test.p_value == pytest.approx(smallest_p_value(7))
-    assert best_against_next("psnr", methods) == []
+    assert best_against_next(PSNR, methods) == []
 
 
 def test_too_few_patients_for_a_p_value_are_said() -> None:
     patients = ["A", "A", "B", "B", "C", "C", "C", "C"]
     methods = {"a": images([float(i) for i in range(8)], patients), "b": images([i - 1.0 for i in range(8)], patients)}
-    over_patients, over_images = best_against_next("psnr", methods)
+    over_patients, over_images = best_against_next(PSNR, methods)
     assert (over_patients.unit, over_patients.n, over_patients.p_value) == ("patients", 3, None)
     assert "3 patients: too few for any p-value below 0.05" in over_patients.note
     assert "0.25" in over_patients.note
     assert over_images.p_value == pytest.approx(smallest_p_value(8))
     assert "not independent" in over_images.note
     few = {"a": images([1.0, 2.0]), "b": images([0.0, 1.0])}
-    (test,) = best_against_next("psnr", few)
+    (test,) = best_against_next(PSNR, few)
     assert test.p_value is None
     assert "2 images: too few" in test.note
 
@@ -145,7 +148,7 @@ def test_too_few_patients_for_a_p_value_are_said() -> None:
 def test_methods_on_different_images_are_not_paired() -> None:
     other = Images(("x", "y"), ("", ""), {"psnr": np.array([1.0, 2.0])})
     with pytest.raises(VaevqMedError, match="different images"):
-        best_against_next("psnr", {"a": images([1.0, 2.0]), "b": other})
+        best_against_next(PSNR, {"a": images([1.0, 2.0]), "b": other})
 
 
 # --- tables -----------------------------------------------------------------------------------------
@@ -168,13 +171,21 @@ def result(plan: Plan, method: Method, seed: int, psnr: list[float], patients: l
     return RowResult(Row(plan, method, seed), metrics, provenance, CONVENTIONS, run, rows)
 
 
+def study(output: Path, **further: Any) -> Study:
+    return check_study({"study": "tokenizers", "output": str(output), "methods": ["vqgan"], **further}, "study")
+
+
 @pytest.fixture
 def plan(tmp_path: Path) -> Plan:
     methods = (
         Method("vqgan", ("vqgan",), "VQGAN", family="vqgan"),
         Method("vaevq", ("paper",), "VAEVQ_50% & co", family="vaevq"),
     )
-    return Plan("compare", Bundle.find("brats"), methods, (0, 1), tmp_path, Budget(max_epochs=3))
+    return Plan(
+        study(tmp_path, seeds=[0, 1], budget={"max_epochs": 3}, report={"published": True}),
+        Bundle.find("brats"),
+        methods,
+    )
 
 
 @pytest.fixture
@@ -186,7 +197,7 @@ def table(plan: Plan) -> Table:
         result(plan, first, 1, [22.0, 24.0, 26.0], patients, rfid=11.0, utilization=0.05),
         result(plan, second, 0, [30.0, 31.0, 32.0], patients, rfid=2.0, utilization=0.99),
     ]
-    return make_table(plan, results, load_published("brats"))
+    return make_table(plan, results)
 
 
 def test_csv_parses_back_to_hand_computed_figures(table: Table) -> None:
@@ -237,7 +248,7 @@ def test_notes_say_what_a_reader_has_to_know(table: Table) -> None:
 def test_notes_say_what_a_budget_is_too_short_for(plan: Plan) -> None:
     # train.json has a warm-up of 1,000 steps and a GAN from step 10,000.
     def notes(steps: dict[str, int], **changes: Any) -> str:
-        chosen = replace(plan, **changes)
+        chosen = replace(plan, study=plan.study.model_copy(update=changes))
         results = [
             result(chosen, m, 0, [1.0, 2.0], ["A", "B"], run={"iterations": steps[m.name]}) for m in chosen.methods
         ]
@@ -251,8 +262,8 @@ def test_notes_say_what_a_budget_is_too_short_for(plan: Plan) -> None:
     assert "The learning rate rises" not in some
     assert "No GAN" not in notes({"vqgan": 10_001, "vaevq": 10_001})
     set_anew = {"objective#adversarial#start_step": "900", "warmup_steps": "10"}
-    assert "Set" not in notes({"vqgan": 1000, "vaevq": 1000}, overrides=set_anew)
-    assert "No GAN" not in notes({"vqgan": 1000, "vaevq": 1000}, overrides={"objective#adversarial": "None"})
+    assert "Set" not in notes({"vqgan": 1000, "vaevq": 1000}, set=set_anew)
+    assert "No GAN" not in notes({"vqgan": 1000, "vaevq": 1000}, set={"objective#adversarial": None})
 
 
 def test_latex_is_escaped_and_balanced(table: Table) -> None:
@@ -299,6 +310,24 @@ def test_published_figures_are_the_papers() -> None:
     assert load_published("mine").figures == {}
 
 
+def test_a_metric_from_outside_has_a_column(plan: Plan) -> None:
+    largest = Figure("largest", "Largest error", 1, higher_is_better=False, convention="over pixels")
+    results = []
+    for method, add in zip(plan.methods, (0.0, 1.0), strict=True):
+        one = result(plan, method, 0, [20.0] * 7, [f"P{i}" for i in range(7)])
+        images = [{**row, "largest": repr(add + i)} for i, row in enumerate(one.images)]
+        metrics = {**one.metrics, "largest": {"value": 3.0 + add}}
+        results.append(replace(one, metrics=metrics, images=images, figures=(PSNR, largest)))
+    table = make_table(plan, results)
+    lines = table.markdown().splitlines()
+    assert "| Largest error ↓ |" in lines[0]
+    assert "**3.0 [" in lines[2]
+    assert "- Largest error: over pixels." in lines
+    assert any(line.startswith("- Largest error: VQGAN over VAEVQ") for line in lines)
+    told = plan.study.model_copy(update={"report": Report(figures=["largest", "rfid"]), "set": {"metrics": []}})
+    assert [column.name for column in make_table(replace(plan, study=told), results).columns] == ["largest", "rfid"]
+
+
 def test_bars_and_curves(plan: Plan, table: Table, tmp_path: Path) -> None:
     assert utilization_bars(table.methods, tmp_path / "bars.png")
     with Image.open(tmp_path / "bars.png") as picture:
@@ -308,7 +337,7 @@ def test_bars_and_curves(plan: Plan, table: Table, tmp_path: Path) -> None:
         Method(f"simvq_k{k}", ("simvq",), f"SimVQ, K = {k}", family="simvq", num_embeddings=k) for k in (16, 64)
     )
     results = [result(plan, method, 0, [20.0, 21.0], ["A", "B"]) for method in methods]
-    swept = make_table(Plan("sweep", plan.bundle, methods, (0,), tmp_path), results)
+    swept = make_table(Plan(study(tmp_path), plan.bundle, methods), results)
     assert sweep_curves(swept.methods, tmp_path / "sweep.png")
     with Image.open(tmp_path / "sweep.png") as picture:
         assert picture.size[0] > picture.size[1]

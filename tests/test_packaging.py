@@ -54,8 +54,8 @@ def test_the_wheel_carries_bundles_and_recipes_under_one_name(tmp_path: Path) ->
         archive.extractall(tmp_path / "site")
     assert {name.split("/")[0] for name in names} == {"vaevq_med", "vaevq_med-0.1.0.dist-info"}
     code = (
-        "from vaevq_med.resources import bundle_path, recipe_path; "
-        "print(bundle_path('brats') / 'train.json', recipe_path('brats24/axial_256'))"
+        "from vaevq_med.core.resources import bundle_path, recipe_path, study_path; "
+        "print(bundle_path('brats') / 'train.json', recipe_path('brats24/axial_256'), study_path('table1'))"
     )
     found = subprocess.run(
         [sys.executable, "-c", code],
@@ -65,7 +65,7 @@ def test_the_wheel_carries_bundles_and_recipes_under_one_name(tmp_path: Path) ->
         text=True,
         check=True,
     ).stdout.split()
-    assert [Path(path).is_relative_to(tmp_path / "site" / "vaevq_med") for path in found] == [True, True]
+    assert [Path(path).is_relative_to(tmp_path / "site" / "vaevq_med") for path in found] == [True] * 3
     assert all(Path(path).is_file() for path in found)
 
 

@@ -11,14 +11,17 @@ import sys
 from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from vaevq_med.cli import compare as compare_cli
-from vaevq_med.cli import compare_generation as compare_generation_cli
+from vaevq_med.cli import makers
+from vaevq_med.cli import study as studies
+from vaevq_med.cli.flags import with_flags
 from vaevq_med.cli.overlays import overlays
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.evaluation.options import CodebookOptions, EvaluateOptions
+from vaevq_med.tokens.options import EncodeOptions
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -388,39 +391,16 @@ def weights() -> None:
 
 
 @app.command("feature-codebook")
+@with_flags(CodebookOptions)
 def feature_codebook(
     dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Folder of dataset.json.")],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="File to write, .npz.")],
-    num_embeddings: Annotated[int, typer.Option(help="K, codewords in all.")],
-    network: Annotated[str, typer.Option(help="Feature network, see docs/feature_networks.md.")] = "efficientnet-lite0",
-    weights: Annotated[Path | None, typer.Option(help="File of its weights, where not in a usual place.")] = None,
-    grid: Annotated[int, typer.Option(help="Features of an image along each axis.")] = 8,
-    image_size: Annotated[int, typer.Option(help="Pixels that images are resized and cropped to.")] = 256,
-    per_class: Annotated[bool, typer.Option(help="Cluster the images of each contrast or class apart.")] = True,
-    max_items: Annotated[int | None, typer.Option(help="Look at this many images, evenly spaced.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Images at once.")] = 32,
-    workers: Annotated[int | None, typer.Option(help="Processes that read images; by default one a core.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the images' order and of the clusters' start.")] = 0,
-    device: Annotated[str | None, typer.Option(help="By default the GPU, where there is one.")] = None,
+    options: CodebookOptions,
 ) -> None:
     """Cluster a feature network's features of the training images: the frozen codebook of VQGAN-LC."""
     from vaevq_med.evaluation.codebook import FeatureCodebook
 
-    command = FeatureCodebook(
-        dataset=dataset,
-        output=output,
-        num_embeddings=num_embeddings,
-        network=network,
-        weights=weights,
-        grid=grid,
-        image_size=image_size,
-        per_class=per_class,
-        max_items=max_items,
-        batch_size=batch_size,
-        workers=workers,
-        seed=seed,
-        device=device,
-    )
+    command = FeatureCodebook(dataset=dataset, output=output, **vars(options))
     with _progress() as progress:
         task = progress.add_task("images", total=None)
         report = command.run(
@@ -439,44 +419,18 @@ def feature_codebook(
 # --- second stage -----------------------------------------------------------------------------------
 
 
-class TokenKind(StrEnum):
-    """What of an image a generator is trained on."""
-
-    indices = "indices"
-    latents = "latents"
-
-
-class Split(StrEnum):
-    """A split of a data set."""
-
-    training = "training"
-    validation = "validation"
-    test = "test"
-
-
 @app.command("encode-tokens")
+@with_flags(EncodeOptions)
 def encode_tokens(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Checkpoint of a trained tokenizer.")],
     dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Folder of dataset.json.")],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder of the token store.")],
+    options: EncodeOptions,
     kind: Annotated[
-        TokenKind, typer.Option(help="Indices, or latents before quantization (the posterior's mean).")
-    ] = TokenKind.indices,
-    split: Annotated[list[Split] | None, typer.Option(help="Repeat for several; by default all with images.")] = None,
-    flip: Annotated[bool, typer.Option(help="Training images in mirror image too.")] = True,
-    ten_crop: Annotated[
-        bool, typer.Option("--ten-crop", help="Five crops of training images at 1.1 and 1.05 times the size.")
-    ] = False,
-    weights: Annotated[str, typer.Option(help="'ema', the averaged weights, or 'network'.")] = "ema",
-    readout: Annotated[str | None, typer.Option(help="Of a quantizer with several: soft or hard.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of latents: float16 (the default) or float32.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Views that go through the tokenizer at once.")] = 64,
-    workers: Annotated[int | None, typer.Option(help="Processes that read images; by default one a core.")] = None,
-    device: Annotated[str | None, typer.Option(help="By default the GPU, where there is one.")] = None,
+        Literal["indices", "latents"],
+        typer.Option(help="Indices, or latents before quantization (the posterior's mean)."),
+    ] = "indices",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a token store of other settings.")] = False,
-    any_shape: Annotated[
-        bool, typer.Option("--any-shape", help="Take images that are not brought to squares as in training.")
-    ] = False,
 ) -> None:
     """Write every image's indices or latents, with labels and the tokenizer's hash, for training a generator.
 
@@ -485,23 +439,9 @@ def encode_tokens(
     """
     from vaevq_med.tokens.encode import EncodeTokens
 
-    command = EncodeTokens(
-        checkpoint=checkpoint,
-        dataset=dataset,
-        output=output,
-        kind=kind.value,
-        splits=[name.value for name in split] if split else None,
-        flip=flip,
-        ten_crop=ten_crop,
-        weights=weights,
-        readout=readout,
-        dtype=dtype,
-        batch_size=batch_size,
-        workers=workers,
-        device=device,
-        overwrite=overwrite,
-        any_shape=any_shape,
-    )
+    chosen = vars(options) | {"splits": options.split}
+    del chosen["split"]
+    command = EncodeTokens(checkpoint, dataset, output, kind=kind, overwrite=overwrite, **chosen)
     with _watched("image", "images") as (progress, start, _):
         report = command.run(on_start=start, on_images=lambda count: progress.advance(progress.task_ids[0], count))
     store = report.store
@@ -523,47 +463,26 @@ def encode_tokens(
     typer.echo(f"  labels: {store.content['label']['kind']}{names}")
 
 
+_RENAMED = {
+    **{"modality": "modalities", "feature_network": "network", "feature_weights": "weights", "neighbors": "k"},
+    **{"inception_score": "score", "cache_dir": "cache"},
+}
+"""What the work calls some of its options."""
+
+
 @app.command("evaluate-samples")
+@with_flags(EvaluateOptions)
 def evaluate_samples(
     samples: Annotated[
         Path, typer.Argument(metavar="SAMPLES", help="Folder of PNG files; samples.csv (file,label) gives labels.")
     ],
     dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Folder of dataset.json.")],
     output_dir: Annotated[Path, typer.Option(help="Folder of metrics.json, memorization.csv and memorization.png.")],
-    split: Annotated[Split, typer.Option(help="Real images to compare with.")] = Split.training,
-    modality: Annotated[list[str] | None, typer.Option(help="Keep this contrast only; repeat for several.")] = None,
-    feature_network: Annotated[str, typer.Option(help="See docs/feature_networks.md.")] = "efficientnet-lite0",
-    feature_weights: Annotated[
-        Path | None, typer.Option(help="File of its weights, where not in a usual place.")
-    ] = None,
-    image_size: Annotated[int | None, typer.Option(help="Pixels of all images; by default the samples' own.")] = None,
-    max_items: Annotated[
-        int | None, typer.Option(help="Look at this many samples, and images of each split, evenly spaced.")
-    ] = None,
-    neighbors: Annotated[int, typer.Option(help="Neighbor that precision's and recall's manifolds reach to.")] = 3,
-    fid_infinity: Annotated[
-        bool, typer.Option("--fid-infinity", help="Extrapolate gFID to infinitely many samples, as another figure.")
-    ] = False,
-    inception_score: Annotated[
-        bool | None, typer.Option(help="By default where the data set has classes and the network a classifier.")
-    ] = None,
-    memorization: Annotated[bool, typer.Option(help="Look for each sample's nearest training image.")] = True,
+    options: EvaluateOptions,
     tokenizer: Annotated[
         Path | None,
         typer.Option(help="Checkpoint that decoded the samples: look among training images as it reconstructs them."),
     ] = None,
-    feature_threshold: Annotated[
-        float | None, typer.Option(help="Cosine distance that is near; by default by the held-out images.")
-    ] = None,
-    pixel_threshold: Annotated[
-        float | None, typer.Option(help="RMSE on [0, 1] that is near; by default by the held-out images.")
-    ] = None,
-    cache_dir: Annotated[
-        Path | None, typer.Option(help="Features of the real images; by default DATASET.features beside DATASET.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Images at once.")] = 32,
-    workers: Annotated[int | None, typer.Option(help="Processes that read images; by default one a core.")] = None,
-    device: Annotated[str | None, typer.Option(help="By default the GPU, where there is one.")] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print what metrics.json holds, in place of a table.")
     ] = False,
@@ -577,28 +496,8 @@ def evaluate_samples(
 
     from vaevq_med.evaluation.samples import EvaluateSamples, table
 
-    command = EvaluateSamples(
-        samples=samples,
-        dataset=dataset,
-        output=output_dir,
-        split=split.value,
-        modalities=modality or None,
-        network=feature_network,
-        weights=feature_weights,
-        image_size=image_size,
-        max_items=max_items,
-        k=neighbors,
-        fid_infinity=fid_infinity,
-        score=inception_score,
-        memorization=memorization,
-        tokenizer=tokenizer,
-        feature_threshold=feature_threshold,
-        pixel_threshold=pixel_threshold,
-        cache=cache_dir,
-        batch_size=batch_size,
-        workers=workers,
-        device=device,
-    )
+    chosen = {_RENAMED.get(name, name): value for name, value in vars(options).items()}
+    command = EvaluateSamples(samples, dataset, output_dir, tokenizer=tokenizer, **chosen)
     try:
         with _progress() as progress:
             task = progress.add_task("images", total=None)
@@ -684,10 +583,10 @@ def demo(
 
 # --- comparison -------------------------------------------------------------------------------------
 
-for _command in (compare_cli.compare, compare_cli.ablate, compare_cli.sweep):
-    app.command()(_command)
-app.command("compare-generation")(compare_generation_cli.compare_generation)
 app.command()(overlays)
+app.command("study")(studies.study)
+for _kind in (makers.Compare, makers.Ablate, makers.Sweep, makers.CompareGeneration):
+    app.command(_kind.command)(studies.maker(_kind))
 
 
 def main() -> None:

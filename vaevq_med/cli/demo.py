@@ -11,13 +11,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.resources import bundle_path, overlay_path
 
 _MARK = ".vaevq_med_demo"
-_SHAPE = "91,109,91"
+_SHAPE = ("--shape", "91,109,91")
 _SMALL = ("--batch_size", "16", "--num_workers", "0")
 
 
@@ -55,11 +54,7 @@ class Demo:
     announce: Callable[[str, str], None] = field(default=lambda title, command: None)
 
     def run(self) -> DemoReport:
-        """Run the steps.
-
-        Raises:
-            VaevqMedError: the output folder holds something else, or a step failed.
-        """
+        """Run the steps."""
         self._make_output()
         volumes, slices, trained = self.output / "volumes", self.output / "slices", self.output / "run"
         tracking_uri = f"sqlite:///{(self.output / 'mlflow.db').as_posix()}"
@@ -67,30 +62,19 @@ class Demo:
         tool = [sys.executable, "-m", "vaevq_med.cli.app"]
         bundle = [sys.executable, "-m", "monai.bundle", "run"]
         shared = ["--dataset_dir", str(slices), "--output_dir", str(trained), "--tracking_uri", tracking_uri]
-        self._call(
-            "Synthetic subjects",
-            [
-                *[*tool, "phantom", str(volumes), "--subjects", str(self.subjects)],
-                *["--seed", str(self.seed), "--shape", _SHAPE],
-            ],
-        )
+        seed, subjects, epochs = str(self.seed), str(self.subjects), self.epochs
+        self._call("Synthetic subjects", *tool, "phantom", volumes, "--subjects", subjects, "--seed", seed, *_SHAPE)
         splits = self.output / "splits.json"
         splits.write_text(json.dumps(self._splits(volumes), indent=2) + "\n")
-        self._call(
-            "Slices",
-            [*tool, "slice-extract", str(volumes), str(slices), "--size", "64", "--split-file", str(splits)],
-        )
-        overlay = f"['{root / 'train.json'}','{overlay_path('demo', root)}']"
-        epochs = [] if self.epochs is None else ["--max_epochs", str(self.epochs)]
-        self._call(
-            "Training",
-            [*bundle, "training", "--config_file", overlay, *shared, "--seed", str(self.seed), *epochs],
-        )
-        self._call(
-            "Evaluation",
-            [*bundle, "evaluating", "--config_file", str(root / "evaluate.json"), *shared, *_SMALL],
-        )
-        return self._report(trained / "evaluation" / "test", tracking_uri)
+        self._call("Slices", *tool, "slice-extract", volumes, slices, "--size", "64", "--split-file", splits)
+        config = f"['{root / 'train.json'}','{overlay_path('demo', root)}']"
+        length = [] if epochs is None else ["--max_epochs", epochs]
+        self._call("Training", *bundle, "training", "--config_file", config, *shared, "--seed", seed, *length)
+        self._call("Evaluation", *bundle, "evaluating", "--config_file", root / "evaluate.json", *shared, *_SMALL)
+        folder = trained / "evaluation" / "test"
+        overall = json.loads((folder / "metrics.json").read_text())["summary"]["overall"]
+        metrics = {name: float(value["value"]) for name, value in overall.items()}
+        return DemoReport(metrics, sorted(folder.glob("*.png")), tracking_uri)
 
     def _make_output(self) -> None:
         if self.output.exists() and any(self.output.iterdir()):
@@ -113,16 +97,10 @@ class Demo:
         splits[patients[-1]], splits[patients[-2]] = "test", "validation"
         return splits
 
-    def _call(self, title: str, command: list[str]) -> None:
+    def _call(self, title: str, *words: object) -> None:
+        command = [str(word) for word in words]
         self.announce(title, shlex.join([Path(command[0]).name, *command[1:]]))
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
         status = subprocess.run(command, env=environment, check=False).returncode
         if status != 0:
             raise VaevqMedError(f"the step {title!r} ended with exit code {status}, expected 0; see its output above")
-
-    @staticmethod
-    def _report(folder: Path, tracking_uri: str) -> DemoReport:
-        record: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
-        overall = record["summary"]["overall"]
-        metrics = {name: float(value["value"]) for name, value in overall.items()}
-        return DemoReport(metrics, sorted(folder.glob("*.png")), tracking_uri)

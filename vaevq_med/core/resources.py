@@ -1,4 +1,4 @@
-"""Where the bundles, overlays and recipes are: inside an installed package, or at the top of a checkout."""
+"""Where the bundles, overlays, studies and recipes are: inside an installed package, or at the top of a checkout."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vaevq_med.core.errors import VaevqMedError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # What names the resources of a folder: a bundle is a folder with metadata.json, a recipe a file.
-_KNOWN_BY = {"bundles": "*/metadata.json", "preprocessing": "*/*.json"}
+_KNOWN_BY = {"bundles": "*/metadata.json", "bundles/studies": "*.yaml", "preprocessing": "*/*.json"}
 
 
 def _find(folder: str, name: str) -> Path:
@@ -37,6 +37,20 @@ def bundle_path(name: str) -> Path:
     return _find("bundles", name)
 
 
+def study_path(name: str) -> Path:
+    """File of a study: one of ``bundles/studies/`` by its name, e.g. ``table1``, or any by its path.
+
+    Raises:
+        VaevqMedError: there is no such file; the message names the studies there are.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml", ".json"):
+        if not path.is_file():
+            raise VaevqMedError(f"found no file {path}, expected a study")
+        return path
+    return _find("bundles/studies", f"{name}.yaml")
+
+
 def recipe_path(name: str) -> Path:
     """File of a preprocessing recipe, e.g. ``brats24/axial_256``.
 
@@ -59,11 +73,13 @@ def overlay_files(bundle: Path, kind: str = "") -> dict[str, Path]:
 
 
 def overlay_path(name: str, bundle: Path, kind: str = "") -> Path:
-    """File of an overlay; see :func:`overlay_files`.
+    """File of an overlay, by its path or by its name; see :func:`overlay_files`.
 
     Raises:
         VaevqMedError: there is none of that name; the message names the nearest.
     """
+    if name.endswith(".json") and Path(name).is_file():
+        return Path(name)
     known = overlay_files(bundle, kind)
     if name in known:
         return known[name]

@@ -1,1 +1,1 @@
-"""What ``vaevq-med compare``, ``ablate`` and ``sweep`` share: rows, their run, their statistics, tables and figures."""
+"""Several runs to one table; what a study cannot be is a ``VaevqMedError`` of one line everywhere."""

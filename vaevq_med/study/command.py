@@ -1,37 +1,42 @@
-"""What every comparison does as a command: run its rows, then write the table over those that finished."""
+"""What every study does as a command: run its rows, then write the table over those that finished."""
 
 from __future__ import annotations
 
 import json
 import shlex
-from abc import ABC, abstractmethod
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.files import atomic_write_text
 from vaevq_med.core.folder import Workplace
-from vaevq_med.study.plan import Budget, Plan
+from vaevq_med.study.file import GeneratorStudy, Study, TokenizerStudy
+from vaevq_med.study.generation import GenerationPlan
+from vaevq_med.study.plan import Plan, Row
 from vaevq_med.study.rows import (
     STATE,
+    STUDY,
     RowResult,
     RowState,
     check_settings,
     read_plan_record,
+    read_result,
     run_row,
     write_plan_record,
 )
-
-if TYPE_CHECKING:
-    from vaevq_med.study.tables import Table
+from vaevq_med.study.tables import make_table
+from vaevq_med.study.tracking import ParentRun, log_to_training
 
 Update = Callable[[Sequence[RowState]], None]
 
 
 @dataclass(frozen=True)
-class CompareReport:
-    """What a comparison ends with.
+class StudyReport:
+    """What a study ends with.
 
     Attributes:
         output: folder of everything that was written.
@@ -51,115 +56,71 @@ class CompareReport:
         return [state for state in self.states if not state.done]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Comparison(ABC):
-    """Rows of a plan, each in processes of its own, one after the other, and the table over them.
+@dataclass(frozen=True)
+class RunStudy:
+    """The rows of a study, each in processes of its own, one after the other, and the table over them.
 
     Args:
-        output: folder of everything that is written.
-        bundle: name of an installed bundle, or its folder.
-        seeds: separated by commas.
-        budget: how long each row trains.
-        overlays: overlays of every row.
-        assignments: ``ID=VALUE`` overrides of every training, ``NAME:ID=VALUE`` of those of that name.
-        dataset_dir: data set of images; None takes the bundle's.
-        tracking_uri: MLflow; ``none`` turns it off.
-        launch: words before ``-m monai.bundle`` of a training, e.g. ``torchrun --nproc_per_node=8``.
-        checkpoint: ``best`` or ``last``, which is evaluated.
-        published: set the paper's figures beside the measured ones.
-        pictures: images of each row or method in the figure; 0 leaves it out.
+        study: as its file says.
         on_update: called with all rows whenever one has changed.
     """
 
-    output: Path
-    bundle: str = "brats"
-    seeds: str = "0"
-    budget: Budget = field(default_factory=Budget)
-    overlays: tuple[str, ...] = ()
-    assignments: tuple[str, ...] = ()
-    dataset_dir: Path | None = None
-    tracking_uri: str = "sqlite:///mlflow.db"
-    launch: str = ""
-    checkpoint: str = "best"
-    published: bool = False
-    pictures: int = 6
+    study: Study
     on_update: Update = field(default=lambda states: None)
 
-    @property
-    @abstractmethod
+    @cached_property
     def plan(self) -> Plan:
-        """The rows, checked.
+        """The rows, checked."""
+        if isinstance(self.study, GeneratorStudy):
+            return GenerationPlan.of(self.study)
+        assert isinstance(self.study, TokenizerStudy)
+        return Plan.of(self.study)
 
-        Raises:
-            VaevqMedError: an option that cannot be.
-        """
-
-    @abstractmethod
+    @property
     def words(self) -> list[str]:
-        """The command line that makes this comparison."""
-
-    @abstractmethod
-    def read(self, state: RowState) -> RowResult:
-        """The figures of a finished row.
-
-        Raises:
-            VaevqMedError: its record is damaged.
-        """
-
-    @abstractmethod
-    def tabulate(self, results: Sequence[RowResult]) -> Table:
-        """The table over finished rows, at least one."""
-
-    @abstractmethod
-    def draw(self, table: Table, results: Sequence[RowResult]) -> list[Path]:
-        """Draw the figures; their files."""
-
-    def log(self, state: RowState) -> None:  # noqa: B027 (most log nothing)
-        """Log what a row found to its own MLflow run, where its commands have not done so."""
+        """The command line that runs this study, once its output folder holds it."""
+        return [sys.executable, "-m", "vaevq_med.cli.app", "study", str(self.study.output / STUDY)]
 
     def dry_run(self) -> list[tuple[str, list[str]]]:
-        """Label and commands, as shell lines, of every row; nothing is written.
-
-        Raises:
-            VaevqMedError: an option that cannot be, or an output folder of other settings.
-        """
+        """Label and commands, as shell lines, of every row, a token store once; nothing is written."""
         check_settings(self.plan)
-        return [(row.label, [shlex.join(command) for command in row.commands().values()]) for row in self.plan.rows()]
+        seen: set[str] = set()
+        rows = []
+        for row in self.plan.rows():
+            lines = [shlex.join(command) for command in row.commands().values()]
+            rows.append((row.label, [line for line in lines if line not in seen]))
+            seen.update(lines)
+        return rows
 
     def open(self) -> str | None:
-        """Check the output folder and note the shared settings; the id of the MLflow run."""
-        from vaevq_med.study.tracking import ParentRun
-
+        """Check the output folder and note the study; the id of the MLflow run."""
         check_settings(self.plan)
-        known = read_plan_record(self.output).get("parent_run_id")
-        run_id = known or ParentRun(self.plan).open()
+        run_id = read_plan_record(self.study.output).get("parent_run_id") or ParentRun(self.plan).open()
         write_plan_record(self.plan, run_id)
         return run_id
 
-    def run(self) -> CompareReport:
+    def run(self) -> StudyReport:
         """Run what is not done, then write tables and figures over what is.
 
         Raises:
-            VaevqMedError: an option that cannot be, or an output folder of other settings.
+            VaevqMedError: a field that cannot be, or an output folder of other settings.
             BusyError: another call is at work in the output folder.
             KeyboardInterrupt: on Ctrl-C or SIGTERM; the same call goes on.
         """
         check_settings(self.plan)
-        with Workplace(self.output, STATE, self.plan.kind, "rows").lock():
+        with Workplace(self.study.output, STATE, self.study.label, "rows").lock():
             return self._run()
 
-    def _run(self) -> CompareReport:
-        from vaevq_med.study.tracking import ParentRun
-
+    def _run(self) -> StudyReport:
         parent = ParentRun(self.plan, self.open())
         run_id = parent.open()
         states = [RowState(row) for row in self.plan.rows()]
         try:
             for state in states:
                 run_row(state, run_id, lambda: self.on_update(states))
-                if state.status == "finished":
-                    self.log(state)
-            results = [self.read(state) for state in states if state.done]
+                if state.status == "finished" and not self.plan.per_image:
+                    self._log(state.row)
+            results = [read_result(state.row) for state in states if state.done]
             files, table, figures = self._write(results)
         except KeyboardInterrupt:
             parent.close("KILLED", {})
@@ -167,24 +128,24 @@ class Comparison(ABC):
         except Exception:
             parent.close("FAILED", {})
             raise
-        report = CompareReport(self.output, tuple(states), tuple(files), table)
+        report = StudyReport(self.study.output, tuple(states), tuple(files), table)
         parent.close("FAILED" if report.failed else "FINISHED", figures, files)
         return report
 
     def _write(self, results: Sequence[RowResult]) -> tuple[list[Path], str, dict[str, float]]:
         if not results:
             return [], "", {}
-        table = self.tabulate(results)
-        texts = {"table.md": table.markdown(), "table.csv": table.csv(), "table.tex": table.latex()}
+        output, table = self.study.output, make_table(self.plan, results)
         record: dict[str, Any] = {
             "comparison": self.plan.shared(),
-            "command": shlex.join(self.words()[1:]),
+            "study": self.study.model_dump(mode="json", by_alias=True),
+            "command": shlex.join(self.words[1:]),
             "table": table.record(),
             "rows": [
                 {
                     "method": result.row.method.name,
                     "seed": result.row.seed,
-                    "folder": str(result.row.folder.relative_to(self.output)),
+                    "folder": str(result.row.folder.relative_to(output)),
                     "metrics": dict(result.metrics),
                     "provenance": dict(result.provenance),
                     "run": dict(result.run),
@@ -192,9 +153,73 @@ class Comparison(ABC):
                 for result in results
             ],
         }
+        texts = {"table.md": table.markdown(), "table.csv": table.csv(), "table.tex": table.latex()}
         texts["results.json"] = json.dumps(record, indent=2) + "\n"
-        files = []
         for name, text in texts.items():
-            atomic_write_text(self.output / name, text)
-            files.append(self.output / name)
-        return [*files, *self.draw(table, results)], table.markdown(), table.flat()
+            atomic_write_text(output / name, text)
+        files = [output / name for name in texts]
+        from vaevq_med.study.figures import draw
+
+        return [*files, *draw(self.plan, table, results)], table.markdown(), table.flat()
+
+    def _log(self, row: Row) -> None:
+        """Log the figures of samples to the run of their generator's training, which knows nothing of them."""
+        figures = {f"samples/{name}": float(entry["value"]) for name, entry in read_result(row).metrics.items()}
+        log_to_training(self.plan, row.checkpoint, figures)
+
+    def run_task(self, number: int) -> StudyReport:
+        """Run one row that trains and those that decode it, as a task of an array job does.
+
+        Tables are left to :meth:`run`.
+        """
+        tasks = self.plan.tasks()
+        if not 0 <= number < len(tasks):
+            raise VaevqMedError(f"task: found {number}, expected 0 to {len(tasks) - 1}")
+        check_settings(self.plan)
+        record = read_plan_record(self.study.output)
+        if not record:
+            write_plan_record(self.plan, None)
+        states = [RowState(row) for row in tasks[number]]
+        for state in states:
+            run_row(state, record.get("parent_run_id"), lambda: self.on_update(states))
+        return StudyReport(self.study.output, tuple(states))
+
+    def script(self) -> str:
+        """A SLURM array script with a task a training; notes the study and its MLflow run, which the tasks share."""
+        tasks, processes = self.plan.tasks(), self.plan.processes()
+        log = self._slurm_log()
+        self.open()
+        command = shlex.join(self.words)
+        return "\n".join(
+            [
+                "#!/bin/bash",
+                f"#SBATCH --job-name=vaevq-{self.study.label}",
+                f"#SBATCH --array=0-{len(tasks) - 1}",
+                f"#SBATCH --output={log}",
+                "#SBATCH --nodes=1",
+                "#SBATCH --ntasks=1",
+                f"#SBATCH --gpus-per-task={processes}",
+                f"#SBATCH --cpus-per-task={8 * processes}",
+                "#SBATCH --time=24:00:00",
+                "#SBATCH --signal=B:TERM@120",
+                *(f"# task {number}: {', '.join(row.label for row in rows)}" for number, rows in enumerate(tasks)),
+                "set -euo pipefail",
+                f"cd {shlex.quote(str(Path.cwd()))}",
+                f'exec {command} --task "$SLURM_ARRAY_TASK_ID"',
+                "# A task that ran out of time goes on where it stood when submitted again. Once all are done, this",
+                "# trains nothing more and writes tables and figures:",
+                f"# {command}",
+                "",
+            ]
+        )
+
+    def _slurm_log(self) -> str:
+        """The log of a task, as ``sbatch`` reads it: quoted for blanks, its own ``%`` doubled."""
+        folder = str(Path.cwd() / self.study.output)
+        # To sbatch a backslash escapes, and one that is left in the name turns off %A and %a.
+        if any(character in folder for character in "\\\n\r"):
+            raise VaevqMedError(
+                f"output: found {folder!r}, expected one without backslashes and line breaks, for SLURM's logs"
+            )
+        escaped = folder.replace("%", "%%").replace('"', '\\"')
+        return f'"{escaped}/slurm_%A_%a.log"'

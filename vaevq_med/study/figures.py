@@ -15,10 +15,38 @@ from PIL import Image
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.evaluation.pictures import comparison_grid, save_figure
 from vaevq_med.images.generated import LIST_NAME, find_samples
-from vaevq_med.study.plan import Row
-from vaevq_med.study.tables import COLUMNS, MethodResult
+from vaevq_med.metrics import figures
+from vaevq_med.study.generation import GenerationPlan
+from vaevq_med.study.plan import Plan, Row
+from vaevq_med.study.rows import RowResult
+from vaevq_med.study.tables import MethodResult, Table
 
-_SWEPT = ("utilization", "rfid", "psnr")
+_SWEPT = (figures.UTILIZATION, figures.RFID, figures.PSNR)
+
+
+def draw(plan: Plan, table: Table, results: Sequence[RowResult]) -> list[Path]:
+    """Draw what a study's report shows beside its table; the files.
+
+    Args:
+        plan: what was compared.
+        table: over the finished rows.
+        results: these rows, at least one.
+    """
+    output, count = plan.study.output, plan.study.report.pictures
+    first = {result.row.method.name: result.row for result in reversed(results)}
+    rows = [first[method.name] for method in plan.methods if method.name in first]
+    drawn = {}
+    if isinstance(plan, GenerationPlan):
+        if count:
+            sample_grid(rows, [row.folder / "generated" for row in rows], count, output / "samples.png")
+        drawn["samples.png"] = count > 0
+    else:
+        drawn["utilization.png"] = utilization_bars(table.methods, output / "utilization.png")
+        drawn["sweep.png"] = sweep_curves(table.methods, output / "sweep.png")
+        if count:
+            reconstructions(rows, count, output / "reconstructions.png")
+        drawn["reconstructions.png"] = count > 0
+    return [output / name for name, there in drawn.items() if there]
 
 
 def _spread(value: float) -> float:
@@ -27,10 +55,6 @@ def _spread(value: float) -> float:
 
 def utilization_bars(methods: Sequence[MethodResult], path: Path) -> bool:
     """The paper's Figure 5: a bar a method, its height the utilization, a whisker the spread over seeds.
-
-    Args:
-        methods: rows of the table.
-        path: PNG file to write.
 
     Returns:
         Whether there was anything to draw.
@@ -55,35 +79,30 @@ def utilization_bars(methods: Sequence[MethodResult], path: Path) -> bool:
 def sweep_curves(methods: Sequence[MethodResult], path: Path) -> bool:
     """The paper's Figure 7: utilization, rFID and PSNR over K, a line a method.
 
-    Args:
-        methods: points of the sweep.
-        path: PNG file to write.
-
     Returns:
         Whether there was anything to draw.
     """
     points = [m for m in methods if m.method.num_embeddings is not None]
-    names = [name for name in _SWEPT if any(name in m.figures for m in points)]
-    if not names:
+    shown = [column for column in _SWEPT if any(column.name in m.figures for m in points)]
+    if not shown:
         return False
-    columns = {column.name: column for column in COLUMNS}
-    figure = Figure(figsize=(4 * len(names), 3.4), layout="constrained")
-    for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        scale = columns[name].scale
+    figure = Figure(figsize=(4 * len(shown), 3.4), layout="constrained")
+    for axis, column in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         for family in dict.fromkeys(m.method.family for m in points):
-            own = [m for m in points if m.method.family == family and name in m.figures]
+            own = [m for m in points if m.method.family == family and column.name in m.figures]
             own.sort(key=lambda m: m.method.num_embeddings or 0)
+            cells = [m.figures[column.name] for m in own]
             axis.errorbar(
                 [m.method.num_embeddings for m in own],
-                [scale * m.figures[name].mean for m in own],
-                yerr=[scale * _spread(m.figures[name].std) for m in own],
+                [column.scale * cell.mean for cell in cells],
+                yerr=[column.scale * _spread(cell.std) for cell in cells],
                 marker="o",
                 capsize=3,
                 label=own[0].method.title.rsplit(", K = ", 1)[0] if own else family,
             )
         axis.set_xscale("log", base=2)
         axis.set_xlabel("codewords K")
-        axis.set_ylabel(columns[name].title)
+        axis.set_ylabel(column.title)
         axis.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=8)
     save_figure(figure, path)
@@ -98,9 +117,6 @@ def sample_grid(rows: Sequence[Row], generated: Sequence[Path], count: int, path
         generated: folder of each one's samples.
         count: samples of each.
         path: PNG file to write.
-
-    Raises:
-        DataError: the samples are not there any more.
     """
     samples = [find_samples(folder)[:count] for folder in generated]
     columns = max(len(found) for found in samples)
@@ -128,9 +144,6 @@ def reconstructions(rows: Sequence[Row], count: int, path: Path) -> None:
         rows: a finished row of each method.
         count: images.
         path: PNG file to write.
-
-    Raises:
-        VaevqMedError: a checkpoint is not there any more.
     """
     columns: dict[str, torch.Tensor] = {}
     images = torch.empty(0)

@@ -1,27 +1,51 @@
-"""What a comparison of generators trains: tokenizers times generators times seeds; and the commands of each row."""
+"""The rows of a study of generators: tokenizers times generators times seeds; and the commands of each row."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
+from vaevq_med.core.components import resolve
+from vaevq_med.core.declared import as_words
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.core.resources import overlay_path
+from vaevq_med.core.resources import overlay_files
+from vaevq_med.evaluation.options import EvaluateOptions
 from vaevq_med.images.generated import LIST_NAME
-from vaevq_med.study.plan import Bundle, Method, Plan, Row, check_ids, decisive, flags, has_id
-from vaevq_med.study.rows import RowResult, read_json
-from vaevq_med.study.stages import BOTH, KIND, Generator, Tokenizer, tokenizer_hash
-from vaevq_med.study.words import Words
+from vaevq_med.metrics import figures
+from vaevq_med.metrics.figures import Figure
+from vaevq_med.study.bundle import Bundle, check_ids, decisive, texts
+from vaevq_med.study.file import GeneratorPart, GeneratorStudy, TokenizerPart
+from vaevq_med.study.plan import OWN_IDS, Method, Plan, Row
+from vaevq_med.study.rows import read_json, read_plan_record
+from vaevq_med.tokens.options import EncodeOptions
 from vaevq_med.tokens.store import FILE_NAME
 
 _GENERATE = "generate.json"
+KIND = "generation"
+"""The folder of the generators' overlays among the overlays."""
+_BOTH = "generator_"
+"""What the names of overlays of every generator begin with."""
+_OWN_SAMPLE_IDS = frozenset(
+    {
+        *("output_dir", "checkpoint_path", "tokenizer_path", "generated_dir", "num_samples", "seed", "overwrite"),
+        *("inpaint_tokens", "inpaint_split", "inpaint_box", "dataset_dir"),
+    }
+)
+# What is found does not depend on them.
+_NOT_SETTINGS = frozenset({"workers", "device", "batch_size", "cache_dir"})
+_TOOL = (sys.executable, "-m", "vaevq_med.cli.app")
+
+
+def _decisive(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that change what is found, as JSON-ready values."""
+    chosen = {name: value for name, value in given.items() if name not in _NOT_SETTINGS}
+    return json.loads(json.dumps(chosen, sort_keys=True, default=str))
 
 
 @dataclass(frozen=True)
@@ -29,144 +53,212 @@ class GenerationMethod(Method):
     """A generator over a tokenizer's tokens; ``overrides`` are of its training.
 
     Attributes:
-        tokenizer: whose tokens.
-        generator: what is trained.
+        tokenizer: its name.
+        checkpoints: of the tokenizer, by seed.
+        config: the bundle's file that trains the generator.
+        kind: of the tokens that it is trained on, ``indices`` or ``latents``.
+        settings: names of what it draws by.
         sampling: overrides of ``generate.json``.
-        encode: further words of ``encode-tokens``.
+        encode: further options of ``encode-tokens``.
     """
 
-    tokenizer: Tokenizer = field(kw_only=True)
-    generator: Generator = field(kw_only=True)
+    tokenizer: str = field(kw_only=True)
+    checkpoints: Mapping[int, Path] = field(kw_only=True)
+    config: str = field(kw_only=True)
+    kind: str = field(kw_only=True)
+    settings: Sequence[str] = field(kw_only=True)
     sampling: Mapping[str, str] = field(default_factory=dict)
-    encode: tuple[str, ...] = ()
+    encode: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _overlays(part: GeneratorPart, names: Sequence[str], bundle: Bundle) -> tuple[str, ...]:
+    """The overlays of a generator among a study's, of which each may leave out the prefix, and its own.
+
+    The prefix is that of its configuration: ``autoregressive_`` for ``train_autoregressive.json``.
+    """
+    known, prefix = overlay_files(bundle.path, KIND), f"{Path(part.config).stem.removeprefix('train_')}_"
+
+    def forms(name: str) -> list[str]:
+        return [form for form in (name, prefix + name, _BOTH + name) if form in known]
+
+    shared = [form for name in names for form in forms(name) if form.startswith((prefix, _BOTH))]
+    own = [(forms(name) or [name])[0] for name in part.overlays]
+    for name in own:
+        bundle.overlay(name, KIND)
+    return tuple(dict.fromkeys([*shared, *own]))
+
+
+def make_methods(study: GeneratorStudy, bundle: Bundle) -> tuple[GenerationMethod, ...]:
+    """Each generator, in the outer order, over each tokenizer; the tokenizers under one compete for the best figure."""
+    from vaevq_med.networks.generators.base import Generator
+
+    methods = []
+    for part in study.generators:
+        if not (bundle.path / part.config).is_file():
+            raise VaevqMedError(f"{bundle.path}: found no {part.config}, expected a bundle that trains generators")
+        overlays = _overlays(part, study.overlays, bundle)
+        definition = bundle.read(part.config, overlays, KIND).get("network_def")
+        target = definition.get("_target_") if isinstance(definition, dict) else None
+        network = cast(type[Generator], resolve(str(target), Generator))
+        for tokenizer in study.tokenizers.methods:
+            methods.append(
+                GenerationMethod(
+                    name=f"{tokenizer.name}_{part.name}",
+                    overlays=overlays,
+                    title=f"{part.title or part.name}, {tokenizer.title or bundle.title(tokenizer.name)}",
+                    overrides=texts({**part.set, **tokenizer.set}),
+                    family=f"{tokenizer.name}_{part.name}",
+                    group=part.name,
+                    tokenizer=tokenizer.name,
+                    checkpoints=_checkpoints(study, tokenizer),
+                    config=part.config,
+                    kind=network.kind,
+                    settings=tuple(network.settings),
+                    sampling=texts({**study.sample, **part.sample, **tokenizer.sample}),
+                    encode={**study.encode, **part.encode, **tokenizer.encode},
+                )
+            )
+    names = [method.name for method in methods]
+    repeated = [name for name in names if names.count(name) > 1]
+    if repeated:
+        raise VaevqMedError(f"names of tokenizers and generators make {repeated[0]} twice; expected each row's once")
+    return tuple(methods)
+
+
+def _checkpoints(study: GeneratorStudy, tokenizer: TokenizerPart) -> dict[int, Path]:
+    """The checkpoint of each seed, of the study that trained the tokenizer or the one that serves all."""
+    folder = study.tokenizers.source
+    if folder is None:
+        found = dict.fromkeys(study.seeds, tokenizer.checkpoint or Path())
+    else:
+        record = read_plan_record(folder)
+        if "checkpoint" not in record.get("shared", {}):
+            raise VaevqMedError(f"from: found no comparison in {folder}, expected an output folder of vaevq-med study")
+        file = Path("checkpoints") / f"{record['shared']['checkpoint']}.pt"
+        found = {seed: folder / tokenizer.name / f"seed_{seed}" / file for seed in study.seeds}
+    for seed, path in found.items():
+        if not path.is_file():
+            raise VaevqMedError(
+                f"tokenizer {tokenizer.name}, seed {seed}: found no checkpoint {path}, expected a trained one"
+            )
+    return found
 
 
 @dataclass(frozen=True)
 class GenerationPlan(Plan):
-    """Everything that decides what the rows are; ``overlays`` are the names that were given.
+    """A study of generators whose bundle, tokenizers and methods were looked up."""
 
-    Attributes:
-        methods: generators over tokenizers.
-        num_samples: drawn by each row.
-        evaluate: further words of ``evaluate-samples``.
-    """
-
-    methods: tuple[GenerationMethod, ...]
     changeable: ClassVar[frozenset[str]] = frozenset({"num_samples", "evaluate"})
+    alike: ClassVar[tuple[str, ...]] = (
+        *("split", "split_hash", "content_hash", "modalities", "image_size", "n", "n_reference"),
+        "feature_weights_sha256",
+    )
+    published: ClassVar[str] = "generation"
+    per_image: ClassVar[tuple[Figure, ...]] = ()
+    known: ClassVar[tuple[Figure, ...]] = (
+        *(figures.GFID, figures.PRECISION, figures.RECALL, figures.INCEPTION_SCORE),
+        *(figures.MEMORIZED_FEATURE, figures.MEMORIZED_PIXEL),
+        *(figures.PARAMETERS, figures.IMAGES_PER_SECOND, figures.COUNT),
+    )
 
-    num_samples: int = 5000
-    evaluate: tuple[str, ...] = ()
+    study: GeneratorStudy
+    methods: tuple[GenerationMethod, ...]
 
-    def check(self) -> None:
-        """Refuse what no row could run with.
-
-        Raises:
-            VaevqMedError: an overlay, an id or a value that is not known.
-        """
-        if self.checkpoint not in ("best", "last"):
-            raise VaevqMedError(f"checkpoint: found {self.checkpoint!r}, expected 'best' or 'last'")
-        for file in dict.fromkeys([*(m.generator.file for m in self.methods), _GENERATE]):
-            if not (self.bundle.path / file).is_file():
-                raise VaevqMedError(f"{self.bundle.path}: found no {file}, expected a bundle that trains generators")
-        for name in self.overlays:
-            if not any(m.generator.overlays([name], self.bundle) for m in self.methods):
-                overlay_path(name, self.bundle.path, KIND)
+    @classmethod
+    def of(cls, study: GeneratorStudy) -> GenerationPlan:  # type: ignore[override]
+        """The plan of a study, checked."""
+        bundle = Bundle.find(study.bundle)
+        plan = cls(study, bundle, make_methods(study, bundle))
+        for name in study.overlays:
+            if not any(_overlays(part, [name], bundle) for part in study.generators):
+                bundle.overlay(name, KIND)
                 raise VaevqMedError(f"overlay: found {name!r}, expected one of a generator that is compared")
-        for option, words, own in (
-            ("encode", [word for m in self.methods for word in m.encode], ("--kind", "--overwrite", "--help")),
-            ("evaluate", self.evaluate, ("--output-dir", "--tokenizer", "--json", "--help")),
-        ):
-            taken = [word for word in words if word.partition("=")[0] in own]
-            if taken:
-                raise VaevqMedError(f"{option}: found {taken[0]}, which the comparison sets itself; expected others")
-        generate = self.bundle.read(_GENERATE)
-        configs = {m.name: self.training_config(m) for m in self.methods}
-        files = tuple(dict.fromkeys(m.generator.file for m in self.methods))
-        own_ids = {*self.budget.overrides(), "seed", "output_dir", "tokens_dir", "dataset_dir", "tracking_uri"}
-        own_ids |= {"parent_run_id", "run_name", "resume"}
-        chosen = [(key, [*configs.values()]) for key in self.overrides]
-        chosen += [(key, [configs[m.name]]) for m in self.methods for key in m.overrides]
-        check_ids("set", chosen, own_ids, files)
-        own_ids = {"output_dir", "checkpoint_path", "tokenizer_path", "generated_dir", "num_samples", "seed"}
-        own_ids |= {"overwrite", "inpaint_tokens", "inpaint_split", "inpaint_box", "dataset_dir"}
-        check_ids("generate-set", [(k, [generate]) for m in self.methods for k in m.sampling], own_ids, (_GENERATE,))
-        for method in self.methods:
-            method.generator.check_sampling(method.sampling, method.name)
-        for row in self.rows():
-            row.check_encoding()
-        self._check_evaluation()
-        _ = self.hashes
+        configs = {m.name: plan.training_config(m) for m in plan.methods}
+        files = tuple(dict.fromkeys(m.config for m in plan.methods))
+        chosen = [(key, [*configs.values()]) for key in study.set]
+        chosen += [(key, [configs[m.name]]) for m in plan.methods for key in m.overrides]
+        check_ids("set", chosen, OWN_IDS | {*study.budget.overrides(), "tokens_dir"}, files)
+        generate = bundle.read(_GENERATE)
+        drawn = [(key, [generate]) for m in plan.methods for key in m.sampling]
+        check_ids("sample", drawn, _OWN_SAMPLE_IDS, (_GENERATE,))
+        settings = generate.get("sampling", {}).values()
+        for method in plan.methods:
+            wrong = [key for key in method.sampling if f"@{key}" in settings and key not in method.settings]
+            if wrong:
+                raise VaevqMedError(
+                    f"sample: found {wrong[0]} for {method.name}, expected {', '.join(method.settings)}; a setting of "
+                    "another generator stands with that"
+                )
+        plan._check_evaluation()
+        plan.columns()
+        _ = plan.hashes
+        return plan
 
     def _check_evaluation(self) -> None:
         """Refuse what the evaluation of every row would refuse after the training."""
         from vaevq_med.metrics.statistics import MIN_EXTRAPOLATED
         from vaevq_med.networks.features import feature_network
 
-        words = self.evaluation
-        count = min(self.num_samples, words.values["max_items"] or self.num_samples)
-        if self.num_samples < 1 or count <= words.values["neighbors"]:
-            raise VaevqMedError(
-                f"num-samples: found {count} to evaluate, expected more than the {words.values['neighbors']} neighbors "
-                "that precision and recall look at"
-            )
-        if words.values["fid_infinity"] and count < MIN_EXTRAPOLATED:
-            raise VaevqMedError(
-                f"num-samples: found {count} to evaluate, expected at least {MIN_EXTRAPOLATED} for --fid-infinity"
-            )
-        if {"feature_network", "feature_weights"} & {*words.given}:
-            feature_network(words.values["feature_network"], words.values["feature_weights"])
+        chosen, given = self.evaluation, self.study.evaluate
+        count = min(self.study.samples, chosen.max_items or self.study.samples)
+        least = {"precision and recall": chosen.neighbors + 1}
+        if chosen.fid_infinity:
+            least["fid_infinity"] = MIN_EXTRAPOLATED
+        for figure, number in least.items():
+            if count < number:
+                raise VaevqMedError(f"samples: found {count} to evaluate, expected at least {number} for {figure}")
+        if {"feature_network", "feature_weights"} & {*given}:
+            feature_network(chosen.feature_network, chosen.feature_weights)
 
     @cached_property
-    def evaluation(self) -> Words:
-        """The words of ``evaluate-samples``, as that reads them.
-
-        Raises:
-            VaevqMedError: it would refuse them.
-        """
-        return Words.of("evaluate", [*self.rows()[0].evaluating(), *self.evaluate], self.evaluate)
+    def evaluation(self) -> EvaluateOptions:
+        """The options of ``evaluate-samples``."""
+        return EvaluateOptions(**self.study.evaluate)
 
     def composed(self, method: Method) -> tuple[str, ...]:
         """Overlays of a method's training, ``generator_multi_gpu`` under torchrun among them."""
-        distributed = f"{BOTH}_multi_gpu"
-        if not self.starts_torchrun or distributed in method.overlays:
-            return method.overlays
-        return (*method.overlays, distributed)
+        distributed = [f"{_BOTH}multi_gpu"] if self.starts_torchrun else []
+        return tuple(dict.fromkeys([*method.overlays, *distributed]))
 
-    def training_config(self, method: GenerationMethod) -> dict[str, Any]:
-        """The merged configuration of a method's training, unresolved."""
-        return self.bundle.read(method.generator.file, self.composed(method), KIND)
-
-    def experiment(self) -> str:
-        """MLflow's experiment."""
-        default = self.training_config(self.methods[0]).get("experiment", "vaevq_med")
-        return self.overrides.get("experiment", str(default))
+    def training_config(self, method: Method | None = None) -> dict[str, Any]:
+        """The merged configuration of a method's training, or the first one's, unresolved."""
+        chosen = cast(GenerationMethod, method or self.methods[0])
+        return self.bundle.read(chosen.config, self.composed(chosen), KIND)
 
     def data(self) -> Path:
         """Folder of the images."""
-        return self.dataset_dir or Path(str(self.bundle.read("train.json")["dataset_dir"]))
+        return self.study.dataset_dir or Path(str(self.bundle.read("train.json")["dataset_dir"]))
 
     def shared(self) -> dict[str, Any]:
-        """What all rows of one output folder have in common, as JSON-ready values.
-
-        Raises:
-            DataError: the data set is missing or damaged.
-        """
-        return {**super().shared(), "num_samples": self.num_samples, "evaluate": list(self.evaluate)}
+        """What all rows of one output folder have in common, as JSON-ready values."""
+        evaluate = _decisive(self.study.evaluate)
+        return {**super().shared(), "num_samples": self.study.samples, "evaluate": evaluate}
 
     def rows(self) -> Sequence[GenerationRow]:
         """Seeds outermost, so that each method has a first figure early."""
-        return [GenerationRow(self, method, seed) for seed in self.seeds for method in self.methods]
+        return [GenerationRow(self, method, seed) for seed in self.study.seeds for method in self.methods]
+
+    def tasks(self) -> list[list[Row]]:
+        """None: rows share token stores, which one of them writes."""
+        raise VaevqMedError("study is generators, whose rows share token stores; expected tokenizers for tasks")
 
     @cached_property
     def hashes(self) -> dict[Path, str]:
-        """Content hash of each tokenizer.
+        """Content hash of each tokenizer, whose images are not several contrasts at once."""
+        from vaevq_med.trained.network import StoredTokenizer
 
-        Raises:
-            CheckpointError: a file is no tokenizer's checkpoint.
-            VaevqMedError: a tokenizer's images are several contrasts at once.
-        """
-        paths = dict.fromkeys(path for method in self.methods for path in method.tokenizer.checkpoints.values())
-        return {path: tokenizer_hash(path) for path in paths}
+        found = {}
+        for path in dict.fromkeys(path for method in self.methods for path in method.checkpoints.values()):
+            stored = StoredTokenizer(path)
+            stored.check_target()
+            channels = int(stored.value("in_channels"))
+            if stored.value("stack_modalities", False) or channels not in (1, 3):
+                raise VaevqMedError(
+                    f"{path}: found a tokenizer of {channels} stacked contrasts, expected one of single contrasts or "
+                    "photographs, which evaluate-samples can compare"
+                )
+            found[path] = stored.content_hash
+        return found
 
 
 @dataclass(frozen=True)
@@ -181,15 +273,15 @@ class GenerationRow(Row):
     @property
     def tokenizer(self) -> Path:
         """Checkpoint of the tokenizer."""
-        return self.method.tokenizer.checkpoints[self.seed]
+        return self.method.checkpoints[self.seed]
 
     @property
     def tokens(self) -> Path:
-        """The token store, which rows of the same tokenizer, kind and words of ``encode-tokens`` share."""
-        tokenizer, words = self.method.tokenizer, self.method.encode
-        seed = () if tokenizer.shared else (f"seed_{self.seed}",)
-        mark = f"_{hashlib.sha256(shlex.join(words).encode()).hexdigest()[:8]}" if words else ""
-        return self.plan.output.joinpath("tokens", tokenizer.name, *seed, self.method.generator.kind + mark)
+        """The token store, which rows of the same tokenizer, kind and options of ``encode-tokens`` share."""
+        method, options = self.method, _decisive(self.method.encode)
+        seed = () if self.plan.study.tokenizers.source is None else (f"seed_{self.seed}",)
+        mark = f"_{hashlib.sha256(json.dumps(options).encode()).hexdigest()[:8]}" if options else ""
+        return self.plan.study.output.joinpath("tokens", method.tokenizer, *seed, method.kind + mark)
 
     @property
     def generated(self) -> Path:
@@ -206,14 +298,13 @@ class GenerationRow(Row):
         return header is not None and header["tokenizer"]["content_hash"] == self.plan.hashes[self.tokenizer]
 
     def _training(self) -> dict[str, str]:
-        config, plan = self.plan.training_config(self.method), self.plan
-        both = {**plan.overrides, **self.method.overrides}
-        chosen = {key: value for key, value in both.items() if has_id(config, key)}
-        return {"seed": str(self.seed), **plan.budget.overrides(), **chosen}
+        chosen = self.chosen(self.plan.training_config(self.method))
+        return {"seed": str(self.seed), **self.plan.study.budget.overrides(), **chosen}
 
     def _generating(self) -> dict[str, str]:
-        last = {"checkpoint_path": "$@output_dir + '/checkpoints/last.pt'"} if self.plan.checkpoint == "last" else {}
-        return {"seed": str(self.seed), "num_samples": str(self.plan.num_samples), **last, **self.method.sampling}
+        study = self.plan.study
+        last = {"checkpoint_path": "$@output_dir + '/checkpoints/last.pt'"} if study.checkpoint == "last" else {}
+        return {"seed": str(self.seed), "num_samples": str(study.samples), **last, **self.method.sampling}
 
     def commands(self, parent_run_id: str | None = None) -> dict[str, list[str]]:
         """``encoding``, unless that is done, ``training``, ``generating`` and ``evaluating``, as typed by a user.
@@ -221,46 +312,24 @@ class GenerationRow(Row):
         Args:
             parent_run_id: MLflow run to nest the training under.
         """
-        plan, generator = self.plan, self.method.generator
-        start, app = [sys.executable], [sys.executable, "-m", "vaevq_med.cli.app"]
-        paths = {"output_dir": str(self.folder)}
-        folder = plan.bundle.path
-        files = [folder / generator.file, *(overlay_path(n, folder, KIND) for n in plan.composed(self.method))]
-        training = {"tokens_dir": str(self.tokens), **paths, "tracking_uri": plan.tracking_uri, **self._training()}
-        if parent_run_id is not None:
-            training |= {"parent_run_id": parent_run_id, "run_name": self.label}
-        run = ["-m", "monai.bundle", "run"]
-        config = ["--config_file", str([str(file) for file in files])]
-        train = [*(plan.launch_words() or start), *run, "training", *config, *flags(training)]
-        # The folder is the comparison's own; samples of the same settings are kept.
-        generating = {**paths, "tokenizer_path": str(self.tokenizer), "overwrite": "True", **self._generating()}
-        config = ["--config_file", str(folder / _GENERATE)]
+        plan, study, method = self.plan, self.plan.study, self.method
+        data, output, tokenizer = str(plan.data()), {"output_dir": str(self.folder)}, str(self.tokenizer)
+        encode = ["encode-tokens", tokenizer, data, str(self.tokens), "--kind", method.kind]
+        training = {"tokens_dir": str(self.tokens), **output, "tracking_uri": study.tracking_uri, **self._training()}
+        # The folder is the study's own; samples of the same settings are kept.
+        generating = {**output, "tokenizer_path": tokenizer, "overwrite": "True", **self._generating()}
+        evaluate = ["evaluate-samples", str(self.generated), data, "--output-dir", str(self.evaluation)]
+        if plan.evaluation.memorization:
+            evaluate += ["--tokenizer", tokenizer]
+        words = as_words(EvaluateOptions, study.evaluate)
+        drawing = [plan.bundle.path / _GENERATE]
+        encoding = {"encoding": [*_TOOL, *encode, *as_words(EncodeOptions, method.encode)]}
         return {
-            **({} if self.is_encoded else {"encoding": [*app, *self.encoding(), *self.method.encode]}),
-            "training": train,
-            "generating": [*start, *run, "generating", *config, *flags(generating)],
-            "evaluating": [*app, *self.evaluating(), *plan.evaluate],
+            **({} if self.is_encoded else encoding),
+            "training": self.training_words(method.config, training, parent_run_id, KIND),
+            "generating": self.run_words("generating", drawing, generating, launched=False),
+            "evaluating": [*_TOOL, *evaluate, *words],
         }
-
-    def encoding(self) -> list[str]:
-        """``encode-tokens``, without the further words."""
-        data, store = str(self.plan.data()), str(self.tokens)
-        return ["encode-tokens", str(self.tokenizer), data, store, "--kind", self.method.generator.kind]
-
-    def evaluating(self) -> list[str]:
-        """``evaluate-samples``, without the further words."""
-        generated, evaluation = str(self.generated), str(self.evaluation)
-        words = ["evaluate-samples", generated, str(self.plan.data()), "--output-dir", evaluation]
-        return words if "--no-memorization" in self.plan.evaluate else [*words, "--tokenizer", str(self.tokenizer)]
-
-    def check_encoding(self) -> None:
-        """Refuse words that ``encode-tokens`` would refuse.
-
-        Raises:
-            VaevqMedError: naming the first.
-        """
-        if self.method.encode:
-            Words.of("encode", [*self.encoding(), *self.method.encode], self.method.encode)
 
     def outputs(self) -> dict[str, Path]:
         """What training, drawing and evaluation leave behind."""
@@ -272,73 +341,11 @@ class GenerationRow(Row):
 
     def settings(self) -> dict[str, Any]:
         """Everything that decides the row's figures, as JSON-ready values."""
+        plan, tokenizer = self.plan, self.plan.hashes[self.tokenizer]
         return {
-            "tokenizer": self.plan.hashes[self.tokenizer],
-            "encode": shlex.join(self.method.encode),
-            "train": decisive(self.plan.training_config(self.method), self._training()),
-            "generate": decisive(self.plan.bundle.read(_GENERATE), self._generating()),
-            "evaluate": {**self.plan.evaluation.decisive(), "tokenizer": self.plan.hashes[self.tokenizer]},
+            "tokenizer": tokenizer,
+            "encode": _decisive(self.method.encode),
+            "train": decisive(plan.training_config(self.method), self._training()),
+            "generate": decisive(plan.bundle.read(_GENERATE), self._generating()),
+            "evaluate": {**_decisive(plan.study.evaluate), "tokenizer": tokenizer},
         }
-
-
-def combine(
-    tokenizers: Sequence[Tokenizer],
-    generators: Sequence[Generator],
-    bundle: Bundle,
-    overlays: Sequence[str],
-    training: tuple[Mapping[str, str], Mapping[str, Mapping[str, str]]],
-    sampling: tuple[Mapping[str, str], Mapping[str, Mapping[str, str]]],
-    encode: Mapping[str, Sequence[str]],
-) -> tuple[GenerationMethod, ...]:
-    """Each generator over each tokenizer.
-
-    Args:
-        tokenizers: inner order of the rows.
-        generators: outer order; the tokenizers under one compete for the best figure.
-        bundle: where the overlays are.
-        overlays: as given, see :meth:`Generator.overlays`.
-        training: overrides of ``--set``: of all, which the plan has, and by name of a tokenizer or generator.
-        sampling: those of ``--generate-set``.
-        encode: words of ``--encode`` by name of a tokenizer or generator, those for all under an empty one.
-    """
-
-    def own(chosen: Mapping[str, Mapping[str, str]], names: Iterable[str]) -> dict[str, str]:
-        return {key: value for name in names for key, value in chosen[name].items()}
-
-    return tuple(
-        GenerationMethod(
-            name=f"{tokenizer.name}_{generator.name}",
-            overlays=generator.overlays(overlays, bundle),
-            title=f"{generator.title}, {tokenizer.title}",
-            overrides=own(training[1], (generator.name, tokenizer.name)),
-            family=f"{tokenizer.name}_{generator.name}",
-            group=generator.name,
-            tokenizer=tokenizer,
-            generator=generator,
-            sampling={**sampling[0], **own(sampling[1], (generator.name, tokenizer.name))},
-            encode=tuple(word for name in ("", generator.name, tokenizer.name) for word in encode[name]),
-        )
-        for generator in generators
-        for tokenizer in tokenizers
-    )
-
-
-def read_generation(row: Row) -> RowResult:
-    """Read the record of a finished row: figures of its samples, shares of memorized ones, cost of the training.
-
-    Raises:
-        VaevqMedError: it is damaged.
-    """
-    run = read_json(row.folder / "run.json") or {}
-    try:
-        record = json.loads((row.evaluation / "metrics.json").read_text(encoding="utf-8"))
-        metrics = {**record["summary"]["overall"], "n": {"value": record["provenance"]["n"]}}
-        for space in ("feature", "pixel"):
-            share = record.get("memorization", {}).get(space, {}).get("share")
-            if share is not None:
-                metrics[f"memorized_{space}"] = {"value": share}
-        return RowResult(row, metrics, record["provenance"], record["conventions"], run, [])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise VaevqMedError(
-            f"{row.label}: found a damaged evaluation ({error}); remove {row.evaluation} and run again"
-        ) from None

@@ -1,51 +1,29 @@
-"""What a comparison trains: methods by their overlays, seeds, one budget; and the commands of each row.
-
-A method is an overlay, or several: any file of ``bundles/overlays`` or of the bundle's own ``overlays/`` can be
-compared by its name.
-"""
+"""The rows of a study of tokenizers: methods by their overlays, seeds, one budget; and the commands of each row."""
 
 from __future__ import annotations
 
-import ast
-import difflib
-import hashlib
 import json
-import shlex
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pydoc import ErrorDuringImport, locate
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vaevq_med.core.errors import VaevqMedError, root_cause
-from vaevq_med.core.resources import bundle_path, overlay_files, overlay_path, overlay_title
 from vaevq_med.images.manifest import load_manifest
+from vaevq_med.metrics import figures
+from vaevq_med.metrics.figures import Figure
+from vaevq_med.study.bundle import Bundle, check_ids, decisive, flags, has_id, literal, texts
+from vaevq_med.study.file import MethodPart, Study, TokenizerStudy
 
 if TYPE_CHECKING:
     from monai.bundle import ConfigParser
 
-ALIASES = {"vaevq": "paper"}
-ABLATION = ("ablation_m0", "simvq", "ablation_m1", "ablation_m2", "ablation_m3", "ablation_full")
-"""The paper's Table 3, and SimVQ, whose codebook M1 to full have: it tells VLQ's part from the codebook's."""
+
 TORCHRUN = ("torchrun", "torch.distributed.run")
-# Where and under what name a run is tracked, and on what device it runs, change no figure.
-_NOT_SETTINGS = frozenset(
-    {
-        *(
-            "_notes_",
-            "_title_",
-            "_meta_",
-            "imports",
-            "bundle_root",
-            "dataset_dir",
-            "output_dir",
-            "device",
-            "num_workers",
-        ),
-        *("tracking_uri", "experiment", "run_name", "parent_run_id", "checkpoint_interval", "resume"),
-    }
-)
+OWN_IDS = frozenset({"seed", "output_dir", "dataset_dir", "tracking_uri", "parent_run_id", "run_name", "resume"})
+"""Ids that a study's other fields set, or that are set for each row."""
 
 
 @dataclass(frozen=True)
@@ -73,197 +51,78 @@ class Method:
     group: str = ""
 
 
-@dataclass(frozen=True)
-class Bundle:
-    """A MONAI bundle with ``train.json`` and ``evaluate.json``.
-
-    Attributes:
-        name: its folder's name.
-        path: the folder.
-    """
-
-    name: str
-    path: Path
-
-    @classmethod
-    def find(cls, name: str) -> Bundle:
-        """A bundle by the name of an installed one, or by its folder.
-
-        Raises:
-            VaevqMedError: there is none, or it lacks a file.
-        """
-        path = Path(name) if (Path(name) / "train.json").is_file() else bundle_path(name)
-        for file in ("train.json", "evaluate.json"):
-            if not (path / file).is_file():
-                raise VaevqMedError(f"{path}: found no {file}, expected a bundle that trains and evaluates")
-        return cls(path.resolve().name, path)
-
-    @property
-    def overlays(self) -> list[str]:
-        """Names of its overlays."""
-        return list(overlay_files(self.path))
-
-    def read(self, file: str, overlays: Sequence[str] = (), kind: str = "") -> dict[str, Any]:
-        """A configuration merged with overlays, unresolved.
-
-        Raises:
-            VaevqMedError: a file is no configuration.
-        """
-        from monai.bundle import ConfigParser
-
-        paths = [self.path / file, *(overlay_path(name, self.path, kind) for name in overlays)]
-        for path in paths:
-            try:
-                content = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise VaevqMedError(f"{path}: found an unreadable file ({error}), expected a configuration") from None
-            if not isinstance(content, dict):
-                raise VaevqMedError(f"{path}: found {type(content).__name__}, expected a mapping of ids")
-        parser = ConfigParser()
-        try:
-            parser.read_config([str(path) for path in paths])
-        except Exception as error:  # MONAI's merging stumbles in several ways over ids without a place
-            names = ", ".join(path.name for path in paths)
-            raise VaevqMedError(f"{names}: found what cannot be merged ({error}), expected overlays of ids") from error
-        return parser.get()
-
-
-def parse_methods(text: str, bundle: Bundle) -> tuple[Method, ...]:
-    """Methods of ``vqgan,simvq,mine=vqgan+vlq``: overlay names, or a name and the overlays it stands for.
-
-    Args:
-        text: as on the command line.
-        bundle: where the overlays are.
-
-    Raises:
-        VaevqMedError: there is no such overlay, no method, or one name twice.
-    """
-    methods = []
-    for part in (part.strip() for part in text.split(",")):
-        if not part:
+def make_methods(study: TokenizerStudy, bundle: Bundle) -> tuple[Method, ...]:
+    """The methods of a study: each at each size of a sweep, and after it a row for every other read-out."""
+    titles = [part.title or (bundle.title(part.name) if part.overlays is None else part.name) for part in study.methods]
+    found: list[tuple[Method, MethodPart]] = []
+    for part, title in zip(study.methods, titles, strict=True):
+        names = (part.name,) if part.overlays is None else tuple(part.overlays)
+        for name in names:
+            bundle.overlay(name)
+        title = f"{title} ({part.name})" if titles.count(title) > 1 else title
+        method = Method(part.name, names, title, texts(part.set), family=part.name)
+        if not study.sweep:
+            found.append((method, part))
             continue
-        name, _, given = part.partition("=")
-        name = name.strip()
-        overlays = tuple(piece.strip() for piece in given.split("+")) if given else (ALIASES.get(name, name),)
-        if not name or not all(c.isalnum() or c in "._-" for c in name) or name.startswith("."):
-            raise VaevqMedError(f"methods: found the name {name!r}, expected letters, digits, '_', '-' and '.'")
-        for overlay in overlays:
-            overlay_path(overlay, bundle.path)
-        title = name if given else overlay_title(overlay_path(overlays[0], bundle.path))
-        methods.append(Method(name, overlays, title, family=name))
-    titles = [method.title for method in methods]
-    methods = [replace(m, title=f"{m.title} ({m.name})") if titles.count(m.title) > 1 else m for m in methods]
-    names = [method.name for method in methods]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise VaevqMedError(f"methods: found {', '.join(repeated)} more than once, expected each once")
-    if not methods:
-        raise VaevqMedError(f"methods: found none, expected some of {', '.join(bundle.overlays)}")
-    return tuple(methods)
-
-
-def parse_integers(text: str, name: str, minimum: int, maximum: int | None = None) -> tuple[int, ...]:
-    """Whole numbers of ``0,1,2``, each once, in the order given.
-
-    Raises:
-        VaevqMedError: something else stands there, or a number below ``minimum`` or above ``maximum``.
-    """
-    try:
-        numbers = tuple(dict.fromkeys(int(part) for part in text.split(",") if part.strip()))
-    except ValueError:
-        numbers = ()
-    if not numbers or min(numbers) < minimum:
-        raise VaevqMedError(f"{name}: found {text!r}, expected whole numbers of at least {minimum}, e.g. 1,2,3")
-    if maximum is not None and max(numbers) > maximum:
-        raise VaevqMedError(f"{name}: found {max(numbers)}, expected whole numbers of {minimum} to {maximum}")
-    return numbers
-
-
-def parse_overrides(assignments: Sequence[str], methods: Sequence[Method]) -> tuple[dict[str, str], tuple[Method, ...]]:
-    """``ID=VALUE`` for every row, ``METHOD:ID=VALUE`` for those of one method.
-
-    Args:
-        assignments: as on the command line.
-        methods: those of the comparison.
-
-    Returns:
-        The overrides of every row, and the methods with their own.
-
-    Raises:
-        VaevqMedError: there is no ``=``, or no such method.
-    """
-    shared, own = parse_assignments(assignments, [method.family for method in methods])
-    return shared, tuple(replace(m, overrides={**own[m.family], **m.overrides}) for m in methods)
-
-
-def parse_assignments(
-    assignments: Sequence[str], names: Sequence[str], option: str = "set"
-) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
-    """``ID=VALUE`` and ``NAME:ID=VALUE``.
-
-    Args:
-        assignments: as on the command line.
-        names: what may stand before the colon.
-        option: what the command line calls them.
-
-    Returns:
-        The values of the former, and by name those of the latter.
-
-    Raises:
-        VaevqMedError: there is no ``=``, or no such name.
-    """
-    shared: dict[str, str] = {}
-    own: dict[str, dict[str, str]] = {name: {} for name in names}
-    for text in assignments:
-        key, equals, value = text.partition("=")
-        key = key.strip()
-        if not equals or not key:
-            raise VaevqMedError(f"{option}: found {text!r}, expected ID=VALUE, e.g. learning_rate=2e-4")
-        name, colon, rest = key.partition(":")
-        if not colon or rest.startswith(":"):
-            shared[key] = value
-        elif name in own:
-            own[name][rest] = value
-        else:
-            raise VaevqMedError(f"{option}: found {text!r} for the method {name!r}, expected one of {', '.join(own)}")
-    return shared, own
-
-
-def with_readouts(
-    methods: Sequence[Method], bundle: Bundle, overlays: Sequence[str], overrides: Mapping[str, str]
-) -> tuple[Method, ...]:
-    """The methods, and after each whose quantizer can be decoded in other ways a row for every other way.
-
-    A read-out that ``readout`` chooses, or that another of the methods is, gets no row of its own.
-
-    Args:
-        methods: as parsed, with their own overrides.
-        bundle: where the overlays are.
-        overlays: those of every row.
-        overrides: those of every row.
-    """
+        _check_sweep(study, bundle, method)
+        for size in study.sweep.num_embeddings:
+            overrides = {**method.overrides, "num_embeddings": str(size)}
+            point = replace(method, name=f"{part.name}_k{size}", title=f"{title}, K = {size:,}", overrides=overrides)
+            found.append((replace(point, num_embeddings=size), part))
     if "readout" not in bundle.read("evaluate.json"):
-        return tuple(methods)
-    given = {method.name for method in methods}
-    settings = [(method.overlays, method.overrides) for method in methods]
-    found: list[Method] = []
-    for method in methods:
-        values = {**overrides, **method.overrides}
-        readouts, trained = _readouts(bundle.read("train.json", (*overlays, *method.overlays)), values)
-        chosen = values.get("readout", "None")
-        if not readouts:
-            found.append(method)
-            continue
-        if chosen not in ("None", "null"):
-            found.append(replace(method, title=_qualified(method.title, chosen)))
-            continue
-        found.append(replace(method, title=_qualified(method.title, trained)))
-        for readout in readouts:
-            name, own = f"{method.name}_{readout}", {**method.overrides, "readout": readout}
-            if readout != trained and name not in given and (method.overlays, own) not in settings:
-                title, family = _qualified(method.title, readout), f"{method.family}_{readout}"
-                found.append(replace(method, name=name, title=title, family=family, overrides=own, decodes=method.name))
-    return tuple(found)
+        return tuple(method for method, _ in found)
+    given = {method.name for method, _ in found}
+    settings = [(method.overlays, method.overrides) for method, _ in found]
+    return tuple(
+        row
+        for method, part in found
+        for row in _with_readouts(study, bundle, method, part)
+        if not row.decodes or (row.name not in given and (row.overlays, row.overrides) not in settings)
+    )
+
+
+def _check_sweep(study: TokenizerStudy, bundle: Bundle, method: Method) -> None:
+    """Refuse a method whose codebook does not take its size from ``num_embeddings``, or not in this study."""
+    if "num_embeddings" in {**study.set, **method.overrides}:
+        raise VaevqMedError("set: found num_embeddings, which the sweep sets itself; expected sizes of the sweep")
+    network = bundle.read("train.json", (*study.overlays, *method.overlays)).get("network_def")
+    if not isinstance(network, dict):
+        raise VaevqMedError(f"method {method.name}: found network_def {network!r}, expected a tokenizer")
+    if "@num_embeddings" not in json.dumps(network.get("quantizer")):
+        raise VaevqMedError(
+            f"method {method.name}: found a codebook whose size does not follow num_embeddings, expected one that "
+            "does; name it once a size, with an overlay each"
+        )
+
+
+def _with_readouts(study: TokenizerStudy, bundle: Bundle, method: Method, part: MethodPart) -> list[Method]:
+    """A method, and a row for each other way to decode its quantizer that neither it nor the study chooses."""
+    values = {**texts(study.set), **method.overrides}
+    readouts, trained = _readouts(bundle.read("train.json", (*study.overlays, *method.overlays)), values)
+    unknown = [name for name in part.readouts or () if name not in readouts]
+    if unknown:
+        known = f"of {', '.join(readouts)}" if readouts else "none, since its quantizer is decoded in one way"
+        raise VaevqMedError(f"method {method.name}: found the read-out {unknown[0]!r}, expected {known}")
+    if not readouts:
+        return [method]
+    chosen = values.get("readout", "None")
+    if chosen not in ("None", "null"):
+        return [replace(method, title=_qualified(method.title, chosen))]
+    others = [name for name in readouts if name != trained and (part.readouts is None or name in part.readouts)]
+    return [
+        replace(method, title=_qualified(method.title, trained)),
+        *(
+            replace(
+                method,
+                name=f"{method.name}_{readout}",
+                title=_qualified(method.title, readout),
+                family=f"{method.family}_{readout}",
+                overrides={**method.overrides, "readout": readout},
+                decodes=method.name,
+            )
+            for readout in others
+        ),
+    ]
 
 
 def _readouts(config: Mapping[str, Any], overrides: Mapping[str, str]) -> tuple[tuple[str, ...], str]:
@@ -287,113 +146,67 @@ def _qualified(title: str, readout: str) -> str:
 
 
 @dataclass(frozen=True)
-class Budget:
-    """How long every row trains; at most one of the three, the bundle's own ``max_epochs`` without any.
-
-    Steps and images are spread over epochs of one length, about as long as the data set: a step or so less an epoch
-    may be left over. The conversion is an expression that the run itself evaluates, so that it holds for the batch
-    size and the number of processes that the run has.
-
-    Attributes:
-        max_epochs: passes over the training split.
-        steps: optimizer steps.
-        images: training images seen, over all processes.
-    """
-
-    max_epochs: int | None = None
-    steps: int | None = None
-    images: int | None = None
-
-    def overrides(self) -> dict[str, str]:
-        """As ids of ``train.json``.
-
-        Raises:
-            VaevqMedError: more than one is given, or one below 1.
-        """
-        given = {name: value for name, value in vars(self).items() if value is not None}
-        if len(given) > 1:
-            raise VaevqMedError(f"budget: found {' and '.join(given)}, expected one of max-epochs, steps, images")
-        for name, value in given.items():
-            if value < 1:
-                raise VaevqMedError(f"{name}: found {value}, expected 1 or more")
-        if self.max_epochs is not None:
-            return {"max_epochs": str(self.max_epochs)}
-        if not given:
-            return {}
-        steps = str(self.steps)
-        if self.images is not None:
-            steps = f"max(1, {self.images} // (@batch_size * training.world_size()))"
-        return {
-            "max_epochs": f"$max(1, round({steps} / @sampler.batches_per_epoch))",
-            "epoch_length": f"$max(1, {steps} // @max_epochs)",
-        }
-
-    def options(self) -> dict[str, str]:
-        """As on the command line of a comparison, empty where not given."""
-        return {f"--{n.replace('_', '-')}": "" if v is None else str(v) for n, v in vars(self).items()}
-
-    def words(self) -> str:
-        """For a reader."""
-        for name, value in vars(self).items():
-            if value is not None:
-                words = name.removeprefix("max_")
-                return f"{value:,} {words if value > 1 else words.removesuffix('s')}"
-        return "the bundle's own number of epochs"
-
-
-@dataclass(frozen=True)
 class Plan:
-    """Everything that decides what the rows are.
+    """A study whose bundle and methods were looked up.
 
     Attributes:
-        kind: ``compare``, ``ablate`` or ``sweep``.
+        study: as its file says.
         bundle: what is run.
         methods: rows of the table.
-        seeds: seeds of each.
-        output: folder of everything that is written.
-        budget: how long each row trains.
-        overlays: overlays that every row has, before the method's: what makes a method has the last word.
-        overrides: values that every row has; an id of ``evaluate.json`` alone goes to the evaluation.
-        dataset_dir: slice data set; None takes the bundle's.
-        tracking_uri: MLflow.
-        launch: words before ``-m monai.bundle``, e.g. ``torchrun --nproc_per_node=8``; empty runs one process.
-        checkpoint: ``best`` or ``last``, which of a run's checkpoints is evaluated.
         changeable: entries of :meth:`shared` that may change from one call to the next in the same output folder.
+        alike: entries of the rows' provenance that have to agree.
+        published: which of the paper's tables has figures of the methods.
+        per_image: figures of which each image has one; none where rows are of samples of their own.
+        known: figures that its table can have, in their order.
     """
 
     changeable: ClassVar[frozenset[str]] = frozenset()
+    alike: ClassVar[tuple[str, ...]] = (
+        *("split", "split_hash", "dataset_hash", "n", "lpips_weights_sha256", "fid_weights_sha256"),
+    )
+    published: ClassVar[str] = "reconstruction"
+    per_image: ClassVar[tuple[Figure, ...]] = (figures.PSNR, figures.SSIM, figures.LPIPS)
+    known: ClassVar[tuple[Figure, ...]] = (
+        *(figures.PSNR, figures.SSIM, figures.RFID, figures.LPIPS, figures.UTILIZATION, figures.PERPLEXITY),
+        *(figures.BITS_PER_POSITION, figures.BITS_PER_PIXEL),
+        *(figures.PARAMETERS, figures.IMAGES_PER_SECOND, figures.PEAK_MEMORY),
+    )
 
-    kind: str
+    study: Study
     bundle: Bundle
     methods: tuple[Method, ...]
-    seeds: tuple[int, ...]
-    output: Path
-    budget: Budget = field(default_factory=Budget)
-    overlays: tuple[str, ...] = ()
-    overrides: Mapping[str, str] = field(default_factory=dict)
-    dataset_dir: Path | None = None
-    tracking_uri: str = "sqlite:///mlflow.db"
-    launch: str = ""
-    checkpoint: str = "best"
 
-    def check(self) -> None:
-        """Refuse what no row could run with.
-
-        Raises:
-            VaevqMedError: an overlay, an id or a value that is not known.
-        """
-        if self.checkpoint not in ("best", "last"):
-            raise VaevqMedError(f"checkpoint: found {self.checkpoint!r}, expected 'best' or 'last'")
-        self._check_methods()
-        budget = self.budget.overrides()
-        own = {*budget, "seed", "output_dir", "evaluation_dir", "checkpoint_path", "dataset_dir", "tracking_uri"}
-        own |= {"parent_run_id", "run_name", "resume"}
-        evaluation = self.bundle.read("evaluate.json")
-        configs = {m.name: (self.bundle.read("train.json", self.composed(m)), evaluation) for m in self.methods}
+    @classmethod
+    def of(cls, study: TokenizerStudy) -> Plan:
+        """The plan of a study, checked."""
+        bundle = Bundle.find(study.bundle)
+        plan = cls(study, bundle, make_methods(study, bundle))
+        plan._check_methods()
+        own = OWN_IDS | {*study.budget.overrides(), "evaluation_dir", "checkpoint_path"}
+        evaluation = bundle.read("evaluate.json")
+        configs = {m.name: (bundle.read("train.json", plan.composed(m)), evaluation) for m in plan.methods}
         everywhere = [config for pair in configs.values() for config in pair]
-        chosen = [(key, everywhere) for key in self.overrides]
-        chosen += [(key, [*configs[m.name]]) for m in self.methods for key in m.overrides]
+        chosen = [(key, everywhere) for key in study.set]
+        chosen += [(key, [*configs[m.name]]) for m in plan.methods for key in m.overrides]
         check_ids("set", chosen, own, ("train.json", "evaluate.json"))
+        plan.columns()
+        if study.sweep:  # sizes that a codebook cannot have
+            for row in plan.rows()[: len(plan.methods)]:
+                row.build("network_def#quantizer")
+        return plan
+
+    def columns(self, further: Sequence[Figure] = ()) -> tuple[Figure, ...]:
+        """The columns of its table: the figures that the report names, in its order; all where it names none.
+
+        Args:
+            further: figures of metrics from outside that the rows were evaluated with.
+        """
+        names, known = self.study.report.figures, {figure.name: figure for figure in (*self.known, *further)}
+        unknown = [name for name in names or () if name not in known]
+        outside = any("metrics" in values for values in (self.study.set, *(m.overrides for m in self.methods)))
+        if unknown and not outside:
+            raise VaevqMedError(f"report.figures has {unknown[0]}; expected some of {', '.join(known)}")
+        return tuple(known[name] for name in (known if names is None else names) if name in known)
 
     def _check_methods(self) -> None:
         """Refuse two methods that would train the same."""
@@ -403,34 +216,23 @@ class Plan:
             if settings in seen:
                 raise VaevqMedError(
                     f"methods: found {seen[settings]} and {method.name}, two names of {'+'.join(method.overlays)} with "
-                    f"the same settings, expected each once; --set {method.family}:ID=VALUE makes another of it"
+                    f"the same settings, expected each once; a setting of {method.family} alone makes another of it"
                 )
             seen[settings] = method.name
 
     def composed(self, method: Method) -> tuple[str, ...]:
         """Overlays of a method's rows: the shared ones, ``multi_gpu`` under torchrun, the method's."""
-        distributed = self.starts_torchrun and "multi_gpu" not in self.overlays
-        return (*self.overlays, *(["multi_gpu"] if distributed else []), *method.overlays)
-
-    def launch_words(self) -> list[str]:
-        """The words of ``launch``.
-
-        Raises:
-            VaevqMedError: a quotation mark that nothing closes.
-        """
-        try:
-            return shlex.split(self.launch)
-        except ValueError as error:
-            raise VaevqMedError(f"launch: found {self.launch!r} ({error}), expected words of a shell") from None
+        distributed = self.starts_torchrun and "multi_gpu" not in self.study.overlays
+        return (*self.study.overlays, *(["multi_gpu"] if distributed else []), *method.overlays)
 
     @property
     def starts_torchrun(self) -> bool:
         """Whether ``launch`` has torchrun anywhere: ``srun torchrun ...``, ``python -m torch.distributed.run ...``."""
-        return any(word in TORCHRUN or Path(word).name in TORCHRUN for word in self.launch_words())
+        return any(word in TORCHRUN or Path(word).name in TORCHRUN for word in self.study.launch)
 
     def processes(self) -> int:
         """Processes that torchrun starts on a machine, 1 where ``launch`` does not say."""
-        words = iter(self.launch_words())
+        words = iter(self.study.launch)
         for word in words:
             option, equals, value = word.partition("=")
             if option.replace("_", "-") == "--nproc-per-node":
@@ -438,42 +240,41 @@ class Plan:
                 return int(value) if value.isdecimal() and int(value) > 0 else 1
         return 1
 
+    def training_config(self, method: Method | None = None) -> dict[str, Any]:
+        """The merged configuration of a method's training, or of what all have, unresolved."""
+        return self.bundle.read("train.json", self.composed(method) if method else self.study.overlays)
+
     def experiment(self) -> str:
         """MLflow's experiment."""
-        default = self.bundle.read("train.json", self.overlays).get("experiment", "vaevq_med")
-        return self.overrides.get("experiment", str(default))
+        return str(self.study.set.get("experiment", self.training_config().get("experiment", "vaevq_med")))
 
     def data(self) -> Path:
         """Folder of the data set."""
-        return self.dataset_dir or Path(str(self.bundle.read("train.json", self.overlays)["dataset_dir"]))
+        return self.study.dataset_dir or Path(str(self.bundle.read("train.json", self.study.overlays)["dataset_dir"]))
 
     def shared(self) -> dict[str, Any]:
-        """What all rows of one output folder have in common, as JSON-ready values.
-
-        Raises:
-            DataError: the data set is missing or damaged.
-        """
-        manifest = load_manifest(self.data())
+        """What all rows of one output folder have in common, as JSON-ready values."""
+        manifest, study = load_manifest(self.data()), self.study
         return {
-            "kind": self.kind,
+            "kind": study.study,
             "bundle": self.bundle.name,
-            "budget": self.budget.words(),
-            "overlays": list(self.overlays),
-            "set": dict(self.overrides),
-            "launch": self.launch,
-            "checkpoint": self.checkpoint,
+            "budget": study.budget.words(),
+            "overlays": study.overlays,
+            "set": texts(study.set),
+            "launch": study.launch,
+            "checkpoint": study.checkpoint,
             "data": {"content_hash": manifest.content_hash, "split_hash": manifest.split_hash},
         }
 
     def rows(self) -> Sequence[Row]:
         """Seeds outermost, so that each method has a first figure early."""
-        return [Row(self, method, seed) for seed in self.seeds for method in self.methods]
+        return [Row(self, method, seed) for seed in self.study.seeds for method in self.methods]
 
     def tasks(self) -> list[list[Row]]:
         """Each row that trains, followed by those that decode its checkpoint in another way."""
         return [
             [Row(self, other, seed) for other in self.methods if method.name in (other.name, other.decodes)]
-            for seed in self.seeds
+            for seed in self.study.seeds
             for method in self.methods
             if not method.decodes
         ]
@@ -500,7 +301,7 @@ class Row:
     @property
     def folder(self) -> Path:
         """What it writes to: checkpoints, evaluation, logs."""
-        return self.plan.output / self.method.name / f"seed_{self.seed}"
+        return self.plan.study.output / self.method.name / f"seed_{self.seed}"
 
     @property
     def trained(self) -> Row:
@@ -513,52 +314,55 @@ class Row:
     @property
     def checkpoint(self) -> Path:
         """What is evaluated."""
-        return self.trained.folder / "checkpoints" / f"{self.plan.checkpoint}.pt"
+        return self.trained.folder / "checkpoints" / f"{self.plan.study.checkpoint}.pt"
+
+    @property
+    def evaluation(self) -> Path:
+        """Where its evaluation goes, whatever the split."""
+        return self.folder / "evaluation"
 
     @property
     def label(self) -> str:
         """For a reader."""
         return f"{self.method.name} seed {self.seed}"
 
+    def chosen(self, config: Mapping[str, Any]) -> dict[str, str]:
+        """Those of its overrides that a configuration has a place for."""
+        both = {**texts(self.plan.study.set), **self.method.overrides}
+        return {key: value for key, value in both.items() if has_id(config, key)}
+
     def _split(self) -> tuple[dict[str, str], dict[str, str]]:
         """Overrides of the training and of the evaluation."""
-        plan = self.plan
-        overlays = plan.composed(self.method)
-        train, evaluate = plan.bundle.read("train.json", overlays), plan.bundle.read("evaluate.json")
-        both = {**plan.overrides, **self.method.overrides}
-
-        def select(config: Mapping[str, Any]) -> dict[str, str]:
-            return {key: value for key, value in both.items() if has_id(config, key)}
-
-        dataset = {} if plan.dataset_dir is None else {"dataset_dir": str(plan.dataset_dir)}
-        shared = {**dataset, "output_dir": str(self.folder), "tracking_uri": plan.tracking_uri}
+        plan, study = self.plan, self.plan.study
+        dataset = {} if study.dataset_dir is None else {"dataset_dir": str(study.dataset_dir)}
+        shared = {**dataset, "output_dir": str(self.folder), "tracking_uri": study.tracking_uri}
         paths = {
-            "checkpoint_path": f"$@output_dir + '/checkpoints/{plan.checkpoint}.pt'",
+            "checkpoint_path": f"$@output_dir + '/checkpoints/{study.checkpoint}.pt'",
             "evaluation_dir": "$@output_dir + '/evaluation'",
         }
         if self.method.decodes:
             paths["checkpoint_path"] = str(self.checkpoint)
-        training = {**shared, "seed": str(self.seed), **plan.budget.overrides(), **select(train)}
-        return training, {**shared, **paths, **select(evaluate)}
+        training = {
+            "seed": str(self.seed),
+            **study.budget.overrides(),
+            **self.chosen(plan.training_config(self.method)),
+        }
+        return {**shared, **training}, {**shared, **paths, **self.chosen(plan.bundle.read("evaluate.json"))}
 
     def parser(self, command: str) -> ConfigParser:
         """The configuration of ``training`` or ``evaluating`` with its overrides, unresolved."""
         from monai.bundle import ConfigParser
 
         training, evaluation = self._split()
-        overlays, bundle = self.plan.composed(self.method), self.plan.bundle
-        files = {"training": ("train.json", overlays, training), "evaluating": ("evaluate.json", (), evaluation)}
-        file, names, overrides = files[command]
-        parser = ConfigParser(bundle.read(file, names))
-        parser.update({key: literal(value) for key, value in overrides.items()})
+        is_training = command == "training"
+        plan = self.plan
+        config = plan.training_config(self.method) if is_training else plan.bundle.read("evaluate.json")
+        parser = ConfigParser(config)
+        parser.update({key: literal(value) for key, value in (training if is_training else evaluation).items()})
         return parser
 
     def build(self, key: str) -> Any:
-        """What the training's configuration has under an id, built.
-
-        Raises:
-            VaevqMedError: it cannot be; with the reason.
-        """
+        """What the training's configuration has under an id, built."""
         try:
             return self.parser("training").get_parsed_content(key)
         except Exception as error:  # whatever the component or MONAI raises
@@ -569,29 +373,35 @@ class Row:
         value = self.parser("training").get(key)
         return value if isinstance(value, int) and not isinstance(value, bool) else None
 
+    def run_words(
+        self, command: str, files: Sequence[Path], overrides: Mapping[str, str], *, launched: bool = True
+    ) -> list[str]:
+        """A command of the bundle, in the way that the study launches it or as a process of its own."""
+        start = (self.plan.study.launch if launched else []) or [sys.executable]
+        paths = str([str(path) for path in files]) if len(files) > 1 else str(files[0])
+        return [*start, "-m", "monai.bundle", "run", command, "--config_file", paths, *flags(overrides)]
+
+    def training_words(
+        self, file: str, overrides: dict[str, str], parent_run_id: str | None, kind: str = ""
+    ) -> list[str]:
+        """The training, nested under an MLflow run."""
+        if parent_run_id is not None:
+            overrides = overrides | {"parent_run_id": parent_run_id, "run_name": self.label}
+        bundle = self.plan.bundle
+        overlays = [bundle.overlay(name, kind) for name in self.plan.composed(self.method)]
+        return self.run_words("training", [bundle.path / file, *overlays], overrides)
+
     def commands(self, parent_run_id: str | None = None) -> dict[str, list[str]]:
         """``training``, unless it decodes another's checkpoint, and ``evaluating``, as a user would type them.
 
         Args:
             parent_run_id: MLflow run to nest the training under.
         """
-        plan = self.plan
-        folder = plan.bundle.path
-        files = [folder / "train.json", *(overlay_path(name, folder) for name in plan.composed(self.method))]
         training, evaluation = self._split()
-        if parent_run_id is not None:
-            training |= {"parent_run_id": parent_run_id, "run_name": self.label}
-        start = [*(plan.launch_words() or [sys.executable]), "-m", "monai.bundle", "run"]
-        config = str([str(file) for file in files])
-        train = [*start, "training", "--config_file", config, *flags(training)]
-        evaluate = [*start, "evaluating", "--config_file", str(folder / "evaluate.json")]
-        both = {"training": train, "evaluating": [*evaluate, *flags(evaluation)]}
-        return {name: words for name, words in both.items() if name == "evaluating" or not self.method.decodes}
-
-    @property
-    def evaluation(self) -> Path:
-        """Where its evaluation goes, whatever the split."""
-        return self.folder / "evaluation"
+        evaluate = self.run_words("evaluating", [self.plan.bundle.path / "evaluate.json"], evaluation)
+        if self.method.decodes:
+            return {"evaluating": evaluate}
+        return {"training": self.training_words("train.json", training, parent_run_id), "evaluating": evaluate}
 
     def outputs(self) -> dict[str, Path]:
         """By name of a command, the last in order, a file that it leaves behind: what has ended is not run again.
@@ -605,112 +415,9 @@ class Row:
         """Everything that decides the row's figures, as JSON-ready values."""
         plan = self.plan
         training, evaluation = self._split()
-        overlays = plan.composed(self.method)
         if self.method.decodes:  # a folder of results can be moved
-            evaluation["checkpoint_path"] = f"{plan.checkpoint} of {self.trained.label}"
+            evaluation["checkpoint_path"] = f"{plan.study.checkpoint} of {self.trained.label}"
         return {
-            "train": decisive(plan.bundle.read("train.json", overlays), training),
+            "train": decisive(plan.training_config(self.method), training),
             "evaluate": decisive(plan.bundle.read("evaluate.json"), evaluation),
         }
-
-
-def check_ids(
-    option: str,
-    chosen: Sequence[tuple[str, Sequence[Mapping[str, Any]]]],
-    own: Collection[str],
-    files: Sequence[str],
-) -> None:
-    """Refuse overrides that no configuration has a place for.
-
-    Args:
-        option: what the command line calls them.
-        chosen: ids, and the configurations of which one has to have it.
-        own: top-level ids that the comparison sets.
-        files: names of the configurations.
-
-    Raises:
-        VaevqMedError: naming the first such id, and the nearest known one.
-    """
-    known = {name for _, places in chosen for config in places for name in config}
-    for key, places in chosen:
-        root = key.split("#")[0].split("::")[0]
-        if root in own:
-            raise VaevqMedError(f"{option}: found {root!r}, which the comparison sets itself; expected its own option")
-        if root not in known:
-            close = difflib.get_close_matches(root, sorted(known), n=1)
-            missing = "neither file has it" if len(files) > 1 else "the file has no such id"
-            hint = f"did you mean {close[0]!r}?" if close else missing
-            raise VaevqMedError(
-                f"{option}: found the unknown id {root!r}, expected one of {' or '.join(files)}; {hint}"
-            )
-        if not any(has_id(config, key) for config in places):
-            where = f"neither {' nor '.join(files)} has" if len(files) > 1 else f"{files[0]} does not have"
-            raise VaevqMedError(f"{option}: found {key!r}, which {where} a place for")
-
-
-def has_id(config: Mapping[str, Any], key: str) -> bool:
-    """Whether a configuration has a place for an override: its top-level id, and mappings or lists on the way down."""
-    first, *others = key.replace("::", "#").split("#")
-    if first not in config:
-        return False
-    found: Any = config[first]
-    for name in others:
-        if isinstance(found, Mapping):
-            found = found.get(name)
-        elif isinstance(found, list) and name.isdigit() and int(name) < len(found):
-            found = found[int(name)]
-        else:
-            return False
-    return True
-
-
-def literal(text: str) -> Any:
-    """An override as the command line reads it: a literal, or else a string."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
-
-
-def flags(overrides: Mapping[str, str]) -> list[str]:
-    """Overrides as MONAI's command line has them."""
-    return [word for key, value in overrides.items() for word in (f"--{key}", value)]
-
-
-def decisive(config: Mapping[str, Any], overrides: Mapping[str, str]) -> dict[str, Any]:
-    """A configuration's values that change figures, with the overrides beside them."""
-    kept = {key: value for key, value in config.items() if key not in _NOT_SETTINGS}
-    return {
-        **json.loads(json.dumps(kept, default=str)),
-        "overrides": {key: value for key, value in overrides.items() if key.split("#")[0] not in _NOT_SETTINGS},
-    }
-
-
-def settings_hash(settings: Mapping[str, Any]) -> str:
-    """SHA-256 over sorted JSON."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def flattened(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of nested settings, named by their path."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from flattened(item, f"{prefix}#{key}" if prefix else str(key))
-    else:
-        yield prefix, value
-
-
-def first_difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
-    """The first setting that differs, in words; None where all are alike."""
-    old, new = dict(flattened(found)), dict(flattened(expected))
-    # An override says it best; the rest follows from it.
-    for key in sorted({*old, *new}, key=lambda name: ("overrides" not in name, name)):
-        if old.get(key) != new.get(key):
-            name = key.replace("#overrides", "").replace("train#", "").replace("evaluate#", "")
-            return f"{name} {_short(old.get(key, 'unset'))}, expected {_short(new.get(key, 'unset'))}"
-    return None
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -20,9 +20,11 @@ from typing import Any
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.files import atomic_write_text
 from vaevq_med.core.folder import BusyError, Workplace
-from vaevq_med.study.plan import Plan, Row, first_difference, settings_hash
+from vaevq_med.metrics.figures import Figure
+from vaevq_med.study.bundle import first_difference, settings_hash
+from vaevq_med.study.plan import Plan, Row
 
-RECORD = "comparison.json"
+RECORD, STUDY = "comparison.json", "study.yaml"
 STATE = ".comparison"
 """Folder of the lock of a comparison, and of each of its rows."""
 _ROW_RECORD = "row.json"
@@ -67,6 +69,7 @@ class RowResult:
         conventions: how each figure is defined.
         run: what the training cost (``run.json``); empty where the bundle does not write it.
         images: rows of ``per_image.csv``.
+        figures: of the metrics of single images that it was evaluated with.
     """
 
     row: Row
@@ -75,6 +78,7 @@ class RowResult:
     conventions: Mapping[str, str]
     run: Mapping[str, Any]
     images: list[dict[str, str]]
+    figures: tuple[Figure, ...] = ()
 
     @property
     def is_discrete(self) -> bool:
@@ -90,21 +94,26 @@ class RowResult:
 
 
 def read_result(row: Row) -> RowResult:
-    """Read the record of a finished row.
-
-    Raises:
-        VaevqMedError: it is damaged.
-    """
+    """Read the record of a finished row: its figures, and what its training cost."""
     run = read_json(row.trained.folder / "run.json") or {}
+    images: list[dict[str, str]] = []
     try:
         record = json.loads((row.evaluation / "metrics.json").read_text(encoding="utf-8"))
-        with (row.evaluation / "per_image.csv").open(newline="", encoding="utf-8") as file:
-            images = list(csv.DictReader(file))
-        count = int(record["provenance"].get("n", len(images)))
-        if len(images) != count:
-            raise ValueError(f"{len(images)} of {count} images in per_image.csv")
-        return RowResult(row, record["summary"]["overall"], record["provenance"], record["conventions"], run, images)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        metrics, told = {**record["summary"]["overall"]}, record["provenance"]
+        if row.plan.per_image:
+            with (row.evaluation / "per_image.csv").open(newline="", encoding="utf-8") as file:
+                images = list(csv.DictReader(file))
+            if len(images) != int(told.get("n", len(images))):
+                raise ValueError(f"{len(images)} of {told['n']} images in per_image.csv")
+        else:
+            metrics["n"] = {"value": told["n"]}
+            for space in ("feature", "pixel"):
+                share = record.get("memorization", {}).get(space, {}).get("share")
+                if share is not None:
+                    metrics[f"memorized_{space}"] = {"value": share}
+        figures = tuple(Figure.of(figure) for figure in record.get("figures", []))
+        return RowResult(row, metrics, told, record["conventions"], run, images, figures)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise VaevqMedError(
             f"{row.label}: found a damaged evaluation ({error}); remove {row.evaluation} and run again"
         ) from None
@@ -134,49 +143,44 @@ def read_plan_record(output: Path) -> dict[str, Any]:
 
 
 def write_plan_record(plan: Plan, parent_run_id: str | None) -> None:
-    """Note the shared settings and the MLflow run, so that a later call goes on with both."""
+    """Note the study, the shared settings and the MLflow run, so that a later call goes on with them."""
+    output = plan.study.output
     record = {"shared": plan.shared(), "parent_run_id": parent_run_id}
     try:
-        plan.output.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(plan.output / RECORD, json.dumps(record, indent=2) + "\n")
+        output.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(output / STUDY, plan.study.text())
+        atomic_write_text(output / RECORD, json.dumps(record, indent=2) + "\n")
     except OSError as error:
         raise VaevqMedError(
-            f"{plan.output}: found it not writable ({error.strerror}), expected a folder; choose another --output-dir"
+            f"{output}: found it not writable ({error.strerror}), expected a folder; choose another output"
         ) from None
 
 
 def check_settings(plan: Plan) -> None:
-    """Refuse an output folder whose rows were made with other settings.
-
-    Raises:
-        VaevqMedError: naming the first setting that differs.
-        DataError: the data set is missing or damaged.
-    """
-    record = read_plan_record(plan.output)
-    advice = "choose another --output-dir"
-    found, expected = (_without(settings, plan.changeable) for settings in (record.get("shared", {}), plan.shared()))
+    """Refuse an output folder whose rows were made with other settings."""
+    record, shared = read_plan_record(plan.study.output), plan.shared()
     if record:
-        difference = first_difference(found, expected)
-        if difference is not None:
-            raise VaevqMedError(f"{plan.output}: found a comparison with {difference}; {advice}")
+        _check_alike(f"{plan.study.output}: found a comparison", record["shared"], shared, plan.changeable)
     for row in plan.rows():
-        stored = read_json(row.folder / _ROW_RECORD, "hash", "status", "settings")
-        if stored is None:
-            continue
-        settings = row.settings()
-        if stored["hash"] != settings_hash(settings):
-            difference = first_difference(_without(stored["settings"], row.redone), _without(settings, row.redone))
-            if difference is not None:
-                raise VaevqMedError(f"{row.folder}: found a row with {difference}; {advice}")
+        stored = _stored(row)
+        if stored is not None:
+            _check_alike(f"{row.folder}: found a row", stored["settings"], row.settings(), row.redone)
 
 
-def _without(settings: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if key not in names}
+def _check_alike(found: str, old: Mapping[str, Any], new: Mapping[str, Any], changeable: Container[str]) -> None:
+    kept = ({key: value for key, value in one.items() if key not in changeable} for one in (old, new))
+    difference = first_difference(*kept)
+    if difference is not None:
+        raise VaevqMedError(f"{found} with {difference}; choose another output")
+
+
+def _stored(row: Row) -> dict[str, Any] | None:
+    return read_json(row.folder / _ROW_RECORD, "hash", "status", "settings")
 
 
 def is_finished(row: Row) -> bool:
     """Whether the row was trained and evaluated with these settings."""
-    stored = read_json(row.folder / _ROW_RECORD, "hash", "status", "settings")
+    stored = _stored(row)
     if stored is None or stored["status"] != "finished" or stored["hash"] != settings_hash(row.settings()):
         return False
     if row.method.decodes and _evaluated(row) != _evaluated(row.trained):
@@ -186,7 +190,7 @@ def is_finished(row: Row) -> bool:
 
 def _kept_commands(row: Row, settings: Mapping[str, Any]) -> list[str]:
     """Commands of an unfinished row that ended with these settings in an earlier call, and left their files."""
-    stored = read_json(row.folder / _ROW_RECORD, "hash", "status", "settings")
+    stored = _stored(row)
     if stored is None:
         return []
     outputs = row.outputs()
@@ -281,7 +285,7 @@ def run_row(state: RowState, parent_run_id: str | None, on_update: Callable[[], 
     """
     row = state.row
     try:
-        with Workplace(row.folder, STATE, row.plan.kind, "rows").lock():
+        with Workplace(row.folder, STATE, row.plan.study.label, "rows").lock():
             _run_row(state, parent_run_id, on_update)
     except BusyError as error:
         state.status, state.detail = "failed", str(error)
@@ -299,22 +303,23 @@ def _run_row(state: RowState, parent_run_id: str | None, on_update: Callable[[],
     record: dict[str, Any] = {"hash": settings_hash(settings), "status": "started", "settings": settings}
     if row.outputs():
         record["ended"] = kept
-    target = row.folder / _ROW_RECORD
-    atomic_write_text(target, json.dumps(record, indent=1) + "\n")
     began = time.monotonic()
+
+    def note(**further: str) -> None:
+        atomic_write_text(row.folder / _ROW_RECORD, json.dumps({**record, **further}, indent=1) + "\n")
 
     def show(line: str) -> None:
         state.detail, state.seconds = line, time.monotonic() - began
         on_update()
 
-    def fail(detail: str) -> None:
-        state.status = "failed"
+    def end(status: str, detail: str = "") -> None:
+        note(status=status, **({"error": detail} if detail else {}))
+        state.status = status
         show(detail)
-        atomic_write_text(target, json.dumps({**record, "status": "failed", "error": detail}, indent=1) + "\n")
 
+    note()
     if row.method.decodes and not is_finished(row.trained):
-        fail(f"{row.trained.label} is not finished, which this row decodes")
-        return
+        return end("failed", f"{row.trained.label} is not finished, which this row decodes")
     commands = row.commands(parent_run_id)
     # What comes before a command that has ended, e.g. the encoding, was for that alone.
     skipped = [*commands].index(kept[-1]) + 1 if kept else 0
@@ -324,12 +329,8 @@ def _run_row(state: RowState, parent_run_id: str | None, on_update: Callable[[],
         start = state.log.stat().st_size if state.log.is_file() else 0
         code = call(command, state.log, show)
         if code != 0:
-            fail(f"{status} ended with exit code {code}: {error_line(state.log, start)}")
-            return
+            return end("failed", f"{status} ended with exit code {code}: {error_line(state.log, start)}")
         if status in row.outputs():
             kept.append(status)
-            atomic_write_text(target, json.dumps(record, indent=1) + "\n")
-    record |= {"status": "finished"}
-    atomic_write_text(target, json.dumps(record, indent=1) + "\n")
-    state.status = "finished"
-    show("")
+            note()
+    end("finished")

@@ -7,21 +7,16 @@ resampled and tested (cluster bootstrap; Wilcoxon's signed-rank test over the pa
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.metrics.figures import Figure
 
-PER_IMAGE = ("psnr", "ssim", "lpips")
-HIGHER_IS_BETTER = {
-    **{"psnr": True, "ssim": True, "rfid": False, "lpips": False, "utilization": True, "perplexity": True},
-    **{"gfid": False, "precision": True, "recall": True, "inception_score": True},
-}
 RESAMPLES = 10_000
 LEVEL = 0.05
 Array = NDArray[np.float64]
@@ -58,11 +53,12 @@ def _keys(rows: Sequence[Mapping[str, str]]) -> tuple[str, ...]:
     return tuple(f"{row.get('index', '')} {PurePath(row['path']).name}" for row in rows)
 
 
-def over_seeds(runs: Sequence[Sequence[Mapping[str, str]]]) -> Images:
+def over_seeds(runs: Sequence[Sequence[Mapping[str, str]]], names: Iterable[str]) -> Images:
     """Average the rows of ``per_image.csv`` of one method's seeds.
 
     Args:
         runs: one list of rows a seed.
+        names: of the figures.
 
     Raises:
         VaevqMedError: the seeds were not evaluated on the same images.
@@ -76,8 +72,8 @@ def over_seeds(runs: Sequence[Sequence[Mapping[str, str]]]) -> Images:
             )
     values = {
         name: np.mean([[float(row[name]) for row in rows] for rows in runs], axis=0)
-        for name in PER_IMAGE
-        if all(name in row for rows in runs for row in rows)
+        for name in names
+        if keys and all(name in row for rows in runs for row in rows)
     }
     return Images(keys, tuple(row.get("patient", "") for row in runs[0]), values)
 
@@ -147,10 +143,6 @@ class PairedTest:
     p_value: float | None
     note: str = ""
 
-    def record(self) -> dict[str, Any]:
-        """As JSON-ready values."""
-        return asdict(self)
-
 
 def smallest_p_value(n: int) -> float:
     """The smallest two-sided p-value that n pairs can give: all of one sign, ``2 / 2^n``.
@@ -170,11 +162,11 @@ def wilcoxon(differences: Array) -> float:
     return 1.0 if len(moved) == 0 else float(signed_rank(moved).pvalue)
 
 
-def best_against_next(metric: str, methods: Mapping[str, Images]) -> list[PairedTest]:
-    """Test the best method against the next by one per-image metric.
+def best_against_next(figure: Figure, methods: Mapping[str, Images]) -> list[PairedTest]:
+    """Test the best method against the next by one figure.
 
     Args:
-        metric: one of :data:`PER_IMAGE`.
+        figure: of which each image has one.
         methods: name to its images.
 
     Returns:
@@ -184,10 +176,11 @@ def best_against_next(metric: str, methods: Mapping[str, Images]) -> list[Paired
     Raises:
         VaevqMedError: best and next were not evaluated on the same images.
     """
+    metric = figure.name
     having = {name: images for name, images in methods.items() if metric in images.values}
-    if len(having) < 2:
+    if len(having) < 2 or figure.higher_is_better is None:
         return []
-    sign = -1 if HIGHER_IS_BETTER[metric] else 1
+    sign = -1 if figure.higher_is_better else 1
     best, second = sorted(having, key=lambda name: sign * float(having[name].values[metric].mean()))[:2]
     first, other = having[best], having[second]
     if first.keys != other.keys:
@@ -197,28 +190,23 @@ def best_against_next(metric: str, methods: Mapping[str, Images]) -> list[Paired
         )
     differences = first.values[metric] - other.values[metric]
     unit, units = first.units()
-    patients = sorted({name for name in first.patients if name})
-    counts = np.bincount(units)
-    paired = np.bincount(units, weights=differences) / counts
+    patients, images = len({name for name in first.patients if name}), len(differences)
+    paired = np.bincount(units, weights=differences) / np.bincount(units)
     tests = []
     if patients:
-        few = len(patients)
-        if unit == "patients" and smallest_p_value(few) < LEVEL:
-            mean = float(paired.mean())
-            return [PairedTest(metric, best, second, unit, few, mean, wilcoxon(paired))]
-        mean = float(paired.mean()) if unit == "patients" else float(differences.mean())
+        values = paired if unit == "patients" else differences
+        enough = unit == "patients" and smallest_p_value(patients) < LEVEL
         note = (
-            f"{few} patient{'s' if few > 1 else ''}: too few for any p-value below {LEVEL}: "
-            f"the smallest possible is {smallest_p_value(few):.3g}, 6 patients are needed"
+            f"{patients} patient{'s' if patients > 1 else ''}: too few for any p-value below {LEVEL}: "
+            f"the smallest possible is {smallest_p_value(patients):.3g}, 6 patients are needed"
         )
-        tests.append(PairedTest(metric, best, second, "patients", few, mean, None, note))
-    note, p_value, count = "", None, len(differences)
-    if smallest_p_value(count) >= LEVEL:
-        note = f"{count} image{'s' if count > 1 else ''}: too few for any p-value below {LEVEL}"
-    else:
-        p_value = wilcoxon(differences)
-        if patients:
-            note = "images of one patient are not independent, so the p-value is too small"
-    mean = float(differences.mean())
-    tests.append(PairedTest(metric, best, second, "images", count, mean, p_value, note))
-    return tests
+        said = (wilcoxon(paired), "") if enough else (None, note)
+        tests.append(PairedTest(metric, best, second, "patients", patients, float(values.mean()), *said))
+        if enough:
+            return tests
+    few = smallest_p_value(images) >= LEVEL
+    note = "images of one patient are not independent, so the p-value is too small" if patients else ""
+    if few:
+        note = f"{images} image{'s' if images > 1 else ''}: too few for any p-value below {LEVEL}"
+    p_value = None if few else wilcoxon(differences)
+    return [*tests, PairedTest(metric, best, second, "images", images, float(differences.mean()), p_value, note)]

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.metrics import figures
+from vaevq_med.metrics.figures import Figure
+from vaevq_med.study.notes import notes
 from vaevq_med.study.plan import Method, Plan
-from vaevq_med.study.published import Published
+from vaevq_med.study.published import Published, load_published
 from vaevq_med.study.rows import RowResult
 from vaevq_med.study.statistics import (
-    HIGHER_IS_BETTER,
-    LEVEL,
-    PER_IMAGE,
-    RESAMPLES,
     Images,
     PairedTest,
     best_against_next,
@@ -26,59 +23,11 @@ from vaevq_med.study.statistics import (
     over_seeds,
 )
 
-
-@dataclass(frozen=True)
-class Column:
-    """A column of the table.
-
-    Attributes:
-        name: of the figure in the records and in the CSV.
-        title: what readers see.
-        digits: after the point.
-        scale: what the recorded value is multiplied by, for readers.
-        varies: whether seeds can differ in it.
-    """
-
-    name: str
-    title: str
-    digits: int
-    scale: float = 1.0
-    varies: bool = True
-
-    def show(self, value: float) -> str:
-        """A value for a reader."""
-        return f"{value * self.scale:,.{self.digits}f}"
-
-
-COLUMNS = (
-    Column("psnr", "PSNR (dB)", 2),
-    Column("ssim", "SSIM", 4),
-    Column("rfid", "rFID", 2),
-    Column("lpips", "LPIPS", 4),
-    Column("utilization", "Utilization (%)", 1, 100),
-    Column("perplexity", "Perplexity", 0),
-    Column("bits_per_position", "Bits per position", 2, varies=False),
-    Column("bits_per_pixel", "Bits per pixel", 3, varies=False),
-    Column("parameters", "Parameters (M)", 2, 1e-6, varies=False),
-    Column("images_per_second", "Training images/s", 1),
-    Column("peak_memory_bytes", "Peak memory (GB)", 2, 1e-9),
-)
-GENERATION_COLUMNS = (
-    Column("gfid", "gFID", 2),
-    Column("precision", "Precision", 3),
-    Column("recall", "Recall", 3),
-    Column("inception_score", "Inception score", 2),
-    Column("memorized_feature", "Memorized, features (%)", 1, 100),
-    Column("memorized_pixel", "Memorized, pixels (%)", 1, 100),
-    Column("parameters", "Parameters (M)", 2, 1e-6, varies=False),
-    Column("images_per_second", "Training images/s", 1),
-    Column("n", "N", 0, varies=False),
-)
-_BY_NAME = {column.name: column for column in (*COLUMNS, *GENERATION_COLUMNS)}
+_KNOWN = {figure.name: figure for figure in vars(figures).values() if isinstance(figure, Figure)}
 
 
 @dataclass(frozen=True)
-class Figure:
+class Cell:
     """One cell.
 
     Attributes:
@@ -108,19 +57,20 @@ class MethodResult:
 
     method: Method
     seeds: tuple[int, ...]
-    figures: Mapping[str, Figure]
+    figures: Mapping[str, Cell]
     images: Images
     is_discrete: bool = True
 
 
-def summarize(results: Sequence[RowResult], columns: Sequence[Column] = COLUMNS) -> MethodResult:
+def summarize(results: Sequence[RowResult], columns: Sequence[Figure], per_image: Sequence[Figure]) -> MethodResult:
     """Put the seeds of one method together.
 
     Args:
         results: its finished rows, at least one.
         columns: figures to look for.
+        per_image: those of which each image has one.
     """
-    images = over_seeds([result.images for result in results])
+    images = over_seeds([result.images for result in results], [figure.name for figure in per_image])
     unit_of = images.units()[1]
     figures = {}
     for column in columns:
@@ -128,10 +78,10 @@ def summarize(results: Sequence[RowResult], columns: Sequence[Column] = COLUMNS)
         if not values:
             continue
         low, high = math.nan, math.nan
-        if column.name in PER_IMAGE and column.name in images.values:
+        if column.name in images.values:
             low, high = bootstrap_interval(images.values[column.name], unit_of)
         mean, std = mean_and_spread(values)
-        figures[column.name] = Figure(mean, std if column.varies else math.nan, low, high)
+        figures[column.name] = Cell(mean, std if column.varies else math.nan, low, high)
     seeds = tuple(result.row.seed for result in results)
     return MethodResult(results[0].row.method, seeds, figures, images, results[0].is_discrete)
 
@@ -152,108 +102,80 @@ class Table:
     tests: tuple[PairedTest, ...]
     notes: tuple[str, ...]
     published: Published | None = None
-    candidates: tuple[Column, ...] = COLUMNS
+    candidates: tuple[Figure, ...] = ()
 
     @property
-    def columns(self) -> list[Column]:
+    def columns(self) -> list[Figure]:
         """Those that at least one method has a figure of."""
         return [column for column in self.candidates if any(column.name in m.figures for m in self.methods)]
 
-    def _paper_columns(self) -> list[Column]:
+    def _paper(self, result: MethodResult) -> Mapping[str, str]:
+        """The paper's figures of a method, by column; empty texts where others have one."""
         if self.published is None:
-            return []
-        return [_BY_NAME[name] for name in self.published.metrics([m.method.family for m in self.methods])]
-
-    def _paper(self, result: MethodResult, column: Column) -> str:
-        assert self.published is not None
-        return self.published.figures.get(result.method.family, {}).get(column.name, "")
-
-    def _titles(self) -> dict[str, str]:
-        return {result.method.name: result.method.title for result in self.methods}
+            return {}
+        own = self.published.figures.get(result.method.family, {})
+        return {name: own.get(name, "") for name in self.published.metrics([m.method.family for m in self.methods])}
 
     def _sources(self) -> list[str]:
         return [] if self.published is None else [f"Paper: {self.published.source}", *self.published.notes]
 
-    def _is_best(self, column: Column, result: MethodResult) -> bool:
-        figure = result.figures.get(column.name)
+    def _is_best(self, column: Figure, result: MethodResult) -> bool:
         rivals = [m for m in self.methods if m.is_discrete and m.method.group == result.method.group]
-        if figure is None or column.name not in HIGHER_IS_BETTER or len(rivals) < 2 or not result.is_discrete:
+        if column.higher_is_better is None or len(rivals) < 2 or not result.is_discrete:
             return False
         means = [m.figures[column.name].mean for m in rivals if column.name in m.figures]
-        return figure.mean == (max(means) if HIGHER_IS_BETTER[column.name] else min(means))
+        return result.figures[column.name].mean == (max(means) if column.higher_is_better else min(means))
 
     def _head(self) -> list[str]:
-        arrows = {True: " ↑", False: " ↓"}
-        titles = [
-            column.title + (arrows[HIGHER_IS_BETTER[column.name]] if column.name in HIGHER_IS_BETTER else "")
-            for column in self.columns
-        ]
-        return ["Method", *titles, *(f"{column.title}, paper" for column in self._paper_columns())]
+        arrows = {True: " ↑", False: " ↓", None: ""}
+        titles = [column.title + arrows[column.higher_is_better] for column in self.columns]
+        return ["Method", *titles, *(f"{_KNOWN[name].title}, paper" for name in self._paper(self.methods[0]))]
+
+    def _body(self, escape: Callable[[str], str], plus_minus: str, bold: str) -> Iterator[list[str]]:
+        """The cells of each method."""
+        for result in self.methods:
+            cells = []
+            for column in self.columns:
+                text = _cell(column, result.figures[column.name], plus_minus) if column.name in result.figures else ""
+                cells.append(bold % text if text and self._is_best(column, result) else text)
+            yield [escape(result.method.title), *cells, *map(escape, self._paper(result).values())]
 
     def markdown(self) -> str:
         """As Markdown, the best of each column in bold, with notes."""
-        head = self._head()
-        lines = [_row(head), _row(["---", *["---:"] * (len(head) - 1)])]
-        for result in self.methods:
-            cells = [_markdown_text(result.method.title)]
-            for column in self.columns:
-                figure = result.figures.get(column.name)
-                text = "" if figure is None else _cell(column, figure, "±")
-                cells.append(f"**{text}**" if self._is_best(column, result) else text)
-            lines.append(_row([*cells, *(self._paper(result, column) for column in self._paper_columns())]))
-        notes = [*self.notes, *(_sentence(test, self._titles()) for test in self.tests), *self._sources()]
+        head, titles = self._head(), {result.method.name: result.method.title for result in self.methods}
+        rows = [head, ["---", *["---:"] * (len(head) - 1)], *self._body(_markdown_text, "±", "**%s**")]
+        known = {column.name: column for column in self.columns}
+        said = (_sentence(test, known[test.metric].title, titles) for test in self.tests)
+        notes = [*self.notes, *said, *self._sources()]
+        lines = [f"| {' | '.join(row)} |" for row in rows]
         return "\n".join([*lines, "", *(f"- {_markdown_text(note)}" for note in notes)]) + "\n"
 
     def csv(self) -> str:
         """As CSV: unscaled means, with ``_std``, ``_low`` and ``_high`` columns where there are such."""
-        parts: list[tuple[Column, str]] = []
-        for column in self.columns:
-            found = [m.figures[column.name] for m in self.methods if column.name in m.figures]
-            parts += [
-                (column, part)
-                for part in ("mean", "std", "low", "high")
-                if part == "mean" or any(not math.isnan(getattr(figure, part)) for figure in found)
-            ]
-        head = [column.name + ("" if part == "mean" else f"_{part}") for column, part in parts]
-        paper = self._paper_columns()
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["method", "title", "overlays", "seeds", *head, *(f"{c.name}_paper" for c in paper)])
+        from pandas import DataFrame
+
+        rows = []
         for result in self.methods:
-            values = [
-                "" if column.name not in result.figures else _number(getattr(result.figures[column.name], part))
-                for column, part in parts
-            ]
-            names = ["+".join(result.method.overlays), " ".join(map(str, result.seeds))]
-            cells = [result.method.name, result.method.title, *names, *values]
-            writer.writerow([*cells, *(self._paper(result, column) for column in paper)])
-        return text.getvalue()
+            row: dict[str, Any] = {"method": result.method.name, "title": result.method.title}
+            row |= {"overlays": "+".join(result.method.overlays), "seeds": " ".join(map(str, result.seeds))}
+            for column in self.columns:
+                row |= _named_parts(column.name, result.figures.get(column.name, Cell(math.nan)))
+            rows.append(row | {f"{name}_paper": value for name, value in self._paper(result).items()})
+        return DataFrame(rows).dropna(axis=1, how="all").to_csv(index=False, lineterminator="\n")
 
     def latex(self) -> str:
         """As a LaTeX table (packages ``booktabs`` and ``graphicx``), the best of each column in bold."""
-        arrows = {" ↑": r" $\uparrow$", " ↓": r" $\downarrow$"}
-        heads = []
-        for title in self._head():
-            arrow = next((a for a in arrows if title.endswith(a)), "")
-            heads.append(latex_text(title.removesuffix(arrow)) + arrows.get(arrow, ""))
-        body = []
-        for result in self.methods:
-            cells = [latex_text(result.method.title)]
-            for column in self.columns:
-                figure = result.figures.get(column.name)
-                text = "" if figure is None else _cell(column, figure, r"$\pm$")
-                cells.append(rf"\textbf{{{text}}}" if self._is_best(column, result) else text)
-            cells += [latex_text(self._paper(result, column)) for column in self._paper_columns()]
-            body.append(" & ".join(cells) + r" \\")
+        head = [latex_text(title) for title in self._head()]
+        rows = [" & ".join(row) + r" \\" for row in (head, *self._body(latex_text, r"$\pm$", r"\textbf{%s}"))]
         lines = [
             r"\begin{table}",
             r"\centering",
             r"\resizebox{\linewidth}{!}{%",
-            rf"\begin{{tabular}}{{l{'r' * (len(heads) - 1)}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
             r"\toprule",
-            " & ".join(heads) + r" \\",
+            rows[0],
             r"\midrule",
-            *body,
+            *rows[1:],
             r"\bottomrule",
             r"\end{tabular}}",
             rf"\caption{{{latex_text(' '.join([*self.notes, *self._sources()[:1]]))}}}",
@@ -262,64 +184,63 @@ class Table:
         return "\n".join(lines) + "\n"
 
     def flat(self) -> dict[str, float]:
-        """Figures for a tracker: ``vqgan/psnr``, ``vqgan/psnr_std``, ..."""
+        """Cells for a tracker: ``vqgan/psnr``, ``vqgan/psnr_std``, ..."""
         return {
-            f"{result.method.name}/{name}" + ("" if part == "mean" else f"_{part}"): value
+            f"{result.method.name}/{part}": value
             for result in self.methods
             for name, figure in result.figures.items()
-            for part, value in vars(figure).items()
+            for part, value in _named_parts(name, figure).items()
             if not math.isnan(value)
         }
 
     def record(self) -> dict[str, Any]:
         """As JSON-ready values."""
-        return {
-            "methods": [
-                {
-                    "name": result.method.name,
-                    "title": result.method.title,
-                    "overlays": list(result.method.overlays),
-                    "overrides": dict(result.method.overrides),
-                    "seeds": list(result.seeds),
-                    "figures": {
-                        name: {part: None if math.isnan(value) else value for part, value in vars(figure).items()}
-                        for name, figure in result.figures.items()
-                    },
-                    "paper": {}
-                    if self.published is None
-                    else dict(self.published.figures.get(result.method.family, {})),
-                }
-                for result in self.methods
-            ],
-            "tests": [test.record() for test in self.tests],
-            "notes": [*self.notes, *self._sources()],
-        }
+        papers = {} if self.published is None else self.published.figures
+        methods = [
+            {
+                "name": result.method.name,
+                "title": result.method.title,
+                "overlays": list(result.method.overlays),
+                "overrides": dict(result.method.overrides),
+                "seeds": list(result.seeds),
+                "figures": {
+                    name: {part: None if math.isnan(value) else value for part, value in vars(figure).items()}
+                    for name, figure in result.figures.items()
+                },
+                "paper": dict(papers.get(result.method.family, {})),
+            }
+            for result in self.methods
+        ]
+        notes = [*self.notes, *self._sources()]
+        return {"methods": methods, "tests": [asdict(test) for test in self.tests], "notes": notes}
 
 
-def make_table(plan: Plan, results: Sequence[RowResult], published: Published | None = None) -> Table:
-    """The table over finished rows.
+def _named_parts(name: str, figure: Cell) -> dict[str, float]:
+    return {name if part == "mean" else f"{name}_{part}": value for part, value in vars(figure).items()}
 
-    Args:
-        plan: what was compared; gives the order of the methods.
-        results: finished rows.
-        published: the paper's figures, or None.
+
+def make_table(plan: Plan, results: Sequence[RowResult]) -> Table:
+    """The table over finished rows, at least one, in the order of the plan.
 
     Raises:
-        VaevqMedError: rows were evaluated with different feature networks or on different data.
+        VaevqMedError: rows were evaluated with different feature networks, on different data or at another N.
     """
-    check_alike(results, ("split", "split_hash", "dataset_hash", "n", "lpips_weights_sha256", "fid_weights_sha256"))
-    methods = []
-    for method in plan.methods:
-        own = [result for result in results if result.row.method.name == method.name]
-        if own:
-            methods.append(summarize(own))
+    _check_alike(results, plan.alike)
+    own = {
+        f.name: f for result in results for f in result.figures if f.name not in {known.name for known in plan.known}
+    }
+    further, per_image = [*own.values()], [*plan.per_image, *own.values()]
+    rows = {m.name: [result for result in results if result.row.method.name == m.name] for m in plan.methods}
+    methods = tuple(summarize(found, (*plan.known, *further), per_image) for found in rows.values() if found)
     images = {result.method.name: result.images for result in methods if result.is_discrete}
-    tests = tuple(test for metric in PER_IMAGE for test in best_against_next(metric, images))
-    return Table(tuple(methods), tests, tuple(_notes(plan, results, methods)), published)
+    columns = plan.columns(further)
+    tests = tuple(test for figure in per_image if figure in columns for test in best_against_next(figure, images))
+    published = load_published(plan.bundle.name, plan.published) if plan.study.report.published else None
+    return Table(methods, tests, tuple(notes(plan, results, methods)), published, columns)
 
 
-def check_alike(results: Sequence[RowResult], keys: Sequence[str]) -> None:
-    """Figures of different feature networks or data never share a column.
+def _check_alike(results: Sequence[RowResult], keys: Sequence[str]) -> None:
+    """Cells of different feature networks or data never share a column.
 
     Args:
         results: finished rows.
@@ -338,94 +259,14 @@ def check_alike(results: Sequence[RowResult], keys: Sequence[str]) -> None:
             )
 
 
-def _notes(plan: Plan, results: Sequence[RowResult], methods: Sequence[MethodResult]) -> list[str]:
-    if not results:
-        return []
-    first = results[0]
-    unit, units = methods[0].images.units()
-    count = len(set(units.tolist()))
-    many = any(len(result.seeds) > 1 for result in methods)
-    seeds = ", ".join(map(str, plan.seeds))
-    notes = [
-        f"Budget: {plan.budget.words()} for each method; bundle {plan.bundle.name}; the {plan.checkpoint} checkpoint.",
-        f"Seed{'s' if len(plan.seeds) > 1 else ''} {seeds}{'; mean ± standard deviation over seeds' if many else ''}.",
-        f"Split {first.provenance.get('split', 'evaluated')}: {first.provenance.get('n')} images. "
-        + (
-            f"In brackets: {100 * (1 - LEVEL):.0f} % bootstrap interval over {count} {unit} ({RESAMPLES:,} resamples)."
-            if count > 1
-            else "No interval: there is one image."
-        ),
-    ]
-    patients = {name for name in methods[0].images.patients if name}
-    if len(patients) == 1:
-        notes.append("All images are of one patient: the interval says nothing of other patients.")
-    elif unit == "patients" and count < 6:
-        notes.append(f"An interval from {count} patients is rough.")
-    for name in ("lpips", "rfid"):
-        if name in first.conventions:
-            title = {"lpips": "LPIPS", "rfid": "rFID"}[name]
-            notes.append(f"{title}: {first.conventions[name]}.")
-    devices = sorted({str(result.run["device"]) for result in results if "device" in result.run})
-    if devices:
-        kinds = {"cuda": "GPU memory allocated", "process": "resident memory of the process"}
-        memory = sorted(
-            {kinds[str(result.run["peak_memory_of"])] for result in results if "peak_memory_of" in result.run}
-        )
-        notes.append(f"Trained on {', '.join(devices)}; peak memory: {', '.join(memory)}.")
-    notes += _schedule_notes(results, methods)
-    if plan.kind == "ablate":
-        notes.append("M1 to full have SimVQ's codebook, M0 a free one: VLQ alone is M1 against SimVQ.")
-    continuous = [result.method.title for result in methods if not result.is_discrete]
-    if continuous:
-        notes.append(
-            f"{', '.join(continuous)}: continuous, no indices hold what is decoded; left out of the tests and the bold."
-        )
-    notes += _stage_notes(methods)
-    missing = [row.label for row in plan.rows() if row.label not in {result.row.label for result in results}]
-    if missing:
-        notes.append(f"Missing: {', '.join(missing)}.")
-    return notes
-
-
-def _schedule_notes(results: Sequence[RowResult], methods: Sequence[MethodResult]) -> Iterator[str]:
-    """What a budget is too short for: settings that count steps do not follow it."""
-    for key, text in (
-        ("objective#adversarial#start_step", "No GAN: it starts at step {start:,}, not within the {steps:,} of {who}."),
-        ("warmup_steps", "The learning rate rises over {start:,} steps, all {steps:,} of {who}."),
-    ):
-        found: dict[tuple[int, int], list[str]] = {}
-        for method in methods:
-            result = next(result for result in results if result.row.method.name == method.method.name)
-            start, steps = result.row.trained.training_number(key), result.run.get("iterations")
-            if start is not None and steps is not None and start >= steps:
-                found.setdefault((start, int(steps)), []).append(method.method.title)
-        for (start, steps), titles in found.items():
-            who = "each method" if len(titles) == len(methods) else ", ".join(titles)
-            yield text.format(start=start, steps=steps, who=who) + f" Set {key}."
-
-
-def _stage_notes(methods: Sequence[MethodResult]) -> Iterator[str]:
-    """Which methods of a sweep have several indices a position, so that K is not that of one codebook."""
-    for family in dict.fromkeys(m.method.family for m in methods):
-        for method in methods:
-            size, bits = method.method.num_embeddings, method.figures.get("bits_per_position")
-            if method.method.family != family or size is None or bits is None:
-                continue
-            indices = round(bits.mean / math.log2(size))
-            if indices > 1:
-                title = method.method.title.rsplit(", K = ", 1)[0]
-                yield f"{title}: K counts the codewords of one of its {indices} stages or groups."
-            break
-
-
-def _sentence(test: PairedTest, titles: Mapping[str, str]) -> str:
-    pair = f"{_BY_NAME[test.metric].title}: {titles[test.best]} over {titles[test.next]}, mean difference"
+def _sentence(test: PairedTest, figure: str, titles: Mapping[str, str]) -> str:
+    pair = f"{figure}: {titles[test.best]} over {titles[test.next]}, mean difference"
     head = f"{pair} {test.difference:+.4g} over {test.n} {test.unit if test.n != 1 else test.unit[:-1]}"
     value = "no p-value" if test.p_value is None else f"Wilcoxon signed-rank p = {test.p_value:.3g}"
     return f"{head}, {value}{f' ({test.note})' if test.note else ''}."
 
 
-def _cell(column: Column, figure: Figure, plus_minus: str) -> str:
+def _cell(column: Figure, figure: Cell, plus_minus: str) -> str:
     text = column.show(figure.mean)
     if not math.isnan(figure.std):
         text += f" {plus_minus} {column.show(figure.std)}"
@@ -434,33 +275,19 @@ def _cell(column: Column, figure: Figure, plus_minus: str) -> str:
     return text
 
 
-def _number(value: float) -> str:
-    return "" if math.isnan(value) else repr(value)
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
 def _markdown_text(text: str) -> str:
     for character in "\\|*_<":
         text = text.replace(character, "\\" + character)
     return text
 
 
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "&": r"\&",
-    "%": r"\%",
-    "$": r"\$",
-    "#": r"\#",
-    "_": r"\_",
-    "{": r"\{",
-    "}": r"\}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "±": r"$\pm$",
-}
+_LATEX = str.maketrans(
+    {
+        **{character: f"\\{character}" for character in "&%$#_{}"},
+        **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
+        **{"±": r"$\pm$", "↑": r"$\uparrow$", "↓": r"$\downarrow$"},
+    }
+)
 
 
 def latex_text(text: str) -> str:
@@ -470,4 +297,4 @@ def latex_text(text: str) -> str:
         >>> print(latex_text("50 % of vq_gan"))
         50 \% of vq\_gan
     """
-    return "".join(_LATEX.get(character, character) for character in text)
+    return text.translate(_LATEX)

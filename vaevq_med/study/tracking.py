@@ -1,4 +1,4 @@
-"""The MLflow run that a comparison's rows are nested under."""
+"""The MLflow run that a study's rows are nested under; a failing server stops nothing."""
 
 from __future__ import annotations
 
@@ -11,27 +11,20 @@ from vaevq_med.training.tracking import MLflowTracker
 
 
 def log_to_training(plan: Plan, checkpoint: Path, figures: Mapping[str, float]) -> None:
-    """Log figures to the MLflow run that wrote a checkpoint; a failing server stops nothing.
-
-    Args:
-        plan: where it is tracked.
-        checkpoint: of the training.
-        figures: name to value.
-    """
-    tracker = MLflowTracker(tracking_uri=plan.tracking_uri, experiment=plan.experiment())
+    """Log figures, by name, to the MLflow run of the training that wrote a checkpoint."""
+    tracker = MLflowTracker(tracking_uri=plan.study.tracking_uri, experiment=plan.experiment())
     if not tracker.enabled:
         return
     with tracker.guard():
         stored = StoredNetwork(checkpoint)
-        if stored.run_id is None:
-            return
-        tracker.start_run(stored.run_id, resume=False)
-        tracker.log_metrics(figures, stored.iteration)
-        tracker.flush()
+        if stored.run_id is not None:
+            tracker.start_run(stored.run_id, resume=False)
+            tracker.log_metrics(figures, stored.iteration)
+            tracker.flush()
 
 
 class ParentRun:
-    """One run a comparison, with the table's figures; a failing server stops nothing.
+    """One run a study, with the table's figures.
 
     Args:
         plan: what is compared.
@@ -39,13 +32,13 @@ class ParentRun:
     """
 
     def __init__(self, plan: Plan, run_id: str | None = None) -> None:
-        families = dict.fromkeys(method.family or method.name for method in plan.methods)
+        label, families = plan.study.label, dict.fromkeys(method.family or method.name for method in plan.methods)
         self._tracker = MLflowTracker(
-            tracking_uri=plan.tracking_uri,
+            tracking_uri=plan.study.tracking_uri,
             experiment=plan.experiment(),
-            run_name=f"{plan.kind} {', '.join(families)}",
+            run_name=f"{label} {', '.join(families)}",
             config=plan.shared(),
-            tags={"vaevq_med.comparison": plan.kind},
+            tags={"vaevq_med.comparison": label},
         )
         self._run_id = run_id
 
@@ -58,13 +51,7 @@ class ParentRun:
         return self._tracker.run_id
 
     def close(self, status: str, figures: Mapping[str, float], files: Sequence[Path] = ()) -> None:
-        """Log the table and end the run.
-
-        Args:
-            status: ``FINISHED``, ``FAILED`` or ``KILLED``.
-            figures: name to value.
-            files: artifacts.
-        """
+        """Log the table's figures and files, and end the run as ``FINISHED``, ``FAILED`` or ``KILLED``."""
         if self._tracker.run_id is None:
             return
         with self._tracker.guard():

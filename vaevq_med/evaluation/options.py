@@ -1,0 +1,50 @@
+"""The options of ``vaevq-med evaluate-samples`` that a comparison may choose, and those of ``feature-codebook``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from vaevq_med.core.declared import option
+from vaevq_med.tokens.options import Split
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """How generated images are measured."""
+
+    split: Split = option("training", "Real images to compare with.")
+    modality: list[str] | None = option(None, "Keep this contrast only; repeat for several.")
+    feature_network: str = option("efficientnet-lite0", "See docs/feature_networks.md.")
+    feature_weights: Path | None = option(None, "File of its weights, where not in a usual place.")
+    image_size: int | None = option(None, "Pixels of all images; by default the samples' own.")
+    max_items: int | None = option(None, "Look at this many samples, and images of each split, evenly spaced.")
+    neighbors: int = option(3, "Neighbor that precision's and recall's manifolds reach to.")
+    fid_infinity: bool = option(False, "Extrapolate gFID to infinitely many samples, as another figure.")
+    inception_score: bool | None = option(
+        None, "By default where the data set has classes and the network a classifier."
+    )
+    memorization: bool = option(True, "Look for each sample's nearest training image.")
+    feature_threshold: float | None = option(None, "Cosine distance that is near; by default by the held-out images.")
+    pixel_threshold: float | None = option(None, "RMSE on [0, 1] that is near; by default by the held-out images.")
+    cache_dir: Path | None = option(None, "Features of the real images; by default DATASET.features beside DATASET.")
+    batch_size: int = option(32, "Images at once.")
+    workers: int | None = option(None, "Processes that read images; by default one a core.")
+    device: str | None = option(None, "By default the GPU, where there is one.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodebookOptions:
+    """How features of images are clustered."""
+
+    num_embeddings: int = option(help="K, codewords in all.")
+    network: str = option("efficientnet-lite0", "Feature network, see docs/feature_networks.md.")
+    weights: Path | None = option(None, "File of its weights, where not in a usual place.")
+    grid: int = option(8, "Features of an image along each axis.")
+    image_size: int = option(256, "Pixels that images are resized and cropped to.")
+    per_class: bool = option(True, "Cluster the images of each contrast or class apart.")
+    max_items: int | None = option(None, "Look at this many images, evenly spaced.")
+    batch_size: int = option(32, "Images at once.")
+    workers: int | None = option(None, "Processes that read images; by default one a core.")
+    seed: int = option(0, "Seed of the images' order and of the clusters' start.")
+    device: str | None = option(None, "By default the GPU, where there is one.")

@@ -1,0 +1,458 @@
+"""The study file: what is compared, on what and for how long, read from YAML and checked before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetPydanticSchema,
+    PlainSerializer,
+    ValidationError,
+    WrapValidator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.core.resources import study_path
+from vaevq_med.evaluation.options import EvaluateOptions
+from vaevq_med.tokens.options import EncodeOptions
+
+
+def _refuse(message: str, kind: str = "said") -> PydanticCustomError:
+    return PydanticCustomError(kind, "{said}", {"said": message})
+
+
+def _check_names(found: object, known: Collection[str]) -> None:
+    for name in found if isinstance(found, Mapping) else ():
+        if name not in known:
+            close, others = difflib.get_close_matches(name, known, n=1), f"one of {', '.join(known)}"
+            raise _refuse(f"{name} is unknown; expected {close[0] if close else others}", "name")
+
+
+def _given(value: Any, handler: Callable[[Any], Any]) -> dict[str, Any]:
+    """Those of a command's options that a file gives, checked."""
+    options = handler(value)
+    _check_names(value, [entry.name for entry in fields(options)])
+    return {name: getattr(options, name) for name in value}
+
+
+def _each_once(values: list[Any]) -> list[Any]:
+    repeated = next((value for value in values if values.count(value) > 1), None)
+    if repeated is not None:
+        raise _refuse(f"{json.dumps(values)}; expected {repeated} once")
+    return values
+
+
+def _named(value: Any) -> Any:
+    """``vqgan`` as ``{name: vqgan}``."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _by_name(items: list[Any]) -> list[Any]:
+    names = [item.name for item in items]
+    for name in names:
+        if names.count(name) > 1:
+            raise _refuse(f"a list with {name} more than once; expected each name once")
+    return items
+
+
+Name = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")]
+Count = Annotated[int, Field(ge=1)]
+Seeds = Annotated[list[Annotated[int, Field(ge=0, le=2**32 - 1)]], Field(min_length=1), AfterValidator(_each_once)]
+Values = dict[str, Any]
+"""Overrides by id. A text is read as on MONAI's command line: ``1e-4`` is a number, ``$...`` an expression."""
+_plain = PlainSerializer(lambda given: {k: str(v) if isinstance(v, Path) else v for k, v in given.items()})
+Encode = Annotated[
+    dict[str, Any], GetPydanticSchema(lambda _, handler: handler(EncodeOptions)), WrapValidator(_given), _plain
+]
+Evaluate = Annotated[
+    dict[str, Any], GetPydanticSchema(lambda _, handler: handler(EvaluateOptions)), WrapValidator(_given), _plain
+]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        _check_names(value, [entry.alias or name for name, entry in cls.model_fields.items()])
+        return value
+
+
+class Budget(_Part):
+    """How long every row trains; at most one of the three, the bundle's own ``max_epochs`` without any.
+
+    Steps and images are spread over epochs of one length, about as long as the data set: a step or so less an epoch
+    may be left over. The conversion is an expression that the run itself evaluates, so that it holds for the batch
+    size and the number of processes that the run has.
+
+    Attributes:
+        max_epochs: passes over the training split.
+        steps: optimizer steps.
+        images: training images seen, over all processes.
+    """
+
+    max_epochs: Count | None = None
+    steps: Count | None = None
+    images: Count | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Budget:
+        given = [*self.model_dump(exclude_none=True)]
+        if len(given) > 1:
+            raise _refuse(f"{' and '.join(given)}; expected one of max_epochs, steps, images")
+        return self
+
+    def overrides(self) -> dict[str, str]:
+        """As ids of ``train.json``."""
+        if self.max_epochs is not None:
+            return {"max_epochs": str(self.max_epochs)}
+        if self.steps is None and self.images is None:
+            return {}
+        steps = str(self.steps)
+        if self.images is not None:
+            steps = f"max(1, {self.images} // (@batch_size * training.world_size()))"
+        return {
+            "max_epochs": f"$max(1, round({steps} / @sampler.batches_per_epoch))",
+            "epoch_length": f"$max(1, {steps} // @max_epochs)",
+        }
+
+    def words(self) -> str:
+        """For a reader."""
+        for name, value in self.model_dump(exclude_none=True).items():
+            words = name.removeprefix("max_")
+            return f"{value:,} {words if value > 1 else words.removesuffix('s')}"
+        return "the bundle's own number of epochs"
+
+
+class _Named(_Part):
+    """What is compared.
+
+    Attributes:
+        name: of its folder.
+        title: what tables call it; by default its overlay's title, or the name.
+        set: overrides of its trainings alone.
+    """
+
+    name: Name
+    title: str = ""
+    set: Values = {}
+
+
+class MethodPart(_Named):
+    """A tokenizer to train.
+
+    Attributes:
+        overlays: names of the bundle's overlays, or paths, in order; None for the one of the method's name.
+        readouts: ways to decode its quantizer that have a row beside the trained one; None for all there are.
+    """
+
+    overlays: list[str] | None = None
+    readouts: list[str] | None = None
+
+
+class _Stage(_Named):
+    """Either half of a row of a study of generators.
+
+    Attributes:
+        sample: overrides of drawing.
+        encode: further options of the encoding.
+    """
+
+    sample: Values = {}
+    encode: Encode = {}
+
+
+class TokenizerPart(_Stage):
+    """A trained tokenizer, and what the rows of its tokens have of their own.
+
+    Attributes:
+        checkpoint: that serves all seeds; None where ``from`` names the folder of a study.
+    """
+
+    checkpoint: Path | None = None
+
+
+class TokenizersPart(_Part):
+    """Trained tokenizers: those that a study trained, seed by seed, or checkpoints.
+
+    Attributes:
+        source: output folder of a study of tokenizers.
+        methods: its methods, or names with a checkpoint each.
+    """
+
+    source: Path | None = Field(None, alias="from")
+    methods: Annotated[
+        list[Annotated[TokenizerPart, BeforeValidator(_named)]], Field(min_length=1), AfterValidator(_by_name)
+    ]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _checkpoints(cls, value: Any) -> Any:
+        """``{vqgan: a.pt}`` in full."""
+        if not isinstance(value, Mapping) or "from" in value or isinstance(value.get("methods"), list):
+            return value
+        full = [
+            {"name": name, **(entry if isinstance(entry, Mapping) else {"checkpoint": entry})}
+            for name, entry in value.items()
+        ]
+        return {"methods": full}
+
+    @model_validator(mode="after")
+    def _one(self) -> TokenizersPart:
+        for part in self.methods:
+            if (self.source is None) == (part.checkpoint is None):
+                found = "neither" if self.source is None else "both"
+                raise _refuse(f"{part.name} with {found} of a checkpoint and 'from'; expected one of them")
+        return self
+
+
+class GeneratorPart(_Stage):
+    """A generator to train over each tokenizer's tokens.
+
+    Attributes:
+        config: the bundle's file that trains it.
+        overlays: names of the bundle's overlays of generators, or paths, beside those of the study.
+    """
+
+    config: str
+    overlays: list[str] = []
+
+
+class Sweep(_Part):
+    """The methods at several sizes of the codebook.
+
+    Attributes:
+        num_embeddings: values of K.
+    """
+
+    num_embeddings: Annotated[list[Annotated[int, Field(ge=2)]], Field(min_length=1), AfterValidator(_each_once)]
+
+
+class Report(_Part):
+    """What is made of the finished rows.
+
+    Attributes:
+        published: set the paper's figures beside the measured ones.
+        pictures: images of each row or method in the figure; 0 leaves it out.
+        figures: names of the columns; None for all that were measured.
+        notes: sentences that stand under the table.
+    """
+
+    published: bool = False
+    pictures: Annotated[int, Field(ge=0)] = 6
+    figures: list[str] | None = None
+    notes: list[str] = []
+
+
+class Study(_Part):
+    """What studies of both kinds say.
+
+    Attributes:
+        name: what MLflow, locks and SLURM call it; see :attr:`label` where empty.
+        bundle: name of an installed bundle, or its folder.
+        output: folder of everything that is written.
+        seeds: of each method.
+        budget: how long each row trains.
+        overlays: of every row, before the method's: what makes a method has the last word.
+        set: overrides of every row; an id of ``evaluate.json`` alone goes to the evaluation.
+        dataset_dir: data set of images; None takes the bundle's.
+        tracking_uri: MLflow; ``none`` turns it off.
+        launch: words before ``-m monai.bundle`` of a training, e.g. ``[torchrun, --nproc_per_node=8]``.
+        checkpoint: which of a training's is used.
+        report: what is made of the finished rows.
+    """
+
+    study: str
+    name: Name = ""
+    bundle: str = "brats"
+    output: Path
+    seeds: Seeds = [0]
+    budget: Budget = Budget()
+    overlays: list[str] = []
+    set: Values = {}
+    dataset_dir: Path | None = None
+    tracking_uri: str = "sqlite:///mlflow.db"
+    launch: list[str] = []
+    checkpoint: Literal["best", "last"] = "best"
+    report: Report = Report()
+
+    @property
+    def label(self) -> str:
+        """Its name, or what it does."""
+        does = {"generators": "compare-generation"}.get(self.study, "compare")
+        return self.name or ("sweep" if getattr(self, "sweep", None) else does)
+
+    def text(self) -> str:
+        """As a file that says the same."""
+        content = self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+        content |= {"report": content.pop("report")} if "report" in content else {}  # last, as what is made last
+        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None)
+
+
+class TokenizerStudy(Study):
+    """Tokenizers under one budget.
+
+    Attributes:
+        methods: rows of the table.
+        sweep: sizes that each method has.
+    """
+
+    study: Literal["tokenizers"]
+    methods: Annotated[
+        list[Annotated[MethodPart, BeforeValidator(_named)]], Field(min_length=1), AfterValidator(_by_name)
+    ]
+    sweep: Sweep | None = None
+
+
+class GeneratorStudy(Study):
+    """Generators over the tokens of trained tokenizers, under one budget.
+
+    Attributes:
+        tokenizers: whose tokens.
+        generators: that are trained.
+        samples: that each row draws.
+        sample: overrides of every drawing.
+        encode: further options of every encoding.
+        evaluate: further options of every evaluation.
+    """
+
+    study: Literal["generators"]
+    tokenizers: TokenizersPart
+    generators: Annotated[list[GeneratorPart], Field(min_length=1), AfterValidator(_by_name)]
+    samples: Count = 5000
+    sample: Values = {}
+    encode: Encode = {}
+    evaluate: Evaluate = {}
+
+    @model_validator(mode="after")
+    def _names(self) -> GeneratorStudy:
+        shared = {part.name for part in self.generators} & {part.name for part in self.tokenizers.methods}
+        if shared:
+            raise _refuse(f"tokenizers has {min(shared)}, which is a generator's name; expected another", "name")
+        return self
+
+
+_KINDS: dict[str, type[Study]] = {"tokenizers": TokenizerStudy, "generators": GeneratorStudy}
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values, each key of a mapping once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                mark = key.start_mark
+                raise yaml.YAMLError(f"line {mark.line + 1} repeats {key.value}; expected each name once")
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
+def read_study(name: str, assignments: Sequence[str] = ()) -> Study:
+    """A study of ``bundles/studies/`` by its name, or any by its path.
+
+    Args:
+        name: ``table1``, or the path of a ``.yaml`` or ``.json`` file.
+        assignments: ``FIELD=VALUE`` in place of the file's, the value in YAML: ``output=elsewhere``,
+            ``budget.steps=10``, ``set.learning_rate=1e-4``.
+
+    Raises:
+        VaevqMedError: there is no such file, or it is no study; one line that names the place.
+    """
+    path = study_path(name)
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1} " if error.problem_mark else ""
+        raise VaevqMedError(f"{path}: {line}is no YAML ({error.problem}); expected a study") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise VaevqMedError(f"{path}: {' '.join(str(error).split())}") from None
+    for text in assignments:
+        _assign(content, text)
+    return check_study(content, str(path))
+
+
+def _assign(content: Any, text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise VaevqMedError(f"set is {text!r}; expected FIELD=VALUE, e.g. budget.steps=100")
+    *way, last = key.strip().split(".")
+    for number, name in enumerate(way):
+        if name in ("set", "sample"):  # what follows is an id, whatever is in it
+            way, last = way[: number + 1], ".".join([*way[number + 1 :], last])
+            break
+    try:
+        for name in way:
+            if isinstance(content, list):
+                content[int(name)] = _named(content[int(name)])
+            content = content[int(name)] if isinstance(content, list) else content.setdefault(name, {})
+        content[int(last) if isinstance(content, list) else last] = yaml.load(value, _Loader)
+    except (AttributeError, IndexError, TypeError, ValueError, yaml.YAMLError):
+        raise VaevqMedError(f"set is {text!r}; expected a field of the study and a value in YAML") from None
+
+
+def check_study(content: Any, where: str) -> Study:
+    """A study of plain values.
+
+    Args:
+        content: as a file has it.
+        where: what messages call it.
+
+    Raises:
+        VaevqMedError: it is none; one line that names the place.
+    """
+    kind = content.get("study") if isinstance(content, dict) else None
+    if kind not in _KINDS:
+        found = "missing" if kind is None else json.dumps(kind, default=str)
+        raise VaevqMedError(f"{where}: study is {found}; expected {' or '.join(_KINDS)}")
+    try:
+        # As JSON, so that nothing is converted but texts to paths.
+        return _KINDS[kind].model_validate_json(json.dumps(content, default=str), strict=True)
+    except ValidationError as error:
+        raise VaevqMedError(f"{where}: {_line(error)}") from None
+
+
+_PLAIN = {
+    **{"Input should be ": "", "List should have ": "", "a valid integer": "a whole number", "an object": "a mapping"},
+    **{
+        "a valid array": "a list",
+        "a valid list": "a list",
+        "a valid string": "a text",
+        "a valid boolean": "true or false",
+    },
+    **{"greater than or equal to 1": "1 or more", "greater than or equal to": "at least"},
+}
+
+
+def _line(error: ValidationError) -> str:
+    """The first complaint in one line: place, what it is, what is expected."""
+    first = error.errors(include_url=False)[0]
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+    said = first["msg"]
+    if first["type"] == "name":
+        return f"{place}{'.' if place else ''}{said}"
+    if first["type"] == "said":
+        return f"{place} is {said}"
+    if first["type"] == "missing":
+        return f"{place} is missing; expected it"
+    found = json.dumps(first["input"], default=str)
+    found = found if len(found) <= 60 else f"{found[:57]}..."
+    if first["type"] == "string_pattern_mismatch":
+        said = "letters, digits, '_', '-' and '.'"
+    for words, plain in _PLAIN.items():
+        said = said.replace(words, plain)
+    return f"{place} is {found}; expected {said.split(' after validation')[0]}"

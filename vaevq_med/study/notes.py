@@ -1,0 +1,147 @@
+"""What a reader of a table has to know, in sentences under it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from vaevq_med.study.generation import GenerationPlan
+from vaevq_med.study.plan import Plan
+from vaevq_med.study.rows import RowResult
+from vaevq_med.study.statistics import LEVEL, RESAMPLES
+
+if TYPE_CHECKING:
+    from vaevq_med.study.tables import MethodResult
+
+_TITLES = {
+    **{"lpips": "LPIPS", "rfid": "rFID", "gfid": "gFID", "precision": "Precision", "recall": "Recall"},
+    **{"memorization": "Memorized", "inception_score": "Inception score"},
+}
+
+
+def notes(plan: Plan, results: Sequence[RowResult], methods: Sequence[MethodResult]) -> Iterator[str]:
+    """Under the table over finished rows, at least one."""
+    if isinstance(plan, GenerationPlan):
+        return _generator_notes(plan, results)
+    return _tokenizer_notes(plan, results, methods)
+
+
+def _tokenizer_notes(plan: Plan, results: Sequence[RowResult], methods: Sequence[MethodResult]) -> Iterator[str]:
+    first = results[0]
+    unit, units = methods[0].images.units()
+    count = len(set(units.tolist()))
+    yield from _head(plan, "method", any(len(result.seeds) > 1 for result in methods))
+    interval = f"{100 * (1 - LEVEL):.0f} % bootstrap interval over {count} {unit} ({RESAMPLES:,} resamples)"
+    brackets = f"In brackets: {interval}." if count > 1 else "No interval: there is one image."
+    yield f"Split {first.provenance.get('split', 'evaluated')}: {first.provenance.get('n')} images. {brackets}"
+    if len({name for name in methods[0].images.patients if name}) == 1:
+        yield "All images are of one patient: the interval says nothing of other patients."
+    elif unit == "patients" and count < 6:
+        yield f"An interval from {count} patients is rough."
+    yield from _conventions(first, "lpips", "rfid")
+    known = {figure.name for figure in plan.known}
+    yield from (f"{f.title}: {f.convention}." for f in first.figures if f.convention and f.name not in known)
+    kinds = {"cuda": "GPU memory allocated", "process": "resident memory of the process"}
+    memory = sorted({kinds[str(result.run["peak_memory_of"])] for result in results if "peak_memory_of" in result.run})
+    yield from _devices(results, f"; peak memory: {', '.join(memory)}")
+    yield from _schedule(results, methods)
+    yield from plan.study.report.notes
+    continuous = [result.method.title for result in methods if not result.is_discrete]
+    if continuous:
+        who = ", ".join(continuous)
+        yield f"{who}: continuous, no indices hold what is decoded; left out of the tests and the bold."
+    yield from _stages(methods)
+    yield from _missing(plan, results)
+
+
+def _generator_notes(plan: GenerationPlan, results: Sequence[RowResult]) -> Iterator[str]:
+    first, many = results[0], len(plan.study.seeds) > 1
+    told = first.provenance
+    yield from _head(plan, "generator", many)
+    if many:
+        yield (
+            "One tokenizer serves all seeds: the spread is that of the generators alone."
+            if plan.study.tokenizers.source is None
+            else "Each seed has a tokenizer of its own: the spread is that of both stages."
+        )
+    elif len(results) > 1:
+        yield "One seed: nothing says how far a difference is due to chance."
+    yield f"N = {told['n']:,} samples of each, against {told['n_reference']:,} images of split {told['split']}."
+    yield from _conventions(first, "gfid", "precision", "recall", "memorization", "inception_score")
+    yield from _drawn(plan)
+    groups = {method.group for method in plan.methods}
+    if len(groups) > 1 and len(plan.methods) > len(groups):
+        yield "Bold: the best of each generator."
+    yield from _devices(results)
+    yield from plan.study.report.notes
+    yield from _missing(plan, results)
+
+
+def _head(plan: Plan, what: str, many: bool) -> Iterator[str]:
+    study, seeds = plan.study, plan.study.seeds
+    budget, checkpoint = study.budget.words(), study.checkpoint
+    yield f"Budget: {budget} for each {what}; bundle {plan.bundle.name}; the {checkpoint} checkpoint."
+    spread = "; mean ± standard deviation over seeds" if many else ""
+    yield f"Seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}{spread}."
+
+
+def _conventions(result: RowResult, *names: str) -> Iterator[str]:
+    yield from (f"{_TITLES[name]}: {result.conventions[name]}." for name in names if name in result.conventions)
+
+
+def _devices(results: Sequence[RowResult], more: str = "") -> Iterator[str]:
+    devices = sorted({str(result.run["device"]) for result in results if "device" in result.run})
+    if devices:
+        yield f"Trained on {', '.join(devices)}{more}."
+
+
+def _missing(plan: Plan, results: Sequence[RowResult]) -> Iterator[str]:
+    there = {result.row.label for result in results}
+    missing = [row.label for row in plan.rows() if row.label not in there]
+    if missing:
+        yield f"Missing: {', '.join(missing)}."
+
+
+def _schedule(results: Sequence[RowResult], methods: Sequence[MethodResult]) -> Iterator[str]:
+    """What a budget is too short for: settings that count steps do not follow it."""
+    for key, text in (
+        ("objective#adversarial#start_step", "No GAN: it starts at step {start:,}, not within the {steps:,} of {who}."),
+        ("warmup_steps", "The learning rate rises over {start:,} steps, all {steps:,} of {who}."),
+    ):
+        found: dict[tuple[int, int], list[str]] = {}
+        for method in methods:
+            result = next(result for result in results if result.row.method.name == method.method.name)
+            start, steps = result.row.trained.training_number(key), result.run.get("iterations")
+            if start is not None and steps is not None and start >= steps:
+                found.setdefault((start, int(steps)), []).append(method.method.title)
+        for (start, steps), titles in found.items():
+            who = "each method" if len(titles) == len(methods) else ", ".join(titles)
+            yield text.format(start=start, steps=steps, who=who) + f" Set {key}."
+
+
+def _stages(methods: Sequence[MethodResult]) -> Iterator[str]:
+    """Which methods of a sweep have several indices a position, so that K is not that of one codebook."""
+    said = set()
+    for method in methods:
+        size, bits = method.method.num_embeddings, method.figures.get("bits_per_position")
+        if size is None or bits is None or method.method.family in said:
+            continue
+        said.add(method.method.family)
+        indices = round(bits.mean / math.log2(size))
+        if indices > 1:
+            title = method.method.title.rsplit(", K = ", 1)[0]
+            yield f"{title}: K counts the codewords of one of its {indices} stages or groups."
+
+
+def _drawn(plan: GenerationPlan) -> Iterator[str]:
+    """What differs from the settings of ``generate.json``, and for whom where that is not everybody."""
+    found: dict[str, list[str]] = {}
+    for method in plan.methods:
+        for key, value in method.sampling.items():
+            if key not in ("device", "batch_size"):
+                found.setdefault(f"{key} = {value}", []).append(method.title)
+    if found:
+        everybody = len(plan.methods)
+        texts = (k if len(titles) == everybody else f"{k} ({'; '.join(titles)})" for k, titles in found.items())
+        yield f"Drawn with {', '.join(texts)}."

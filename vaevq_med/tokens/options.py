@@ -1,0 +1,26 @@
+"""The options of ``vaevq-med encode-tokens`` that a comparison may choose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vaevq_med.core.declared import option
+
+Split = Literal["training", "validation", "test"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeOptions:
+    """How the images of a data set are encoded."""
+
+    split: list[Split] | None = option(None, "Repeat for several; by default all with images.")
+    flip: bool = option(True, "Training images in mirror image too.")
+    ten_crop: bool = option(False, "Five crops of training images at 1.1 and 1.05 times the size.")
+    weights: Literal["ema", "network"] = option("ema", "The averaged weights, or the last.")
+    readout: str | None = option(None, "Of a quantizer with several: soft or hard.")
+    dtype: Literal["float16", "float32"] | None = option(None, "Of latents: float16 is the default.")
+    batch_size: int = option(64, "Views that go through the tokenizer at once.")
+    workers: int | None = option(None, "Processes that read images; by default one a core.")
+    device: str | None = option(None, "By default the GPU, where there is one.")
+    any_shape: bool = option(False, "Take images that are not brought to squares as in training.")
