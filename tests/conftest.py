@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 
 MODALITIES = ("t1n", "t1c", "t2w", "t2f")
-BUNDLE = Path(__file__).resolve().parents[1] / "bundles" / "brats"
+ROOT = Path(__file__).resolve().parents[1]
+FIXTURES = Path(__file__).resolve().parent / "fixtures"
+BUNDLE = ROOT / "bundles" / "brats"
 OVERLAYS = BUNDLE.parent / "overlays"
 
 
@@ -129,7 +131,7 @@ def toy_overrides(slice_dataset: Path, tmp_path: Path) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def sample_data() -> Path:
     """The real sample data; skips where it is absent."""
-    folder = Path(os.environ.get("VAEVQ_SAMPLE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+    folder = Path(os.environ.get("VAEVQ_SAMPLE_DATA", ROOT.parent / "shared" / "data"))
     if not (folder / "brats-sample").is_dir():
         pytest.skip(f"no sample data in {folder}; set VAEVQ_SAMPLE_DATA")
     return folder

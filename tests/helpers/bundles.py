@@ -1,0 +1,100 @@
+"""Runs of the bundles, as ``python -m monai.bundle run`` makes them, small and in this process."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import BUNDLE, OVERLAYS
+from monai.bundle import ConfigParser, ConfigWorkflow
+
+
+def run_bundle(file: str, overrides: dict[str, Any], *overlays: str, run_id: str = "run") -> ConfigParser:
+    """What ``python -m monai.bundle run`` does, in this process."""
+    files = [str(BUNDLE / file), *(str(OVERLAYS / f"{name}.json") for name in overlays)]
+    workflow = ConfigWorkflow(
+        config_file=files,
+        meta_file=str(BUNDLE / "metadata.json"),
+        logging_file=str(BUNDLE / "logging.conf"),
+        run_id=run_id,
+        workflow_type="train" if file == "train.json" else "infer",
+        **overrides,
+    )
+    workflow.initialize()
+    workflow.run()
+    workflow.finalize()
+    return workflow.parser
+
+
+def evaluation_overrides(toy: dict[str, Any]) -> dict[str, Any]:
+    names = ("dataset_dir", "output_dir", "tracking_uri", "device", "num_workers", "batch_size")
+    return {name: toy[name] for name in names}
+
+
+def states_equal(first: Any, second: Any) -> bool:
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(states_equal(first[k], second[k]) for k in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(states_equal(a, b) for a, b in zip(first, second, strict=True))
+    return first == second
+
+
+def quick(toy: dict[str, Any]) -> dict[str, Any]:
+    """One epoch of four iterations, without networks that only the losses need."""
+    kept = {key: value for key, value in toy.items() if not key.startswith("objective#adversarial")}
+    return {
+        **kept,
+        "max_epochs": 1,
+        "val_max_items": 4,
+        "objective#adversarial": None,
+        "objective#weights#perceptual": 0.0,
+    }
+
+
+def train_and_evaluate(overrides: dict[str, Any], *overlays: str) -> tuple[Any, dict[str, Any]]:
+    """The trainer at its end, and what the evaluation of its checkpoint, with no overlay, says overall."""
+    parser = run_bundle("train.json", overrides, *overlays, run_id="training")
+    run_bundle("evaluate.json", evaluation_overrides(overrides), run_id="evaluating")
+    record = Path(overrides["output_dir"]) / "evaluation" / "test" / "metrics.json"
+    overall = json.loads(record.read_text())["summary"]["overall"]
+    assert 0 < overall["utilization"]["value"] <= 1
+    assert overall["psnr"]["value"] > 0
+    return parser.get_parsed_content("train#trainer"), overall
+
+
+TOY: dict[str, dict[str, Any]] = {
+    "autoregressive": {"network_def#width": 32, "network_def#depth": 1, "network_def#num_heads": 2},
+    "diffusion": {
+        "network_def#num_channels": 32,
+        "network_def#channel_mult": [1, 1],
+        "network_def#num_res_blocks": 1,
+        "network_def#cross_attention_dim": 8,
+    },
+}
+
+
+def literal(text: str) -> Any:
+    """As MONAI's command line reads a value."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def flags(command: list[str]) -> dict[str, Any]:
+    words = command[command.index("run") + 2 :]
+    return {name.removeprefix("--"): literal(value) for name, value in zip(words[::2], words[1::2], strict=True)}
+
+
+def evaluate(overrides: dict[str, Any]) -> None:
+    """From the checkpoint, as it describes the network."""
+    run_bundle("evaluate.json", evaluation_overrides(overrides), run_id="evaluating")
+    record = Path(overrides["output_dir"]) / "evaluation" / "test" / "metrics.json"
+    overall = json.loads(record.read_text())["summary"]["overall"]
+    assert 0 < overall["utilization"]["value"] <= 1
+    assert overall["psnr"]["value"] > 0

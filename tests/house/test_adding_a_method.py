@@ -1,0 +1,59 @@
+"""``docs/adding_a_method.md``, followed word for word in a copy of the checkout."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+BLOCK = re.compile(r"^```\w+ title=\"(?P<title>[^\"]+)\"\n(?P<text>.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.slow
+def test_the_page_adds_a_method(tmp_path: Path) -> None:
+    for name in ("vaevq_med", "bundles", "tests", "docs", "preprocessing"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    blocks = {match["title"]: match["text"] for match in BLOCK.finditer((ROOT / "docs/adding_a_method.md").read_text())}
+    assert len(blocks) == 3
+    for title, text in blocks.items():
+        assert not (tmp_path / title).exists()
+        (tmp_path / title).write_text(text)
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--timeout=200"]
+    chosen = [
+        "tests/networks/quantizers/test_quantizer_contract.py",
+        "tests/networks/quantizers/test_cosine.py",
+        "tests/training/test_bundle.py",
+    ]
+    chosen.append("vaevq_med/networks/quantizers/cosine.py")
+    words = "cosine or every_quantizer_has_a_case"
+    done = subprocess.run(
+        [*command, *chosen, "-k", words], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=250
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    passed = [line.split(" PASSED")[0] for line in done.stdout.splitlines() if " PASSED" in line]
+    for test in (
+        "tests/networks/quantizers/test_quantizer_contract.py::test_indices_give_the_codes_back[cosine]",
+        "tests/networks/quantizers/test_quantizer_contract.py::test_every_quantizer_has_a_case",
+        "tests/networks/quantizers/test_cosine.py::test_the_direction_decides_and_not_the_distance",
+        "tests/training/test_bundle.py::test_every_overlay_is_read_by_the_training_bundle[cosine]",
+        "vaevq_med/networks/quantizers/cosine.py::vaevq_med.networks.quantizers.cosine.CosineVQ",
+    ):
+        assert test in passed
+    program = "import vaevq_med.networks.quantizers.cosine as q; print(q.__file__, q.CosineVQ.__name__)"
+    found = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert str(tmp_path) in found.stdout
+    for tool in (["check"], ["format", "--check", "--diff"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *tool, *(str(tmp_path / n) for n in blocks if n.endswith(".py"))],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout
