@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field, ValidationInfo
 from vaevq_med.core.errors import DataError
 from vaevq_med.core.folder import RECIPE
 from vaevq_med.core.options import Number, Options
-from vaevq_med.images.manifest import SPLITS, load_manifest
+from vaevq_med.images.manifest import FILE_NAME, SPLITS, load_manifest
 
 SPLIT_FILE = "splits.json"
 """Who stands in which split of a data set; ``--split-file`` takes it too."""
@@ -128,21 +128,26 @@ def remembered_splits(dataset_dir: Path, rule: SplitRule) -> dict[str, str]:
         rule: of the deal to come.
 
     Raises:
-        DataError: the data set's file of splits is damaged.
+        DataError: the data set's recipe or its file of splits is damaged, so that patients might move.
     """
+    path = dataset_dir / RECIPE
+    if not path.is_file():
+        return {}
     try:
-        recipe = json.loads((dataset_dir / RECIPE).read_text(encoding="utf-8"))
-        if SplitRule.read(recipe["split"]) != rule:
-            return {}
-    except (OSError, ValueError, KeyError, TypeError, DataError):
+        before = SplitRule.read(json.loads(path.read_text(encoding="utf-8"))["split"])
+    except (OSError, ValueError, KeyError, TypeError, DataError) as error:
+        raise DataError(
+            f"{path}: found it damaged ({type(error).__name__}: {' '.join(str(error).split())}), expected that of "
+            "the data set that is there; without it patients would be dealt anew, which deleting the file allows"
+        ) from None
+    if before != rule:
         return {}
     if (dataset_dir / SPLIT_FILE).is_file():
         return read_split_file(dataset_dir / SPLIT_FILE)
     # A data set from before there was such a file.
-    try:
-        manifest = load_manifest(dataset_dir)
-    except DataError:
+    if not (dataset_dir / FILE_NAME).is_file():
         return {}
+    manifest = load_manifest(dataset_dir)
     return {entry["patient"]: split for split in SPLITS for entry in manifest.entries(split) if "patient" in entry}
 
 
