@@ -22,7 +22,7 @@ __getattr__, __dir__, __all__ = lazy(
         "discriminator_loss": "adversarial",
         "gaussian_wasserstein2_to_standard": "dcr",
         "generator_loss": "adversarial",
-        "kl_per_token": "kl",
+        "kl_per_token": "vaevq_med.networks.posterior",
         "kl_to_standard_normal": "kl",
         "representation_coherence": "rcs",
     },

@@ -13,21 +13,11 @@ from torch import Tensor
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.losses.base import LossTerm
 from vaevq_med.networks.outputs import TokenizerOutput
+from vaevq_med.networks.posterior import kl_per_token
 from vaevq_med.networks.processes import sum_in_place
 from vaevq_med.networks.ranges import check_choice
 
 _POOLING = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
-
-
-def kl_per_token(mean: Tensor, logvar: Tensor) -> Tensor:
-    """KL(N(mean, exp(logvar)) || N(0, I)) of each position, summed over D: ``[B, *grid]``, in nats.
-
-    Args:
-        mean: ``[B, D, *grid]``.
-        logvar: log variance, of the same shape.
-    """
-    mean, logvar = mean.float(), logvar.float()
-    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(dim=1)
 
 
 def kl_to_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:

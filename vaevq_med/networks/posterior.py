@@ -10,6 +10,17 @@ from torch import Tensor
 MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0
 
 
+def kl_per_token(mean: Tensor, logvar: Tensor) -> Tensor:
+    """KL(N(mean, exp(logvar)) || N(0, I)) of each position, summed over D: ``[B, *grid]``, in nats.
+
+    Args:
+        mean: ``[B, D, *grid]``.
+        logvar: log variance, of the same shape.
+    """
+    mean, logvar = mean.float(), logvar.float()
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum(dim=1)
+
+
 @dataclass(frozen=True)
 class DiagonalGaussian:
     """q(z|x) = N(mean, diag(exp(logvar))), held in fp32 also under autocast.
@@ -53,4 +64,4 @@ class DiagonalGaussian:
 
     def kl(self) -> Tensor:
         """KL(q || N(0, I)) of each latent position, summed over D: ``[B, *grid]``, in nats."""
-        return 0.5 * (self.mean**2 + self.logvar.exp() - 1.0 - self.logvar).sum(dim=1)
+        return kl_per_token(self.mean, self.logvar)

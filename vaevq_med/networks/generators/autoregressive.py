@@ -86,8 +86,7 @@ def generate_indices(
     batch = _batch_size(labels, num_samples)
     if isinstance(generator, Sequence) and len(generator) != batch:
         raise VaevqMedError(f"found {len(generator)} generators; expected one, or one for each of {batch} samples")
-    classes = network.check_labels(labels, batch)
-    kept = _kept(network, known, mask, batch)
+    classes, kept = network.check_labels(labels, batch), _kept(network, known, mask, batch)
     if rule.guided:
         classes = torch.cat([classes, torch.full_like(classes, network.null_class)])
     if store is None and classes.device.type == "cuda":
