@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -267,3 +268,20 @@ def test_the_next_write_uses_what_a_killed_one_left_and_two_at_once_do_not_meet(
             second.write(b"second")
         assert path.read_text() == "second"
     assert [(left.name, left.read_text()) for left in tmp_path.iterdir()] == [("file", "first")]
+
+
+def test_a_disk_without_locks_and_one_that_refuses_leave_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*arguments: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with OutputFolder(tmp_path, ".state", "make-things", "things").lock():
+        atomic_write_text(tmp_path / "file", "whole")
+    (tmp_path / ".other.part").symlink_to(tmp_path / "file")
+    atomic_write_text(tmp_path / "other", "link")
+    assert {path.name for path in tmp_path.iterdir()} == {".state", "file", "other", ".other.part"}
+    assert (tmp_path / "file").read_text() == "whole"

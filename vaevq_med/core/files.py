@@ -58,8 +58,10 @@ def _claim(partial: Path) -> int | None:
         # The writer that had the lock may have put the file in its place, or removed it, since it was opened here.
         if os.path.samestat(os.fstat(handle), os.stat(partial)):
             return handle
-    except OSError:
+    except (BlockingIOError, FileNotFoundError):
         pass
+    except OSError:  # a disk without locks, on which nobody else has it
+        partial.unlink(missing_ok=True)
     os.close(handle)
     return None
 
