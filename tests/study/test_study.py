@@ -262,6 +262,26 @@ def test_a_script_of_tasks_runs_the_study_that_stands_in_its_folder(slice_datase
     assert str(done.exception) == "task: found 4, expected 0 to 3"
 
 
+def test_overlays_of_generators_are_names_of_one_or_of_all_or_paths(slice_dataset: Path, tmp_path: Path) -> None:
+    outside = write(tmp_path / "outside.json", '{"learning_rate": 0.5}')
+    file = str(write_checkpoint(tmp_path / "a.pt"))
+    parts = [
+        {"name": "llamagen", "config": "train_autoregressive.json", "overlays": ["s"]},
+        {"name": "ldm", "config": "train_diffusion.json", "set": {"learning_rate": 2e-5}},
+    ]
+    content = generators(
+        **{"tokenizers": {"a": file}, "generators": parts, "overlays": ["small_cpu", str(outside)]},
+        **{"output": str(tmp_path / "out"), "dataset_dir": str(slice_dataset)},
+    )
+    llamagen, ldm = RunStudy(check_study(content, "mine")).plan.methods
+    assert llamagen.overlays == ("autoregressive_small_cpu", str(outside), "autoregressive_s")
+    assert ldm.overlays == ("diffusion_small_cpu", str(outside))
+    for name in ("bogus", "autoregressive_small_cp"):
+        parts[0]["overlays"] = [name]
+        with pytest.raises(VaevqMedError, match=f"found no overlay '{name}'"):
+            RunStudy(check_study(content, "mine")).dry_run()
+
+
 def test_rows_of_generators_have_names_of_their_own(tmp_path: Path) -> None:
     file, config = str(write_checkpoint(tmp_path / "a.pt")), "train_autoregressive.json"
     parts = [{"name": "b_c", "config": config}, {"name": "c", "config": config}]

@@ -78,13 +78,11 @@ def _overlays(part: GeneratorPart, names: Sequence[str], bundle: Bundle) -> tupl
     """
     known, prefix = overlay_files(bundle.path, KIND), f"{Path(part.config).stem.removeprefix('train_')}_"
 
-    def forms(name: str) -> list[str]:
-        return [form for form in (name, prefix + name, _BOTH + name) if form in known]
+    def full(name: str) -> str:
+        return next((form for form in (name, prefix + name, _BOTH + name) if form in known), name)
 
-    shared = [form for name in names for form in forms(name) if form.startswith((prefix, _BOTH))]
-    own = [(forms(name) or [name])[0] for name in part.overlays]
-    for name in own:
-        bundle.overlay(name, KIND)
+    shared = [form for form in map(full, names) if form.startswith((prefix, _BOTH)) or form.endswith(".json")]
+    own = [full(name) for name in part.overlays]
     return tuple(dict.fromkeys([*shared, *own]))
 
 
