@@ -464,7 +464,7 @@ def test_items_are_evenly_spaced() -> None:
 def test_without_validation_images_training_images_are_validated_on(
     tokenizer_path: Path, slice_dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    encode(tokenizer_path, slice_dataset, tmp_path / "tokens", splits=["training"])
+    encode(tokenizer_path, slice_dataset, tmp_path / "tokens", split=["training"])
     assert tokens_validation_split(tmp_path / "tokens") == "training"
     assert "training images are validated on" in caplog.text
 

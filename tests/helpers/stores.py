@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from monai.bundle import ConfigParser
 
@@ -52,11 +51,6 @@ def write_checkpoint(
     state = {"network": network.state_dict(), "config": json.dumps(config), "data": {"content_hash": trained_on}}
     torch.save({"format": 1, **state}, path)
     return path
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("tokenizer") / "best.pt")
 
 
 def encode(checkpoint: Path, dataset: Path, output: Path, **options: Any) -> EncodeReport:

@@ -233,7 +233,7 @@ def of_tokens(folder: Path, checkpoint: Path, output: Path, bundle: Path) -> Ten
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encode_module, "encode_views", watched)
-        EncodeTokens(checkpoint, folder, output, splits=["training"], workers=0, device="cpu").run()
+        EncodeTokens(checkpoint, folder, output, split=["training"], workers=0, device="cpu").run()
     return seen[0][0, 0]
 
 

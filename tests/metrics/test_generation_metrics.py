@@ -556,7 +556,7 @@ def test_what_the_generator_was_trained_on_is_noted(
 
 
 def test_copies_of_another_contrast_are_found(command: Use) -> None:
-    evaluate, network = command(modalities=["t1n"])
+    evaluate, network = command(modality=["t1n"])
     report = evaluate.run()
     # Of t1n and without labels: all samples, half of each other split, but all training images beside the reference.
     assert network.images == 2 * 10 + 7 + 14 + 2 * 6
@@ -643,7 +643,7 @@ def test_features_of_other_settings_are_not_taken(command: Use) -> None:
     for options in ({"image_size": 40}, {"max_items": 5}, {"network": Classifying()}):
         assert list(command(**options)[0].run().cached) == []
     # The copies are looked for among all contrasts, whose features are there; not so the reference's and the held-out.
-    assert list(command(modalities=["t1n"])[0].run().cached) == ["training"]
+    assert list(command(modality=["t1n"])[0].run().cached) == ["training"]
     # Features of images as they are do not stand for those of their mirror images.
     for path in (command()[0].dataset.with_name("data.features")).glob("test-*"):
         path.unlink()
@@ -655,7 +655,7 @@ def test_without_memorization_only_the_reference_is_read(command: Use) -> None:
     evaluate, network = command()
     evaluate.run()
     network.images = 0
-    other, network = command(memorization=False, split="test", cache=evaluate.output / "cache")
+    other, network = command(memorization=False, split="test", cache_dir=evaluate.output / "cache")
     report = other.run()
     assert network.images == 10 + COUNTS["test"]
     assert sorted(path.name for path in report.output.iterdir()) == ["cache", "metrics.json"]
@@ -683,13 +683,13 @@ def test_labels_are_named_and_chosen_by(command: Use, folders: tuple[Path, Path]
     assert {name: row["label"] for name, row in rows_of(whole.output).items()} == {
         name: ("t1n", "t2f")[i % 2] for i, name in enumerate(names)
     }
-    chosen = command(modalities=["t1n"])[0].run().record["provenance"]
+    chosen = command(modality=["t1n"])[0].run().record["provenance"]
     assert (chosen["n"], chosen["n_reference"], chosen["modalities"]) == (5, 7, ["t1n"])
 
 
 def test_the_score_where_there_are_classes(command: Use, folders: tuple[Path, Path]) -> None:
     assert "inception_score" not in command(Classifying())[0].run().record["summary"]["overall"]
-    asked = command(Classifying(), score=True)[0].run().record
+    asked = command(Classifying(), inception_score=True)[0].run().record
     assert asked["summary"]["overall"]["inception_score"]["splits"] == 1
     assert "Inception-style score of classifying, 2 classes" in asked["conventions"]["inception_score"]
     path = folders[0] / "dataset.json"
@@ -719,16 +719,16 @@ def test_the_extrapolation_has_a_name_of_its_own(command: Use, folders: tuple[Pa
     ("options", "message"),
     [
         ({"split": "train"}, "--split: found 'train'"),
-        ({"k": 0}, "--neighbors: found 0"),
-        ({"k": 10}, "found 10 samples .* expected more than --neighbors 10"),
+        ({"neighbors": 0}, "--neighbors: found 0"),
+        ({"neighbors": 10}, "found 10 samples .* expected more than --neighbors 10"),
         ({"batch_size": 0}, "--batch-size: found 0"),
         ({"max_items": 0}, "--max-items: found 0"),
         ({"image_size": 8}, "--image-size: found 8, expected 32 to 4096"),
-        ({"score": True}, "'flat': found no class logits"),
+        ({"inception_score": True}, "'flat': found no class logits"),
         ({"fid_infinity": True}, "found 10 samples, expected at least 100 for --fid-infinity"),
         ({"pixel_threshold": -1.0}, "--pixel-threshold: found -1.0"),
         ({"feature_threshold": 0.1, "memorization": False}, "--feature-threshold: found it with --no-memorization"),
-        ({"modalities": ["flair"]}, "found no modality flair"),
+        ({"modality": ["flair"]}, "found no modality flair"),
         ({"device": "cuda:99"}, "--device: found 'cuda:99'"),
         ({"workers": -1}, "workers: found -1, expected 0 to 512"),
     ],

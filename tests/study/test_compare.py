@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from vaevq_med.cli.app import app
 from vaevq_med.cli.study import _status_table
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.core.folder import Workplace
+from vaevq_med.core.folder import OutputFolder
 from vaevq_med.study import rows as rows_module
 from vaevq_med.study.bundle import Bundle
 from vaevq_med.study.command import RunStudy
@@ -225,14 +225,14 @@ def test_the_command_line_says_what_failed(runner: Runner, slice_dataset: Path, 
 def test_two_calls_do_not_train_a_row_twice(runner: Runner, slice_dataset: Path, tmp_path: Path) -> None:
     command = toy(slice_dataset, tmp_path / "out", pictures=0)
     with (
-        Workplace(tmp_path / "out", STATE, "compare", "rows").lock(),
+        OutputFolder(tmp_path / "out", STATE, "compare", "rows").lock(),
         pytest.raises(VaevqMedError, match="found another compare at work in it") as refused,
     ):
         command.run()
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "out" / "comparison.json").exists()
     # A task of an array job goes on beside another one, and not on the same row.
-    with Workplace(tmp_path / "out/vqgan/seed_0", STATE, "compare", "rows").lock():
+    with OutputFolder(tmp_path / "out/vqgan/seed_0", STATE, "compare", "rows").lock():
         (busy,) = command.run_task(0).failed
         assert "out/vqgan/seed_0: found another compare at work" in busy.detail
         assert runner.commands == []

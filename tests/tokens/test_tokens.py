@@ -41,6 +41,11 @@ from vaevq_med.trained.network import StoredTokenizer
 ALL_CASES = all_cases()
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("tokenizer") / "best.pt")
+
+
 def tokenizer_of(quantizer: Quantizer, *, modulated: bool = False) -> VisualTokenizer:
     small = {**SMALL, "channel_mult": tuple(SMALL["channel_mult"]), "attention_resolutions": ()}
     dim = quantizer.embedding_dim
@@ -77,7 +82,7 @@ def test_decoding_the_stored_indices_is_the_reconstruction_to_the_bit(
         quantizer.select_readout("hard")
     network = tokenizer_of(quantizer, modulated="modulated" in name)
     monkeypatch.setattr(StoredTokenizer, "network", lambda self: network)
-    encode(checkpoint, slice_dataset, tmp_path / "tokens", splits=["test"], batch_size=16)
+    encode(checkpoint, slice_dataset, tmp_path / "tokens", split=["test"], batch_size=16)
     indices = stored_values(tmp_path / "tokens", "test", "indices")
     assert indices.shape == (16, 8, 8, quantizer.num_codebooks)
     assert len(indices.unique()) > 1
@@ -116,7 +121,7 @@ def test_latents_are_the_mean_before_quantization(checkpoint: Path, slice_datase
     assert not isinstance(encoded, torch.Tensor)
     for dtype in ("float16", "float32"):
         output = tmp_path / dtype
-        encode(checkpoint, slice_dataset, output, kind="latents", dtype=dtype, splits=["validation"])
+        encode(checkpoint, slice_dataset, output, kind="latents", dtype=dtype, split=["validation"])
         values = stored_values(output, "validation", "latent")
         assert values.dtype == torch.float32
         assert torch.equal(values, encoded.mean.to(getattr(torch, dtype)).float())
@@ -128,14 +133,14 @@ def test_latents_beyond_float16_are_refused_and_stored_as_float32(slice_dataset:
 
     far_off = write_checkpoint(tmp_path / "far.pt", change=far)
     with pytest.raises(VaevqMedError, match=r"latent of 1\d{5} in .*expected at most 65504.*; name --dtype float32$"):
-        encode(far_off, slice_dataset, tmp_path / "tokens", kind="latents", splits=["test"])
-    encode(far_off, slice_dataset, tmp_path / "wide", kind="latents", dtype="float32", splits=["test"])
+        encode(far_off, slice_dataset, tmp_path / "tokens", kind="latents", split=["test"])
+    encode(far_off, slice_dataset, tmp_path / "wide", kind="latents", dtype="float32", split=["test"])
     assert float(stored_values(tmp_path / "wide", "test", "latent").min()) > 65504
 
 
 def test_stacked_contrasts_have_no_label(slice_dataset: Path, tmp_path: Path) -> None:
     stacked = write_checkpoint(tmp_path / "stacked.pt", in_channels=2, stack_modalities=True, modalities=["t2w", "t1n"])
-    encode(stacked, slice_dataset, tmp_path / "tokens", splits=["test"])
+    encode(stacked, slice_dataset, tmp_path / "tokens", split=["test"])
     store = load_token_store(tmp_path / "tokens")
     assert store.content["label"] == {"kind": "none", "names": []}
     assert [item["modality"] for item in store.items("test")] == ["t2w+t1n"] * 4
@@ -219,7 +224,7 @@ def write_store(
 
 
 def test_the_flipped_view_is_that_of_the_mirror_image(checkpoint: Path, slice_dataset: Path, tmp_path: Path) -> None:
-    encode(checkpoint, slice_dataset, tmp_path / "tokens", splits=["training"])
+    encode(checkpoint, slice_dataset, tmp_path / "tokens", split=["training"])
     array = torch.from_numpy(load_token_store(tmp_path / "tokens").array("training").astype(np.int64))
     images = images_of(slice_dataset, "training")
     network = StoredTokenizer(checkpoint).network()
@@ -357,16 +362,16 @@ def test_a_finished_store_is_left_alone_and_another_replaces_it_on_demand(
     checkpoint: Path, slice_dataset: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "tokens"
-    encode(checkpoint, slice_dataset, output, splits=["test"])
+    encode(checkpoint, slice_dataset, output, split=["test"])
     before = contents(output)
-    report = encode(checkpoint, slice_dataset, output, splits=["test"], batch_size=3)
+    report = encode(checkpoint, slice_dataset, output, split=["test"], batch_size=3)
     assert (report.written, report.reused) == (0, 16)
     assert contents(output) == before
     other = write_checkpoint(tmp_path / "other.pt", {**SIMVQ, "num_embeddings": 16})
     with pytest.raises(VaevqMedError, match=r"found a token store of tokenizer\.content_hash sha256:\w+.*--overwrite$"):
-        encode(other, slice_dataset, output, splits=["test"])
+        encode(other, slice_dataset, output, split=["test"])
     assert contents(output) == before
-    encode(other, slice_dataset, output, splits=["validation"], overwrite=True)
+    encode(other, slice_dataset, output, split=["validation"], overwrite=True)
     assert set(contents(output)) == {"tokens.json", "validation.npy"}
     assert load_token_store(output).tokenizer["num_embeddings"] == 16
 
@@ -500,7 +505,7 @@ def test_options_out_of_range_are_refused(checkpoint: Path, slice_dataset: Path,
         ({"kind": "codes"}, "--kind: found 'codes', expected one of indices, latents"),
         ({"batch_size": 0}, "--batch-size: found 0"),
         ({"workers": -1}, "workers: found -1, expected 0 to 512"),
-        ({"splits": ["train"]}, "--split: found 'train', expected one of training"),
+        ({"split": ["train"]}, "--split: found 'train', expected one of training"),
         ({"dtype": "float16"}, "--dtype: found 'float16' for indices"),
         ({"kind": "latents", "dtype": "int8"}, "--dtype: found 'int8', expected one of float16, float32"),
         ({"device": "abacus"}, "--device: found 'abacus'"),
@@ -524,7 +529,7 @@ def test_checkpoints_that_are_no_discrete_tokenizers_are_refused(slice_dataset: 
         tmp_path / "soft.pt", {**SIMVQ, "_target_": "vaevq_med.networks.quantizers.SoftVQ", "num_segments": 2}
     )
     refuse("found SoftVQ with read-out 'soft'.*; name --readout hard$", soft, slice_dataset, tmp_path / "out")
-    encode(soft, slice_dataset, tmp_path / "hard", splits=["test"], readout="hard")
+    encode(soft, slice_dataset, tmp_path / "hard", split=["test"], readout="hard")
     network = StoredTokenizer(soft, readout="hard").network()
     with torch.inference_mode():
         decoded = network.decode_indices(stored_values(tmp_path / "hard", "test", "indices"))
@@ -537,7 +542,7 @@ def test_images_that_the_tokenizer_was_not_trained_on_are_refused(
     color = write_checkpoint(tmp_path / "color.pt", in_channels=3)
     refuse("found images of 1 channels, expected 3", color, slice_dataset, tmp_path / "out")
     own = write_checkpoint(tmp_path / "own.pt", in_channels=3, trained_on="sha256:toy")
-    assert encode(own, slice_dataset, tmp_path / "own", splits=["test"]).written == 16
+    assert encode(own, slice_dataset, tmp_path / "own", split=["test"]).written == 16
     stacked = write_checkpoint(tmp_path / "stacked.pt", in_channels=3, stack_modalities=True)
     refuse("found images of 4 channels, expected 3", stacked, slice_dataset, tmp_path / "out")
     large = write_checkpoint(tmp_path / "large.pt", image_size=64)

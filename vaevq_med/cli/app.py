@@ -439,9 +439,7 @@ def encode_tokens(
     """
     from vaevq_med.tokens.encode import EncodeTokens
 
-    chosen = vars(options) | {"splits": options.split}
-    del chosen["split"]
-    command = EncodeTokens(checkpoint, dataset, output, kind=kind, overwrite=overwrite, **chosen)
+    command = EncodeTokens(checkpoint, dataset, output, kind=kind, overwrite=overwrite, **vars(options))
     with _watched("image", "images") as (progress, start, _):
         report = command.run(on_start=start, on_images=lambda count: progress.advance(progress.task_ids[0], count))
     store = report.store
@@ -461,13 +459,6 @@ def encode_tokens(
     )
     names = f" ({len(store.label_names):,})" if store.label_names else ""
     typer.echo(f"  labels: {store.content['label']['kind']}{names}")
-
-
-_RENAMED = {
-    **{"modality": "modalities", "feature_network": "network", "feature_weights": "weights", "neighbors": "k"},
-    **{"inception_score": "score", "cache_dir": "cache"},
-}
-"""What the work calls some of its options."""
 
 
 @app.command("evaluate-samples")
@@ -496,8 +487,7 @@ def evaluate_samples(
 
     from vaevq_med.evaluation.samples import EvaluateSamples, table
 
-    chosen = {_RENAMED.get(name, name): value for name, value in vars(options).items()}
-    command = EvaluateSamples(samples, dataset, output_dir, tokenizer=tokenizer, **chosen)
+    command = EvaluateSamples(samples, dataset, output_dir, tokenizer=tokenizer, **vars(options))
     try:
         with _progress() as progress:
             task = progress.add_task("images", total=None)

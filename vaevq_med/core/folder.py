@@ -196,10 +196,6 @@ class OutputFolder:
             yield
 
 
-Workplace = OutputFolder
-"""What ``study`` calls it."""
-
-
 def difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
     """The first setting in which two descriptions differ, in words, or None.
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from vaevq_med.core.errors import DataError, VaevqMedError
 from vaevq_med.core.files import atomic_binary_writer
 from vaevq_med.core.jobs import check_workers, usable_cores
+from vaevq_med.evaluation.options import CodebookOptions
 from vaevq_med.images.dataset import SliceDataset
 from vaevq_med.images.reading import reader
 from vaevq_med.networks.features import FeatureNetwork, feature_network
@@ -113,41 +114,20 @@ class StreamingClusters:
 
 
 @dataclass(frozen=True)
-class FeatureCodebook:
+class FeatureCodebook(CodebookOptions):
     """Cluster the features of a data set's training images into a codebook.
 
     The images are brought to a square of ``image_size`` pixels; the network's deepest feature map is averaged over
-    ``grid x grid`` cells, each of which is one feature.
+    ``grid x grid`` cells, each of which is one feature. With ``per_class``, K is shared evenly among the classes
+    (contrasts of an MRI, classes of ImageNet).
 
     Attributes:
         dataset: folder of ``dataset.json``.
         output: file to write, ``.npz``.
-        num_embeddings: K, codewords in all.
-        network: name of the feature network.
-        weights: file of its weights, where it is not in a usual place.
-        grid: cells along each axis.
-        image_size: pixels along each axis.
-        per_class: cluster the images of each class apart (contrasts of an MRI, classes of ImageNet), K shared evenly.
-        max_items: look at this many images at most, evenly spaced; None looks at all.
-        batch_size: images at once.
-        workers: processes that read images; 0 reads in this one, None takes one a core.
-        seed: seed of the order of the images and of the centers.
-        device: where the network runs; None takes the GPU where there is one.
     """
 
     dataset: Path
     output: Path
-    num_embeddings: int
-    network: str = "efficientnet-lite0"
-    weights: Path | None = None
-    grid: int = 8
-    image_size: int = 256
-    per_class: bool = True
-    max_items: int | None = None
-    batch_size: int = 32
-    workers: int | None = None
-    seed: int = 0
-    device: str | None = None
 
     def run(
         self,

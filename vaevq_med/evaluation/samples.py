@@ -16,6 +16,7 @@ from vaevq_med.core.files import atomic_write_text
 from vaevq_med.core.jobs import check_workers
 from vaevq_med.evaluation.features import ImageReader, RealImages, SplitPass
 from vaevq_med.evaluation.neighbors import NeighborSearch, SampleNeighbors
+from vaevq_med.evaluation.options import EvaluateOptions
 from vaevq_med.images.generated import Sample, SampleDataset, find_samples, generation_record, image_side
 from vaevq_med.images.manifest import SPLITS, Manifest, load_manifest
 from vaevq_med.metrics.generation import measure_generation
@@ -46,59 +47,26 @@ class SamplesReport:
 
 
 @dataclass(frozen=True)
-class EvaluateSamples:
+class EvaluateSamples(EvaluateOptions):
     """Evaluate a folder of generated images against a data set.
 
     Each image goes through the feature network once, the samples and the held-out images for the memorization check in
     mirror image too. In memory are these features and, for that check, a byte a pixel of the samples and the held-out
-    images.
+    images. A sample's nearest training image is looked for among all contrasts.
 
     Attributes:
         samples: folder of PNG files, see :func:`find_samples`.
         dataset: folder of ``dataset.json``.
         output: folder to write into.
-        split: whose images are the reference.
-        modalities: contrasts of the reference, the held-out images and, where they have labels, the samples; None takes
-            all. A sample's nearest training image is looked for among all contrasts.
-        network: name of the feature network.
-        weights: file of its weights, where it is not in a usual place.
-        image_size: pixels that all images are brought to; None takes the samples' own size.
-        max_items: look at this many samples, and images of each split, at most, evenly spaced; None looks at all.
-        k: neighbor of precision and recall.
-        fid_infinity: extrapolate gFID to infinitely many samples.
-        score: compute the Inception score; None does where the data set has classes and the network a classifier.
-        memorization: look for each sample's nearest training image, as it is or in mirror image.
         tokenizer: checkpoint of the tokenizer that decoded the samples. That check then compares training and held-out
             images as it reconstructs them: a sample of the very tokens of a training image is otherwise as far from it
             as the tokenizer's error. Samples of ``generate`` name theirs, with its read-out, and another is refused.
-        feature_threshold: cosine distance below which a sample counts as near; None takes the held-out images'.
-        pixel_threshold: RMSE likewise.
-        cache: folder of the real images' features; None takes ``DATASET.features`` beside the data set.
-        batch_size: images at once.
-        workers: processes that read images; 0 reads in this one, None takes one a core.
-        device: where the network runs; None takes the GPU where there is one.
     """
 
     samples: Path
     dataset: Path
     output: Path
-    split: str = "training"
-    modalities: Sequence[str] | None = None
-    network: str = "efficientnet-lite0"
-    weights: Path | None = None
-    image_size: int | None = None
-    max_items: int | None = None
-    k: int = 3
-    fid_infinity: bool = False
-    score: bool | None = None
-    memorization: bool = True
     tokenizer: Path | None = None
-    feature_threshold: float | None = None
-    pixel_threshold: float | None = None
-    cache: Path | None = None
-    batch_size: int = 32
-    workers: int | None = None
-    device: str | None = None
 
     def run(
         self,
@@ -118,7 +86,7 @@ class EvaluateSamples:
         """
         self._check()
         device = named_device(self.device)
-        network = feature_network(self.network, self.weights).to(device)
+        network = feature_network(self.feature_network, self.feature_weights).to(device)
         manifest = load_manifest(self.dataset)
         score = self._scored(network, manifest)
         found = find_samples(self.samples)
@@ -129,9 +97,9 @@ class EvaluateSamples:
         real = RealImages(
             manifest=manifest,
             reader=reader,
-            cache=ReferenceCache(self.cache or folder.with_name(f"{folder.name}.features")),
+            cache=ReferenceCache(self.cache_dir or folder.with_name(f"{folder.name}.features")),
             image_size=self.image_size or image_side(self.samples, samples),
-            modalities=self.modalities,
+            modalities=self.modality,
             max_items=self.max_items,
         )
         generated = SampleDataset(
@@ -153,7 +121,7 @@ class EvaluateSamples:
             features.to(reader.compute_device),
             _moved(reference.features[0], reader.compute_device),
             network,
-            k=self.k,
+            k=self.neighbors,
             fid_infinity=self.fid_infinity,
             logits=logits,
         )
@@ -175,7 +143,7 @@ class EvaluateSamples:
         check_workers(self.workers, least=0)
         if self.split not in SPLITS:
             raise VaevqMedError(f"--split: found {self.split!r}, expected one of {', '.join(SPLITS)}")
-        counts = {"batch-size": self.batch_size, "neighbors": self.k, "max-items": self.max_items}
+        counts = {"batch-size": self.batch_size, "neighbors": self.neighbors, "max-items": self.max_items}
         for name, value in counts.items():
             if value is not None and value < 1:
                 raise VaevqMedError(f"--{name}: found {value}, expected 1 or more")
@@ -242,18 +210,18 @@ class EvaluateSamples:
     def _check_numbers(self, samples: int, real: int) -> None:
         """Refuse, before anything is computed, too few images."""
         for what, count in ((f"samples in {self.samples}", samples), (f"images of split {self.split!r}", real)):
-            if count <= self.k:
-                raise DataError(f"found {count} {what}, expected more than --neighbors {self.k}")
+            if count <= self.neighbors:
+                raise DataError(f"found {count} {what}, expected more than --neighbors {self.neighbors}")
         if self.fid_infinity and samples < MIN_EXTRAPOLATED:
             raise DataError(f"found {samples} samples, expected at least {MIN_EXTRAPOLATED} for --fid-infinity")
 
     def _scored(self, network: FeatureNetwork, manifest: Manifest) -> bool:
         """Whether there is to be an Inception score; refuses one that the network cannot give."""
-        if self.score is None:
+        if self.inception_score is None:
             return network.num_classes > 0 and label_of(manifest, stacked=False)["kind"] == "class"
-        if self.score and not network.num_classes:
+        if self.inception_score and not network.num_classes:
             network.logits(torch.empty(0))
-        return self.score
+        return self.inception_score
 
     def _labeled(self, found: Sequence[Sample], manifest: Manifest) -> list[Sample]:
         """The samples found, their labels by name; those of the chosen contrasts, where they have labels."""
@@ -270,11 +238,11 @@ class EvaluateSamples:
                     )
                 name = names[int(name)]
             samples.append(Sample(sample.name, name))
-        if self.modalities is not None and any(sample.label for sample in samples):
-            samples = [sample for sample in samples if sample.label in self.modalities]
+        if self.modality is not None and any(sample.label for sample in samples):
+            samples = [sample for sample in samples if sample.label in self.modality]
             if not samples:
                 raise DataError(
-                    f"{self.samples}: found no samples with the label {', '.join(self.modalities)}, expected some"
+                    f"{self.samples}: found no samples with the label {', '.join(self.modality)}, expected some"
                 )
         return samples
 
@@ -290,7 +258,7 @@ class EvaluateSamples:
             "content_hash": real.manifest.content_hash,
             "split_hash": real.manifest.split_hash,
             "split": self.split,
-            "modalities": list(self.modalities) if self.modalities else None,
+            "modalities": list(self.modality) if self.modality else None,
             "image_size": real.image_size,
             "channels": real.reading.channels,
             "max_items": self.max_items,

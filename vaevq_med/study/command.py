@@ -13,7 +13,7 @@ from typing import Any
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.files import atomic_write_text
-from vaevq_med.core.folder import Workplace
+from vaevq_med.core.folder import OutputFolder
 from vaevq_med.study.file import GeneratorStudy, Study, TokenizerStudy
 from vaevq_med.study.generation import GenerationPlan
 from vaevq_med.study.plan import Plan, Row
@@ -108,7 +108,7 @@ class RunStudy:
             KeyboardInterrupt: on Ctrl-C or SIGTERM; the same call goes on.
         """
         check_settings(self.plan)
-        with Workplace(self.study.output, STATE, self.study.label, "rows").lock():
+        with OutputFolder(self.study.output, STATE, self.study.label, "rows").lock():
             return self._run()
 
     def _run(self) -> StudyReport:

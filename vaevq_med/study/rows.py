@@ -19,7 +19,7 @@ from typing import Any
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.files import atomic_write_text
-from vaevq_med.core.folder import BusyError, Workplace
+from vaevq_med.core.folder import BusyError, OutputFolder
 from vaevq_med.metrics.figures import Figure
 from vaevq_med.study.bundle import first_difference, settings_hash
 from vaevq_med.study.plan import Plan, Row
@@ -285,7 +285,7 @@ def run_row(state: RowState, parent_run_id: str | None, on_update: Callable[[], 
     """
     row = state.row
     try:
-        with Workplace(row.folder, STATE, row.plan.study.label, "rows").lock():
+        with OutputFolder(row.folder, STATE, row.plan.study.label, "rows").lock():
             _run_row(state, parent_run_id, on_update)
     except BusyError as error:
         state.status, state.detail = "failed", str(error)

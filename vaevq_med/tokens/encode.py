@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from vaevq_med.images.manifest import SPLITS, Manifest, load_manifest
 from vaevq_med.images.reading import Reading
 from vaevq_med.networks.tokenizer import VisualTokenizer
 from vaevq_med.tokens.items import describe_items, label_of
+from vaevq_med.tokens.options import EncodeOptions
 from vaevq_med.tokens.store import FORMAT, KINDS, TokenStore, index_type
 from vaevq_med.tokens.views import LoadViews, View, plan_views
 from vaevq_med.tokens.writer import TokenWriter
@@ -85,7 +86,7 @@ def describe_tokenizer(network: VisualTokenizer, content_hash: str) -> dict[str,
 
 
 @dataclass(frozen=True)
-class EncodeTokens:
+class EncodeTokens(EncodeOptions):
     """Encode the images of a data set into a token store.
 
     The images of ``training`` are encoded in all the views that are asked for, those of the other splits as they are.
@@ -95,34 +96,14 @@ class EncodeTokens:
         dataset: folder of ``dataset.json``.
         output: folder of the store.
         kind: ``indices`` or ``latents``.
-        splits: to encode, or None for all that have images.
-        flip: mirror images too.
-        ten_crop: crops in place of the whole image, see :func:`plan_views`.
-        weights: ``ema`` for the averaged weights, or ``network``.
-        readout: of a quantizer with several, or None for the one that it was trained with.
-        dtype: of latents, ``float16`` or ``float32``; None takes the former. Indices have the smallest one.
-        batch_size: squares that go through the network at once.
-        workers: processes that read images; 0 reads in this one, None takes one a core.
-        device: where the network runs; None takes the GPU where there is one.
         overwrite: replace a store of other settings.
-        any_shape: take a data set whose images are brought to squares in another way than in training.
     """
 
     checkpoint: Path
     dataset: Path
     output: Path
     kind: str = "indices"
-    splits: Sequence[str] | None = None
-    flip: bool = True
-    ten_crop: bool = False
-    weights: str = "ema"
-    readout: str | None = None
-    dtype: str | None = None
-    batch_size: int = 64
-    workers: int | None = None
-    device: str | None = None
     overwrite: bool = False
-    any_shape: bool = False
 
     def run(
         self,
@@ -167,7 +148,7 @@ class EncodeTokens:
             raise VaevqMedError(f"--dtype: found {self.dtype!r} for indices, expected it with --kind latents only")
         if self.dtype is not None and self.dtype not in LATENT_TYPES:
             raise VaevqMedError(f"--dtype: found {self.dtype!r}, expected one of {', '.join(LATENT_TYPES)}")
-        unknown = [split for split in self.splits or () if split not in SPLITS]
+        unknown = [split for split in self.split or () if split not in SPLITS]
         if unknown:
             raise VaevqMedError(f"--split: found {unknown[0]!r}, expected one of {', '.join(SPLITS)}")
 
@@ -190,8 +171,8 @@ class EncodeTokens:
             stored.check_shape(Reading.of(manifest).shape, self.dataset, "--any-shape")
         image_size, in_channels = int(stored.value("image_size")), int(stored.value("in_channels"))
         stacked = bool(stored.value("stack_modalities", False))
-        chosen = [split for split in SPLITS if split in (self.splits or SPLITS)]
-        if self.splits is None:
+        chosen = [split for split in SPLITS if split in (self.split or SPLITS)]
+        if self.split is None:
             chosen = [split for split in chosen if manifest.entries(split)] or chosen
         datasets = {
             split: SliceDataset(
