@@ -9,12 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
 
 MODALITIES = ("t1n", "t1c", "t2w", "t2f")
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 BUNDLE = ROOT / "bundles" / "brats"
+# A busy machine makes any example slow.
+settings.register_profile("without_deadlines", deadline=None)
+settings.load_profile("without_deadlines")
 OVERLAYS = BUNDLE.parent / "overlays"
 
 

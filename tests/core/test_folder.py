@@ -168,8 +168,8 @@ def test_a_setting_that_differs_is_named(found: dict[str, Any], name: str, value
     if found.get(name) == value:
         assert difference(before, after) is None
     elif found or not nested:
-        assert difference(before, after) == f"{full} {found.get(name)}, expected {value}"
-        assert difference(after, before) == f"{full} {value}, expected {found.get(name)}"
+        assert difference(before, after) == f"{full} {found.get(name, 'unset')}, expected {value}"
+        assert difference(after, before) == f"{full} {value}, expected {found.get(name, 'unset')}"
 
 
 def test_other_settings_are_refused_in_words(folder: OutputFolder) -> None:

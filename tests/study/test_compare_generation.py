@@ -291,8 +291,8 @@ def test_finished_rows_are_kept_and_a_failing_one_does_not_stop_the_others(
     assert {state.status for state in command(seeds="0,1").run().states} == {"kept"}
     assert faked.commands == []
     for changed, said in (
-        ({"encode": ()}, "a row with encode#flip False, expected unset"),
-        ({"assignments": [*tiny("llamagen", "ldm"), "max_grad_norm=2"]}, "set#max_grad_norm unset, expected 2"),
+        ({"encode": ()}, "a row with encode.flip False, expected unset"),
+        ({"assignments": [*tiny("llamagen", "ldm"), "max_grad_norm=2"]}, "set.max_grad_norm unset, expected 2"),
         ({"steps": 3}, "2 steps, expected 3 steps"),
     ):
         with pytest.raises(VaevqMedError, match=said) as refused:

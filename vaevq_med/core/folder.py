@@ -210,7 +210,7 @@ def difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str | N
     before, after = dict(_leaves(found)), dict(_leaves(expected))
     for name in (*after, *before):
         if before.get(name) != after.get(name):
-            return f"{name} {_short(before.get(name))}, expected {_short(after.get(name))}"
+            return f"{name} {_short(before.get(name, 'unset'))}, expected {_short(after.get(name, 'unset'))}"
     return None
 
 

@@ -76,7 +76,7 @@ class SamplingSettings:
                 continue
             if name not in values:
                 raise VaevqMedError(
-                    f"{name}: found {value} for a {type(network).__name__}, expected none; its settings are "
+                    f"{name}: found {value} for {type(network).__name__}, expected none; its settings are "
                     f"{', '.join(values)}"
                 )
             setting = network.settings[name]
@@ -320,6 +320,11 @@ class ImageSampler(BaseEvaluator):
     @torch.no_grad()
     def sample(self, labels: Tensor, seeds: Sequence[int], known: Tensor | None, mask: Tensor | None) -> Tensor:
         """Images ``[B, C, H, W]``, one a label and seed; the other arguments as for ``generate_indices``."""
+        if known is not None and not self.network.inpaints:
+            raise VaevqMedError(
+                f"inpaint_tokens: found {type(self.network).__name__}, which draws whole images alone, expected a "
+                "generator that inpaints"
+            )
         classes = labels if self.network.num_classes else None
         return self._draw(Wanted(classes, seeds, known, mask, self.autocast_dtype))
 

@@ -69,14 +69,14 @@ UTILIZATION = Figure(
     1,
     100,
     higher_is_better=True,
-    convention="share of the K entries used at least once over the split",
+    convention="share of the K codewords used at least once over the split",
 )
 PERPLEXITY = Figure(
     "perplexity",
     "Perplexity",
     0,
     higher_is_better=True,
-    convention="exp of the entropy of the entries' frequencies over the split",
+    convention="exp of the entropy of the codewords' frequencies over the split",
 )
 BITS_PER_POSITION = Figure("bits_per_position", "Bits per position", 2, varies=False)
 BITS_PER_PIXEL = Figure("bits_per_pixel", "Bits per pixel", 3, varies=False)

@@ -6,12 +6,14 @@ import ast
 import difflib
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.core.folder import difference
 from vaevq_med.core.resources import bundle_path, overlay_files, overlay_path, overlay_title
 
 # Where and under what name a run is tracked, and on what device it runs, change no figure.
@@ -122,8 +124,12 @@ def has_id(config: Mapping[str, Any], key: str) -> bool:
 
 
 def texts(values: Mapping[str, Any]) -> dict[str, str]:
-    """Overrides as MONAI's command line has them: a text is read there, and other values are written as Python does."""
-    return {key: value if isinstance(value, str) else repr(value) for key, value in values.items()}
+    """Overrides as MONAI's command line has them: a text is read there, and other values are written as Python does.
+
+    None is written as an expression, since MONAI leaves out what is None there.
+    """
+    written = {key: value if isinstance(value, str) else repr(value) for key, value in values.items()}
+    return {key: "$None" if value == "None" else value for key, value in written.items()}
 
 
 def literal(text: str) -> Any:
@@ -154,25 +160,13 @@ def settings_hash(settings: Mapping[str, Any]) -> str:
 
 
 def first_difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
-    """The first setting that differs, in words; None where all are alike."""
-    old, new = dict(_flattened(found)), dict(_flattened(expected))
-    # An override says it best; the rest follows from it.
-    for key in sorted({*old, *new}, key=lambda name: ("overrides" not in name, name)):
-        if old.get(key) != new.get(key):
-            name = key.replace("#overrides", "").replace("train#", "").replace("evaluate#", "")
-            return f"{name} {_short(old.get(key, 'unset'))}, expected {_short(new.get(key, 'unset'))}"
-    return None
+    """The first setting of two rows that differs, in words; None where all are alike.
 
-
-def _flattened(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of nested settings, named by their path."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _flattened(item, f"{prefix}#{key}" if prefix else str(key))
-    else:
-        yield prefix, value
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    An override says it best; the rest follows from it.
+    """
+    before, after = (
+        {"overrides": {name: part["overrides"] for name, part in row.items() if "overrides" in part}, **row}
+        for row in (found, expected)
+    )
+    words = difference(before, after)
+    return words and re.sub(r"\b(overrides|train|evaluate)\.", "", words)

@@ -126,18 +126,23 @@ class TokenWriter:
             values: ``[n, views, ...]``.
 
         Raises:
-            DataError: a value is not finite in the type of the store.
+            DataError: the shape is not that of the header, or a value is not finite in the type of the store.
         """
+        expected = tuple(self.header["splits"][split]["shape"][1:])
+        if values.shape[1:] != expected:
+            raise DataError(
+                f"{self.root}: found an image's tokens of shape {list(values.shape[1:])}, expected {list(expected)}"
+            )
         with np.errstate(over="ignore"):
             stored = values.astype(self.dtype)
         if self.dtype.kind == "f" and not np.isfinite(stored).all():
             finite = bool(np.isfinite(values).all())
             found = f"a latent of {np.abs(values).max():g}" if finite else "a latent that is not finite"
-            expected = f"at most {np.finfo(self.dtype).max:g}, which {self.dtype.name} holds"
+            most = f"at most {np.finfo(self.dtype).max:g}, which {self.dtype.name} holds"
             wider = "; name --dtype float32" if finite and self.dtype.itemsize == 2 else ""
             raise DataError(
                 f"{self.root}: found {found} in {self.items[split][self.done[split]]['id']} or close by, expected "
-                f"{expected}{wider}"
+                f"{most}{wider}"
             )
         self._file(split).write(stored.tobytes())
         self.done[split] += len(values)

@@ -301,8 +301,6 @@ class StoredGenerator(StoredNetwork):
                 factor.
         """
         tokens = self.tokens
-        if tokens["kind"] == "latents" and "scale_factor" not in self._chosen:
-            raise CheckpointError(f"{self.path}: found no scale factor; expected one measured in training, above 0")
         network: Generator = self._build(Generator, "that of a generator, such as vaevq_med.networks.LlamaGen")
         network.check_fit(tokens, str(self.path))
         try:

@@ -81,6 +81,7 @@ class LlamaGen(Generator):
 
     presets: ClassVar[tuple[str, ...]] = ("preset",)
     kind = "indices"
+    inpaints = True
     settings = MappingProxyType(
         {
             "guidance_scale": Setting(2.0, *GUIDANCE_SCALE),
