@@ -480,23 +480,23 @@ def test_a_grid_of_pictures_places_each() -> None:
     assert found.tolist() == [[1, 1, 255, 2, 2], [255] * 5, [3, 3, 255, 255, 255]]
 
 
-CONFIGURED = [
-    *[(f"train_{kind}.json", f"{kind}_small_cpu") for kind in KINDS],
-    *[(f"train_{kind}.json", "generator_multi_gpu") for kind in KINDS],
-    *[("train_autoregressive.json", f"autoregressive_{size}") for size in ("s", "l", "xl")],
-]
-
-
-@pytest.mark.parametrize(("file", "overlay"), CONFIGURED)
-def test_every_overlay_is_read(file: str, overlay: str) -> None:
+@pytest.mark.parametrize("overlay", sorted(path.stem for path in (OVERLAYS / "generation").glob("*.json")))
+def test_every_overlay_is_read(overlay: str) -> None:
+    """By the files whose kind its name says, or, of another name, by one of them."""
+    path = OVERLAYS / "generation" / f"{overlay}.json"
+    kinds = [kind for kind in KINDS if overlay.startswith((f"{kind}_", "generator_"))]
     for bundle in (BUNDLE, BUNDLE.parent / "imagenet"):
-        parser = ConfigParser()
-        path = OVERLAYS / "generation" / f"{overlay}.json"
-        parser.read_config([str(bundle / file), str(path)])
-        check_config(parser.get())
-        for key in json.loads(path.read_text()):
-            assert key in ("_notes_", "_title_") or parser[key] is not None
-    assert {path.stem for path in (OVERLAYS / "generation").iterdir()} == {name for _, name in CONFIGURED}
+        refused = []
+        for kind in kinds or KINDS:
+            parser = ConfigParser()
+            parser.read_config([str(bundle / f"train_{kind}.json"), str(path)])
+            try:
+                check_config(parser.get())
+            except VaevqMedError as error:
+                refused.append(str(error))
+            for key in json.loads(path.read_text()).keys() - {"_notes_", "_title_"}:
+                assert parser[key] is not None
+        assert refused == [] if kinds else len(refused) < len(KINDS), refused
 
 
 @pytest.mark.parametrize(("size", "millions"), [("s", 34.2), ("l", 342.9), ("xl", 774.7)])

@@ -1,4 +1,4 @@
-"""``docs/adding_a_method.md``, followed word for word in a copy of the checkout."""
+"""``docs/adding_a_method.md`` and ``adding_a_generator.md``, followed word for word in a copy of the checkout."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ def test_the_page_adds_a_method(tmp_path: Path) -> None:
     for name in ("vaevq_med", "bundles", "tests", "docs", "preprocessing"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    blocks = {match["title"]: match["text"] for match in BLOCK.finditer((ROOT / "docs/adding_a_method.md").read_text())}
-    assert len(blocks) == 3
+    pages = [(ROOT / "docs" / name).read_text() for name in ("adding_a_method.md", "adding_a_generator.md")]
+    blocks = {match["title"]: match["text"] for page in pages for match in BLOCK.finditer(page)}
+    assert len(blocks) == 6
     for title, text in blocks.items():
         assert not (tmp_path / title).exists()
         (tmp_path / title).write_text(text)
@@ -29,9 +30,11 @@ def test_the_page_adds_a_method(tmp_path: Path) -> None:
         "tests/networks/quantizers/test_quantizer_contract.py",
         "tests/networks/quantizers/test_cosine.py",
         "tests/training/test_bundle.py",
+        "tests/networks/generators/test_independent.py",
+        "tests/generation/test_generation_bundles.py",
     ]
     chosen.append("vaevq_med/networks/quantizers/cosine.py")
-    words = "cosine or every_quantizer_has_a_case"
+    words = "cosine or every_quantizer_has_a_case or test_independent or (every_overlay_is_read and independent)"
     done = subprocess.run(
         [*command, *chosen, "-k", words], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=250
     )
@@ -42,6 +45,8 @@ def test_the_page_adds_a_method(tmp_path: Path) -> None:
         "tests/networks/quantizers/test_quantizer_contract.py::test_every_quantizer_has_a_case",
         "tests/networks/quantizers/test_cosine.py::test_the_direction_decides_and_not_the_distance",
         "tests/training/test_bundle.py::test_every_overlay_is_read_by_the_training_bundle[cosine]",
+        "tests/networks/generators/test_independent.py::test_it_learns_the_frequencies",
+        "tests/generation/test_generation_bundles.py::test_every_overlay_is_read[independent]",
         "vaevq_med/networks/quantizers/cosine.py::vaevq_med.networks.quantizers.cosine.CosineVQ",
     ):
         assert test in passed

@@ -136,7 +136,7 @@ def _picture(image: Tensor) -> np.ndarray:
 
 
 def usage_histogram(counts: Tensor, path: Path) -> None:
-    """Codebook entries sorted by how often they were used, on a logarithmic scale.
+    """Codewords sorted by how often they were used, on a logarithmic scale.
 
     Args:
         counts: int64 ``[G, K]``.
@@ -152,7 +152,7 @@ def usage_histogram(counts: Tensor, path: Path) -> None:
         axis.plot(np.arange(1, len(ordered) + 1), np.maximum(ordered, 0.5), label=prefix + label, linewidth=1.5)
     axis.set_yscale("log")
     axis.set_xlim(1, max(2, counts.shape[1]))
-    axis.set_xlabel("codebook entry, by rank")
+    axis.set_xlabel("codeword, by rank")
     axis.set_ylabel("times used (unused: 0.5)")
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)

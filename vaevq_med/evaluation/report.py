@@ -23,7 +23,7 @@ class EvaluationReport:
     Attributes:
         summary: ``overall`` (name to ``value``, ``std``, ``n``), ``modality`` and ``region`` (name to such a table).
         per_image: one row an image, in the data set's order.
-        usage_counts: int64 ``[G, K]``, how often each codebook entry was used.
+        usage_counts: int64 ``[G, K]``, how often each codeword was used.
         provenance: checkpoint, split, feature networks and their weights.
         conventions: how each figure is defined, in words.
         figures: of the metrics of single images, what a table has to know (``metrics.figures.Figure``).

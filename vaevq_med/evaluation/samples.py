@@ -60,7 +60,7 @@ class EvaluateSamples(EvaluateOptions):
         output: folder to write into.
         tokenizer: checkpoint of the tokenizer that decoded the samples. That check then compares training and held-out
             images as it reconstructs them: a sample of the very tokens of a training image is otherwise as far from it
-            as the tokenizer's error. Samples of ``generate`` name theirs, with its read-out, and another is refused.
+            as the tokenizer's error. Samples of ``generate.json`` name theirs and its read-out; another is refused.
     """
 
     samples: Path
@@ -164,7 +164,7 @@ class EvaluateSamples(EvaluateOptions):
             raise VaevqMedError(f"--output-dir {self.output}: found it not writable ({error.strerror})") from None
 
     def _generation(self, told: Mapping[str, Any], drawn: int, manifest: Manifest) -> dict[str, Any]:
-        """What the record of a ``generate`` run says beside the samples: numbers, training images and their views."""
+        """What ``generation.json`` says beside the samples: numbers, training images and their views."""
         found: dict[str, Any] = {}
         if isinstance(told.get("num_samples"), int):
             found |= {"n_drawn": drawn, "n_planned": told["num_samples"]}

@@ -74,7 +74,7 @@ def find_samples(folder: str | Path) -> list[Sample]:
 
 
 def generation_record(folder: str | Path) -> dict[str, Any]:
-    """What a ``generate`` run wrote of the samples of a folder in ``generation.json``; empty where it has none.
+    """What a run of ``generate.json`` wrote of the samples of a folder in ``generation.json``; empty where it has none.
 
     Raises:
         DataError: it cannot be read.

@@ -11,7 +11,7 @@ from vaevq_med.networks.ranges import check_range
 
 
 class CodebookUsage:
-    """Counts of each codebook entry over a split.
+    """Counts of each codeword over a split.
 
     Args:
         num_embeddings: K.
@@ -52,7 +52,7 @@ class CodebookUsage:
         sum_in_place(self.counts)
 
     def utilization(self) -> float:
-        """Share of the K entries used at least once."""
+        """Share of the K codewords used at least once."""
         return float((self.counts > 0).double().mean())
 
     def dead_codes(self) -> float:

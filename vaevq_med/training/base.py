@@ -1,4 +1,4 @@
-"""What the trainers share: an iteration is one optimizer step, whatever the number of chunks, checked beforehand."""
+"""What the trainers share: an iteration is one optimizer step, in any number of micro-batches, checked beforehand."""
 
 from __future__ import annotations
 
