@@ -192,3 +192,17 @@ def test_a_quantizer_from_outside_is_trained_evaluated_encoded_and_packed(
         assert "--trusted outside_quantizers" in refused.stderr
         done = run("-m", "vaevq_med.cli.app", "--trusted", "outside_quantizers", *words)
         assert done.returncode == 0, done.stderr[-2000:]
+
+    # A study hands on whom the user trusts, to its rows and to its own pictures.
+    kept = {"dataset_dir", "output_dir", "tracking_uri", "device", "max_epochs"}
+    study = {
+        **{"study": "tokenizers", "output": str(package / "study"), "dataset_dir": str(values["dataset_dir"])},
+        **{"budget": {"max_epochs": 1}, "tracking_uri": "none", "report": {"pictures": 2}},
+        "set": {key: value for key, value in values.items() if key not in kept}
+        | {"fid_network": "$None", "lpips_network": "$None"},
+        "methods": [{"name": "mine", "overlays": [str(overlay)]}],
+    }
+    (package / "study.json").write_text(json.dumps(study))
+    done = run("-m", "vaevq_med.cli.app", "--trusted", "outside_quantizers", "study", str(package / "study.json"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (package / "study/reconstructions.png").is_file()

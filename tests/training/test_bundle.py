@@ -257,6 +257,21 @@ def test_check_config_names_the_nearest_id() -> None:
         check_config({"rl": 1, "run": "$@rl", "lr": 2})
 
 
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("vaevq_med.networks.quantizers.SimVq", "did you mean 'SimVQ'?"),
+        ("vaevq_med.networks.quantizers.zzz.Q", "Python finds no vaevq_med.networks.quantizers.zzz"),
+        ("my_quantizer.cosine.CosineVQ", "Python finds no my_quantizer.cosine"),
+        ("torch.nn.Zebra", "torch.nn has no Zebra"),
+    ],
+)
+def test_a_target_that_is_not_there_is_one_line(target: str, said: str) -> None:
+    with pytest.raises(ConfigError) as stopped:
+        check_config({"run": "$@network", "network": {"quantizer": {"_target_": target}}})
+    assert str(stopped.value) == f"network#quantizer: found '{target}', expected a class or a function: {said}"
+
+
 def test_a_term_that_goes_bad_stops_the_run_and_keeps_the_checkpoint(toy_overrides: dict[str, Any]) -> None:
     from vaevq_med.training.base import TrainingError
 

@@ -50,6 +50,11 @@ def trusted_packages() -> frozenset[str]:
     return frozenset({OWN, *_published(), *_named_by_user})
 
 
+def named_by_user() -> list[str]:
+    """The packages that were named to :func:`trust`, which the commands of a study are told in turn."""
+    return sorted(_named_by_user)
+
+
 @cache
 def _published() -> frozenset[str]:
     """The packages that installed distributions publish."""

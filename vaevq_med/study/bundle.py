@@ -7,20 +7,23 @@ import difflib
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vaevq_med.core.components import named_by_user
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.folder import difference
 from vaevq_med.core.resources import bundle_path, overlay_files, overlay_path, overlay_title
 
-# Where and under what name a run is tracked, and on what device it runs, change no figure.
+# Where and under what name a run is tracked, on what device it runs and what may be read change no figure.
 _NOT_SETTINGS = frozenset(
     {
         *("_notes_", "_title_", "_meta_", "imports", "bundle_root", "dataset_dir", "output_dir", "device"),
         *("num_workers", "tracking_uri", "experiment", "run_name", "parent_run_id", "checkpoint_interval", "resume"),
+        "trusted",
     }
 )
 
@@ -138,6 +141,17 @@ def literal(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+
+
+def tool_words() -> list[str]:
+    """``vaevq-med`` as words, with the packages that are trusted here."""
+    trusted = [word for name in named_by_user() for word in ("--trusted", name)]
+    return [sys.executable, "-m", "vaevq_med.cli.app", *trusted]
+
+
+def trusting(config: Mapping[str, Any]) -> dict[str, str]:
+    """The override that hands a bundle's configuration the packages that are trusted here."""
+    return {"trusted": repr(named_by_user())} if "trusted" in config and named_by_user() else {}
 
 
 def flags(overrides: Mapping[str, str]) -> list[str]:

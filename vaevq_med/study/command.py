@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,6 +13,7 @@ from typing import Any
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.files import atomic_write_text
 from vaevq_med.core.folder import OutputFolder
+from vaevq_med.study.bundle import tool_words
 from vaevq_med.study.file import GeneratorStudy, Study, TokenizerStudy
 from vaevq_med.study.generation import GenerationPlan
 from vaevq_med.study.plan import Plan, Row
@@ -79,7 +79,7 @@ class RunStudy:
     @property
     def words(self) -> list[str]:
         """The command line that runs this study, once its output folder holds it."""
-        return [sys.executable, "-m", "vaevq_med.cli.app", "study", str(self.study.output / STUDY)]
+        return [*tool_words(), "study", str(self.study.output / STUDY)]
 
     def dry_run(self) -> list[tuple[str, list[str]]]:
         """Label and commands, as shell lines, of every row, a token store once; nothing is written."""

@@ -12,6 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from vaevq_med.core.components import trust
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.evaluation.pictures import comparison_grid, save_figure
 from vaevq_med.images.generated import LIST_NAME, find_samples
@@ -160,6 +161,7 @@ def reconstructions(rows: Sequence[Row], count: int, path: Path) -> None:
             items = [dataset[i] for i in chosen]
             images = torch.stack([torch.as_tensor(item["image"]) for item in items])
             labels = [f"{item['modality']}\n{item['case'] or Path(item['path']).stem}" for item in items]
+        trust(parser.get("trusted") or ())
         network, device = parser.get_parsed_content("network"), parser.get_parsed_content("device")
         columns[row.method.name] = torch.cat([network(image[None].to(device)).float().cpu() for image in images])
     titles = {row.method.name: row.method.title for row in rows}

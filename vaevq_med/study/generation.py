@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +18,7 @@ from vaevq_med.evaluation.options import EvaluateOptions
 from vaevq_med.images.generated import LIST_NAME
 from vaevq_med.metrics import figures
 from vaevq_med.metrics.figures import Figure
-from vaevq_med.study.bundle import Bundle, check_ids, decisive, texts
+from vaevq_med.study.bundle import Bundle, check_ids, decisive, texts, tool_words, trusting
 from vaevq_med.study.file import GeneratorPart, GeneratorStudy, TokenizerPart
 from vaevq_med.study.plan import OWN_IDS, Method, Plan, Row
 from vaevq_med.study.rows import read_json, read_plan_record
@@ -39,7 +38,6 @@ _OWN_SAMPLE_IDS = frozenset(
 )
 # What is found does not depend on them.
 _NOT_SETTINGS = frozenset({"workers", "device", "batch_size", "cache_dir"})
-_TOOL = (sys.executable, "-m", "vaevq_med.cli.app")
 
 
 def _decisive(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -315,18 +313,19 @@ class GenerationRow(Row):
         encode = ["encode-tokens", tokenizer, data, str(self.tokens), "--kind", method.kind]
         training = {"tokens_dir": str(self.tokens), **output, "tracking_uri": study.tracking_uri, **self._training()}
         # The folder is the study's own; samples of the same settings are kept.
-        generating = {**output, "tokenizer_path": tokenizer, "overwrite": "True", **self._generating()}
+        generating = {**output, "tokenizer_path": tokenizer, "overwrite": "True"}
+        generating |= {**trusting(plan.bundle.read(_GENERATE)), **self._generating()}
         evaluate = ["evaluate-samples", str(self.generated), data, "--output-dir", str(self.evaluation)]
         if plan.evaluation.memorization:
             evaluate += ["--tokenizer", tokenizer]
         words = as_words(EvaluateOptions, study.evaluate)
         drawing = [plan.bundle.path / _GENERATE]
-        encoding = {"encoding": [*_TOOL, *encode, *as_words(EncodeOptions, method.encode)]}
+        encoding = {"encoding": [*tool_words(), *encode, *as_words(EncodeOptions, method.encode)]}
         return {
             **({} if self.is_encoded else encoding),
             "training": self.training_words(method.config, training, parent_run_id, KIND),
             "generating": self.run_words("generating", drawing, generating, launched=False),
-            "evaluating": [*_TOOL, *evaluate, *words],
+            "evaluating": [*tool_words(), *evaluate, *words],
         }
 
     def outputs(self) -> dict[str, Path]:

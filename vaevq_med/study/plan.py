@@ -14,7 +14,7 @@ from vaevq_med.core.errors import VaevqMedError, root_cause
 from vaevq_med.images.manifest import load_manifest
 from vaevq_med.metrics import figures
 from vaevq_med.metrics.figures import Figure
-from vaevq_med.study.bundle import Bundle, check_ids, decisive, flags, has_id, literal, texts
+from vaevq_med.study.bundle import Bundle, check_ids, decisive, flags, has_id, literal, texts, trusting
 from vaevq_med.study.file import MethodPart, Study, TokenizerStudy
 
 if TYPE_CHECKING:
@@ -347,7 +347,8 @@ class Row:
             **study.budget.overrides(),
             **self.chosen(plan.training_config(self.method)),
         }
-        return {**shared, **training}, {**shared, **paths, **self.chosen(plan.bundle.read("evaluate.json"))}
+        evaluate = plan.bundle.read("evaluate.json")
+        return {**shared, **training}, {**shared, **paths, **trusting(evaluate), **self.chosen(evaluate)}
 
     def parser(self, command: str) -> ConfigParser:
         """The configuration of ``training`` or ``evaluating`` with its overrides, unresolved."""

@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from pydoc import locate
+from pydoc import ErrorDuringImport, locate
 from types import FrameType
 from typing import Any
 
@@ -127,6 +127,26 @@ def _check_type(name: str, value: Any, annotation: Any, config: Mapping[str, Any
         raise ConfigError(f"{name}: found {value!r}, expected {words}")
 
 
+def _located(path: str, target: str) -> Any:
+    """What a dotted name stands for.
+
+    Raises:
+        ConfigError: there is no such module, or it has no such name.
+    """
+    try:
+        found = locate(target)
+    except ErrorDuringImport as error:
+        raise ConfigError(f"{path}: {target!r} fails to import ({error.value})") from error
+    if found is not None:
+        return found
+    module, _, name = target.rpartition(".")
+    owner = locate(module)
+    close = difflib.get_close_matches(name, [] if owner is None else dir(owner), n=1)
+    hint = f"Python finds no {module}" if owner is None else f"{module} has no {name}"
+    hint = f"did you mean {close[0]!r}?" if close else hint
+    raise ConfigError(f"{path}: found {target!r}, expected a class or a function: {hint}")
+
+
 def check_config(config: Mapping[str, Any], own_ids: Iterable[str] = ()) -> None:
     """Refuse top-level ids that nothing refers to, and arguments that a ``_target_`` does not take.
 
@@ -137,7 +157,7 @@ def check_config(config: Mapping[str, Any], own_ids: Iterable[str] = ()) -> None
         own_ids: ids that the bundle's own file has, which stay legal where an override replaced what referred to them.
 
     Raises:
-        ConfigError: naming the nearest valid name, or what the value has to be.
+        ConfigError: naming the nearest valid name, or what the value has to be; or a ``_target_`` is not found.
     """
     properties: dict[str, Any] = {**TrainProperties, **InferProperties, **MetaProperties}
     # Where a run's folder is named by its parts, nothing may refer to output_dir.
@@ -152,11 +172,11 @@ def check_config(config: Mapping[str, Any], own_ids: Iterable[str] = ()) -> None
             )
     for path, component in _components(config):
         target = component["_target_"]
-        found = locate(target) if isinstance(target, str) and "." in target else None
-        if found is None:
+        if not isinstance(target, str) or "." not in target or target[:1] in ("$", "@", "%"):
             continue
+        found = _located(path, target)
         try:
-            parameters = inspect.signature(found).parameters  # type: ignore[arg-type]
+            parameters = inspect.signature(found).parameters
         except (TypeError, ValueError):
             continue
         if target.startswith("vaevq_med."):

@@ -62,15 +62,6 @@ def override(verdict: str) -> dict[str, Any]:
     return {match[1]: {"False": False, "0": 0.0}[match[2]]} if match else {}
 
 
-def test_the_table_names_every_quantizer() -> None:
-    general = {"paper", "paper_literal", "released", "information_matched"}
-    found = set()
-    for path in OVERLAYS.glob("*.json"):
-        if "network_def#quantizer" in json.loads(path.read_text()) and not path.stem.startswith("ablation_"):
-            found.add(path.stem)
-    assert found - general <= set(TABLE)
-
-
 @pytest.mark.parametrize("name", WORKING)
 def test_a_quantizer_that_the_table_lets_through_trains(name: str) -> None:
     network, output, loss = step(name, override(TABLE[name]))
