@@ -21,7 +21,7 @@ def test_the_page_adds_a_method(tmp_path: Path) -> None:
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     pages = [(ROOT / "docs" / name).read_text() for name in ("adding_a_method.md", "adding_a_generator.md")]
     blocks = {match["title"]: match["text"] for page in pages for match in BLOCK.finditer(page)}
-    assert len(blocks) == 6
+    assert len(blocks) == 11
     for title, text in blocks.items():
         assert not (tmp_path / title).exists()
         (tmp_path / title).write_text(text)
@@ -31,10 +31,13 @@ def test_the_page_adds_a_method(tmp_path: Path) -> None:
         "tests/networks/quantizers/test_cosine.py",
         "tests/training/test_bundle.py",
         "tests/networks/generators/test_independent.py",
+        "tests/losses/test_gradient.py",
+        "tests/metrics/test_largest_error.py",
         "tests/generation/test_generation_bundles.py",
     ]
     chosen.append("vaevq_med/networks/quantizers/cosine.py")
     words = "cosine or every_quantizer_has_a_case or test_independent or (every_overlay_is_read and independent)"
+    words += " or ramp_by_hand or largest_error or (every_overlay and gradient)"
     done = subprocess.run(
         [*command, *chosen, "-k", words], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=250
     )
@@ -47,6 +50,9 @@ def test_the_page_adds_a_method(tmp_path: Path) -> None:
         "tests/training/test_bundle.py::test_every_overlay_is_read_by_the_training_bundle[cosine]",
         "tests/networks/generators/test_independent.py::test_it_learns_the_frequencies",
         "tests/generation/test_generation_bundles.py::test_every_overlay_is_read[independent]",
+        "tests/losses/test_gradient.py::test_a_ramp_by_hand",
+        "tests/metrics/test_largest_error.py::test_the_largest_error_by_hand",
+        "tests/training/test_bundle.py::test_every_overlay_is_read_by_the_training_bundle[gradient]",
         "vaevq_med/networks/quantizers/cosine.py::vaevq_med.networks.quantizers.cosine.CosineVQ",
     ):
         assert test in passed

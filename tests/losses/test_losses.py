@@ -431,6 +431,24 @@ def test_objective_names_the_nearest_weight() -> None:
         TokenizerObjective(terms={"rcs": RCSLoss(), "kl": KLLoss()}, weights={"rcs": 1})
 
 
+def test_a_term_by_a_name_of_the_log_is_refused() -> None:
+    with pytest.raises(VaevqMedError, match="'loss', which the log has already"):
+        TokenizerObjective(terms={"loss": KLLoss()}, weights={"loss": 1})
+
+
+def test_a_term_that_is_no_scalar_is_named() -> None:
+    class PerImage(LossTerm):
+        def forward(self, target: Tensor, output: TokenizerOutput) -> Tensor:
+            return (target - output.reconstruction).abs().mean(dim=(1, 2, 3))
+
+    image = torch.zeros(2, 1, 4, 4)
+    latent = torch.zeros(2, 2, 1, 1)
+    quantizer = QuantizerOutput(latent, latent, torch.zeros(2, 1, 1, 1, dtype=torch.int64))
+    objective = TokenizerObjective(terms={"mine": PerImage()}, weights={"mine": 1})
+    with pytest.raises(VaevqMedError, match=r"terms\.mine: found a tensor of shape \[2\], expected a scalar"):
+        objective.generator(image, TokenizerOutput(image, None, latent, None, quantizer))
+
+
 def test_gan_takes_part_from_its_start_step_only() -> None:
     objective = TokenizerObjective(
         terms={"reconstruction": ReconstructionLoss()},

@@ -400,11 +400,33 @@ def test_a_metric_of_ones_own_is_measured_and_described(tmp_path: Path) -> None:
     assert Figure.of({**record["figures"][0], "of_a_later_version": 1}) == LargestDeviation.figure
 
 
+class Nameless(ImageMetric):
+    def per_image(self, target: Tensor, reconstruction: Tensor) -> Tensor:
+        return target.mean(dim=(1, 2, 3))
+
+
+class Taken(Nameless):
+    figure = Figure("modality", "Modality")
+
+
+class Listed(LargestDeviation):
+    def per_image(self, target: Tensor, reconstruction: Tensor) -> Any:
+        return [0.0] * len(target)
+
+
+@pytest.mark.parametrize("name", ["largest error", "", "größe", "a,b", "1st"])
+def test_a_figure_has_a_plain_name(name: str) -> None:
+    with pytest.raises(VaevqMedError, match="expected letters, digits and '_'"):
+        Figure(name, "Title")
+
+
 @pytest.mark.parametrize(
     ("metrics", "said"),
     [
         ([PSNR(), PSNR()], "psnr, psnr, expected each name once"),
         (["psnr"], "expected objects derived from ImageMetric"),
+        ([Nameless()], "expected objects derived from ImageMetric, each with a figure"),
+        ([Taken()], "found a figure called modality, which the record has already"),
     ],
 )
 def test_what_is_no_set_of_metrics_is_one_line(metrics: list[Any], said: str) -> None:
@@ -415,6 +437,9 @@ def test_what_is_no_set_of_metrics_is_one_line(metrics: list[Any], said: str) ->
 def test_a_metric_that_is_not_one_of_images_is_one_line() -> None:
     evaluation = ReconstructionEvaluation(num_embeddings=4, metrics=[Scalar()])
     with pytest.raises(VaevqMedError, match=r"largest_error: found figures of shape \[\], expected \[4\]"):
+        evaluation.update(*pair(), None, metadata={"index": [0, 1, 2, 3]})
+    evaluation = ReconstructionEvaluation(num_embeddings=4, metrics=[Listed()])
+    with pytest.raises(VaevqMedError, match=r"largest_error: found figures of shape list, expected \[4\]"):
         evaluation.update(*pair(), None, metadata={"index": [0, 1, 2, 3]})
 
 

@@ -203,7 +203,7 @@ def test_every_field_is_documented(kind: type[BaseModel]) -> None:
 def test_values_reach_the_run_as_they_are_written() -> None:
     written = yaml.safe_load("{a: 1e-3, b: 0.5, c: true, d: null, e: [1, x], f: $@a + 1, g: '1', h: hard}")
     read = {key: literal(text) for key, text in texts(written).items()}
-    assert read == {"a": 1e-3, "b": 0.5, "c": True, "d": None, "e": [1, "x"], "f": "$@a + 1", "g": 1, "h": "hard"}
+    assert read == {"a": 1e-3, "b": 0.5, "c": True, "d": "$None", "e": [1, "x"], "f": "$@a + 1", "g": 1, "h": "hard"}
 
 
 # --- methods ----------------------------------------------------------------------------------------

@@ -16,10 +16,18 @@ from vaevq_med.evaluation.report import EvaluationReport, Summary
 from vaevq_med.metrics import figures
 from vaevq_med.metrics.base import ImageMetric
 from vaevq_med.metrics.codebook import CodebookUsage
+from vaevq_med.metrics.figures import Figure
 from vaevq_med.metrics.reconstruction import PSNR, SSIM, to_unit
 from vaevq_med.metrics.statistics import FrechetDistance
 from vaevq_med.networks.features import FeatureNetwork
 
+_TAKEN = frozenset(
+    {
+        *("index", "path", "patient", "case", "modality", "slice", "finite", "rfid", "dead_codes"),
+        *("utilization", "perplexity", "utilization_sample", "perplexity_sample"),
+    }
+)
+"""What rows and tables have beside the metrics."""
 # Batches whose figures stay on a device before they are read.
 _BATCHES = 64
 
@@ -57,14 +65,19 @@ class ReconstructionEvaluation:
     ) -> None:
         self.metrics = (PSNR(), SSIM()) if metrics is None else tuple(metrics)
         for metric in self.metrics:
-            if not isinstance(metric, ImageMetric):
-                raise VaevqMedError(f"metrics: found {metric!r}, expected objects derived from ImageMetric")
+            if not isinstance(metric, ImageMetric) or not isinstance(getattr(metric, "figure", None), Figure):
+                raise VaevqMedError(
+                    f"metrics: found {metric!r}, expected objects derived from ImageMetric, each with a figure"
+                )
         self.lpips = lpips
         self.fid = fid
         self.figures = [*(metric.figure for metric in self.metrics), *([figures.LPIPS] if lpips is not None else [])]
         names = [figure.name for figure in self.figures]
         if len(set(names)) < len(names):
             raise VaevqMedError(f"metrics: found {', '.join(names)}, expected each name once")
+        taken = sorted(set(names) & _TAKEN)
+        if taken:
+            raise VaevqMedError(f"metrics: found a figure called {taken[0]}, which the record has already")
         self.uint8 = uint8
         self.provenance = dict(provenance or {})
         self.device = device
@@ -106,10 +119,9 @@ class ReconstructionEvaluation:
         unit_target, unit = to_unit(target, uint8=self.uint8), to_unit(reconstruction, uint8=self.uint8)
         for metric in self.metrics:
             for name, values in metric.measure(unit_target, unit, regions or {}).items():
-                if values.shape != (len(target),):
-                    raise VaevqMedError(
-                        f"metric {name}: found figures of shape {list(values.shape)}, expected [{len(target)}]"
-                    )
+                shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+                if shape != [len(target)]:
+                    raise VaevqMedError(f"metric {name}: found figures of shape {shape}, expected [{len(target)}]")
                 columns[name] = values
         distance, features = self._features(2 * unit_target - 1, 2 * unit - 1)
         if distance is not None:

@@ -16,6 +16,13 @@ from vaevq_med.losses.known_gradient import cut_at_reconstructions, gradients, w
 from vaevq_med.networks.outputs import LossOutput, TokenizerOutput
 
 # What VQGAN's adaptive weight measures the GAN's gradient against.
+_TAKEN = frozenset(
+    {
+        *("loss", "adversarial", "adaptive_weight", "gradient_norm", "images_per_second"),
+        *("discriminator_loss", "discriminator_gradient_norm"),
+    }
+)
+"""What a step logs beside the terms."""
 _LIKELIHOOD_TERMS = ("reconstruction", "perceptual")
 
 
@@ -30,7 +37,8 @@ class TokenizerObjective(nn.Module):
         adversarial: the GAN's settings, or None without one.
 
     Raises:
-        VaevqMedError: a weight without a term or a term without a weight, with the nearest valid name.
+        VaevqMedError: a weight without a term or a term without a weight, with the nearest valid name; or a term has
+            a name that the log has for something else.
     """
 
     def __init__(
@@ -41,6 +49,9 @@ class TokenizerObjective(nn.Module):
         adversarial: AdversarialTerm | None = None,
     ) -> None:
         super().__init__()
+        taken = sorted({*terms} & _TAKEN)
+        if taken:
+            raise VaevqMedError(f"objective.terms has {taken[0]!r}, which the log has already; expected another name")
         for name in weights:
             if name not in terms:
                 close = difflib.get_close_matches(name, list(terms), n=1)
@@ -128,7 +139,8 @@ class TokenizerObjective(nn.Module):
         # What the adaptive weight compares goes back to the images once, and from there as one gradient.
         judged = cut_at_reconstructions(output) if weighed else output
         values = {
-            name: term(target, judged if name in _LIKELIHOOD_TERMS else output) for name, term in self.terms.items()
+            name: _scalar(name, term(target, judged if name in _LIKELIHOOD_TERMS else output))
+            for name, term in self.terms.items()
         }
         likelihood = self._weighted_sum(values, [name for name in self.terms if name in _LIKELIHOOD_TERMS], target)
         total = self._weighted_sum(values, [name for name in self.terms if name not in _LIKELIHOOD_TERMS], target)
@@ -174,6 +186,13 @@ class TokenizerObjective(nn.Module):
             total=values["loss"],
             terms={name: value.detach() for name, value in values.items() if name != "loss"},
         )
+
+
+def _scalar(name: str, value: Tensor) -> Tensor:
+    if not isinstance(value, Tensor) or value.ndim:
+        found = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise VaevqMedError(f"objective.terms.{name}: found {found}, expected a scalar")
+    return value
 
 
 def _ratio_at(layer: Tensor, images: Sequence[Tensor], *known: Sequence[Tensor]) -> Tensor:

@@ -6,9 +6,12 @@ figures of its metrics, so that a table shows those of metrics from outside of t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from vaevq_med.core.errors import VaevqMedError
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,9 @@ class Figure:
         higher_is_better: None where neither way is.
         varies: whether it differs between seeds.
         convention: how it is computed, in words.
+
+    Raises:
+        VaevqMedError: the name has something else in it.
     """
 
     name: str
@@ -32,6 +38,10 @@ class Figure:
     higher_is_better: bool | None = None
     varies: bool = True
     convention: str = ""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-zA-Z]\w*", self.name, flags=re.ASCII):
+            raise VaevqMedError(f"figure {self.name!r}: found such a name, expected letters, digits and '_'")
 
     def show(self, value: float) -> str:
         """A value for a reader."""

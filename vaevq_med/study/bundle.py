@@ -110,6 +110,20 @@ def check_ids(
             raise VaevqMedError(f"{option}: found {key!r}, which {where} a place for")
 
 
+def check_components(label: str, config: Mapping[str, Any]) -> None:
+    """Refuse a component that is not there, before anything is trained.
+
+    Raises:
+        VaevqMedError: naming the row and the component.
+    """
+    from vaevq_med.training.config import ConfigError, check_targets
+
+    try:
+        check_targets(config)
+    except ConfigError as error:
+        raise VaevqMedError(f"{label}: {error}") from None
+
+
 def has_id(config: Mapping[str, Any], key: str) -> bool:
     """Whether a configuration has a place for an override: its top-level id, and mappings or lists on the way down."""
     first, *others = key.replace("::", "#").split("#")

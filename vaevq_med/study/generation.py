@@ -18,7 +18,7 @@ from vaevq_med.evaluation.options import EvaluateOptions
 from vaevq_med.images.generated import LIST_NAME
 from vaevq_med.metrics import figures
 from vaevq_med.metrics.figures import Figure
-from vaevq_med.study.bundle import Bundle, check_ids, decisive, texts, tool_words, trusting
+from vaevq_med.study.bundle import Bundle, check_components, check_ids, decisive, texts, tool_words, trusting
 from vaevq_med.study.file import GeneratorPart, GeneratorStudy, TokenizerPart
 from vaevq_med.study.plan import OWN_IDS, Method, Plan, Row
 from vaevq_med.study.rows import read_json, read_plan_record
@@ -185,6 +185,8 @@ class GenerationPlan(Plan):
                     f"sample: found {wrong[0]} for {method.name}, expected {', '.join(method.settings)}; a setting of "
                     "another generator stands with that"
                 )
+        for method in plan.methods:
+            check_components(method.name, configs[method.name])
         plan._check_evaluation()
         plan.columns()
         _ = plan.hashes

@@ -47,6 +47,8 @@ def _tokenizer_notes(plan: Plan, results: Sequence[RowResult], methods: Sequence
     yield from _devices(results, f"; peak memory: {', '.join(memory)}")
     yield from _schedule(results, methods)
     yield from plan.study.report.notes
+    measured = {figure.name for figure in first.figures} | known
+    yield from (f"{name}: not measured." for name in plan.study.report.figures or () if name not in measured)
     continuous = [result.method.title for result in methods if not result.is_discrete]
     if continuous:
         who = ", ".join(continuous)

@@ -14,7 +14,17 @@ from vaevq_med.core.errors import VaevqMedError, root_cause
 from vaevq_med.images.manifest import load_manifest
 from vaevq_med.metrics import figures
 from vaevq_med.metrics.figures import Figure
-from vaevq_med.study.bundle import Bundle, check_ids, decisive, flags, has_id, literal, texts, trusting
+from vaevq_med.study.bundle import (
+    Bundle,
+    check_components,
+    check_ids,
+    decisive,
+    flags,
+    has_id,
+    literal,
+    texts,
+    trusting,
+)
 from vaevq_med.study.file import MethodPart, Study, TokenizerStudy
 
 if TYPE_CHECKING:
@@ -190,6 +200,9 @@ class Plan:
         chosen += [(key, [*configs[m.name]]) for m in plan.methods for key in m.overrides]
         check_ids("set", chosen, own, ("train.json", "evaluate.json"))
         plan.columns()
+        for row in plan.rows()[: len(plan.methods)]:
+            for command in ("training", "evaluating"):
+                check_components(row.label, row.parser(command).get())
         if study.sweep:  # sizes that a codebook cannot have
             for row in plan.rows()[: len(plan.methods)]:
                 row.build("network_def#quantizer")

@@ -147,6 +147,22 @@ def _located(path: str, target: str) -> Any:
     raise ConfigError(f"{path}: found {target!r}, expected a class or a function: {hint}")
 
 
+def check_targets(config: Mapping[str, Any]) -> None:
+    """Refuse a ``_target_`` that stands for nothing.
+
+    Raises:
+        ConfigError: naming the nearest name of its module.
+    """
+    for path, component in _components(config):
+        if _is_dotted(component["_target_"]):
+            _located(path, component["_target_"])
+
+
+def _is_dotted(target: Any) -> bool:
+    """Whether it is a full name, neither one of MONAI's own nor an expression."""
+    return isinstance(target, str) and "." in target and target[:1] not in ("$", "@", "%")
+
+
 def check_config(config: Mapping[str, Any], own_ids: Iterable[str] = ()) -> None:
     """Refuse top-level ids that nothing refers to, and arguments that a ``_target_`` does not take.
 
@@ -172,7 +188,7 @@ def check_config(config: Mapping[str, Any], own_ids: Iterable[str] = ()) -> None
             )
     for path, component in _components(config):
         target = component["_target_"]
-        if not isinstance(target, str) or "." not in target or target[:1] in ("$", "@", "%"):
+        if not _is_dotted(target):
             continue
         found = _located(path, target)
         try:
