@@ -285,3 +285,18 @@ def test_a_disk_without_locks_and_one_that_refuses_leave_no_more(
     atomic_write_text(tmp_path / "other", "link")
     assert {path.name for path in tmp_path.iterdir()} == {".state", "file", "other", ".other.part"}
     assert (tmp_path / "file").read_text() == "whole"
+
+
+@pytest.mark.parametrize("name", [".settings.json.bak", ".a.json.swp", ".DS_Store", ".dataset.json.old_one"])
+def test_a_file_of_a_users_own_is_neither_taken_for_ours_nor_removed(name: str, tmp_path: Path) -> None:
+    folder = OutputFolder(tmp_path / "out", ".state", "make", "things")
+    folder.path.mkdir()
+    (folder.path / name).write_text("mine")
+    with pytest.raises(DataError, match="a folder with other things in it"):
+        folder.check()
+    folder.records.mkdir()
+    for left in (".dataset.json.part", ".recipe.json.ab3_x9zq", ".splits.json.ab3_x9zq.part"):
+        (folder.path / left).write_text("half")
+    folder.check()
+    folder.begin("mark")
+    assert sorted(path.name for path in folder.path.iterdir()) == sorted([name, ".state"])

@@ -235,6 +235,28 @@ def test_a_mistake_in_the_table_is_one_line(columns: str, rows: str, said: str, 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_table_of_a_spreadsheet_is_read(tmp_path: Path) -> None:
+    """It begins with a byte-order mark, and its lines end as those of Windows do."""
+    folder = write_images(tmp_path / "in", ["a.png", "b.png"])
+    (tmp_path / "t.csv").write_bytes("\ufefffile,patient\r\na.png,anna\r\nb.png,bo\r\n".encode())
+    prepare(folder, tmp_path / "out", patients=tmp_path / "t.csv")
+    assert set(where(tmp_path / "out")) == {"anna", "bo"}
+
+
+@pytest.mark.parametrize("file", ["/etc/passwd", "../outside.png", "in/../../x.png"])
+def test_a_table_names_nothing_outside(file: str, tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "in", ["a.png"])
+    table = write_table(tmp_path / "t.csv", [["a.png", "anna"], [file, "bo"]])
+    with pytest.raises(DataError, match=r"line 3: found .*, expected a path below the input"):
+        prepare(folder, tmp_path / "out", patients=table)
+
+
+@pytest.mark.parametrize("pattern", ["(?P<patient>a{99999999999999})", "(" * 3000 + "(?P<patient>a)" + ")" * 3000])
+def test_a_pattern_that_nobody_can_read_is_one_line(pattern: str, eyes: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="expected a regular expression with a group"):
+        prepare(eyes, tmp_path / "out", {"patient": pattern})
+
+
 def test_a_missing_table_is_one_line(eyes: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere\.csv: found no readable CSV"):
         prepare(eyes, tmp_path / "out", patients=tmp_path / "nowhere.csv")

@@ -448,6 +448,16 @@ def test_a_budget_is_what_the_run_resolves(
     assert parser.get_parsed_content("epoch_length") == length
 
 
+def test_an_empty_split_is_found_before_anything_is_trained(slice_dataset: Path, tmp_path: Path) -> None:
+    shutil.copytree(slice_dataset, tmp_path / "data")
+    content = json.loads((tmp_path / "data/dataset.json").read_text())
+    (tmp_path / "data/dataset.json").write_text(json.dumps({**content, "test": []}))
+    command = make("compare", tmp_path / "out", methods="vqgan", dataset_dir=tmp_path / "data", tracking_uri="none")
+    with pytest.raises(VaevqMedError, match="found an empty split 'test', on which every row is evaluated"):
+        command.run()
+    assert not (tmp_path / "out/vqgan").exists()
+
+
 def test_commands_carry_what_each_file_knows(slice_dataset: Path, tmp_path: Path) -> None:
     command = make(
         "compare",

@@ -54,6 +54,22 @@ def generators(**changes: Any) -> dict[str, Any]:
     ("content", "said"),
     [
         ("3", "study is missing; expected tokenizers or generators"),
+        ("study: [a]", 'study is ["a"]; expected tokenizers or generators'),
+        ("study: {a: 1}", 'study is {"a": 1}; expected tokenizers or generators'),
+        ("? [a, b]\n: 1", "line 1 has"),
+        ("study: tokenizers\nset: {2024-01-01: 1}", "line 2 has 2024-01-01; expected a name"),
+        ("study: tokenizers\nset: {1: 1, 0x1: 2}", "line 2 repeats 0x1; expected each name once"),
+        ("study: tokenizers\nset: &a {x: *a}", "found no plain value"),
+        ("study: tokenizers\nset: {x: !!bool maybe}", "found a value that is none of its kind"),
+        ("[" * 3000, "lists too deep"),
+        (
+            {"study": "tokenizers", "output": "o", "methods": ["table.md"]},
+            "which the output folder has for something else",
+        ),
+        (
+            {"study": "tokenizers", "output": "o", "methods": ["Study.YAML"]},
+            "which the output folder has for something",
+        ),
         (tokenizers(study="losses"), 'study is "losses"; expected tokenizers or generators'),
         (tokenizers(bugdet=3), "bugdet is unknown; expected budget"),
         (tokenizers(**{"sam{p}les": 3}), "sam{p}les is unknown; expected"),

@@ -593,6 +593,12 @@ def main() -> None:
         sys.exit(2)
     except BrokenPipeError:
         sys.exit(141)
+    except OSError as error:
+        typer.echo(f"vaevq-med: {error.filename or 'the system'}: {error.strerror or error}", err=True)
+        sys.exit(2)
+    except RecursionError:
+        typer.echo("vaevq-med: found a file nested too deeply to read", err=True)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

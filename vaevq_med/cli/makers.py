@@ -143,7 +143,7 @@ class Sweep(Compare):
     command = "sweep"
 
     num_embeddings: str = option(help="Codebook sizes K, separated by commas.")
-    methods: str = option("vqgan,vaevq", "As of compare.")
+    methods: str = option("vqgan,simvq,vaevq", "As of compare.")
     output_dir: Path = option(Path("outputs/sweep"), "Folder of everything that is written.")
     pictures: int = option(0, "Images of the figure of reconstructions; 0 leaves it out.", min=0)
 

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from vaevq_med.core.resources import bundle_path, overlay_files, overlay_title
+from vaevq_med.core.resources import bundle_path, overlay_files, overlay_text, overlay_title
 
 
 def overlays(
-    bundle: Annotated[str, typer.Option(help="Name of the bundle whose own overlays are listed too.")] = "brats",
+    bundle: Annotated[
+        str, typer.Option(help="The bundle whose own overlays are listed too: name or folder.")
+    ] = "brats",
     as_json: Annotated[bool, typer.Option("--json", help="Print names, titles, notes and files as JSON.")] = False,
 ) -> None:
     """List the overlays: what each changes in a bundle's training, and its file."""
     from rich.console import Console
     from rich.table import Table
 
-    folder = bundle_path(bundle)
+    folder = Path(bundle) if (Path(bundle) / "train.json").is_file() else bundle_path(bundle)
     files = {**overlay_files(folder), **overlay_files(folder, "generation")}
     rows: list[dict[str, Any]] = [
         {
             "name": name,
             "title": overlay_title(path),
-            "notes": json.loads(path.read_text(encoding="utf-8")).get("_notes_", ""),
+            "notes": overlay_text(path, "_notes_", ""),
             "file": str(path),
         }
         for name, path in files.items()

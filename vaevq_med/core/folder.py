@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -62,11 +63,16 @@ class OutputFolder:
             if self.path.exists() and not self.path.is_dir():
                 raise DataError(f"output {self.path}: found a file, expected a folder or nothing")
             own = self.records.is_dir() or (self.copies and (self.path / self.result).exists())
-            if self.path.is_dir() and not own and any(entry.name[0] != "." for entry in self.path.iterdir()):
+            if self.path.is_dir() and not own and any(not self._left(entry) for entry in self.path.iterdir()):
                 raise DataError(
                     f"output {self.path}: found a folder with other things in it, expected none, an empty one, or one "
                     f"of an earlier {self.command}"
                 )
+
+    def _left(self, path: Path) -> bool:
+        """Whether it is what a killed writer left of one of the folder's files; see :mod:`vaevq_med.core.files`."""
+        names = "|".join(map(re.escape, (self.result, RECIPE, REPORT, "splits.json")))
+        return re.fullmatch(rf"\.({names})\.([a-z0-9_]{{8}}|part|[a-z0-9_]{{8}}\.part)", path.name) is not None
 
     def is_of_another(self, mark: str) -> bool:
         """Whether it was begun with settings of another hash."""
@@ -83,7 +89,8 @@ class OutputFolder:
         with self.writing():
             for partial in self.records.glob("*.partial"):
                 shutil.rmtree(partial, ignore_errors=True)
-            for file in [*self.records.glob(".*.*.*"), *self.path.glob(".*.json.*")]:  # of core.files
+            left = [*self.records.glob(".*.*.*"), *filter(self._left, self.path.glob(".*.*.*"))]
+            for file in left:
                 file.unlink()
             if mark is not None:
                 if self.is_of_another(mark):

@@ -91,7 +91,12 @@ def overlay_path(name: str, bundle: Path, kind: str = "") -> Path:
 
 def overlay_title(path: Path) -> str:
     """What tables call the method that an overlay makes: its ``_title_``, or its file's name where it has none."""
+    return overlay_text(path, "_title_", path.stem)
+
+
+def overlay_text(path: Path, key: str, otherwise: str) -> str:
+    """What an overlay says of itself under ``_title_`` or ``_notes_``; something else where it cannot be read."""
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["_title_"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return path.stem
+        return str(json.loads(path.read_text(encoding="utf-8"))[key])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return otherwise

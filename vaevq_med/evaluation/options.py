@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from vaevq_med.core.declared import option
+from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.core.jobs import check_workers
 from vaevq_med.tokens.options import Split
 
 
@@ -31,6 +34,27 @@ class EvaluateOptions:
     batch_size: int = option(32, "Images at once.")
     workers: int | None = option(None, "Processes that read images; by default one a core.")
     device: str | None = option(None, "By default the GPU, where there is one.")
+
+    def check(self) -> None:
+        """Refuse what no samples could be measured with.
+
+        Raises:
+            VaevqMedError: naming the option.
+        """
+        check_workers(self.workers, least=0)
+        if self.split not in get_args(Split):
+            raise VaevqMedError(f"--split: found {self.split!r}, expected one of {', '.join(get_args(Split))}")
+        counts = {"batch-size": self.batch_size, "neighbors": self.neighbors, "max-items": self.max_items}
+        for name, value in counts.items():
+            if value is not None and value < 1:
+                raise VaevqMedError(f"--{name}: found {value}, expected 1 or more")
+        if self.image_size is not None and not 32 <= self.image_size <= 4096:
+            raise VaevqMedError(f"--image-size: found {self.image_size}, expected 32 to 4096")
+        for name, threshold in (("feature", self.feature_threshold), ("pixel", self.pixel_threshold)):
+            if threshold is not None and not self.memorization:
+                raise VaevqMedError(f"--{name}-threshold: found it with --no-memorization, expected one of the two")
+            if threshold is not None and not 0 < threshold <= 2:
+                raise VaevqMedError(f"--{name}-threshold: found {threshold}, expected above 0 and at most 2")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,12 +13,11 @@ import torch
 
 from vaevq_med.core.errors import DataError, VaevqMedError
 from vaevq_med.core.files import atomic_write_text
-from vaevq_med.core.jobs import check_workers
 from vaevq_med.evaluation.features import ImageReader, RealImages, SplitPass
 from vaevq_med.evaluation.neighbors import NeighborSearch, SampleNeighbors
 from vaevq_med.evaluation.options import EvaluateOptions
 from vaevq_med.images.generated import Sample, SampleDataset, find_samples, generation_record, image_side
-from vaevq_med.images.manifest import SPLITS, Manifest, load_manifest
+from vaevq_med.images.manifest import Manifest, load_manifest
 from vaevq_med.metrics.generation import measure_generation
 from vaevq_med.metrics.reference import ReferenceCache, ReferenceFeatures
 from vaevq_med.metrics.statistics import MIN_EXTRAPOLATED, FeatureStatistics
@@ -140,20 +139,7 @@ class EvaluateSamples(EvaluateOptions):
         return SamplesReport(self.output, record, [one.split for one in passes if one.cached])
 
     def _check(self) -> None:
-        check_workers(self.workers, least=0)
-        if self.split not in SPLITS:
-            raise VaevqMedError(f"--split: found {self.split!r}, expected one of {', '.join(SPLITS)}")
-        counts = {"batch-size": self.batch_size, "neighbors": self.neighbors, "max-items": self.max_items}
-        for name, value in counts.items():
-            if value is not None and value < 1:
-                raise VaevqMedError(f"--{name}: found {value}, expected 1 or more")
-        if self.image_size is not None and not 32 <= self.image_size <= 4096:
-            raise VaevqMedError(f"--image-size: found {self.image_size}, expected 32 to 4096")
-        for name, threshold in (("feature", self.feature_threshold), ("pixel", self.pixel_threshold)):
-            if threshold is not None and not self.memorization:
-                raise VaevqMedError(f"--{name}-threshold: found it with --no-memorization, expected one of the two")
-            if threshold is not None and not 0 < threshold <= 2:
-                raise VaevqMedError(f"--{name}-threshold: found {threshold}, expected above 0 and at most 2")
+        self.check()
         if self.tokenizer is not None and not self.memorization:
             raise VaevqMedError("--tokenizer: found it with --no-memorization, expected one of the two")
         if self.output.resolve().is_relative_to(self.samples.resolve()):

@@ -131,11 +131,11 @@ def remembered_splits(dataset_dir: Path, rule: SplitRule) -> dict[str, str]:
         DataError: the data set's recipe or its file of splits is damaged, so that patients might move.
     """
     path = dataset_dir / RECIPE
-    if not path.is_file():
-        return {}
     try:
         before = SplitRule.read(json.loads(path.read_text(encoding="utf-8"))["split"])
-    except (OSError, ValueError, KeyError, TypeError, DataError) as error:
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, DataError) as error:
         raise DataError(
             f"{path}: found it damaged ({type(error).__name__}: {' '.join(str(error).split())}), expected that of "
             "the data set that is there; without it patients would be dealt anew, which deleting the file allows"

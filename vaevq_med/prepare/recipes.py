@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import warnings
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -36,8 +37,10 @@ def _rising(pair: tuple[Number, Number]) -> tuple[Number, Number]:
 
 def _with_patient(pattern: str) -> str:
     try:
-        groups = re.compile(pattern).groupindex
-    except re.error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            groups = re.compile(pattern).groupindex
+    except (re.error, OverflowError, RecursionError):
         groups = {}
     if "patient" not in groups:
         raise ValueError

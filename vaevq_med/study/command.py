@@ -108,6 +108,7 @@ class RunStudy:
             KeyboardInterrupt: on Ctrl-C or SIGTERM; the same call goes on.
         """
         check_settings(self.plan)
+        self.plan.check_data()
         with OutputFolder(self.study.output, STATE, self.study.label, "rows").lock():
             return self._run()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -48,6 +49,16 @@ def _given(value: Any, handler: Callable[[Any], Any]) -> dict[str, Any]:
     return {name: getattr(options, name) for name in value}
 
 
+_OWN_FILES = re.compile(r"(study|results|comparison|table|run|samples)\.\w+|.*\.(png|log)", re.IGNORECASE)
+"""Names that a study's output has for something else."""
+
+
+def _free(name: str) -> str:
+    if _OWN_FILES.fullmatch(name):
+        raise _refuse(f"{name}, which the output folder has for something else; expected another name")
+    return name
+
+
 def _each_once(values: list[Any]) -> list[Any]:
     repeated = next((value for value in values if values.count(value) > 1), None)
     if repeated is not None:
@@ -68,7 +79,7 @@ def _by_name(items: list[Any]) -> list[Any]:
     return items
 
 
-Name = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")]
+Name = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$", max_length=100), AfterValidator(_free)]
 Count = Annotated[int, Field(ge=1)]
 Seeds = Annotated[list[Annotated[int, Field(ge=0, le=2**32 - 1)]], Field(min_length=1), AfterValidator(_each_once)]
 Values = dict[str, Any]
@@ -355,11 +366,24 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
-            if key.value in seen:
-                mark = key.start_mark
-                raise yaml.YAMLError(f"line {mark.line + 1} repeats {key.value}; expected each name once")
-            seen.add(str(key.value))
+            name = self.construct_object(key, deep=True) if isinstance(key, yaml.ScalarNode) else key.value
+            line = key.start_mark.line + 1
+            if not isinstance(name, str | int | float | bool):
+                raise yaml.YAMLError(f"line {line} has {key.value}; expected a name")
+            if key.tag != "tag:yaml.org,2002:merge" and name in seen:
+                raise yaml.YAMLError(f"line {line} repeats {key.value}; expected each name once")
+            seen.add(name)
         return super().construct_mapping(node, deep)
+
+
+def _parse(path: Path) -> Any:
+    text = path.read_text(encoding="utf-8-sig")
+    try:
+        return json.loads(text) if path.suffix == ".json" else yaml.load(text, _Loader)
+    except (TypeError, KeyError, AttributeError) as error:  # of a tag that does not fit its value
+        raise yaml.YAMLError(f"found a value that is none of its kind ({error})") from None
+    except RecursionError:
+        raise yaml.YAMLError("found lists too deep to read") from None
 
 
 def read_study(name: str, assignments: Sequence[str] = ()) -> Study:
@@ -375,7 +399,7 @@ def read_study(name: str, assignments: Sequence[str] = ()) -> Study:
     """
     path = study_path(name)
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        content = _parse(path)
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1} " if error.problem_mark else ""
         raise VaevqMedError(f"{path}: {line}is no YAML ({error.problem}); expected a study") from None
@@ -401,7 +425,7 @@ def _assign(content: Any, text: str) -> None:
                 content[int(name)] = _named(content[int(name)])
             content = content[int(name)] if isinstance(content, list) else content.setdefault(name, {})
         content[int(last) if isinstance(content, list) else last] = yaml.load(value, _Loader)
-    except (AttributeError, IndexError, TypeError, ValueError, yaml.YAMLError):
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError, yaml.YAMLError):
         raise VaevqMedError(f"set is {text!r}; expected a field of the study and a value in YAML") from None
 
 
@@ -416,12 +440,16 @@ def check_study(content: Any, where: str) -> Study:
         VaevqMedError: it is none; one line that names the place.
     """
     kind = content.get("study") if isinstance(content, dict) else None
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         found = "missing" if kind is None else json.dumps(kind, default=str)
         raise VaevqMedError(f"{where}: study is {found}; expected {' or '.join(_KINDS)}")
     try:
         # As JSON, so that nothing is converted but texts to paths.
-        return _KINDS[kind].model_validate_json(json.dumps(content, default=str), strict=True)
+        text = json.dumps(content, default=str)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise VaevqMedError(f"{where}: found no plain value ({error}); expected texts, numbers, lists") from None
+    try:
+        return _KINDS[kind].model_validate_json(text, strict=True)
     except ValidationError as error:
         raise VaevqMedError(f"{where}: {_line(error)}") from None
 

@@ -192,12 +192,18 @@ class GenerationPlan(Plan):
         _ = plan.hashes
         return plan
 
+    def check_data(self) -> None:
+        """Nothing: the real images that samples are compared with are named by the study."""
+
     def _check_evaluation(self) -> None:
         """Refuse what the evaluation of every row would refuse after the training."""
         from vaevq_med.metrics.statistics import MIN_EXTRAPOLATED
         from vaevq_med.networks.features import feature_network
 
         chosen, given = self.evaluation, self.study.evaluate
+        chosen.check()
+        for method in self.methods:
+            EncodeOptions(**cast(GenerationMethod, method).encode).check()
         count = min(self.study.samples, chosen.max_items or self.study.samples)
         least = {"precision and recall": chosen.neighbors + 1}
         if chosen.fid_infinity:

@@ -11,7 +11,7 @@ from pydoc import ErrorDuringImport, locate
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vaevq_med.core.errors import VaevqMedError, root_cause
-from vaevq_med.images.manifest import load_manifest
+from vaevq_med.images.manifest import SPLITS, load_manifest
 from vaevq_med.metrics import figures
 from vaevq_med.metrics.figures import Figure
 from vaevq_med.study.bundle import (
@@ -220,6 +220,16 @@ class Plan:
         if unknown and not outside:
             raise VaevqMedError(f"report.figures has {unknown[0]}; expected some of {', '.join(known)}")
         return tuple(known[name] for name in (known if names is None else names) if name in known)
+
+    def check_data(self) -> None:
+        """Refuse a data set whose split that every row is evaluated on is empty, before anything is trained."""
+        config = self.rows()[0].parser("evaluating")
+        manifest, split = load_manifest(self.data()), config.get("split")
+        if split in SPLITS and not manifest.entries(split):
+            raise VaevqMedError(
+                f"{manifest.path}: found an empty split {split!r}, on which every row is evaluated; "
+                f"{manifest.splitting_advice()}, or name another with set: {{split: validation}}"
+            )
 
     def _check_methods(self) -> None:
         """Refuse two methods that would train the same."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vaevq_med.core.errors import DataError, VaevqMedError
-from vaevq_med.core.jobs import check_workers, usable_cores
+from vaevq_med.core.jobs import usable_cores
 from vaevq_med.images.dataset import SliceDataset
 from vaevq_med.images.manifest import SPLITS, Manifest, load_manifest
 from vaevq_med.images.reading import Reading
@@ -139,18 +139,13 @@ class EncodeTokens(EncodeOptions):
         return EncodeReport(store=store, written=total - reused, reused=reused)
 
     def _check(self) -> None:
-        check_workers(self.workers, least=0)
+        self.check()
         if self.kind not in KINDS:
             raise VaevqMedError(f"--kind: found {self.kind!r}, expected one of {', '.join(KINDS)}")
-        if self.batch_size < 1:
-            raise VaevqMedError(f"--batch-size: found {self.batch_size}, expected 1 or more")
         if self.dtype is not None and self.kind == "indices":
             raise VaevqMedError(f"--dtype: found {self.dtype!r} for indices, expected it with --kind latents only")
         if self.dtype is not None and self.dtype not in LATENT_TYPES:
             raise VaevqMedError(f"--dtype: found {self.dtype!r}, expected one of {', '.join(LATENT_TYPES)}")
-        unknown = [split for split in self.split or () if split not in SPLITS]
-        if unknown:
-            raise VaevqMedError(f"--split: found {unknown[0]!r}, expected one of {', '.join(SPLITS)}")
 
     def _network(self, stored: StoredTokenizer) -> VisualTokenizer:
         stored.check_target()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from vaevq_med.core.declared import option
+from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.core.jobs import check_workers
 
 Split = Literal["training", "validation", "test"]
 
@@ -24,3 +26,16 @@ class EncodeOptions:
     workers: int | None = option(None, "Processes that read images; by default one a core.")
     device: str | None = option(None, "By default the GPU, where there is one.")
     any_shape: bool = option(False, "Take images that are not brought to squares as in training.")
+
+    def check(self) -> None:
+        """Refuse what no data set could be encoded with.
+
+        Raises:
+            VaevqMedError: naming the option.
+        """
+        check_workers(self.workers, least=0)
+        if self.batch_size < 1:
+            raise VaevqMedError(f"--batch-size: found {self.batch_size}, expected 1 or more")
+        unknown = [split for split in self.split or () if split not in get_args(Split)]
+        if unknown:
+            raise VaevqMedError(f"--split: found {unknown[0]!r}, expected one of {', '.join(get_args(Split))}")

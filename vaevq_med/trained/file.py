@@ -13,7 +13,7 @@ from torch import nn
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.files import atomic_binary_writer
-from vaevq_med.images.reading import shape_of
+from vaevq_med.images.reading import SHAPES, shape_of
 
 FORMAT = 1
 
@@ -62,9 +62,10 @@ def stored_shape(data: Mapping[str, Any], config: Mapping[str, Any]) -> str | No
         data: what the checkpoint says of its data.
         config: the configuration of its training, or what a packed bundle keeps of it.
     """
-    told = data.get("reading") or config.get("reading")
-    if told:
-        return told["shape"]
+    told = (data.get("reading") if isinstance(data, Mapping) else None) or config.get("reading")
+    if isinstance(told, Mapping):
+        shape = told.get("shape")
+        return shape if shape in SHAPES.values() else None
     return shape_of(re.findall(r'"_target_": "([^"]*)"', json.dumps(config.get("validate"))))
 
 

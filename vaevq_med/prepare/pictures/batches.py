@@ -96,3 +96,11 @@ def list_archive(path: Path, offset: int = 0, size: int | None = None) -> Iterat
                         return
     except (tarfile.TarError, EOFError) as error:
         raise DataError(f"{path.name}: found a damaged or compressed archive ({error}), expected a whole tar") from None
+
+
+def is_name(name: str) -> bool:
+    """Whether a file can have this name on every disk: UTF-8, its parts of 240 bytes at most."""
+    try:
+        return all(len(part.encode()) <= 240 for part in name.split("/"))
+    except UnicodeEncodeError:
+        return False

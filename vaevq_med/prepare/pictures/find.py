@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from vaevq_med.core.errors import DataError
 from vaevq_med.images.manifest import FILE_NAME
 from vaevq_med.prepare.job import Search
-from vaevq_med.prepare.pictures.batches import Batch, list_archive
+from vaevq_med.prepare.pictures.batches import Batch, is_name, list_archive
 from vaevq_med.prepare.pictures.classes import choose_classes
 from vaevq_med.prepare.pictures.ground_truth import GroundTruth, find_ground_truth, read_ground_truth
 from vaevq_med.prepare.pictures.patients import People
@@ -67,7 +67,7 @@ class _Finder:
             stem = str(PurePosixPath(name).with_suffix(""))
             if not _is_image(name):
                 self.others[PurePosixPath(name).suffix.lower() or "no suffix"] += 1
-            elif not _is_text(where):
+            elif not is_name(where):
                 self.problems.append((ascii(where), "found a name that is not UTF-8, expected one"))
             elif stem in seen:
                 self.problems.append((where, f"found another image of that name ({seen[stem]}), expected one"))
@@ -95,7 +95,9 @@ class _Finder:
         prefix = {"training": "train", "validation": "val"}[split]
         images: list[tuple[str, int, int]] = []
         for name, offset, size in list_archive(path):
-            if name.endswith(".tar"):
+            if not is_name(name):
+                self.problems.append((ascii(f"{path.name}: {name[:60]}"), "found a name that no file can have"))
+            elif name.endswith(".tar"):
                 class_name = name.removesuffix(".tar")
                 inner = (offset, size)
                 self.batches.append(
@@ -263,11 +265,3 @@ def _restricted(batch: Batch, kept: frozenset[str], class_of: Callable[[Batch, s
 
 def _is_image(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in SUFFIXES
-
-
-def _is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -55,11 +55,13 @@ def by_table(names: Collection[str], path: Path, folder: Path | None) -> People:
         if not file or not patient:
             raise DataError(f"patients {path}: line {line}: found no {'patient' if file else 'file'}, expected one")
         name = PurePosixPath(file).as_posix()
+        if name.startswith("/") or ".." in PurePosixPath(name).parts:
+            raise DataError(f"patients {path}: line {line}: found {file}, expected a path below the input")
         if name in people:
             raise DataError(f"patients {path}: line {line}: found {file} a second time, expected each file once")
         people[name] = patient, case or patient
     others = sorted(set(people) - set(names)) if folder is not None else []
-    absent = [name for name in others if not Path(folder or "", name).is_file()]
+    absent = [name for name in others if not _is_file(Path(folder or "", name))]
     if absent:
         raise DataError(
             f"patients {path}: found {absent[0]}{_more(absent)}, expected images by their paths below the input"
@@ -93,6 +95,13 @@ def _complete(names: Collection[str], people: People, source: str) -> People:
         for name, (patient, case) in people.items()
         if name in names
     }
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no disk has
+        return False
 
 
 def _more(names: Sequence[str]) -> str:

@@ -23,7 +23,7 @@ from vaevq_med.core.errors import DataError
 from vaevq_med.core.folder import OutputFolder
 from vaevq_med.images.pixels import plain, upright
 from vaevq_med.prepare.job import Record
-from vaevq_med.prepare.pictures.batches import Batch
+from vaevq_med.prepare.pictures.batches import Batch, is_name
 from vaevq_med.prepare.recipes import ImageRecipe
 
 ODDITIES = {
@@ -206,6 +206,9 @@ def write_batch(batch: Batch, recipe: ImageRecipe, folder: OutputFolder, limit: 
     with folder.unit(batch.name) as partial:
         for name, source in islice(batch.contents(), limit):
             where = PurePosixPath("images", batch.prefix, name)
+            if not is_name(name):  # of an archive
+                record.skipped.append((ascii(batch.path_of(name)), "found a name that no file can have"))
+                continue
             try:
                 checked = check_image(source, where.suffix, recipe)
             except DataError as error:
