@@ -176,7 +176,7 @@ def test_other_settings_are_refused_in_words(folder: OutputFolder) -> None:
     found, expected = {"size": 1, "network": {"width": 8, "name": "a" * 99}}, {"size": 1, "network": {"width": 9}}
     with pytest.raises(DataError, match=r"out: found things of network\.width 8, expected 9; use --overwrite$"):
         folder.refuse_other(found, expected, "things", "use --overwrite")
-    with pytest.raises(DataError, match=r"found things of network\.name a{57}\.\.\., expected None; "):
+    with pytest.raises(DataError, match=r"found things of network\.name a{57}\.\.\., expected unset; "):
         folder.refuse_other(found, {**found, "network": {"width": 8}}, "things", "")
     folder.refuse_other(found, found, "things", "")
 
@@ -184,7 +184,7 @@ def test_other_settings_are_refused_in_words(folder: OutputFolder) -> None:
 def test_what_the_command_did_not_begin_is_refused(folder: OutputFolder) -> None:
     folder.check()
     folder.path.mkdir()
-    (folder.path / ".hidden").write_text("")
+    (folder.path / ".dataset.json.part").write_text("")  # of a writer that was killed
     folder.check()
     (folder.path / "dataset.json").write_text("{}")
     with pytest.raises(DataError, match=r"with other things in it, expected none, .* of an earlier make-things$"):
@@ -193,7 +193,7 @@ def test_what_the_command_did_not_begin_is_refused(folder: OutputFolder) -> None
     folder.records.mkdir()
     folder.check()
     with pytest.raises(DataError, match="found a file, expected a folder or nothing"):
-        OutputFolder(folder.path / ".hidden", ".state", "make-things", "things").check()
+        OutputFolder(folder.path / "dataset.json", ".state", "make-things", "things").check()
 
 
 # --- two at once, and the dead ----------------------------------------------------------------------------
@@ -243,7 +243,7 @@ def test_nothing_of_a_killed_writer_is_left_after_the_next_run(folder: OutputFol
         killed_while(program, folder.path, name)
         assert len(files(folder)) == 2
         # What the code of earlier days left, too.
-        (folder.path / f".{Path(name).name}.x1_y2abc").write_text("half")
+        (folder.path / ".dataset.json.x1_y2abc").write_text("half")
         (folder.records / ".c.json.x1_y2abc").write_text("half")
         with folder.lock():
             folder.begin()

@@ -1156,10 +1156,10 @@ def test_what_a_killed_run_left_is_cleared(extract: Callable[..., Outcome], tmp_
     (output / ".slices/BraTS-GLI-00009-000.partial/images").mkdir(parents=True)
     (output / ".slices/BraTS-GLI-00009-000.partial/images/x.png").write_bytes(b"half")
     for name in (
-        ".dataset.json.abc",
+        ".dataset.json.abc_1x2y",
         ".slices/.BraTS-GLI-00009-000.json.abc",
         ".slices/.recipe.sha256.x",
-        ".report.json.y",
+        ".report.json.y_1234ab",
     ):
         (output / name).write_bytes(b"half")
     assert extract(tmp_path / "in", output).code == 0

@@ -344,8 +344,9 @@ def test_flags_and_the_file_they_stand_for_are_one_plan(slice_dataset: Path, opt
     assert read.study == made.study
     assert read.plan == made.plan
     # What is typed is what the runs are given.
-    assert texts(made.study.set) == values
-    assert dict(made.plan.methods[0].overrides) == values
+    given = {key: "$None" if value == "None" else value for key, value in values.items()}
+    assert texts(made.study.set) == given
+    assert dict(made.plan.methods[0].overrides) == given
     assert [row.commands() for row in read.plan.rows()] == [row.commands() for row in made.plan.rows()]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -133,9 +134,9 @@ def remembered_splits(dataset_dir: Path, rule: SplitRule) -> dict[str, str]:
     path = dataset_dir / RECIPE
     try:
         before = SplitRule.read(json.loads(path.read_text(encoding="utf-8"))["split"])
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError, DataError) as error:
+        if getattr(error, "errno", None) in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+            return {}
         raise DataError(
             f"{path}: found it damaged ({type(error).__name__}: {' '.join(str(error).split())}), expected that of "
             "the data set that is there; without it patients would be dealt anew, which deleting the file allows"

@@ -192,9 +192,16 @@ def first_difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> s
 
     An override says it best; the rest follows from it.
     """
-    before, after = (
-        {"overrides": {name: part["overrides"] for name, part in row.items() if "overrides" in part}, **row}
-        for row in (found, expected)
-    )
+    before, after = (_without_empty({"overrides": _overrides(row), **row}) for row in (found, expected))
     words = difference(before, after)
     return words and re.sub(r"\b(overrides|train|evaluate)\.", "", words)
+
+
+def _overrides(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: part["overrides"] for key, part in row.items() if isinstance(part, Mapping) and "overrides" in part}
+
+
+def _without_empty(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Without mappings that hold nothing."""
+    kept = {key: _without_empty(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    return {key: value for key, value in kept.items() if value != {}}
