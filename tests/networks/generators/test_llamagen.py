@@ -19,7 +19,7 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.generators import llamagen
 from vaevq_med.networks.generators.autoregressive import generate_indices
 from vaevq_med.networks.generators.drawing import draw_indices, filter_logits, guided_logits
-from vaevq_med.networks.generators.llama_blocks import axial_rotations, rotate
+from vaevq_med.networks.generators.llama_blocks import LlamaBlock, axial_rotations, rotate
 from vaevq_med.networks.generators.llamagen import LlamaGen
 
 
@@ -417,3 +417,16 @@ def test_indices_and_labels_that_do_not_fit(indices: Tensor, labels: Tensor | No
 def test_sampling_options_that_do_not_fit(options: dict[str, Any], complaint: str) -> None:
     with pytest.raises(VaevqMedError, match=complaint):
         generate_indices(toy(), **options)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_block_looks_ahead_unless_it_is_causal(causal: bool) -> None:
+    torch.manual_seed(0)
+    none = {"attention_dropout": 0.0, "residual_dropout": 0.0, "ffn_dropout": 0.0}
+    block = LlamaBlock(width=8, num_heads=2, causal=causal, **none)
+    tokens, rotations = torch.randn(1, 4, 8), torch.polar(torch.ones(4, 2), torch.rand(4, 2))
+    changed = tokens.clone()
+    changed[0, -1] += 1
+    before, after = block(tokens, rotations), block(changed, rotations)
+    assert torch.equal(before[:, :-1], after[:, :-1]) == causal
+    assert not torch.equal(before[:, -1], after[:, -1])

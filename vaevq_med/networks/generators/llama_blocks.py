@@ -132,7 +132,7 @@ class StaticCache:
 
 
 class LlamaBlock(nn.Module):
-    """Causal self-attention and a SwiGLU perceptron, each after RMSNorm (eps 1e-5) and with a residual.
+    """Self-attention and a SwiGLU perceptron, each after RMSNorm (eps 1e-5) and with a residual.
 
     The perceptron's hidden width is the least multiple of 256 from ``int(8 width / 3)`` on.
 
@@ -142,12 +142,22 @@ class LlamaBlock(nn.Module):
         attention_dropout: share of attention weights dropped.
         residual_dropout: of the attention's output.
         ffn_dropout: of the perceptron's output.
+        causal: whether a token attends to itself and those before it alone, or to all, as a masked or a diffusion model
+            of tokens has it.
     """
 
     def __init__(
-        self, *, width: int, num_heads: int, attention_dropout: float, residual_dropout: float, ffn_dropout: float
+        self,
+        *,
+        width: int,
+        num_heads: int,
+        attention_dropout: float,
+        residual_dropout: float,
+        ffn_dropout: float,
+        causal: bool = True,
     ) -> None:
         super().__init__()
+        self.causal = causal
         self.num_heads = num_heads
         self.attention_dropout = attention_dropout
         hidden = 256 * math.ceil(8 * width // 3 / 256)
@@ -171,7 +181,8 @@ class LlamaBlock(nn.Module):
             key, value = cache.append(layer, key, value)
             bias = cache.bias
         dropout = self.attention_dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(query, key, value, bias, dropout_p=dropout, is_causal=cache is None)
+        is_causal = self.causal and cache is None
+        attended = F.scaled_dot_product_attention(query, key, value, bias, dropout_p=dropout, is_causal=is_causal)
         x = x + self.residual_dropout(self.projection(attended.transpose(1, 2).flatten(2)))
         gate, up = self.gate_and_up(self.ffn_norm(x)).chunk(2, dim=-1)
         return x + self.ffn_dropout(self.down(F.silu(gate) * up))
