@@ -16,9 +16,10 @@ MODALITIES = ("t1n", "t1c", "t2w", "t2f")
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 BUNDLE = ROOT / "bundles" / "brats"
-# A busy machine makes any example slow.
-settings.register_profile("without_deadlines", deadline=None)
-settings.load_profile("without_deadlines")
+# A busy machine makes any example slow; the same examples each time, and others by --hypothesis-profile=explore.
+settings.register_profile("explore", deadline=None)
+settings.register_profile("repeated", deadline=None, derandomize=True)
+settings.load_profile("repeated")
 OVERLAYS = BUNDLE.parent / "overlays"
 
 

@@ -151,6 +151,7 @@ def test_any_values_are_taken_as_they_are_or_refused_in_one_line(values: Any) ->
     ("values", "said"),
     [
         ({"name": "x", "kid": "a"}, "F: kid is unknown; did you mean kind?"),
+        ({"name": "x", "\n": 1}, 'F: "\\n" is unknown; expected some of name, kind, inner, count, on'),
         ({"nam": "x"}, "F: nam is unknown; did you mean name?"),
         ({}, "F: name is missing; expected a text"),
         ({"name": "x", "kind": "c"}, 'F: kind is "c"; expected one of a, b'),

@@ -63,7 +63,7 @@ def _line(kind: type[Options], values: Any, error: ValidationError) -> str:
     for part in details["loc"]:
         if model is None:  # inside of a value
             break
-        name = f"{name}.{part}".lstrip(".")
+        name = f"{name}.{in_one_line(str(part))}".lstrip(".")
         if part not in model.model_fields:
             close = difflib.get_close_matches(str(part), model.model_fields, n=1)
             hint = f"did you mean {close[0]}?" if close else f"expected some of {', '.join(model.model_fields)}"
@@ -77,6 +77,11 @@ def _line(kind: type[Options], values: Any, error: ValidationError) -> str:
         model = inner[0] if inner and isinstance(values, Mapping) else None
     found = json.dumps(values, default=str)
     return f"{name or 'it'} is {found if len(found) <= 80 else found[:77] + '...'}; expected {expected}"
+
+
+def in_one_line(name: str) -> str:
+    """A name as it stands, or as JSON has it where it would break a line."""
+    return name if name.isprintable() else json.dumps(name)
 
 
 def _kinds(annotation: Any) -> tuple[Any, ...]:

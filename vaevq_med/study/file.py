@@ -26,6 +26,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.core.options import in_one_line
 from vaevq_med.core.resources import study_path
 from vaevq_med.evaluation.options import EvaluateOptions
 from vaevq_med.tokens.options import EncodeOptions
@@ -39,7 +40,7 @@ def _check_names(found: object, known: Collection[str]) -> None:
     for name in found if isinstance(found, Mapping) else ():
         if name not in known:
             close, others = difflib.get_close_matches(name, known, n=1), f"one of {', '.join(known)}"
-            raise _refuse(f"{name} is unknown; expected {close[0] if close else others}", "name")
+            raise _refuse(f"{in_one_line(str(name))} is unknown; expected {close[0] if close else others}", "name")
 
 
 def _given(value: Any, handler: Callable[[Any], Any]) -> dict[str, Any]:
