@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -38,3 +39,17 @@ def gradients(
     left = [Path(f"{output}.threads_of_{rank}").read_text().split("\n") for rank in range(processes)]
     assert [name for names in left for name in names if "gloo" in name] == []
     return torch.load(output, weights_only=True)
+
+
+def run_in_two(script: ModuleType, folder: Path, *words: str) -> tuple[Any, Any]:
+    """What each of two processes of a script saves in the folder."""
+    command = [sys.executable, str(script.__file__)]
+    running = [
+        subprocess.Popen([*command, str(rank), str(folder), *words], stderr=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    for process in running:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors[-3000:]
+    first, second = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    return first, second

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import json
 import shlex
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Maker:
+class Maker(ABC):
     """The flags of all of them."""
 
     command: ClassVar[str]
@@ -73,9 +74,9 @@ class Maker:
         }
         return check_study(content, self.command)
 
+    @abstractmethod
     def content(self) -> dict[str, Any]:
         """What the study is of, as a file has it."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +84,9 @@ class _Tokenizers(Maker):
     slurm: Path | None = option(None, "Write a SLURM array script with a task a training ('-' prints it) and end.")
     row: int | None = option(None, "Do this training only, from 0, and evaluate it: a task of an array job.")
 
+    @abstractmethod
     def chosen(self) -> list[dict[str, Any]]:
         """The methods."""
-        raise NotImplementedError
 
     def content(self) -> dict[str, Any]:
         """What the study is of, as a file has it."""
@@ -143,7 +144,6 @@ class Sweep(Compare):
     command = "sweep"
 
     num_embeddings: str = option(help="Codebook sizes K, separated by commas.")
-    methods: str = option("vqgan,simvq,vaevq", "As of compare.")
     output_dir: Path = option(Path("outputs/sweep"), "Folder of everything that is written.")
     pictures: int = option(0, "Images of the figure of reconstructions; 0 leaves it out.", min=0)
 

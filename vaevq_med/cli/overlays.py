@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from vaevq_med.core.resources import bundle_path, overlay_files, overlay_text, overlay_title
+from vaevq_med.core.resources import overlay_files, overlay_text, overlay_title
 
 
 def overlays(
@@ -21,7 +20,9 @@ def overlays(
     from rich.console import Console
     from rich.table import Table
 
-    folder = Path(bundle) if (Path(bundle) / "train.json").is_file() else bundle_path(bundle)
+    from vaevq_med.study.bundle import Bundle
+
+    folder = Bundle.find(bundle).path
     files = {**overlay_files(folder), **overlay_files(folder, "generation")}
     rows: list[dict[str, Any]] = [
         {

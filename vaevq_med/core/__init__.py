@@ -1,1 +1,1 @@
-"""What every room uses and no image is known to: errors, resources, jobs, folders."""
+"""What knows of no image and what every room uses: errors, files, folders, jobs, options, components, resources."""

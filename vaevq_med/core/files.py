@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, TextIO
@@ -64,6 +65,12 @@ def _claim(partial: Path) -> int | None:
         partial.unlink(missing_ok=True)
     os.close(handle)
     return None
+
+
+def is_temporary_of(found: str, names: Iterable[str]) -> bool:
+    """Whether a file's name is that of a temporary of a file of one of these names, of today's code or before."""
+    known = "|".join(map(re.escape, names))
+    return re.fullmatch(rf"\.({known})\.([a-z0-9_]{{8}}|part|[a-z0-9_]{{8}}\.part)", found) is not None
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from vaevq_med.core.errors import DataError
-from vaevq_med.core.files import atomic_write_text
+from vaevq_med.core.files import atomic_write_text, is_temporary_of
 
 RECIPE = "recipe.json"
 REPORT = "report.json"
+SPLIT_FILE = "splits.json"
 _MARK = "recipe.sha256"
 
 
@@ -70,9 +70,8 @@ class OutputFolder:
                 )
 
     def _left(self, path: Path) -> bool:
-        """Whether it is what a killed writer left of one of the folder's files; see :mod:`vaevq_med.core.files`."""
-        names = "|".join(map(re.escape, (self.result, RECIPE, REPORT, "splits.json")))
-        return re.fullmatch(rf"\.({names})\.([a-z0-9_]{{8}}|part|[a-z0-9_]{{8}}\.part)", path.name) is not None
+        """Whether it is what a killed writer left of one of the folder's files."""
+        return is_temporary_of(path.name, (self.result, RECIPE, REPORT, SPLIT_FILE))
 
     def is_of_another(self, mark: str) -> bool:
         """Whether it was begun with settings of another hash."""

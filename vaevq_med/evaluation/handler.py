@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.evaluation.pictures import reconstruction_grid, usage_histogram
-from vaevq_med.evaluation.reconstruction import ReconstructionEvaluation
+from vaevq_med.evaluation.reconstruction import METADATA, ReconstructionEvaluation
 from vaevq_med.evaluation.report import EvaluationReport
 from vaevq_med.images.manifest import SPLITS, load_manifest
 from vaevq_med.images.transforms import REGIONS
@@ -30,7 +30,6 @@ from vaevq_med.training.tokenizer_evaluator import TokenizerEvaluator
 from vaevq_med.training.tracking import MLflowTracker
 
 logger = logging.getLogger(__name__)
-_METADATA = ("index", "path", "patient", "case", "modality", "slice")
 
 
 def label_map(dataset_dir: str | Path) -> Mapping[str, Sequence[int]]:
@@ -207,7 +206,7 @@ class EvaluationHandler:
             output[Keys.IMAGE],
             output[Keys.PRED],
             output["indices"],
-            metadata={name: list(batch[name]) for name in _METADATA},
+            metadata={name: list(batch[name]) for name in METADATA},
             regions=regions,
             indices_sample=output.get("indices_sample"),
         )

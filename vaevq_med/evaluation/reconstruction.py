@@ -21,9 +21,11 @@ from vaevq_med.metrics.reconstruction import PSNR, SSIM, to_unit
 from vaevq_med.metrics.statistics import FrechetDistance
 from vaevq_med.networks.features import FeatureNetwork
 
+METADATA = ("index", "path", "patient", "case", "modality", "slice")
+"""What an item says of its image, which the row of an evaluation keeps."""
 _TAKEN = frozenset(
     {
-        *("index", "path", "patient", "case", "modality", "slice", "finite", "rfid", "dead_codes"),
+        *(*METADATA, "finite", "rfid", "dead_codes"),
         *("utilization", "perplexity", "utilization_sample", "perplexity_sample"),
     }
 )

@@ -14,11 +14,10 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, ValidationInfo
 
 from vaevq_med.core.errors import DataError
-from vaevq_med.core.folder import RECIPE
+from vaevq_med.core.folder import RECIPE, SPLIT_FILE
 from vaevq_med.core.options import Number, Options
 from vaevq_med.images.manifest import FILE_NAME, SPLITS, load_manifest
 
-SPLIT_FILE = "splits.json"
 """Who stands in which split of a data set; ``--split-file`` takes it too."""
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 from helpers import ddp_codebook
 from helpers.bundles import evaluation_overrides, run_bundle, states_equal
+from helpers.processes import run_in_two
 from helpers.quantizer_cases import Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -226,15 +225,7 @@ def test_parts_of_a_batch_move_it_once() -> None:
 
 @pytest.mark.slow
 def test_two_processes_keep_the_codebook_of_one(tmp_path: Path) -> None:
-    command = [sys.executable, str(Path(ddp_codebook.__file__))]
-    running = [
-        subprocess.Popen([*command, str(rank), str(tmp_path), "coherent"], stderr=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]
-    for process in running:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors[-3000:]
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    first, second = run_in_two(ddp_codebook, tmp_path, "coherent")
     one = ddp_codebook.train(0, slice(None), ddp_codebook.coherent())
     for name in one:
         assert states_equal(first[name], second[name]), name

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 from conftest import BUNDLE, OVERLAYS
 from helpers import ddp_codebook
 from helpers.bundles import evaluate, quick, run_bundle, states_equal
+from helpers.processes import run_in_two
 from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 
@@ -178,14 +177,7 @@ def test_options_out_of_range_are_refused(options: dict[str, float], said: str) 
 
 @pytest.mark.slow
 def test_two_processes_keep_the_codebook_of_one(tmp_path: Path) -> None:
-    command = [sys.executable, str(Path(ddp_codebook.__file__))]
-    running = [
-        subprocess.Popen([*command, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True) for rank in (0, 1)
-    ]
-    for process in running:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors[-3000:]
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    first, second = run_in_two(ddp_codebook, tmp_path)
     one = ddp_codebook.train(0, slice(None))
     start = {name: quantizer.state_dict() for name, quantizer in ddp_codebook.quantizers().items()}
     for name in one:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from helpers import ddp_anchors
 from helpers.bundles import quick, states_equal, train_and_evaluate
 from helpers.memory import LargestTensor
+from helpers.processes import run_in_two
 from scipy.special import softmax
 
 from vaevq_med.core.errors import VaevqMedError
@@ -189,14 +188,7 @@ def test_no_tensor_of_the_size_of_all_distances_is_made(monkeypatch: pytest.Monk
 
 @pytest.mark.slow
 def test_two_processes_train_the_codebooks_of_one(tmp_path: Path) -> None:
-    command = [sys.executable, str(Path(ddp_anchors.__file__))]
-    running = [
-        subprocess.Popen([*command, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True) for rank in (0, 1)
-    ]
-    for process in running:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors[-3000:]
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    first, second = run_in_two(ddp_anchors, tmp_path)
     one = ddp_anchors.train(0, slice(None))
     start = {name: quantizer.state_dict() for name, quantizer in ddp_anchors.quantizers().items()}
     assert bool(one["published"]["masked"].any())

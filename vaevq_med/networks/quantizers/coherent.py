@@ -25,15 +25,14 @@ from torch import Tensor
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.outputs import Posterior, QuantizerOutput
 from vaevq_med.networks.polar import polar_factor
-from vaevq_med.networks.processes import sum_in_place
-from vaevq_med.networks.quantizers.base import CodebookQuantizer, FollowsLatents, rows
-from vaevq_med.networks.quantizers.ema import draw_replacements
+from vaevq_med.networks.quantizers.base import rows
+from vaevq_med.networks.quantizers.ema import AveragedCodebook, assignment_totals, draw_replacements
 from vaevq_med.networks.ranges import check_choice
 
 WEIGHTINGS = ("precision", "plain")
 
 
-class CoherentVQ(FollowsLatents, CodebookQuantizer):
+class CoherentVQ(AveragedCodebook):
     """A codebook of precision-weighted averages of the posterior means that are assigned to its codewords.
 
     Every call in training mode updates the codebook, but for the calls within :meth:`one_update`, which count as one
@@ -55,7 +54,6 @@ class CoherentVQ(FollowsLatents, CodebookQuantizer):
         VaevqMedError: for an option out of its range.
     """
 
-    embedding: Tensor
     cluster_size: Tensor
     weight: Tensor
     weighted_sum: Tensor
@@ -95,25 +93,13 @@ class CoherentVQ(FollowsLatents, CodebookQuantizer):
         self.register_buffer("weight", torch.ones(num_embeddings, embedding_dim))
         self.register_buffer("weighted_sum", embedding.clone())
 
-    def codebook(self) -> Tensor:
-        """The table, ``[K, D]``, without a gradient."""
-        return self.embedding
-
     def forward(self, z: Tensor, posterior: Posterior | None = None) -> QuantizerOutput:
         """Quantize ``z`` ``[B, D, *grid]``, straight-through; in training mode, update the codebook afterwards.
 
         Raises:
             VaevqMedError: an option needs a posterior and there is none.
         """
-        output = super().forward(z, posterior)
-        output = QuantizerOutput(
-            quantized=output.quantized,
-            codes=output.codes,
-            indices=output.indices,
-            losses={"commitment": output.losses["commitment"]},
-            # The update happens in place, after this output was made.
-            codebook=self.embedding.clone() if self.training else self.embedding,
-        )
+        output = self.look_up(z, posterior)
         if self.training:
             means = rows((z if posterior is None else posterior.mean).detach().float())  # [N, D]
             self.follow(means, self._precisions(means, posterior), output.indices.flatten())
@@ -134,14 +120,12 @@ class CoherentVQ(FollowsLatents, CodebookQuantizer):
     def update(self, means: Tensor, precisions: Tensor, indices: Tensor) -> None:  # type: ignore[override]
         """Move the averages by means and precisions ``[N, D]`` and their indices ``[N]``, on every process alike."""
         with torch.autocast(means.device.type, enabled=False):
-            width = self.embedding_dim
-            ones = torch.ones_like(means[:, :1])
-            totals = means.new_zeros(self.num_embeddings, 2 * width + 1)
-            totals.index_add_(0, indices, torch.cat([means * precisions, precisions, ones], dim=1))
-            sums, weights, counts = sum_in_place(totals).split([width, width, 1], dim=1)
+            both = torch.cat([means * precisions, precisions], dim=1)  # [N, 2 D]
+            counts, totals = assignment_totals(both, indices, self.num_embeddings)
+            sums, weights = totals.chunk(2, dim=1)  # [K, D] each
             self.weighted_sum.lerp_(sums, 1 - self.decay)
             self.weight.lerp_(weights, 1 - self.decay)
-            self.cluster_size.lerp_(counts.squeeze(1), 1 - self.decay)
+            self.cluster_size.lerp_(counts, 1 - self.decay)
             # What has not been used for so long that nothing is left of its weight stays where it is.
             known = self.weight > torch.finfo(self.weight.dtype).tiny
             moved = self.weighted_sum / torch.where(known, self.weight, torch.ones_like(self.weight))

@@ -27,7 +27,33 @@ from vaevq_med.networks.processes import from_first_process, rows_of_each_proces
 from vaevq_med.networks.quantizers.base import CodebookQuantizer, FollowsLatents, rows
 
 
-class VectorQuantizerEMA(FollowsLatents, CodebookQuantizer):
+class AveragedCodebook(FollowsLatents, CodebookQuantizer):
+    """A codebook of averages: no gradient reaches it, and it moves after the output of a call was made.
+
+    Attributes:
+        embedding: the table, a buffer ``[K, D]``.
+    """
+
+    embedding: Tensor
+
+    def codebook(self) -> Tensor:
+        """The table, ``[K, D]``, without a gradient."""
+        return self.embedding
+
+    def look_up(self, z: Tensor, posterior: Posterior | None = None) -> QuantizerOutput:
+        """Quantize ``z`` ``[B, D, *grid]`` and update nothing, whatever the mode."""
+        output = super().forward(z, posterior)
+        return QuantizerOutput(
+            quantized=output.quantized,
+            codes=output.codes,
+            indices=output.indices,
+            losses={"commitment": output.losses["commitment"]},
+            # The update happens in place, after this output was made.
+            codebook=self.embedding.clone() if self.training else self.embedding,
+        )
+
+
+class VectorQuantizerEMA(AveragedCodebook):
     """A codebook that follows the latents assigned to it, by moving averages over the calls in training mode.
 
     Every call in training mode updates the codebook, but for the calls within :meth:`one_update`, which count as one
@@ -56,7 +82,6 @@ class VectorQuantizerEMA(FollowsLatents, CodebookQuantizer):
         (['commitment'], [])
     """
 
-    embedding: Tensor
     cluster_size: Tensor
     embedding_sum: Tensor
 
@@ -91,22 +116,6 @@ class VectorQuantizerEMA(FollowsLatents, CodebookQuantizer):
         self.register_buffer("embedding", embedding)
         self.register_buffer("cluster_size", torch.ones(num_embeddings))
         self.register_buffer("embedding_sum", embedding.clone())
-
-    def codebook(self) -> Tensor:
-        """The table, ``[K, D]``, without a gradient."""
-        return self.embedding
-
-    def look_up(self, z: Tensor, posterior: Posterior | None = None) -> QuantizerOutput:
-        """Quantize ``z`` ``[B, D, *grid]`` and update nothing, whatever the mode."""
-        output = super().forward(z, posterior)
-        return QuantizerOutput(
-            quantized=output.quantized,
-            codes=output.codes,
-            indices=output.indices,
-            losses={"commitment": output.losses["commitment"]},
-            # The update happens in place, after this output was made.
-            codebook=self.embedding.clone() if self.training else self.embedding,
-        )
 
     def forward(self, z: Tensor, posterior: Posterior | None = None) -> QuantizerOutput:
         """Quantize ``z`` ``[B, D, *grid]``, straight-through; in training mode, update the codebook afterwards."""
