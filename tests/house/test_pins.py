@@ -105,7 +105,7 @@ def test_an_old_run_goes_on(make: ModuleType, tmp_path: Path, monkeypatch: pytes
     shutil.copytree(FOLDER / "slices", "slices")
     Path("run/checkpoints").mkdir(parents=True)
     shutil.copyfile(FOLDER / "simvq.pt", "run/checkpoints/last.pt")
-    trainer = trainer_of({**make.small("slices", "run"), "max_epochs": 2})
+    trainer = trainer_of({**make.small("slices", "run"), "max_epochs": 2}, "paper")
     assert trainer.state.iteration == 1
     before = torch.load(FOLDER / "simvq.pt", weights_only=True)
     for name, value in trainer.network.state_dict().items():

@@ -27,7 +27,7 @@ from vaevq_med.trained.file import read_checkpoint
 from vaevq_med.training.config import ConfigError, check_config
 
 NAMES = sorted(path.stem for path in OVERLAYS.glob("*.json"))
-TERMS = ("reconstruction", "perceptual", "kl", "rcs", "dcr")
+TERMS = ("reconstruction", "perceptual", "kl", "rcs")
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +64,10 @@ def test_every_overlay_is_read_by_the_training_bundle(name: str) -> None:
         parser[key]
 
 
-def test_the_paper_overlay_is_the_default() -> None:
+def test_the_coherent_overlay_is_the_default() -> None:
     plain, overlaid = ConfigParser(), ConfigParser()
     plain.read_config(str(BUNDLE / "train.json"))
-    overlaid.read_config([str(BUNDLE / "train.json"), str(OVERLAYS / "paper.json")])
+    overlaid.read_config([str(BUNDLE / "train.json"), str(OVERLAYS / "coherent.json")])
     for key in ("network_def", "objective"):
         assert overlaid.get(key) == plain.get(key)
 
@@ -102,7 +102,7 @@ def test_mlflow_run_holds_what_a_reader_needs(trained: tuple[dict[str, Any], Con
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED"
     assert run.data.params["num_embeddings"] == "32"
-    assert run.data.params["objective.weights.rcs"] == "0.0024"
+    assert run.data.params["objective.weights.rcs"] == run.data.params["objective.weights.kl"] == "0.0001"
     assert run.data.tags["data.content_hash"] == "sha256:toy"
     assert "version.torch" in run.data.tags
     steps = parser.get_parsed_content("train#trainer").state.iteration
@@ -219,7 +219,7 @@ def test_a_killed_process_leaves_a_checkpoint_that_loads(toy_overrides: dict[str
         ({"micro_batch_size": "many"}, "'many'"),
         ({"device": "cuda:0"}, "cuda:0"),
         ({"val_max_items": 0}, "max_items"),
-        ({"network_def#variational": False}, "needs a posterior"),
+        ({"network_def#variational": False}, "needs the encoder's posterior"),
         ({"image_size": 31}, "31"),
         ({"output_dir": "/proc/nowhere"}, "--output_dir"),
     ],

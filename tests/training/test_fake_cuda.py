@@ -61,7 +61,9 @@ def cases(kind: str) -> list[Any]:
 
 def read(bundle: Path, file: str, overlay: Path | None, small: dict[str, Any]) -> ConfigParser:
     """The configuration on no data, small but for what the overlay itself sets."""
-    files = [bundle / file, *([overlay] if overlay else [])]
+    # Of the shared overlays this one alone is said to follow another.
+    first = [OVERLAYS / "simvq.json"] if overlay is not None and overlay.stem == "vlq" else []
+    files = [bundle / file, *first, *([overlay] if overlay else [])]
     parser = ConfigParser()
     parser.read_config([str(path) for path in files])
     chosen = json.loads(overlay.read_text()) if overlay else {}

@@ -34,22 +34,40 @@ _MAX_METRICS = 1000
 _MAX_BUFFERED = 100_000
 
 
-def flatten(config: Any, prefix: str = "") -> dict[str, str]:
+def followed(value: Any, config: Mapping[str, Any]) -> Any:
+    """What a reference (``@objective::weights::kl``) leads to, where that is a plain value; else ``value`` itself.
+
+    >>> followed("@weights#kl", {"weights": {"kl": 0.5}}), followed("@network", {"network": {"_target_": "Net"}})
+    (0.5, '@network')
+    """
+    found, seen = value, set[str]()
+    while isinstance(found, str) and found.startswith("@") and found not in seen:
+        seen.add(found)
+        parts = found.removeprefix("@").replace("#", "::").split("::")
+        found = config
+        for part in parts:
+            found = found.get(part) if isinstance(found, Mapping) else None
+    return value if found is None or isinstance(found, Mapping | list) else found
+
+
+def flatten(config: Any, prefix: str = "", whole: Mapping[str, Any] | None = None) -> dict[str, str]:
     """A nested configuration as MLflow parameters: ``objective.weights.rcs`` to ``"1.0"``.
 
     >>> flatten({"objective": {"weights": {"rcs": 1.0}}, "set": {"network_def#variational": True}})
     {'objective.weights.rcs': '1.0', 'set.network_def.variational': 'true'}
     """
+    whole = config if whole is None and isinstance(config, Mapping) else whole or {}
     if isinstance(config, Mapping):
         items = [(str(key), value) for key, value in config.items()]
     elif isinstance(config, list) and any(isinstance(value, Mapping | list) for value in config):
         items = [(str(number), value) for number, value in enumerate(config)]
     else:
+        config = followed(config, whole)
         return {prefix[:250]: (config if isinstance(config, str) else json.dumps(config, default=str))[:6000]}
     flat: dict[str, str] = {}
     for key, value in items:
         key = re.sub(r"[^\w\-. :/]", ".", key)  # MLflow takes no '#'
-        flat |= flatten(value, f"{prefix}.{key}" if prefix else key)
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else key, whole)
     return flat
 
 
