@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import ddp_features
+from helpers.processes import run_in_two
 from scipy.linalg import sqrtm
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -153,6 +156,22 @@ def test_autocast_changes_nothing_and_a_device_is_not_waited_for() -> None:
     assert not {name for name in names if "linalg_" in name.replace("vector_norm", "") or "local_scalar" in name} - {
         "aten::linalg_vector_norm"
     }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("of_first", [13, 19])
+def test_two_processes_have_the_distance_and_the_gradients_of_one(of_first: int, tmp_path: Path) -> None:
+    """Averaged over the processes; one of them may have a single feature."""
+    first, second = run_in_two(ddp_features, tmp_path, str(of_first))
+    one = ddp_features.distances(slice(None))
+    assert len(one) == 9
+    for start in range(0, len(one), 3):
+        (value, to_points, to_codebook), *both = (found[start : start + 3] for found in (one, first, second))
+        for found, other, _ in both:
+            assert other.shape != to_points.shape
+            torch.testing.assert_close(found, value)
+        torch.testing.assert_close(torch.cat([both[0][1], both[1][1]], dim=-2) / 2, to_points)
+        torch.testing.assert_close((both[0][2] + both[1][2]) / 2, to_codebook)
 
 
 def test_what_has_no_covariance_or_does_not_match_is_refused() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.losses.base import LossTerm
 from vaevq_med.losses.known_gradient import with_gradient
-from vaevq_med.losses.wasserstein import gaussian_wasserstein2, gaussian_wasserstein2_to_standard
+from vaevq_med.losses.wasserstein import gaussian_wasserstein2_to_standard, wasserstein2_to_features
 from vaevq_med.networks.outputs import TokenizerOutput
 from vaevq_med.networks.quantizers.base import look_up, rows
 from vaevq_med.networks.ranges import check_choice
@@ -20,8 +20,8 @@ class DCRLoss(LossTerm):
     With ``target: "prior"`` it is :func:`gaussian_wasserstein2_to_standard` (VAEVQ, arXiv 2511.06863, Eq. 11). With
     ``target: "features"`` it is :func:`gaussian_wasserstein2` of the batch's latents and the codebook (Wasserstein-VQ,
     arXiv 2506.15078), of which Eq. 11 is the case of latents that follow the prior. The latents are the posterior's
-    means, or the latent itself where there is no posterior; their moments are those of the images at hand, a part of
-    the batch where it is gone through in parts or by several processes.
+    means, or the latent itself where there is no posterior; their moments are those of all processes' images at hand,
+    which are a part of the batch where it is gone through in parts.
 
     Codebooks of averages take no gradient. ``through: "assignments"`` passes the one of Eq. 11 on to the encoder. The
     term's value W is Eq. 11. Its gradient by the mean mu_n of token n of N, which is assigned to codeword k(n), is
@@ -79,7 +79,7 @@ class DCRLoss(LossTerm):
             )
         if self.target == "prior":
             return gaussian_wasserstein2_to_standard(codebook)
-        return gaussian_wasserstein2(self._features(codebook, output), codebook)
+        return wasserstein2_to_features(self._features(codebook, output), codebook)
 
     def _features(self, codebook: Tensor, output: TokenizerOutput) -> Tensor:
         """The latents ``[N, D]``, or ``[G, N, D / G]`` beside G codebooks of channels of their own."""

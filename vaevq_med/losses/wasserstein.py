@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.polar import polar_factor
+from vaevq_med.networks.processes import is_distributed, sum_in_place
 
 
 def gaussian_wasserstein2_to_standard(codebook: Tensor) -> Tensor:
@@ -93,19 +95,42 @@ def gaussian_wasserstein2(first: Tensor, second: Tensor) -> Tensor:
             "number alone"
         )
     with torch.autocast(first.device.type, enabled=False):
-        mean1, points1 = _moments(first)
-        mean2, points2 = _moments(second)
-        with torch.no_grad():
-            polar1, polar2 = polar_factor(points1), polar_factor(points2)
-            root1, root2 = polar1.mT @ points1, polar2.mT @ points2  # [..., D, D]
-            product = root1 @ root2
-            turn = polar_factor(product)
-            moved1, moved2 = polar1 @ (turn @ root2), polar2 @ (turn.mT @ root1)
-            # What the two squares below have too much of.
-            excess = moved1.square().sum() + moved2.square().sum() - 2 * (turn * product).sum()
-        distance = (mean1 - mean2).square().sum() - excess
-        distance = distance + (points1 - moved1).square().sum() + (points2 - moved2).square().sum()
+        distance = _distance(_moments(first), _moments(second))
         return distance.to(torch.promote_types(torch.promote_types(first.dtype, second.dtype), torch.float32))
+
+
+def wasserstein2_to_features(features: Tensor, codebook: Tensor) -> Tensor:
+    """:func:`gaussian_wasserstein2` of the features of all processes and a codebook that is the same on each.
+
+    Averaged over the processes, as DDP does, its gradient is that of one process with all the features.
+
+    Args:
+        features: of this process, ``[N, D]`` or ``[G, N, D]``; N may differ from process to process.
+        codebook: ``[K, D]`` or ``[G, K, D]``.
+
+    Raises:
+        VaevqMedError: as :func:`gaussian_wasserstein2`; a process may have a single feature where there are several.
+    """
+    if not is_distributed():
+        return gaussian_wasserstein2(features, codebook)
+    with torch.autocast(features.device.type, enabled=False):
+        distance = _distance(_moments_of_all_processes(features), _moments(codebook))
+        return distance.to(torch.promote_types(torch.promote_types(features.dtype, codebook.dtype), torch.float32))
+
+
+def _distance(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
+    """The distance of two Gaussians, each a mean and points whose Gram matrix is the covariance."""
+    (mean1, points1), (mean2, points2) = first, second
+    with torch.no_grad():
+        polar1, polar2 = polar_factor(points1), polar_factor(points2)
+        root1, root2 = polar1.mT @ points1, polar2.mT @ points2  # [..., D, D]
+        product = root1 @ root2
+        turn = polar_factor(product)
+        moved1, moved2 = polar1 @ (turn @ root2), polar2 @ (turn.mT @ root1)
+        # What the two squares below have too much of.
+        excess = moved1.square().sum() + moved2.square().sum() - 2 * (turn * product).sum()
+    distance = (mean1 - mean2).square().sum() - excess
+    return distance + (points1 - moved1).square().sum() + (points2 - moved2).square().sum()
 
 
 def _moments(points: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,3 +139,30 @@ def _moments(points: Tensor) -> tuple[Tensor, Tensor]:
     points = points.double()
     mean = points.mean(dim=-2, keepdim=True)
     return mean, (points - mean) / math.sqrt(points.shape[-2] - 1)
+
+
+def _moments_of_all_processes(points: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`_moments` of the points of all processes; the second is another matrix of the same Gram matrix.
+
+    A process' centered points X have the Gram matrix of ``R = U^T X``, ``[D, D]`` with U their polar factor, and the
+    gradient by R goes on to X as if U were constant. The matrix is made of every process' R and of the ways from the
+    mean of all to its own, so that D + 2 rows of each are exchanged and no point is.
+    """
+    points = points.double()
+    count = points.shape[-2]
+    mean = points.mean(dim=-2, keepdim=True)
+    centered = points - mean
+    root = polar_factor(centered.detach()).mT @ centered  # [..., D, D]
+    own = torch.cat([root, mean, torch.full_like(mean, count)], dim=-2)  # [..., D + 2, D]
+    number, rank = dist.get_world_size(), dist.get_rank()
+    every = torch.zeros(number, *own.shape, dtype=own.dtype, device=own.device)
+    every[rank] = own.detach()
+    every = sum_in_place(every)
+    # The gradient is averaged over the processes, where that of the whole is a sum over them.
+    every[rank] = every[rank] + number * (own - own.detach())
+    roots, means, counts = every[..., :-2, :], every[..., -2:-1, :], every[..., -1:, :].detach()
+    total = counts.sum(dim=0)
+    mean = (counts * means).sum(dim=0) / total  # [..., 1, D]
+    ways = counts.sqrt() * (means - mean)
+    matrix = torch.cat([roots, ways], dim=-2) / (total - 1).sqrt()  # [P, ..., D + 1, D]
+    return mean, matrix.movedim(0, -3).flatten(-3, -2)
