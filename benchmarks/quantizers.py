@@ -54,7 +54,7 @@ def own(k: int, d: int) -> dict[str, Callable[[], nn.Module]]:
     return {
         "vqgan": lambda: ours.VectorQuantizer(**free),
         "vqgan_ema": lambda: ours.VectorQuantizerEMA(**free),
-        "vqgan_ema_revival": lambda: ours.VectorQuantizerEMA(**free, revival_threshold=0.2, revival_count=1.0),
+        "vqgan_ema_revival": lambda: ours.VectorQuantizerEMA(**free, revival_share=0.1, revival_count=0.5),
         "simvq": lambda: ours.SimVQ(**free),
         "simvq, posterior": lambda: ours.SimVQ(**free, assignment="posterior"),
         "rvq": lambda: ours.ResidualQuantizer(stages=[ours.VectorQuantizer(**stages) for _ in range(2)]),

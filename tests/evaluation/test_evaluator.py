@@ -58,7 +58,7 @@ def test_the_continuous_path_is_decoded_where_it_is_asked_for(quantize: str) -> 
         outputs.append(evaluator.reconstruct(images(), continuous=continuous))
     assert decoded == [3, 6]
     plain, both = outputs
-    assert set(plain) == {"pred", "indices", "indices_sample"}
+    assert set(plain) == {"pred", "indices", "indices_sample", "mean", "std"}
     assert set(both) == {*plain, "pred_continuous"}
     for name, value in plain.items():
         torch.testing.assert_close(value, both[name])
@@ -115,6 +115,7 @@ def test_a_batch_on_a_device_has_no_step_that_the_host_waits_for(
                 metadata={"index": list(range(count)), "modality": ["t1n", "t2f", "t1n", ""], "path": ["a"] * count},
                 regions=regions if with_regions else None,
                 indices_sample=output.get("indices_sample"),
+                posterior=(output["mean"], output["std"]) if variational else None,
             )
         for _, names, values in measured._unread:
             assert values.device.type == "cuda"

@@ -40,6 +40,7 @@ def quantizers() -> dict[str, Quantizer]:
     return {
         "plain": ema(16),
         "revival": ema(16, **revival),
+        "revival by share": ema(16, revival_share=0.9, revival_count=1.0),
         # More codewords than latents: a part of those expired is replaced.
         "crowded": ema(64, **revival),
         "residual": ResidualQuantizer(stages=[ema(8, **revival), ema(8, **revival)], dropout=True),

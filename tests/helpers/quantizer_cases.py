@@ -63,6 +63,10 @@ CASES: dict[str, Case] = {
         lambda: VectorQuantizerEMA(num_embeddings=32, embedding_dim=4, revival_threshold=1.0, revival_count=2.0),
         learns=False,
     ),
+    "vq-ema-revival-share": Case(
+        lambda: VectorQuantizerEMA(num_embeddings=32, embedding_dim=4, revival_share=0.5, revival_count=1.0),
+        learns=False,
+    ),
     "residual": Case(
         lambda: ResidualQuantizer(
             stages=[VectorQuantizer(num_embeddings=16, embedding_dim=4, init="normal") for _ in range(3)], dropout=True

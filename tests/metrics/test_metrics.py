@@ -221,6 +221,11 @@ def evaluation(tmp_path: Path) -> tuple[ReconstructionEvaluation, Tensor, Tensor
             metadata={"modality": ["t1n" if i % 2 else "t2f" for i in part], "index": part},
             regions={"lesion": lesion[part]},
             indices_sample=torch.zeros(len(part), 1, 1, 1, dtype=torch.int64),
+            # The first channel says which image it is, the second nothing.
+            posterior=(
+                torch.tensor([[i, 0.05] for i in part]).view(-1, 2, 1, 1),
+                torch.full((len(part), 2, 1, 1), 0.5),
+            ),
         )
     assert network.images == 12
     return measured, target, prediction
@@ -238,6 +243,9 @@ def test_evaluation_groups_and_orders(evaluation: tuple[ReconstructionEvaluation
     assert overall["psnr"]["std"] == pytest.approx(np.std(expected, ddof=1), abs=1e-3)
     assert overall["utilization"]["value"] == 6 / 8
     assert overall["utilization_sample"]["value"] == 1 / 8
+    assert overall["active_channels"] == overall["active_channels_relative"] == {"value": 1, "n": 6}
+    assert "0.01" in report.conventions["active_channels"]
+    assert measured.channels.of_means().tolist() == pytest.approx([np.var(range(6)), 0])
     assert report.summary["modality"]["t1n"]["psnr"] == pytest.approx(
         {"value": np.mean(expected[1::2]), "std": np.std(expected[1::2], ddof=1), "n": 3}, abs=1e-3
     )

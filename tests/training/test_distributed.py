@@ -10,7 +10,9 @@ from helpers.processes import gradients
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["train", "information_matched", "rvq", "lfq", "ibq"])
+@pytest.mark.parametrize(
+    "variant", ["train", "information_matched", "rvq", "lfq", "ibq", "wasserstein_vq", "coherent_dcr_assignments"]
+)
 def test_two_processes_have_the_gradients_of_one(variant: str, toy_overrides: dict[str, Any], tmp_path: Path) -> None:
     shared = {
         **toy_overrides,
@@ -29,6 +31,10 @@ def test_two_processes_have_the_gradients_of_one(variant: str, toy_overrides: di
         shared |= {"num_embeddings": 16, "network_def#quantizer#temperature": 2.0, "objective#weights#entropy": 1.0}
     if variant == "ibq":
         shared |= {"network_def#quantizer#entropy_temperature": 2.0, "objective#weights#entropy": 1.0}
+    if variant == "wasserstein_vq":
+        shared |= {"objective#terms#dcr#detach_features": False, "objective#weights#dcr": 1.0}
+    if variant == "coherent_dcr_assignments":
+        shared |= {"objective#weights#dcr": 1.0}
     overlays = [] if variant == "train" else [variant]
     one = gradients(1, {**shared, "batch_size": 4, "output_dir": str(tmp_path / "one")}, overlays, tmp_path / "one.pt")
     two = gradients(

@@ -77,12 +77,15 @@ def build(kind: str) -> nn.Module:
     torch.manual_seed(0)
     if kind == "mgvq":
         return MGVQ(num_embeddings=8, embedding_dim=4, num_codebooks=2)
-    revival = {"revival_threshold": 0.9, "revival_count": 1.0} if kind == "revival" else {}
+    revival = {
+        "revival": {"revival_threshold": 0.9, "revival_count": 1.0},
+        "share": {"revival_share": 0.9, "revival_count": 1.0},
+    }.get(kind, {})
     stages = [VectorQuantizerEMA(num_embeddings=8, embedding_dim=4, **revival) for _ in range(2)]
     return ResidualQuantizer(stages=stages, num_codebooks=2) if kind == "residual" else stages[0]
 
 
-@pytest.mark.parametrize("kind", ["ema", "revival", "residual", "mgvq"])
+@pytest.mark.parametrize("kind", ["ema", "revival", "share", "residual", "mgvq"])
 def test_averaged_codebooks_do_not_depend_on_the_parts_of_a_batch(kind: str) -> None:
     latents = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(1))
     states = []

@@ -209,6 +209,7 @@ class EvaluationHandler:
             metadata={name: list(batch[name]) for name in METADATA},
             regions=regions,
             indices_sample=output.get("indices_sample"),
+            posterior=(output["mean"], output["std"]) if "mean" in output else None,
         )
 
     def _completed(self, engine: TokenizerEvaluator) -> None:

@@ -15,6 +15,7 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.evaluation.report import EvaluationReport, Summary
 from vaevq_med.metrics import figures
 from vaevq_med.metrics.base import ImageMetric
+from vaevq_med.metrics.channels import ChannelActivity
 from vaevq_med.metrics.codebook import CodebookUsage
 from vaevq_med.metrics.figures import Figure
 from vaevq_med.metrics.reconstruction import PSNR, SSIM, to_unit
@@ -27,6 +28,7 @@ _TAKEN = frozenset(
     {
         *(*METADATA, "finite", "rfid", "dead_codes"),
         *("utilization", "perplexity", "utilization_sample", "perplexity_sample"),
+        *("active_channels", "active_channels_relative"),
     }
 )
 """What rows and tables have beside the metrics."""
@@ -85,6 +87,7 @@ class ReconstructionEvaluation:
         self.device = device
         self.usage = CodebookUsage(num_embeddings=num_embeddings, num_codebooks=num_codebooks, device=device)
         self.usage_sample = CodebookUsage(num_embeddings=num_embeddings, num_codebooks=num_codebooks, device=device)
+        self.channels = ChannelActivity()
         self._sampled = False
         self._rows: list[dict[str, Any]] = []
         self._unread: list[tuple[dict[str, Sequence[Any]], tuple[str, ...], Tensor]] = []
@@ -101,6 +104,7 @@ class ReconstructionEvaluation:
         metadata: Mapping[str, Sequence[Any]],
         regions: Mapping[str, Tensor] | None = None,
         indices_sample: Tensor | None = None,
+        posterior: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """Take in a batch.
 
@@ -112,6 +116,8 @@ class ReconstructionEvaluation:
                 has one, gives tables by modality.
             regions: masks by name, bool ``[B, H, W]``; an empty mask leaves the image out of that region.
             indices_sample: indices of a quantized sample, for its utilization.
+            posterior: means and standard deviations, ``[B, D, h, w]`` each, of a variational tokenizer, for its active
+                channels.
 
         Raises:
             VaevqMedError: a reconstruction holds NaN or infinity, which no metric would show; of a device this batch
@@ -140,6 +146,8 @@ class ReconstructionEvaluation:
         if indices_sample is not None:
             self._sampled = True
             self.usage_sample.update(indices_sample)
+        if posterior is not None:
+            self.channels.update(*posterior)
 
     def _features(self, target: Tensor, reconstruction: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """LPIPS ``[B]`` and the vectors of rFID ``[2 B, F]``, the originals' first; one network for both runs once."""
@@ -198,6 +206,7 @@ class ReconstructionEvaluation:
         rows = self._gather_rows()
         self.usage.reduce()
         self.usage_sample.reduce()
+        self.channels.reduce()
         names = [figure.name for figure in self.figures]
         overall: Summary = _means(rows, names)
         modalities = {
@@ -257,7 +266,7 @@ class ReconstructionEvaluation:
                 "utilization_sample": self.usage_sample.utilization(),
                 "perplexity_sample": self.usage_sample.perplexity(),
             }
-        return figures
+        return figures | self.channels.figures()
 
     def _networks(self) -> dict[str, str]:
         record = {}
@@ -276,6 +285,9 @@ class ReconstructionEvaluation:
             "utilization": figures.UTILIZATION.convention,
             "perplexity": figures.PERPLEXITY.convention,
         }
+        if self.channels.sums is not None:
+            words["active_channels"] = figures.ACTIVE_CHANNELS.convention
+            words["active_channels_relative"] = figures.ACTIVE_CHANNELS_RELATIVE.convention
         if self.lpips is not None:
             learned = self.lpips.name in ("vgg", "alex", "squeeze")
             words["lpips"] = f"{'LPIPS' if learned else 'LPIPS-style distance'} of {self.lpips.name}"

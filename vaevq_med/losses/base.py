@@ -28,8 +28,14 @@ class LossTerm(nn.Module, ABC):
         return nullcontext()
 
     def control(self) -> Tensor | None:
-        """The buffer that steers the term, which a checkpoint carries; None for most."""
+        """What steers the term, which a checkpoint carries: a buffer; None for most."""
         return None
+
+    def load_control(self, stored: Tensor) -> None:
+        """Take up what :meth:`control` gave; to be overridden where that is no buffer itself."""
+        control = self.control()
+        if control is not None:
+            control.copy_(stored)
 
     def figures(self) -> Mapping[str, Tensor]:
         """What is logged beside the term's value, under the term's name and these."""

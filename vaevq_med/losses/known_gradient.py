@@ -1,4 +1,4 @@
-"""Losses whose gradient by the reconstructions is taken at once, so that it can be looked at and used again."""
+"""Losses whose gradient is known: taken at once, so that it can be looked at and used again, or chosen."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def gradients(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(leaf) if one is None else one for one, leaf in zip(found, leaves, strict=True)]
 
 
-def with_gradient(value: Tensor, images: Sequence[Tensor], known: Sequence[Tensor]) -> Tensor:
-    """A scalar whose gradient by ``images`` is known.
+def with_gradient(value: Tensor, inputs: Sequence[Tensor], known: Sequence[Tensor]) -> Tensor:
+    """A scalar whose gradient by ``inputs`` is known.
 
     Args:
         value: the scalar.
-        images: what it depends on.
+        inputs: what it depends on.
         known: its gradient by each of them.
 
     >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -44,7 +44,7 @@ def with_gradient(value: Tensor, images: Sequence[Tensor], known: Sequence[Tenso
     >>> x.grad
     tensor([3., 4.])
     """
-    return _WithGradient.apply(value, *images, *known)
+    return _WithGradient.apply(value, *inputs, *known)
 
 
 class _WithGradient(torch.autograd.Function):

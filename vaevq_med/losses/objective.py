@@ -75,24 +75,19 @@ class TokenizerObjective(nn.Module):
             yield
 
     def control_state(self) -> dict[str, Tensor]:
-        """What steers the terms (the KL budget's factor), for checkpoints; no network weights."""
-        return {name: control.clone() for name, control in self._controls()}
+        """What steers the terms (the KL budget's factor, the empirical prior), for checkpoints; no network weights."""
+        controls = ((name, term.control()) for name, term in self._named_terms())
+        return {name: control.clone() for name, control in controls if control is not None}
 
     def load_control_state(self, state: Mapping[str, Tensor]) -> None:
         """Take up what :meth:`control_state` gave."""
-        for name, control in self._controls():
+        for name, term in self._named_terms():
             if name in state:
-                control.copy_(state[name])
+                term.load_control(state[name])
 
     def _named_terms(self) -> Iterator[tuple[str, LossTerm]]:
         """Those that have the interface's hooks: a plain module may be a term too, and has none."""
         yield from ((name, term) for name, term in self.terms.items() if isinstance(term, LossTerm))
-
-    def _controls(self) -> Iterator[tuple[str, Tensor]]:
-        for name, term in self._named_terms():
-            control = term.control()
-            if control is not None:
-                yield name, control
 
     def is_adversarial(self, step: int) -> bool:
         """Whether the GAN takes part at iteration ``step``, counted from 0."""

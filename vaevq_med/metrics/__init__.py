@@ -5,6 +5,7 @@ from vaevq_med.core.lazy import lazy
 __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
+        "ChannelActivity": "channels",
         "CodebookUsage": "codebook",
         "FeatureStatistics": "statistics",
         "Figure": "figures",
@@ -16,6 +17,7 @@ __getattr__, __dir__, __all__ = lazy(
         "ReferenceCache": "reference",
         "ReferenceFeatures": "reference",
         "SSIM": "reconstruction",
+        "active_channels": "channels",
         "extrapolate_frechet_distance": "statistics",
         "frechet_distance": "statistics",
         "inception_score": "generation",

@@ -88,6 +88,18 @@ PERPLEXITY = Figure(
     higher_is_better=True,
     convention="exp of the entropy of the codewords' frequencies over the split",
 )
+ACTIVE_CHANNELS = Figure(
+    "active_channels",
+    "Active channels",
+    0,
+    convention="channels whose posterior mean has a variance above 0.01 over images and positions (arXiv 1509.00519)",
+)
+ACTIVE_CHANNELS_RELATIVE = Figure(
+    "active_channels_relative",
+    "Active channels (relative)",
+    0,
+    convention="channels whose posterior mean has more than 0.01 of the aggregate posterior's variance",
+)
 BITS_PER_POSITION = Figure("bits_per_position", "Bits per position", 2, varies=False)
 BITS_PER_PIXEL = Figure("bits_per_pixel", "Bits per pixel", 3, varies=False)
 PARAMETERS = Figure("parameters", "Parameters (M)", 2, 1e-6, varies=False)

@@ -20,7 +20,8 @@ class TokenizerEvaluator(BaseEvaluator):
     """Reconstruct each batch through the codebook, and, for a variational tokenizer, without it.
 
     ``engine.state.output`` holds ``image``, ``pred`` (the quantized path), ``indices`` ``[B, h, w, G]`` and, for a
-    variational tokenizer, ``indices_sample`` (a sample quantized, for its utilization).
+    variational tokenizer, ``indices_sample`` (a sample quantized, for its utilization) and the posterior's ``mean`` and
+    ``std``, ``[B, D, h, w]``.
 
     Args:
         device: where to evaluate.
@@ -83,7 +84,7 @@ class TokenizerEvaluator(BaseEvaluator):
         of_mean = network.quantize(mean, posterior=encoded)
         of_sample = network.quantize(sample, posterior=encoded)
         chosen = of_mean if self.quantize == "mode" else of_sample
-        found = {"indices": chosen.indices, "indices_sample": of_sample.indices}
+        found = {"indices": chosen.indices, "indices_sample": of_sample.indices, "mean": mean, "std": encoded.std}
         if not continuous:
             return {Keys.PRED: network.decode(chosen.quantized).float(), **found}
         decoded = network.decode(torch.cat([chosen.quantized, mean])).float()

@@ -105,6 +105,45 @@ def test_the_default_count_of_a_revived_codeword_is_the_threshold() -> None:
     assert quantizer.embedding_sum[1].item() == 0.75
 
 
+@pytest.mark.parametrize("copies", [1, 8])
+def test_a_share_goes_by_the_mean_count(copies: int) -> None:
+    """A batch of eight times as many tokens revives the same codewords, and gives them eight times the count."""
+    quantizer = on_a_line(0.0, 10.0, 99.0, decay=0.5, revival_share=0.5, revival_count=0.75)
+    quantizer.cluster_size.fill_(copies)
+    quantizer.embedding_sum.mul_(copies)
+    values = torch.tensor([1.0, -1.0, 2.0, 11.0, 12.0, 9.0])
+    quantizer(values.repeat(copies).view(1, 1, -1))
+    # Counts 1/2 + 3/2, 1/2 + 3/2 and 1/2, times the copies, of mean 1.5: the third is below half of it.
+    assert quantizer.cluster_size.tolist() == [2 * copies, 2 * copies, 0.75 * 1.5 * copies]
+    assert quantizer.codebook()[2].item() in values.tolist()
+    assert quantizer.embedding_sum[2].item() == quantizer.cluster_size[2].item() * quantizer.codebook()[2].item()
+    assert quantizer.embedding_sum[:2].flatten().tolist() == [1 * copies, 21 * copies]
+
+
+def test_a_share_is_a_threshold_of_the_mean_count() -> None:
+    """Where the mean count stays 4, an eighth and a half of it are the counts 0.5 and 2."""
+    states = []
+    for revival in (
+        {"revival_share": 0.125, "revival_count": 0.5},
+        {"revival_threshold": 0.5, "revival_count": 2.0},
+    ):
+        torch.manual_seed(0)
+        quantizer = VectorQuantizerEMA(num_embeddings=16, embedding_dim=2, decay=0.5, **revival)
+        draws = torch.Generator().manual_seed(1)
+        revived = 0
+        for _ in range(12):
+            # A revived codeword raises the counts' sum: they are brought back to a mean of 4.
+            quantizer.cluster_size.mul_(4 / quantizer.cluster_size.mean())
+            unused = quantizer.cluster_size.clone()
+            quantizer(torch.randn(4, 2, 4, 4, generator=draws) + 3)
+            revived += int((quantizer.cluster_size > unused).sum())
+        states.append(quantizer.state_dict())
+        assert revived > 0
+    assert not torch.equal(states[0]["embedding"], torch.zeros(16, 2))
+    for key, value in states[0].items():
+        torch.testing.assert_close(states[1][key], value, msg=key)
+
+
 def test_replacements_are_different_latents_and_repeat_with_the_generator() -> None:
     latents = torch.arange(50.0).unsqueeze(1)
     expired = torch.arange(30) % 3 == 0
@@ -167,6 +206,10 @@ def test_totals_are_those_of_float64() -> None:
         ({"epsilon": 0.0}, "epsilon is 0.0; expected a number above 0"),
         ({"revival_threshold": 0.0}, "revival_threshold is 0.0"),
         ({"revival_count": 1.0}, "revival_count is 1.0 with revival_threshold None"),
+        ({"revival_share": 0.1, "revival_threshold": 0.2}, "0.2 with revival_share 0.1; expected one of the two"),
+        ({"revival_share": 0.0}, "revival_share is 0.0 and revival_count 0.0; expected a share above 0"),
+        ({"revival_share": 0.6, "revival_count": 0.5}, "revival_share is 0.6 and revival_count 0.5"),
+        ({"revival_share": 0.6, "revival_count": 1.5}, "a count from it to 1"),
         ({"revival_threshold": 2.0, "revival_count": 1.0}, "expected a threshold and a count of at least it"),
     ],
 )
@@ -252,6 +295,7 @@ def test_the_overlay_with_revival_evaluates_and_resumes_as_an_unbroken_run(
         **quick(toy_overrides),
         "checkpoint_interval": 1,
         "network_def#quantizer#decay": 0.5,
+        "network_def#quantizer#revival_share": None,
         "network_def#quantizer#revival_threshold": 20.0,
         "network_def#quantizer#revival_count": 40.0,
     }

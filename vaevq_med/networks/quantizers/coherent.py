@@ -26,7 +26,7 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.outputs import Posterior, QuantizerOutput
 from vaevq_med.networks.polar import polar_factor
 from vaevq_med.networks.quantizers.base import rows
-from vaevq_med.networks.quantizers.ema import AveragedCodebook, assignment_totals, draw_replacements
+from vaevq_med.networks.quantizers.ema import AveragedCodebook, Revival, assignment_totals
 from vaevq_med.networks.ranges import check_choice
 
 WEIGHTINGS = ("precision", "plain")
@@ -73,19 +73,13 @@ class CoherentVQ(AveragedCodebook):
         super().__init__(num_embeddings=num_embeddings, embedding_dim=embedding_dim, assignment=assignment)
         if not 0 <= decay < 1:
             raise VaevqMedError(f"decay is {decay}; expected a number in [0, 1)")
-        if revival_share is not None and not 0 < revival_share <= revival_count <= 1:
-            raise VaevqMedError(
-                f"revival_share is {revival_share} and revival_count {revival_count}; expected a share above 0, and a "
-                "count from it to 1"
-            )
         if not 0 <= prior_step <= 1:
             raise VaevqMedError(f"prior_step is {prior_step}; expected a number in [0, 1]")
         if prior_step and num_embeddings < 2:
             raise VaevqMedError(f"prior_step is {prior_step} with one codeword; expected 0, or two codewords or more")
         self.decay = decay
         self.weighting = check_choice("weighting", weighting, WEIGHTINGS)
-        self.revival_share = revival_share
-        self.revival_count = revival_count
+        self.revival = None if revival_share is None else Revival.by_share(revival_share, revival_count)
         self.prior_step = prior_step
         embedding = torch.randn(num_embeddings, embedding_dim)
         self.register_buffer("embedding", embedding)
@@ -130,21 +124,18 @@ class CoherentVQ(AveragedCodebook):
             known = self.weight > torch.finfo(self.weight.dtype).tiny
             moved = self.weighted_sum / torch.where(known, self.weight, torch.ones_like(self.weight))
             self.embedding.copy_(torch.where(known, moved, self.embedding))
-            if self.revival_share is not None:
-                self._revive(means, weights.sum(dim=0) / counts.sum(), self.revival_share)
+            if self.revival is not None:
+                self._revive(self.revival, means, weights.sum(dim=0) / counts.sum())
             if self.prior_step:
                 self._step_to_prior()
 
-    def _revive(self, means: Tensor, precision: Tensor, share: float) -> None:
-        """Replace what is used less than ``share`` by means of the batch, with the batch's mean precision ``[D]``."""
-        mean_count = self.cluster_size.mean()
-        expired, drawn = draw_replacements(means, self.cluster_size < share * mean_count)
-        count = self.revival_count * mean_count
-        self.cluster_size.copy_(torch.where(expired, count, self.cluster_size))
-        expired, weight = expired.unsqueeze(1), (count * precision).expand_as(self.weight)
-        self.embedding.copy_(torch.where(expired, drawn, self.embedding))
-        self.weight.copy_(torch.where(expired, weight, self.weight))
-        self.weighted_sum.copy_(torch.where(expired, drawn * weight, self.weighted_sum))
+    def _revive(self, revival: Revival, means: Tensor, precision: Tensor) -> None:
+        """Replace what is little used by means of the batch, with the batch's mean precision ``[D]``."""
+        revived, drawn, count = revival.replace(means, self.cluster_size)
+        revived, weight = revived.unsqueeze(1), (count * precision).expand_as(self.weight)
+        self.embedding.copy_(torch.where(revived, drawn, self.embedding))
+        self.weight.copy_(torch.where(revived, weight, self.weight))
+        self.weighted_sum.copy_(torch.where(revived, drawn * weight, self.weighted_sum))
 
     def _step_to_prior(self) -> None:
         """Go a part of the way along Monge's map, ``e -> S^(-1/2) (e - m)`` with the codewords' moments m and S.

@@ -17,6 +17,8 @@ random latents of the batch.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -65,15 +67,17 @@ class VectorQuantizerEMA(AveragedCodebook):
         embedding_dim: D.
         decay: g, weight of the past at each update, in (0, 1).
         epsilon: eps of the counts' smoothing, above 0.
-        revival_threshold: codewords with a moving count n_k below it are replaced, after each update, by random
-            latents of the batch; None replaces none. The counts' mean is the latents of a call over K, and a threshold
-            near it would replace codewords without end.
-        revival_count: count that a replaced codeword starts with, at least the threshold; by default the threshold,
-            with which a codeword that the next batch does not use is replaced again at once.
+        revival_share: codewords whose moving count n_k falls below this share of the mean count are replaced, after
+            each update, by random latents of the batch; None replaces none. It holds for any batch, image size and K.
+        revival_threshold: the same by the count itself, in place of a share. The counts' mean is the latents of a call
+            over K, and a threshold near it would replace codewords without end.
+        revival_count: count that a replaced codeword starts with, as a share of the mean count beside a share, and as
+            a count beside a threshold. It is at least the one or the other, which is also the default, with which a
+            codeword that the next batch does not use is replaced again at once.
         assignment: ``"euclidean"`` or ``"posterior"``, see :class:`CodebookQuantizer`.
 
     Raises:
-        VaevqMedError: for an option out of its range.
+        VaevqMedError: for an option out of its range, or both a share and a threshold.
 
     Example:
         >>> quantizer = VectorQuantizerEMA(num_embeddings=8, embedding_dim=4)
@@ -92,6 +96,7 @@ class VectorQuantizerEMA(AveragedCodebook):
         embedding_dim: int,
         decay: float = 0.99,
         epsilon: float = 1e-5,
+        revival_share: float | None = None,
         revival_threshold: float | None = None,
         revival_count: float | None = None,
         assignment: str = "euclidean",
@@ -101,17 +106,9 @@ class VectorQuantizerEMA(AveragedCodebook):
             raise VaevqMedError(f"decay is {decay}; expected a number in (0, 1)")
         if epsilon <= 0:
             raise VaevqMedError(f"epsilon is {epsilon}; expected a number above 0")
-        if revival_threshold is not None and revival_threshold <= 0:
-            raise VaevqMedError(f"revival_threshold is {revival_threshold}; expected a number above 0, or None")
-        if revival_count is not None and (revival_threshold is None or revival_count < revival_threshold):
-            raise VaevqMedError(
-                f"revival_count is {revival_count} with revival_threshold {revival_threshold}; "
-                "expected a threshold and a count of at least it"
-            )
         self.decay = decay
         self.epsilon = epsilon
-        self.revival_threshold = revival_threshold
-        self.revival_count = revival_threshold if revival_count is None else revival_count
+        self.revival = _revival(revival_share, revival_threshold, revival_count)
         embedding = torch.randn(num_embeddings, embedding_dim)
         self.register_buffer("embedding", embedding)
         self.register_buffer("cluster_size", torch.ones(num_embeddings))
@@ -135,12 +132,73 @@ class VectorQuantizerEMA(AveragedCodebook):
             total = self.cluster_size.sum()
             smoothed = (self.cluster_size + self.epsilon) / (total + self.num_embeddings * self.epsilon) * total
             self.embedding.copy_(self.embedding_sum / smoothed.unsqueeze(1))
-            if self.revival_threshold is not None and self.revival_count is not None:
-                revived, drawn = draw_replacements(latents, self.cluster_size < self.revival_threshold)
-                self.cluster_size.masked_fill_(revived, self.revival_count)
+            if self.revival is not None:
+                revived, drawn, count = self.revival.replace(latents, self.cluster_size)
                 revived = revived.unsqueeze(1)
                 self.embedding.copy_(torch.where(revived, drawn, self.embedding))
-                self.embedding_sum.copy_(torch.where(revived, drawn * self.revival_count, self.embedding_sum))
+                self.embedding_sum.copy_(torch.where(revived, drawn * count, self.embedding_sum))
+
+
+@dataclass(frozen=True)
+class Revival:
+    """Replaces codewords of a low moving count by latents of the batch.
+
+    Args:
+        least: the count below which a codeword is replaced.
+        count: that a replaced codeword starts with.
+        of_mean: whether both are shares of the mean count, for which batch, image size and K may be any.
+    """
+
+    least: float
+    count: float
+    of_mean: bool = True
+
+    @classmethod
+    def by_share(cls, share: float, count: float) -> Revival:
+        """Below ``share`` of the mean count, with ``count`` of it.
+
+        Raises:
+            VaevqMedError: not 0 < share <= count <= 1.
+        """
+        if not 0 < share <= count <= 1:
+            raise VaevqMedError(
+                f"revival_share is {share} and revival_count {count}; expected a share above 0, and a count from it to "
+                "1"
+            )
+        return cls(share, count)
+
+    @torch.no_grad()
+    def replace(self, latents: Tensor, cluster_size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw latents for the codewords of low count, and give these their new count.
+
+        Args:
+            latents: ``[N, D]`` of this process.
+            cluster_size: moving counts ``[K]``, changed in place.
+
+        Returns:
+            Which codewords get a latent, boolean ``[K]``, the latents ``[K, D]``, of use at those codewords alone, and
+            the new count, a scalar.
+        """
+        unit = cluster_size.mean() if self.of_mean else torch.ones_like(cluster_size[0])
+        revived, drawn = draw_replacements(latents, cluster_size < self.least * unit)
+        count = self.count * unit
+        cluster_size.copy_(torch.where(revived, count, cluster_size))
+        return revived, drawn, count
+
+
+def _revival(share: float | None, threshold: float | None, count: float | None) -> Revival | None:
+    if share is not None and threshold is not None:
+        raise VaevqMedError(f"revival_threshold is {threshold} with revival_share {share}; expected one of the two")
+    if share is not None:
+        return Revival.by_share(share, share if count is None else count)
+    if threshold is not None and threshold <= 0:
+        raise VaevqMedError(f"revival_threshold is {threshold}; expected a number above 0, or None")
+    if count is not None and (threshold is None or count < threshold):
+        raise VaevqMedError(
+            f"revival_count is {count} with revival_threshold {threshold}; expected a threshold and a count of at "
+            "least it"
+        )
+    return None if threshold is None else Revival(threshold, threshold if count is None else count, of_mean=False)
 
 
 @torch.no_grad()
