@@ -71,7 +71,7 @@ def test_seeded_losses_of_three_steps(
     request.addfinalizer(lambda: torch.set_num_threads(threads))
     monkeypatch.chdir(tmp_path)
     shutil.copytree(FOLDER / "slices", "slices")
-    # Which codewords are revived turns on counts that are almost equal, so that another processor's rounding shows there.
+    # Which codewords are revived turns on counts that are almost equal: rounding on another processor shows there.
     tolerance = 2e-3 if overlay == "vqgan_ema_revival" else 2e-4
     assert make.losses_of(overlay) == pytest.approx(PINS["losses"][overlay], rel=tolerance)
     assert len(set(PINS["losses"][overlay])) == 3
