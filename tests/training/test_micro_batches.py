@@ -55,7 +55,7 @@ def test_parts_of_a_batch_are_even() -> None:
     assert fitting(32, 0, per_item, int(2**30 + 20.5 * 1.5 * per_item)) == 16
 
 
-@pytest.mark.parametrize("value", [0, -1, True, 2.0, "many", None])
+@pytest.mark.parametrize("value", [0, -1, True, 2.0, "many"])
 def test_a_micro_batch_size_is_auto_or_a_number(value: Any) -> None:
     with pytest.raises(VaevqMedError, match="expected 'auto' or a whole number"):
         check_micro_batch_size(value)
@@ -134,7 +134,7 @@ def after_two_steps(trainer: Any) -> dict[str, torch.Tensor]:
 def test_a_training_step_does_not_depend_on_the_micro_batch(toy_overrides: dict[str, Any], tmp_path: Path) -> None:
     # Without the GAN, whose batch norms and adaptive weight are those of each part.
     states = []
-    for size in (4, 2, 1):
+    for size in (None, 2, 1):  # the first is the whole batch, of 4
         overrides = {
             **toy_overrides,
             "output_dir": str(tmp_path / str(size)),

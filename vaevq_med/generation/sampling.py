@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.core.names import did_you_mean
 from vaevq_med.core.options import expect, is_int
 from vaevq_med.images.dataset import mix_seeds
 from vaevq_med.networks.generators.base import Generator, Wanted
@@ -119,8 +119,7 @@ def resolve_labels(labels: Any, names: Sequence[str]) -> list[int]:
         elif isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(names):
             found.append(label)
         else:
-            close = difflib.get_close_matches(str(label), names, n=1)
-            known = f"did you mean {close[0]!r}?" if close else f"0 to {len(names) - 1}: {', '.join(names[:8])}"
+            known = did_you_mean(label, names, f"0 to {len(names) - 1}: {', '.join(names[:8])}")
             raise VaevqMedError(f"labels: found {label!r}, expected a label of the generator's training: {known}")
     if not found:
         raise VaevqMedError("labels: found an empty list, expected labels, or null for all in turn")

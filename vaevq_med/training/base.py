@@ -112,7 +112,7 @@ class BaseTrainer(SupervisedTrainer):
         ema: averaged copy of the network, updated after each step.
         precision: ``fp32``, ``bf16`` for autocast, or ``auto``, which is ``bf16`` on a GPU that has it.
         micro_batch_size: items of a batch that go through the network at once; the step sees their mean gradient.
-            ``auto`` takes as many as the free memory holds.
+            ``auto`` takes as many as the free memory holds, None the whole batch.
         max_grad_norm: clip gradient norms to this; None does not clip.
         log_interval: iterations between two looks at the terms on a GPU, each of which makes the host wait for it.
         **kwargs: passed on to ``SupervisedTrainer``.
@@ -138,7 +138,7 @@ class BaseTrainer(SupervisedTrainer):
         schedulers: Sequence[Any] = (),
         ema: AveragedModel | None = None,
         precision: str = "fp32",
-        micro_batch_size: int | str = AUTO,
+        micro_batch_size: int | str | None = AUTO,
         max_grad_norm: float | None = None,
         log_interval: int = 50,
         **kwargs: Any,
@@ -241,7 +241,7 @@ class BaseTrainer(SupervisedTrainer):
 
     def _parts(self, values: Tensor) -> Sequence[Tensor]:
         """A batch in micro-batches."""
-        return values.split(int(self.micro_batch_size))
+        return values.split(int(self.micro_batch_size or len(values)))
 
     def _repeat(self, part: Callable[[], T], batch_size: int) -> T:
         """Run a part of a step; where memory runs out, halve the micro-batch and run it again from the same start.
@@ -251,7 +251,7 @@ class BaseTrainer(SupervisedTrainer):
         """
         while True:
             before = Snapshot(self.state.device, self.discriminator)
-            size = min(int(self.micro_batch_size), batch_size)
+            size = min(int(self.micro_batch_size or batch_size), batch_size)
             try:
                 return part()
             except RuntimeError as error:

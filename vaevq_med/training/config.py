@@ -7,7 +7,6 @@ train for an hour with the default. :func:`initialize` is called by every bundle
 from __future__ import annotations
 
 import contextlib
-import difflib
 import inspect
 import json
 import re
@@ -26,6 +25,7 @@ from monai.utils import ensure_tuple, set_determinism
 
 from vaevq_med.core.components import trust
 from vaevq_med.core.errors import VaevqMedError, root_cause
+from vaevq_med.core.names import did_you_mean
 from vaevq_med.core.options import expect, is_int
 from vaevq_med.images.manifest import load_manifest
 from vaevq_med.trained.device import named_device
@@ -108,8 +108,7 @@ def _components(config: Any, path: str = "") -> Iterator[tuple[str, Mapping[str,
 
 
 def _suggestion(name: str, valid: set[str]) -> str:
-    close = difflib.get_close_matches(name, sorted(valid), n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"valid names: {', '.join(sorted(valid))}"
+    return did_you_mean(name, valid, f"valid names: {', '.join(sorted(valid))}", cutoff=0.5)
 
 
 def _check_type(name: str, value: Any, annotation: Any, config: Mapping[str, Any]) -> None:
@@ -141,9 +140,8 @@ def _located(path: str, target: str) -> Any:
         return found
     module, _, name = target.rpartition(".")
     owner = locate(module)
-    close = difflib.get_close_matches(name, [] if owner is None else dir(owner), n=1)
-    hint = f"Python finds no {module}" if owner is None else f"{module} has no {name}"
-    hint = f"did you mean {close[0]!r}?" if close else hint
+    otherwise = f"Python finds no {module}" if owner is None else f"{module} has no {name}"
+    hint = did_you_mean(name, [] if owner is None else dir(owner), otherwise)
     raise ConfigError(f"{path}: found {target!r}, expected a class or a function: {hint}")
 
 

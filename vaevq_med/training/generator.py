@@ -62,7 +62,7 @@ class GeneratorTrainer(BaseTrainer):
         schedulers: Sequence[Any] = (),
         ema: AveragedModel | None = None,
         precision: str = "fp32",
-        micro_batch_size: int | str = AUTO,
+        micro_batch_size: int | str | None = AUTO,
         max_grad_norm: float | None = 1.0,
         log_interval: int = 50,
         train_handlers: Sequence[Any] | None = None,

@@ -79,7 +79,7 @@ class TokenizerTrainer(BaseTrainer):
         schedulers: Sequence[Any] = (),
         ema: AveragedModel | None = None,
         precision: str = "fp32",
-        micro_batch_size: int | str = AUTO,
+        micro_batch_size: int | str | None = AUTO,
         max_grad_norm: float | None = None,
         log_interval: int = 50,
         activation_checkpointing: Sequence[int] = (),
