@@ -376,9 +376,15 @@ def test_seeds_are_whole_numbers(text: str) -> None:
         ({"kind": "sweep", "num_embeddings": "4", "assignments": ("num_embeddings=8",)}, "sets itself"),
         ({"kind": "sweep", "num_embeddings": "4", "assignments": ("vqgan:num_embeddings=8",)}, "sets itself"),
         ({"launch": "torchrun '"}, "launch: found"),
-        ({"kind": "sweep", "num_embeddings": "4", "methods": "fsq"}, "fsq_k4 seed 0: "),
-        ({"kind": "sweep", "num_embeddings": "4", "methods": "vqgan,ifsq"}, "ifsq_k4 seed 0: "),
-        ({"kind": "sweep", "num_embeddings": "4", "methods": "a=lfq"}, "a_k4 seed 0: "),
+        ({"kind": "sweep", "num_embeddings": "4", "methods": "fsq"}, "method fsq: .* levels and embedding_dim fix,"),
+        (
+            {"kind": "sweep", "num_embeddings": "4", "methods": "vqgan,ifsq"},
+            "method ifsq: .* levels and embedding_dim fix,",
+        ),
+        (
+            {"kind": "sweep", "num_embeddings": "4", "methods": "a=lfq"},
+            "method a: .* num_embeddings and embedding_dim fix,",
+        ),
         ({"kind": "sweep", "num_embeddings": "64,8192", "methods": "fvq"}, "fvq_k8192 seed 0: num_embeddings"),
         ({"kind": "sweep", "num_embeddings": "8", "methods": "vqgan_lc"}, "vqgan_lc_k8 seed 0: .*features.npz"),
         ({"methods": "vaevq,paper"}, "found vaevq and paper, two names of paper with the same settings"),
@@ -696,6 +702,11 @@ def test_which_readouts_have_rows(slice_dataset: Path) -> None:
     assert list(titles(slice_dataset, "b:readout=hard", methods="a=softvq,b=softvq")) == ["a", "b"]
     given = titles(slice_dataset, "softvq_hard:readout=hard", methods="softvq,softvq_hard=softvq")
     assert list(given) == ["softvq", "softvq_hard"]
+
+
+def test_a_sweep_sets_the_size_of_every_stage(slice_dataset: Path) -> None:
+    command = make("sweep", Path("out"), methods="rvq", num_embeddings="16,64", dataset_dir=slice_dataset)
+    assert [method.num_embeddings for method in command.plan.methods] == [16, 64]
 
 
 def test_a_sweep_has_a_line_for_each_readout(slice_dataset: Path) -> None:

@@ -98,10 +98,14 @@ def _check_sweep(study: TokenizerStudy, bundle: Bundle, method: Method) -> None:
     network = bundle.read("train.json", (*study.overlays, *method.overlays)).get("network_def")
     if not isinstance(network, dict):
         raise VaevqMedError(f"method {method.name}: found network_def {network!r}, expected a tokenizer")
-    if "@num_embeddings" not in json.dumps(network.get("quantizer")):
+    quantizer = network.get("quantizer")
+    quantizer = quantizer if isinstance(quantizer, Mapping) else {}
+    sizes: tuple[str, ...] = getattr(_located(quantizer), "size_arguments", ("num_embeddings",))
+    if len(sizes) > 1 or "@num_embeddings" not in json.dumps(quantizer.get(sizes[0])):
+        fixed = f"{' and '.join(sizes)} fix{'' if len(sizes) > 1 else 'es'}"
         raise VaevqMedError(
-            f"method {method.name}: found a codebook whose size does not follow num_embeddings, expected one that "
-            "does; name it once a size, with an overlay each"
+            f"method {method.name}: found a codebook whose size {fixed}, expected one whose size follows "
+            "num_embeddings alone; name it once a size, with an overlay each"
         )
 
 
@@ -142,11 +146,16 @@ def _readouts(config: Mapping[str, Any], overrides: Mapping[str, str]) -> tuple[
     if not isinstance(quantizer, Mapping) or {"network_def", "network_def#quantizer"} & {*overrides}:
         return (), ""
     own = {key: overrides.get(f"network_def#quantizer#{key}", quantizer.get(key)) for key in ("_target_", "readout")}
-    try:
-        readouts = tuple(getattr(locate(str(own["_target_"])), "readouts", ()))
-    except ErrorDuringImport:
-        return (), ""
+    readouts = tuple(getattr(_located(own), "readouts", ()))
     return readouts, str(own["readout"] or next(iter(readouts), ""))
+
+
+def _located(definition: Mapping[str, Any]) -> Any:
+    """The class of a component; None where it is not found, which is refused later."""
+    try:
+        return locate(str(definition.get("_target_")))
+    except ErrorDuringImport:
+        return None
 
 
 def _qualified(title: str, readout: str) -> str:
