@@ -30,9 +30,9 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from vaevq_med.cli import app as cli
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.evaluation.generation import EvaluateSamples, table
 from vaevq_med.evaluation.neighbors import SampleNeighbors
-from vaevq_med.evaluation.samples import EvaluateSamples, table
-from vaevq_med.generation.samples import SampleWriter
+from vaevq_med.generation.writer import SampleWriter
 from vaevq_med.images.generated import find_samples, generation_record
 from vaevq_med.metrics import inception_score, memorization, neighbors, statistics
 from vaevq_med.metrics.generation import score_splits
@@ -374,7 +374,7 @@ def command(folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.Monk
         used = network or Flat()
         if not draw_pairs:
             monkeypatch.setattr(SampleNeighbors, "write_picture", lambda self, path, generated: path.touch())
-        monkeypatch.setattr("vaevq_med.evaluation.samples.feature_network", lambda name, weights: used)
+        monkeypatch.setattr("vaevq_med.evaluation.generation.feature_network", lambda name, weights: used)
         data, samples = folders
         settings = {"samples": samples, "dataset": data, "output": tmp_path / "out", "workers": 0, "device": "cpu"}
         return EvaluateSamples(**{**settings, **options}), used
@@ -458,7 +458,7 @@ def stored_blur(monkeypatch: pytest.MonkeyPatch, image_size: int = SIZE) -> None
         content_hash="sha256:blur",
         readout=None,
     )
-    monkeypatch.setattr("vaevq_med.evaluation.samples.StoredTokenizer", lambda path: stored)
+    monkeypatch.setattr("vaevq_med.evaluation.generation.StoredTokenizer", lambda path: stored)
 
 
 def test_copies_that_the_tokenizer_blurred_are_found(

@@ -23,7 +23,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from vaevq_med.cli.app import app
-from vaevq_med.cli.study import _status_table
+from vaevq_med.cli.study import status_table
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.folder import OutputFolder
 from vaevq_med.study import rows as rows_module
@@ -630,7 +630,7 @@ def test_the_live_table_shows_each_row_as_it_stands(slice_dataset: Path, tmp_pat
     rows = make("compare", tmp_path, methods="vqgan,simvq", dataset_dir=slice_dataset).plan.rows()
     states = [RowState(rows[0], "training", 83.0, "train 3/8  loss [0.5]"), RowState(rows[1])]
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(_status_table(states, console.width))
+    console.print(status_table(states, console.width))
     lines = [line.split() for line in console.export_text().splitlines()[1:]]
     assert lines == [
         ["vqgan", "seed", "0", "training", "1:23", "train", "3/8", "loss", "[0.5]"],

@@ -18,8 +18,9 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.lean_convolution import norm_swish
 from vaevq_med.networks.quantizers import MGVQ, ResidualQuantizer, VectorQuantizerEMA
 from vaevq_med.networks.tokenizer import TrainingForward
-from vaevq_med.training.base import TrainingError, autocast_dtype
+from vaevq_med.training.base import TrainingError
 from vaevq_med.training.micro_batches import check_micro_batch_size, fitting, saved_bytes
+from vaevq_med.training.precision import autocast_dtype
 
 
 def test_saved_bytes_are_those_that_autograd_keeps() -> None:

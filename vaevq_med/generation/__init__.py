@@ -7,7 +7,7 @@ __getattr__, __dir__, __all__ = lazy(
     {
         "ImageSampler": "sampling",
         "SamplePlan": "sampling",
-        "SampleWriter": "samples",
+        "SampleWriter": "writer",
         "SamplingSettings": "sampling",
     },
 )

@@ -7,32 +7,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.options import expect, is_number
+from vaevq_med.core.picks import evenly_spaced
 from vaevq_med.networks.generators.base import Generator
 from vaevq_med.tokens.store import KEYS, TokenDataset, load_token_store
 from vaevq_med.training import distributed
 
 logger = logging.getLogger(__name__)
-
-
-def evenly_spaced(num_items: int, max_items: int | None) -> list[int]:
-    """At most ``max_items`` of the numbers below ``num_items``, evenly spaced; all of them where it is None.
-
-    Raises:
-        VaevqMedError: ``max_items`` is below 1.
-
-    >>> evenly_spaced(9, 3)
-    [0, 4, 8]
-    """
-    if max_items is not None and max_items < 1:
-        raise VaevqMedError(f"max_items: found {max_items}, expected 1 or more, or null for all")
-    count = num_items if max_items is None else min(max_items, num_items)
-    return np.linspace(0, num_items - 1, count).round().astype(int).tolist()
 
 
 def tokens_validation_split(tokens_dir: str | Path) -> str:

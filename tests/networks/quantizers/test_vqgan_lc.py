@@ -17,12 +17,12 @@ from typer.testing import CliRunner
 
 from vaevq_med.cli.app import app
 from vaevq_med.core.errors import DataError, VaevqMedError
-from vaevq_med.evaluation.codebook import FeatureCodebook, StreamingClusters
 from vaevq_med.images.dataset import SliceDataset
 from vaevq_med.images.transforms import LoadPhotograph
 from vaevq_med.networks.features import feature_network
 from vaevq_med.networks.quantizers import VQGANLC
 from vaevq_med.networks.quantizers.vqgan_lc import read_features
+from vaevq_med.prepare.codebook import FeatureCodebook, StreamingClusters
 from vaevq_med.trained.network import StoredTokenizer
 
 
