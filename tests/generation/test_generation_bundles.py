@@ -25,7 +25,8 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from PIL import Image
 
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.generation.sampling import ImageSampler, SamplePlan, resolve_labels
+from vaevq_med.generation.plan import SamplePlan, resolve_labels
+from vaevq_med.generation.sampling import ImageSampler
 from vaevq_med.generation.writer import picture_grid
 from vaevq_med.networks.generators.autoregressive import autoregressive_draws, generate_indices
 from vaevq_med.networks.generators.ddim import generate_images, ldm_scheduler
@@ -38,11 +39,8 @@ from vaevq_med.trained.file import read_checkpoint
 from vaevq_med.trained.network import StoredGenerator
 from vaevq_med.training.config import check_config
 from vaevq_med.training.generator_evaluator import GeneratorEvaluator
-from vaevq_med.training.second_stage import (
-    decay_groups,
-    prepared_generator,
-    tokens_validation_split,
-)
+from vaevq_med.training.optim import decay_groups
+from vaevq_med.training.second_stage import prepared_generator, tokens_validation_split
 
 KINDS = ("autoregressive", "diffusion")
 STORES = {"autoregressive": "indices", "diffusion": "latents"}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vaevq_med.cli.flags import with_flags
-from vaevq_med.cli.show import progress_bar, readable_size, split_counts, watched
+from vaevq_med.cli.show import counted, progress_bar, readable_size, split_counts, watched
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.prepare.options import CodebookOptions
 
@@ -268,12 +268,8 @@ def feature_codebook(
     from vaevq_med.prepare.codebook import FeatureCodebook
 
     command = FeatureCodebook(dataset=dataset, output=output, **vars(options))
-    with progress_bar() as bar:
-        task = bar.add_task("images", total=None)
-        report = command.run(
-            on_start=lambda total: bar.update(task, total=total),
-            on_images=lambda count: bar.update(task, advance=count),
-        )
+    with counted() as counting:
+        report = command.run(**counting)
     typer.echo(f"{report.output}: {report.num_embeddings:,} codewords of {report.num_features} features")
     typer.echo(f"  clustered {report.features:,} features of {report.images:,} training images")
     if 0 < len(report.classes) <= 10:

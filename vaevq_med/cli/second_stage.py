@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from vaevq_med.cli.flags import with_flags
-from vaevq_med.cli.show import progress_bar, readable_size, watched
+from vaevq_med.cli.show import counted, readable_size, watched
 from vaevq_med.evaluation.options import EvaluateOptions
 from vaevq_med.tokens.options import EncodeOptions
 
@@ -81,12 +81,8 @@ def evaluate_samples(
 
     command = EvaluateSamples(samples, dataset, output_dir, tokenizer=tokenizer, **vars(options))
     try:
-        with progress_bar() as bar:
-            task = bar.add_task("images", total=None)
-            report = command.run(
-                on_start=lambda total: bar.update(task, total=total),
-                on_images=lambda count: bar.update(task, advance=count),
-            )
+        with counted() as counting:
+            report = command.run(**counting)
     except KeyboardInterrupt:
         typer.echo("vaevq-med: interrupted; features of splits that were read whole are kept", err=True)
         raise typer.Exit(130) from None

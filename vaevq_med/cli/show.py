@@ -39,6 +39,17 @@ def progress_bar() -> Progress:
 
 
 @contextlib.contextmanager
+def counted() -> Iterator[dict[str, Callable[[int], None]]]:
+    """A progress bar over images, as ``on_start`` and ``on_images`` of what reads them."""
+    with progress_bar() as bar:
+        task = bar.add_task("images", total=None)
+        yield {
+            "on_start": lambda total: bar.update(task, total=total),
+            "on_images": lambda count: bar.update(task, advance=count),
+        }
+
+
+@contextlib.contextmanager
 def watched(kind: str, jobs: str) -> Iterator[tuple[Progress, Callable[[int], None], Callable[[str, str], None]]]:
     """A progress bar, what starts it, and what reports something skipped; an interrupt ends with exit code 130.
 

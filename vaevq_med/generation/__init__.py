@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
         "ImageSampler": "sampling",
-        "SamplePlan": "sampling",
+        "SamplePlan": "plan",
         "SampleWriter": "writer",
         "SamplingSettings": "sampling",
     },

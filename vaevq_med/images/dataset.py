@@ -17,7 +17,7 @@ from monai.data import Dataset
 from monai.transforms import Compose, Randomizable, Transform
 from torch.utils.data import Sampler
 
-from vaevq_med.core.errors import DataError, ItemError, VaevqMedError, root_cause
+from vaevq_med.core.errors import DataError, as_item_error
 from vaevq_med.core.picks import evenly_spaced
 from vaevq_med.images.manifest import SPLITS, Manifest, load_manifest
 from vaevq_med.images.reading import shape_of
@@ -124,13 +124,8 @@ class SliceDataset(Dataset):
         transform = self.transform
         if isinstance(transform, (Compose, Randomizable)):
             transform.set_random_state(seed=mix_seeds(self.seed, index))
-        try:
+        with as_item_error():
             return super().__getitem__(index % len(self.data))
-        except Exception as error:
-            cause = root_cause(error)
-            if isinstance(cause, VaevqMedError):
-                raise ItemError(str(cause)) from None
-            raise
 
 
 def _select(

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 from torch.utils.data import Dataset
 
-from vaevq_med.core.errors import DataError, ItemError, VaevqMedError, root_cause
+from vaevq_med.core.errors import DataError, as_item_error
 from vaevq_med.core.picks import evenly_spaced
 from vaevq_med.images.pixels import read_image
 
@@ -193,13 +193,7 @@ class SampleDataset(Dataset[dict[str, Any]]):
             ItemError: it cannot be read, or is in color where it is to be gray.
         """
         path = self.folder / self.samples[index].name
-        try:
+        with as_item_error():
             if self.gray:
                 _check_gray(path)
-            item = self.transform({"image": str(path)})
-        except Exception as error:
-            cause = root_cause(error)
-            if isinstance(cause, VaevqMedError):
-                raise ItemError(str(cause)) from None
-            raise
-        return {"image": item["image"]}
+            return {"image": self.transform({"image": str(path)})["image"]}

@@ -51,12 +51,6 @@ def stop_process_group() -> None:
         dist.destroy_process_group()
 
 
-def barrier() -> None:
-    """Wait for every process."""
-    if world_size() > 1:
-        dist.barrier()
-
-
 def synchronized(module: nn.Module) -> nn.Module:
     """``module`` with batch norms that share their statistics over GPUs; as it is on the CPU, which has none."""
     return nn.SyncBatchNorm.convert_sync_batchnorm(module) if torch.cuda.is_available() else module
