@@ -16,7 +16,6 @@ from ignite.engine import Engine, Events
 
 from vaevq_med import __version__
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.tokens.store import TokenDataset
 from vaevq_med.trained.file import FORMAT, CheckpointError, atomic_save, load_state, read_checkpoint, stored_shape
 from vaevq_med.training import distributed
 from vaevq_med.training.base import BaseTrainer
@@ -34,9 +33,9 @@ _KERNELS = ("fused", "foreach", "capturable")
 
 
 def _identity(dataset: Any, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says of the data it was trained on."""
-    if isinstance(dataset, TokenDataset):
-        return _store_identity(dataset)
+    """What a checkpoint says of the data it was trained on: what this says of itself, or its ``manifest``."""
+    if hasattr(dataset, "identity"):
+        return dataset.identity()
     manifest = getattr(dataset, "manifest", None)
     if manifest is None:
         return {}
@@ -47,18 +46,6 @@ def _identity(dataset: Any, config: Mapping[str, Any]) -> dict[str, Any]:
         "content_hash": manifest.content_hash,
         "patients": sorted({str(e["patient"]) for e in manifest.entries(dataset.split) if "patient" in e}),
         **reading,
-    }
-
-
-def _store_identity(dataset: TokenDataset) -> dict[str, Any]:
-    """What a generator's checkpoint says of its tokens, of the tokenizer and of the images behind them."""
-    store = dataset.store
-    described = ("content_hash", "kind", "tokenizer", "grid", "image_size", "in_channels", "label")
-    return {
-        "split_hash": store.content["data"]["split_hash"],
-        "content_hash": store.content["data"]["content_hash"],
-        "patients": sorted({str(item["patient"]) for item in dataset.items if "patient" in item}),
-        "tokens": {**{key: store.content[key] for key in described}, "views": list(store.views(dataset.split))},
     }
 
 
