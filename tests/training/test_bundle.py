@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BUNDLE, OVERLAYS, toy_config
-from helpers.bundles import evaluation_overrides, run_bundle, states_equal
+from helpers.bundles import evaluation_overrides, quick, run_bundle, states_equal
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 from vaevq_med.trained.file import read_checkpoint
@@ -314,7 +314,7 @@ def test_the_backbone_is_the_preset_of_its_factor(overlay: str | None, factor: i
 
 
 def test_a_device_may_be_a_plain_name(toy_overrides: dict[str, Any]) -> None:
-    parser = run_bundle("train.json", {**toy_overrides, "device": "cpu", "max_epochs": 1}, run_id="training")
+    parser = run_bundle("train.json", {**quick(toy_overrides), "device": "cpu"}, run_id="training")
     assert parser.get_parsed_content("train#trainer").state.epoch == 1
 
 
