@@ -12,10 +12,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import BUNDLE
+from monai.bundle import run as run_bundle
 from torch import nn
+from typer.testing import CliRunner
 
+from vaevq_med.cli.app import app
 from vaevq_med.core import components
 from vaevq_med.core.components import ComponentError, build, resolve, trust, trusted_packages
+from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks import LlamaGen
 
 BRATS = BUNDLE
@@ -149,49 +153,55 @@ def test_what_is_no_package_cannot_be_trusted(name: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_quantizer_from_outside_is_trained_evaluated_encoded_and_packed(
-    toy_overrides: dict[str, Any], package: Path
+    toy_overrides: dict[str, Any], package: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its sizes are literal, so that nothing refers to the id ``embedding_dim`` any more."""
+    """Its sizes are literal, so that nothing refers to the id ``embedding_dim`` any more.
+
+    What a process has to say by itself, whom it trusts, is run as a command; the rest in this process.
+    """
     overlay = package / "mine.json"
     quantizer = {"_target_": "outside_quantizers.Mine", "size": 32, "width": 4}
     overlay.write_text(json.dumps({"network_def#quantizer": quantizer}))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(package), str(BRATS.parents[1])])}
 
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
+    def run(*words: str) -> None:
+        done = subprocess.run(
             [sys.executable, *words], cwd=package, env=environment, capture_output=True, text=True, check=False
         )
+        assert done.returncode == 0, done.stderr[-2000:]
 
-    def bundle(run_id: str, files: list[Path], **values: Any) -> subprocess.CompletedProcess[str]:
-        words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
-        return run("-m", "monai.bundle", "run", run_id, "--config_file", str([str(file) for file in files]), *words)
+    def refused(run_id: str, files: list[Path], **values: Any) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            run_bundle(run_id, config_file=[str(file) for file in files], **values)
+        assert stopped.value.code == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vaevq-med:")]
+        return line
 
     values = {**toy_overrides, "max_epochs": 1}
-    trained = bundle("training", [BRATS / "train.json", overlay], **values)
-    assert trained.returncode == 0, trained.stderr[-2000:]
-    misspelt = bundle("training", [BRATS / "train.json", overlay], **values, num_embedings=3)
-    assert misspelt.returncode == 2
-    assert "unknown id 'num_embedings'" in misspelt.stderr
+    assert "unknown id 'num_embedings'" in refused(
+        "training", [BRATS / "train.json", overlay], **values, num_embedings=3
+    )
+    words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+    files = str([str(BRATS / "train.json"), str(overlay)])
+    run("-m", "monai.bundle", "run", "training", "--config_file", files, *words)
 
     given = {name: toy_overrides[name] for name in ("dataset_dir", "output_dir", "tracking_uri", "device")}
     given |= {"num_workers": 0, "fid_network": None, "lpips_network": None}
-    refused = bundle("evaluating", [BRATS / "evaluate.json"], **given)
-    assert refused.returncode == 2
-    assert "found the component 'outside_quantizers.Mine'" in refused.stderr
-    assert "Traceback" not in refused.stderr
-    evaluated = bundle("evaluating", [BRATS / "evaluate.json"], **given, trusted="['outside_quantizers']")
-    assert evaluated.returncode == 0, evaluated.stderr[-2000:]
-
+    assert "found the component 'outside_quantizers.Mine'" in refused("evaluating", [BRATS / "evaluate.json"], **given)
     checkpoint = Path(toy_overrides["output_dir"]) / "checkpoints/best.pt"
-    for words in (
+    commands = (
         ["encode-tokens", str(checkpoint), str(toy_overrides["dataset_dir"]), str(package / "tokens")],
         ["bundle", "pack", "brats", str(package / "packed"), "--checkpoint", str(checkpoint)],
-    ):
-        refused = run("-m", "vaevq_med.cli.app", *words)
-        assert refused.returncode == 2, words
-        assert "--trusted outside_quantizers" in refused.stderr
-        done = run("-m", "vaevq_med.cli.app", "--trusted", "outside_quantizers", *words)
-        assert done.returncode == 0, done.stderr[-2000:]
+    )
+    for command in commands:
+        error = CliRunner().invoke(app, command).exception
+        assert isinstance(error, VaevqMedError), command
+        assert "--trusted outside_quantizers" in str(error)
+    assert not (package / "tokens").exists()
+    for command in commands:
+        done = CliRunner().invoke(app, ["--trusted", "outside_quantizers", *command])
+        assert done.exit_code == 0, done.output
+    run_bundle("evaluating", config_file=str(BRATS / "evaluate.json"), trusted=["outside_quantizers"], **given)
 
     # A study hands on whom the user trusts, to its rows and to its own pictures.
     kept = {"dataset_dir", "output_dir", "tracking_uri", "device", "max_epochs"}
@@ -203,6 +213,5 @@ def test_a_quantizer_from_outside_is_trained_evaluated_encoded_and_packed(
         "methods": [{"name": "mine", "overlays": [str(overlay)]}],
     }
     (package / "study.json").write_text(json.dumps(study))
-    done = run("-m", "vaevq_med.cli.app", "--trusted", "outside_quantizers", "study", str(package / "study.json"))
-    assert done.returncode == 0, done.stderr[-2000:]
+    run("-m", "vaevq_med.cli.app", "--trusted", "outside_quantizers", "study", str(package / "study.json"))
     assert (package / "study/reconstructions.png").is_file()

@@ -1,4 +1,4 @@
-"""Files that are whole or as they were, values of a declared type, and the number of processes that suits a machine."""
+"""Files that are whole or as they were, values of a declared type, names and picks, and the processes of a machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from vaevq_med.core import jobs
 from vaevq_med.core.errors import DataError
 from vaevq_med.core.files import atomic_binary_writer, atomic_write_bytes, atomic_write_text, atomic_writer, file_sha256
 from vaevq_med.core.jobs import usable_cores
+from vaevq_med.core.names import did_you_mean, nearest
 from vaevq_med.core.options import Number, Options
+from vaevq_med.core.picks import evenly_spaced
 
 
 def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path: Path) -> None:
@@ -177,3 +179,20 @@ def test_numbers_stay_as_they_are_written_and_a_change_is_checked() -> None:
         assert (mine.kind, mine.count) == ("b", None)
     with pytest.raises(DataError, match=r"^count is 10; expected a digit from 1, or null$"):
         mine.changed(count=10)
+
+
+def test_items_are_evenly_spaced() -> None:
+    assert evenly_spaced(10, None) == list(range(10))
+    assert evenly_spaced(3, 7) == [0, 1, 2]
+    assert evenly_spaced(11, 3) == [0, 5, 10]
+    with pytest.raises(DataError, match="max_items"):
+        evenly_spaced(3, 0)
+
+
+def test_the_nearest_name_is_told_where_one_is_near() -> None:
+    known = {"kind": 1, "name": 2}
+    assert nearest("nam", known) == "name"
+    assert nearest(3, known) == ""
+    assert did_you_mean("kid", known, "expected kind or name") == "did you mean 'kind'?"
+    assert did_you_mean("zzz", known, "expected kind or name") == "expected kind or name"
+    assert (nearest("lr", ["rl"]), nearest("lr", ["rl"], cutoff=0.5)) == ("", "rl")

@@ -25,8 +25,9 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from PIL import Image
 
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.generation.samples import picture_grid
-from vaevq_med.generation.sampling import ImageSampler, SamplePlan, resolve_labels
+from vaevq_med.generation.plan import SamplePlan, resolve_labels
+from vaevq_med.generation.sampling import ImageSampler
+from vaevq_med.generation.writer import picture_grid
 from vaevq_med.networks.generators.autoregressive import autoregressive_draws, generate_indices
 from vaevq_med.networks.generators.ddim import generate_images, ldm_scheduler
 from vaevq_med.networks.generators.drawing import draw_indices
@@ -38,12 +39,8 @@ from vaevq_med.trained.file import read_checkpoint
 from vaevq_med.trained.network import StoredGenerator
 from vaevq_med.training.config import check_config
 from vaevq_med.training.generator_evaluator import GeneratorEvaluator
-from vaevq_med.training.second_stage import (
-    decay_groups,
-    evenly_spaced,
-    prepared_generator,
-    tokens_validation_split,
-)
+from vaevq_med.training.optim import decay_groups
+from vaevq_med.training.second_stage import prepared_generator, tokens_validation_split
 
 KINDS = ("autoregressive", "diffusion")
 STORES = {"autoregressive": "indices", "diffusion": "latents"}
@@ -451,14 +448,6 @@ def test_only_matrices_decay() -> None:
     # LlamaGen: the scales of its norms, two a block and the last one.
     llama = LlamaGen(num_embeddings=8, grid_size=2, width=8, depth=3, num_heads=2)
     assert len(decay_groups(llama, 0.05)[1]["params"]) == 7
-
-
-def test_items_are_evenly_spaced() -> None:
-    assert evenly_spaced(10, None) == list(range(10))
-    assert evenly_spaced(3, 7) == [0, 1, 2]
-    assert evenly_spaced(11, 3) == [0, 5, 10]
-    with pytest.raises(VaevqMedError, match="max_items"):
-        evenly_spaced(3, 0)
 
 
 def test_without_validation_images_training_images_are_validated_on(

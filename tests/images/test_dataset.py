@@ -184,7 +184,7 @@ def test_a_missing_or_damaged_file_is_one_line_that_names_it(
 def test_without_validation_patients_training_slices_are_validated_on(
     slice_dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from vaevq_med.evaluation.handler import validation_split
+    from vaevq_med.evaluation.data import validation_split
 
     assert validation_split(slice_dataset) == "validation"
     content = json.loads((slice_dataset / "dataset.json").read_text())

@@ -20,7 +20,6 @@ from PIL import Image
 from torch import Tensor
 
 from vaevq_med.core.errors import DataError, VaevqMedError
-from vaevq_med.evaluation.codebook import FeatureCodebook
 from vaevq_med.evaluation.features import ImageReader, RealImages
 from vaevq_med.evaluation.handler import EvaluationHandler
 from vaevq_med.images.dataset import SliceDataset
@@ -29,6 +28,7 @@ from vaevq_med.images.reading import Reading, reader
 from vaevq_med.images.transforms import LoadPhotograph, LoadSliced, RandResizedCropd, ResizeShortSided
 from vaevq_med.metrics.reference import ReferenceCache
 from vaevq_med.networks.features import FeatureNetwork, feature_network
+from vaevq_med.prepare.codebook import FeatureCodebook
 from vaevq_med.tokens import encode as encode_module
 from vaevq_med.tokens.encode import EncodeTokens
 from vaevq_med.trained.file import CheckpointError, read_checkpoint

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.overrides import TorchFunctionMode
 
 from vaevq_med.training.base import BaseTrainer, TrainingError
-from vaevq_med.training.checkpoint import _load_optimizer
+from vaevq_med.training.checkpoint import load_optimizer
 from vaevq_med.training.ema import exponential_moving_average
 from vaevq_med.training.progress import ProgressReporter
 from vaevq_med.training.terms import Terms
@@ -123,12 +123,12 @@ def test_a_state_takes_up_averages_and_leaves_the_kernels() -> None:
     parameter.grad = torch.ones(3)
     fused, plain = torch.optim.Adam([parameter], fused=True), torch.optim.Adam([parameter], lr=0.5)
     fused.step()
-    _load_optimizer(plain, fused.state_dict())
+    load_optimizer(plain, fused.state_dict())
     assert plain.param_groups[0]["fused"] is None
     assert plain.param_groups[0]["lr"] == 1e-3
     torch.testing.assert_close(plain.state[parameter]["exp_avg"], torch.full((3,), 0.1))
     again = torch.optim.Adam([parameter], fused=True)
-    _load_optimizer(again, plain.state_dict())
+    load_optimizer(again, plain.state_dict())
     assert again.param_groups[0]["fused"] is True
     again.step()
     assert float(again.state[parameter]["step"]) == 2

@@ -431,6 +431,17 @@ def test_objective_names_the_nearest_weight() -> None:
         TokenizerObjective(terms={"rcs": RCSLoss(), "kl": KLLoss()}, weights={"rcs": 1})
 
 
+def test_a_term_that_is_null_is_left_out_unless_it_has_a_weight() -> None:
+    """An override sets a term to null to do without its network."""
+    terms = {"reconstruction": ReconstructionLoss(), "perceptual": None}
+    for weight in ({"perceptual": 0.0}, {"perceptual": None}, {}):
+        objective = TokenizerObjective(terms=terms, weights={"reconstruction": 1.0, **weight})
+        loss = objective.generator(ZERO, make_output(variational=False))
+        assert set(loss.terms) == {"reconstruction"}
+    with pytest.raises(VaevqMedError, match=r"terms\.perceptual is null; expected a term, since its weight is 0\.5"):
+        TokenizerObjective(terms=terms, weights={"reconstruction": 1.0, "perceptual": 0.5})
+
+
 def test_a_term_by_a_name_of_the_log_is_refused() -> None:
     with pytest.raises(VaevqMedError, match="'loss', which the log has already"):
         TokenizerObjective(terms={"loss": KLLoss()}, weights={"loss": 1})

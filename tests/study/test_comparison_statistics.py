@@ -22,7 +22,8 @@ from vaevq_med.metrics.figures import LPIPS, PSNR, Figure
 from vaevq_med.study.bundle import Bundle
 from vaevq_med.study.figures import sweep_curves, utilization_bars
 from vaevq_med.study.file import Report, Study, check_study
-from vaevq_med.study.plan import Method, Plan, Row
+from vaevq_med.study.methods import Method
+from vaevq_med.study.plan import Plan, Row
 from vaevq_med.study.published import load_published
 from vaevq_med.study.rows import RowResult
 from vaevq_med.study.statistics import (

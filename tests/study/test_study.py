@@ -23,7 +23,7 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.study.bundle import Bundle, literal, texts
 from vaevq_med.study.command import RunStudy
 from vaevq_med.study.file import GeneratorStudy, Report, TokenizerStudy, check_study, read_study
-from vaevq_med.study.plan import make_methods
+from vaevq_med.study.methods import make_methods
 from vaevq_med.study.rows import check_settings
 
 STUDIES = sorted(path.stem for path in (BUNDLE.parent / "studies").glob("*.yaml"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import zipfile
@@ -129,22 +128,3 @@ def test_pack_refuses_a_folder_in_use(packed: tuple[Path, dict[str, Any]]) -> No
     result = CliRunner().invoke(app, ["bundle", "pack", "brats", str(root), "--checkpoint", checkpoint])
     assert isinstance(result.exception, VaevqMedError)
     assert "found something there" in str(result.exception)
-
-
-def test_weights_says_where_missing_files_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    output = CliRunner().invoke(app, ["weights"]).output
-    assert "missing vgg16-397923af.pth" in output
-    assert str(tmp_path / ".cache/vaevq_med/weights") in output
-    assert "efficientnet-lite0: the default" in output
-
-
-PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("[bdp]*/**/*.md")])
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_every_relative_link_of_the_documentation_leads_somewhere(page: str) -> None:
-    for target in re.findall(r"\]\(([^)#\s]+)", (ROOT / page).read_text(encoding="utf-8")):
-        if "://" not in target:
-            assert ((ROOT / page).parent / target).exists(), target

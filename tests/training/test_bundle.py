@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import BUNDLE, OVERLAYS, toy_config
-from helpers.bundles import evaluation_overrides, run_bundle, states_equal
+from helpers.bundles import evaluation_overrides, quick, run_bundle, states_equal
+from helpers.tracked import open_run
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 from vaevq_med.trained.file import read_checkpoint
@@ -314,7 +315,7 @@ def test_the_backbone_is_the_preset_of_its_factor(overlay: str | None, factor: i
 
 
 def test_a_device_may_be_a_plain_name(toy_overrides: dict[str, Any]) -> None:
-    parser = run_bundle("train.json", {**toy_overrides, "device": "cpu", "max_epochs": 1}, run_id="training")
+    parser = run_bundle("train.json", {**quick(toy_overrides), "device": "cpu"}, run_id="training")
     assert parser.get_parsed_content("train#trainer").state.epoch == 1
 
 
@@ -399,20 +400,12 @@ def test_mlflow_points_survive_a_failing_server(tmp_path: Path, monkeypatch: pyt
     assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 2.0)]
 
 
-def _open_run(uri: str) -> str | None:
-    from vaevq_med.training.tracking import MLflowTracker
-
-    tracker = MLflowTracker(tracking_uri=uri, config={"set": {"network_def#variational": True}})
-    tracker.start_run()
-    return tracker.run_id
-
-
 def test_runs_that_start_together_make_one_mlflow_file(tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        found = list(pool.map(_open_run, [uri] * 2))
+        found = list(pool.map(open_run, [uri] * 2))
     client = MlflowClient(uri)
     assert len(set(found)) == 2
     assert {client.get_run(run).data.params["set.network_def.variational"] for run in found} == {"true"}

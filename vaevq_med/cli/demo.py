@@ -11,6 +11,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.resources import bundle_path, overlay_path
@@ -104,3 +107,27 @@ class Demo:
         status = subprocess.run(command, env=environment, check=False).returncode
         if status != 0:
             raise VaevqMedError(f"the step {title!r} ended with exit code {status}, expected 0; see its output above")
+
+
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder of everything that the demo writes.")] = Path("demo"),
+    subjects: Annotated[int, typer.Option(min=3, help="Synthetic subjects to make.")] = 6,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs to train; by default the overlay's.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the subjects and of the training.")] = 0,
+) -> None:
+    """Make synthetic brains, extract slices, train and evaluate a small VAEVQ: some minutes, no GPU."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+
+    def announce(title: str, command: str) -> None:
+        console.print(f"\n[bold]{title}[/bold]\n  $ {command}", soft_wrap=True)
+
+    report = Demo(output, subjects=subjects, epochs=epochs, seed=seed, announce=announce).run()
+    console.print("\n[bold]Over the test subject[/bold]")
+    for name, value in report.metrics.items():
+        console.print(f"  {name:<28}{value:10.4f}")
+    for picture in report.pictures:
+        console.print(f"  picture: {picture}", soft_wrap=True)
+    console.print("\nBrowse the run with:")
+    console.print(f"  mlflow ui --backend-store-uri {report.tracking_uri}", soft_wrap=True)

@@ -119,7 +119,7 @@ def _live_rows() -> Iterator[Callable[[Sequence[RowState]], None]]:
     console = Console(stderr=True, highlight=False)
     if console.is_terminal:
         with Live(console=console, refresh_per_second=2) as live:
-            yield lambda states: live.update(_status_table(states, console.width))
+            yield lambda states: live.update(status_table(states, console.width))
         return
     seen: dict[str, str] = {}
 
@@ -132,7 +132,8 @@ def _live_rows() -> Iterator[Callable[[Sequence[RowState]], None]]:
     yield say
 
 
-def _status_table(states: Sequence[RowState], width: int) -> Table:
+def status_table(states: Sequence[RowState], width: int) -> Table:
+    """The rows of a study, their status and how long each has taken, for a terminal of so many columns."""
     from rich.markup import escape
     from rich.table import Table
 

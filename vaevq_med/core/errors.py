@@ -1,5 +1,8 @@
 """Errors that a user can act on: one line, without a traceback, from the command line."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class VaevqMedError(Exception):
     """An expected failure; its message says what was found and what was expected, in one line."""
@@ -26,6 +29,18 @@ class ItemError(DataError):
     def __init__(self, message: str) -> None:
         _, _, said = message.rpartition(f"{type(self).__module__}.{type(self).__qualname__}: ")
         super().__init__(" ".join(said.split("\n")).strip())
+
+
+@contextmanager
+def as_item_error() -> Iterator[None]:
+    """An error of this package inside, also one that MONAI wrapped, becomes an :class:`ItemError` of its line."""
+    try:
+        yield
+    except Exception as error:
+        cause = root_cause(error)
+        if isinstance(cause, VaevqMedError):
+            raise ItemError(str(cause)) from None
+        raise
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from types import NoneType
@@ -12,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from vaevq_med.core.errors import DataError
+from vaevq_med.core.names import in_one_line, nearest
 
 Number = int | float
 """A number that stays as it was written: ``0`` is not ``0.0`` in a hash."""
@@ -65,8 +65,8 @@ def _line(kind: type[Options], values: Any, error: ValidationError) -> str:
             break
         name = f"{name}.{in_one_line(str(part))}".lstrip(".")
         if part not in model.model_fields:
-            close = difflib.get_close_matches(str(part), model.model_fields, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"expected some of {', '.join(model.model_fields)}"
+            close = nearest(part, model.model_fields)
+            hint = f"did you mean {close}?" if close else f"expected some of {', '.join(model.model_fields)}"
             return f"{name} is unknown; {hint}"
         field = model.model_fields[str(part)]
         expected = _expected(field)
@@ -77,11 +77,6 @@ def _line(kind: type[Options], values: Any, error: ValidationError) -> str:
         model = inner[0] if inner and isinstance(values, Mapping) else None
     found = json.dumps(values, default=str)
     return f"{name or 'it'} is {found if len(found) <= 80 else found[:77] + '...'}; expected {expected}"
-
-
-def in_one_line(name: str) -> str:
-    """A name as it stands, or as JSON has it where it would break a line."""
-    return name if name.isprintable() else json.dumps(name)
 
 
 def _kinds(annotation: Any) -> tuple[Any, ...]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from pathlib import Path
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.core.names import did_you_mean
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 # What names the resources of a folder: a bundle is a folder with metadata.json, a recipe a file.
@@ -83,8 +83,7 @@ def overlay_path(name: str, bundle: Path, kind: str = "") -> Path:
     known = overlay_files(bundle, kind)
     if name in known:
         return known[name]
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+    hint = did_you_mean(name, known, f"there are {', '.join(known)}")
     where = Path("overlays", kind).as_posix()
     raise VaevqMedError(f"bundle {bundle.name}: found no overlay {name!r}, expected a file of {where}/; {hint}")
 

@@ -6,11 +6,11 @@ __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
         "EvaluationHandler": "handler",
-        "EvaluationTracker": "handler",
+        "EvaluationTracker": "tracking",
         "PredictionWriter": "predictions",
-        "ValidationSummary": "handler",
-        "evaluation_split": "handler",
-        "label_map": "handler",
-        "validation_split": "handler",
+        "ValidationSummary": "summary",
+        "evaluation_split": "data",
+        "label_map": "data",
+        "validation_split": "data",
     },
 )

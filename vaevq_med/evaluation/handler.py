@@ -1,25 +1,23 @@
-"""Handlers that measure reconstructions, draw them, and track the figures."""
+"""The handler that measures reconstructions in one pass, writes the record and draws them."""
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
-from ignite.engine import Engine, Events
+from ignite.engine import Events
 from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.core.picks import evenly_spaced
+from vaevq_med.evaluation.data import check_data
 from vaevq_med.evaluation.pictures import reconstruction_grid, usage_histogram
 from vaevq_med.evaluation.reconstruction import METADATA, ReconstructionEvaluation
 from vaevq_med.evaluation.report import EvaluationReport
-from vaevq_med.images.manifest import SPLITS, load_manifest
 from vaevq_med.images.transforms import REGIONS
 from vaevq_med.metrics.base import ImageMetric
 from vaevq_med.networks.features import feature_network
@@ -27,41 +25,6 @@ from vaevq_med.networks.tokenizer import VisualTokenizer
 from vaevq_med.trained.network import StoredTokenizer
 from vaevq_med.training import distributed
 from vaevq_med.training.tokenizer_evaluator import TokenizerEvaluator
-from vaevq_med.training.tracking import MLflowTracker
-
-logger = logging.getLogger(__name__)
-
-
-def label_map(dataset_dir: str | Path) -> Mapping[str, Sequence[int]]:
-    """Label values of each tumor region of a slice data set."""
-    return load_manifest(dataset_dir).label_map
-
-
-def validation_split(dataset_dir: str | Path) -> str:
-    """``validation``, or, where no patient stands in it, ``training``, with a warning.
-
-    Args:
-        dataset_dir: slice data set.
-    """
-    manifest = load_manifest(dataset_dir)
-    if manifest.entries("validation"):
-        return "validation"
-    if distributed.is_main():
-        logger.warning(
-            "%s: the validation split is empty, so training images are validated on; %s, or pass --val_split test",
-            dataset_dir,
-            manifest.splitting_advice(),
-        )
-    return "training"
-
-
-def evaluation_split(dataset_dir: str | Path) -> str:
-    """``test``, or, where nothing stands in it, ``validation``, as with ImageNet, whose test labels are not public.
-
-    Args:
-        dataset_dir: data set of slices or photographs.
-    """
-    return "test" if load_manifest(dataset_dir).entries("test") else "validation"
 
 
 class EvaluationHandler:
@@ -148,40 +111,11 @@ class EvaluationHandler:
                 record["readout"] = self.stored.readout
         return record
 
-    def _check_data(self) -> None:
-        """Refuse to call a test what was trained on, or what is read in another way.
-
-        Raises:
-            VaevqMedError: a patient of the evaluated split was in the training data, or the images have another shape.
-        """
-        manifest = getattr(self.dataset, "manifest", None)
-        if self.stored is not None and manifest is not None and not self.any_shape:
-            self.stored.check_shape(getattr(self.dataset, "shape", None), manifest.path.parent, "--any_shape True")
-        if self.stored is None or manifest is None or self.dataset.split == "training":  # type: ignore[attr-defined]
-            return
-        split = self.dataset.split  # type: ignore[attr-defined]
-        trained, entries = self.stored.data, manifest.entries(split)
-        moved = trained.get("split_hash") != manifest.split_hash
-        patients = set(trained.get("patients", ()))
-        named = {str(entry["patient"]) for one in SPLITS for entry in manifest.entries(one) if "patient" in entry}
-        told_apart = patients and patients <= named
-        if moved and trained.get("content_hash") == manifest.content_hash and not told_apart:
-            raise VaevqMedError(
-                f"split {split!r}: found the images that {self.stored.path.name} was trained on dealt to other splits, "
-                "expected the same split"
-            )
-        leaked = {str(entry["patient"]) for entry in entries if "patient" in entry} & patients
-        if leaked:
-            raise VaevqMedError(
-                f"split {split!r}: found patient {min(leaked)}, whom {self.stored.path.name} was trained on, expected "
-                "none; the data set's split has changed since"
-            )
-
     def _started(self, engine: TokenizerEvaluator) -> None:
         for network in (self.lpips, self.fid):
             if network is not None:
                 network.to(engine.state.device)
-        self._check_data()
+        check_data(self.dataset, self.stored, self.any_shape)
         self._evaluation = ReconstructionEvaluation(
             num_embeddings=self.num_embeddings,
             num_codebooks=self.num_codebooks,
@@ -226,8 +160,8 @@ class EvaluationHandler:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             if self.pictures_dir is not None:
-                fixed = np.linspace(0, len(self.dataset) - 1, self.num_pictures).round().astype(int)  # type: ignore[arg-type]
-                self._draw(engine, {f"{i}": int(i) for i in dict.fromkeys(fixed)}, folder / "reconstructions.png")
+                fixed = evenly_spaced(len(self.dataset), self.num_pictures)  # type: ignore[arg-type]
+                self._draw(engine, {f"{i}": i for i in fixed}, folder / "reconstructions.png")
             usage_histogram(report.usage_counts, folder / "codebook_usage.png")
 
     def _extremes(self, report: EvaluationReport) -> dict[str, int]:
@@ -259,75 +193,3 @@ class EvaluationHandler:
             ],
             path=path,
         )
-
-
-class ValidationSummary:
-    """Hand the validation's figures to the trainer as ``state.validation``, empty where none took place.
-
-    Args:
-        evaluator: validation engine.
-        interval: epochs between validations.
-
-    Raises:
-        VaevqMedError: the interval is below 1.
-    """
-
-    def __init__(self, *, evaluator: Engine, interval: int = 1) -> None:
-        if interval < 1:
-            raise VaevqMedError(f"val_interval: found {interval}, expected 1 or more")
-        self.evaluator = evaluator
-        self.interval = interval
-
-    def attach(self, engine: Engine) -> None:
-        """Register the event; has to come after the validation handler."""
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
-
-    def _epoch_completed(self, engine: Engine) -> None:
-        took_place = engine.state.epoch % self.interval == 0
-        state: Any = engine.state
-        state.validation = dict(self.evaluator.state.metrics) if took_place else {}
-
-
-class EvaluationTracker:
-    """Log an evaluation to the MLflow run that trained the tokenizer, or to one of its own.
-
-    Args:
-        tracking_uri: MLflow tracking URI; ``none`` turns tracking off.
-        experiment: experiment of a run of its own.
-        stored: the evaluated checkpoint.
-        evaluation: the handler that measures.
-        split: prefix of the metrics' names.
-    """
-
-    def __init__(
-        self,
-        *,
-        tracking_uri: str,
-        experiment: str,
-        stored: StoredTokenizer,
-        evaluation: EvaluationHandler,
-        split: str,
-    ) -> None:
-        self.tracker = MLflowTracker(tracking_uri=tracking_uri, experiment=experiment, config=stored.config)
-        self.stored = stored
-        self.evaluation = evaluation
-        self.split = split
-
-    def attach(self, engine: Engine) -> None:
-        """Register the event; has to come after the measuring handler."""
-        if self.tracker.enabled:
-            engine.add_event_handler(Events.COMPLETED, self._completed)
-
-    def _completed(self, engine: Engine) -> None:
-        tracker = self.tracker
-        with tracker.guard():
-            tracker.start_run(self.stored.run_id, resume=False)
-            figures = {f"{self.split}/{name}": value for name, value in engine.state.metrics.items()}
-            tracker.log_metrics(figures, self.stored.iteration)
-            folder = self.evaluation.output_dir
-            for path in sorted(folder.iterdir()) if folder is not None else []:
-                tracker.log_artifact(path, f"evaluation/{self.split}")
-            if tracker.run_id == self.stored.run_id:
-                tracker.flush()
-            else:
-                tracker.end_run("FINISHED")

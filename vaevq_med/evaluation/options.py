@@ -1,4 +1,4 @@
-"""The options of ``vaevq-med evaluate-samples`` that a comparison may choose, and those of ``feature-codebook``."""
+"""The options of ``vaevq-med evaluate-samples`` that a comparison may choose."""
 
 from __future__ import annotations
 
@@ -55,20 +55,3 @@ class EvaluateOptions:
                 raise VaevqMedError(f"--{name}-threshold: found it with --no-memorization, expected one of the two")
             if threshold is not None and not 0 < threshold <= 2:
                 raise VaevqMedError(f"--{name}-threshold: found {threshold}, expected above 0 and at most 2")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CodebookOptions:
-    """How features of images are clustered."""
-
-    num_embeddings: int = option(help="K, codewords in all.")
-    network: str = option("efficientnet-lite0", "Feature network, see docs/feature_networks.md.")
-    weights: Path | None = option(None, "File of its weights, where not in a usual place.")
-    grid: int = option(8, "Features of an image along each axis.")
-    image_size: int = option(256, "Pixels that images are resized and cropped to.")
-    per_class: bool = option(True, "Cluster the images of each contrast or class apart.")
-    max_items: int | None = option(None, "Look at this many images, evenly spaced.")
-    batch_size: int = option(32, "Images at once.")
-    workers: int | None = option(None, "Processes that read images; by default one a core.")
-    seed: int = option(0, "Seed of the images' order and of the clusters' start.")
-    device: str | None = option(None, "By default the GPU, where there is one.")

@@ -21,6 +21,7 @@ from vaevq_med.metrics.figures import Figure
 from vaevq_med.metrics.reconstruction import PSNR, SSIM, to_unit
 from vaevq_med.metrics.statistics import FrechetDistance
 from vaevq_med.networks.features import FeatureNetwork
+from vaevq_med.networks.processes import is_distributed
 
 METADATA = ("index", "path", "patient", "case", "modality", "slice")
 """What an item says of its image, which the row of an evaluation keeps."""
@@ -236,7 +237,7 @@ class ReconstructionEvaluation:
 
     def _gather_rows(self) -> list[dict[str, Any]]:
         rows = self._rows
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if is_distributed():
             parts: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(parts, rows)
             rows = [row for part in parts for row in part]

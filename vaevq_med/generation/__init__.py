@@ -6,8 +6,8 @@ __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
         "ImageSampler": "sampling",
-        "SamplePlan": "sampling",
-        "SampleWriter": "samples",
+        "SamplePlan": "plan",
+        "SampleWriter": "writer",
         "SamplingSettings": "sampling",
     },
 )

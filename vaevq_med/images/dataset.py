@@ -17,7 +17,8 @@ from monai.data import Dataset
 from monai.transforms import Compose, Randomizable, Transform
 from torch.utils.data import Sampler
 
-from vaevq_med.core.errors import DataError, ItemError, VaevqMedError, root_cause
+from vaevq_med.core.errors import DataError, as_item_error
+from vaevq_med.core.picks import evenly_spaced
 from vaevq_med.images.manifest import SPLITS, Manifest, load_manifest
 from vaevq_med.images.reading import shape_of
 
@@ -90,11 +91,7 @@ class SliceDataset(Dataset):
     ) -> None:
         manifest = load_manifest(dataset_dir)
         entries = _select(manifest, split, modalities, stack_modalities)
-        if max_items is not None and max_items < 1:
-            raise DataError(f"max_items: found {max_items}, expected 1 or more, or null for all")
-        if max_items is not None and max_items < len(entries):
-            keep = np.linspace(0, len(entries) - 1, max_items).round().astype(int)
-            entries = [entries[i] for i in keep]
+        entries = [entries[i] for i in evenly_spaced(len(entries), max_items)]
         rank, world_size = shard
         root = Path(dataset_dir)
         data = []
@@ -127,13 +124,8 @@ class SliceDataset(Dataset):
         transform = self.transform
         if isinstance(transform, (Compose, Randomizable)):
             transform.set_random_state(seed=mix_seeds(self.seed, index))
-        try:
+        with as_item_error():
             return super().__getitem__(index % len(self.data))
-        except Exception as error:
-            cause = root_cause(error)
-            if isinstance(cause, VaevqMedError):
-                raise ItemError(str(cause)) from None
-            raise
 
 
 def _select(

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from vaevq_med.core.errors import DataError, ItemError, VaevqMedError, root_cause
+from vaevq_med.core.errors import DataError, as_item_error
+from vaevq_med.core.picks import evenly_spaced
 from vaevq_med.images.pixels import read_image
 
 LIST_NAME = "samples.csv"
@@ -179,9 +179,7 @@ class SampleDataset(Dataset[dict[str, Any]]):
     ) -> None:
         self.folder = Path(folder)
         self.gray = gray
-        if max_items is not None and max_items < len(samples):
-            samples = [samples[i] for i in np.linspace(0, len(samples) - 1, max_items).round().astype(int)]
-        self.samples = list(samples)
+        self.samples = [samples[i] for i in evenly_spaced(len(samples), max_items)]
         self.transform = transform
 
     def __len__(self) -> int:
@@ -195,13 +193,7 @@ class SampleDataset(Dataset[dict[str, Any]]):
             ItemError: it cannot be read, or is in color where it is to be gray.
         """
         path = self.folder / self.samples[index].name
-        try:
+        with as_item_error():
             if self.gray:
                 _check_gray(path)
-            item = self.transform({"image": str(path)})
-        except Exception as error:
-            cause = root_cause(error)
-            if isinstance(cause, VaevqMedError):
-                raise ItemError(str(cause)) from None
-            raise
-        return {"image": item["image"]}
+            return {"image": self.transform({"image": str(path)})["image"]}

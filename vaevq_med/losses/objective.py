@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.core.names import did_you_mean
 from vaevq_med.losses.adversarial import AdversarialTerm, adaptive_weight
 from vaevq_med.losses.base import LossTerm, paths
 from vaevq_med.losses.known_gradient import cut_at_reconstructions, gradients, with_gradient
@@ -32,19 +32,19 @@ class TokenizerObjective(nn.Module):
     It owns no discriminator, optimizer or logging.
 
     Args:
-        terms: loss terms by name.
+        terms: loss terms by name; None for one that there is not, whose weight has to be 0 or None, or absent.
         weights: a weight for each term; 0 or None leaves the term out of the computation.
         adversarial: the GAN's settings, or None without one.
 
     Raises:
         VaevqMedError: a weight without a term or a term without a weight, with the nearest valid name; or a term has
-            a name that the log has for something else.
+            a name that the log has for something else; or one that is None has a weight.
     """
 
     def __init__(
         self,
         *,
-        terms: Mapping[str, LossTerm],
+        terms: Mapping[str, LossTerm | None],
         weights: Mapping[str, float | None],
         adversarial: AdversarialTerm | None = None,
     ) -> None:
@@ -54,16 +54,20 @@ class TokenizerObjective(nn.Module):
             raise VaevqMedError(f"objective.terms has {taken[0]!r}, which the log has already; expected another name")
         for name in weights:
             if name not in terms:
-                close = difflib.get_close_matches(name, list(terms), n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"expected some of {', '.join(terms)}"
+                hint = did_you_mean(name, terms, f"expected some of {', '.join(terms)}")
                 raise VaevqMedError(f"objective.weights has {name!r}, which is no term: {hint}")
-        missing = [name for name in terms if name not in weights]
+            if weights[name] and terms[name] is None:
+                raise VaevqMedError(
+                    f"objective.terms.{name} is null; expected a term, since its weight is {weights[name]}"
+                )
+        missing = [name for name, term in terms.items() if term is not None and name not in weights]
         if missing:
             raise VaevqMedError(
                 f"objective.weights has no {', '.join(missing)}; expected a weight for each term (0 leaves one out)"
             )
         self.weights = {name: float(weight) for name, weight in weights.items() if weight}
-        self.terms = nn.ModuleDict({name: term for name, term in terms.items() if name in self.weights})
+        used = {name: term for name, term in terms.items() if term is not None and name in self.weights}
+        self.terms = nn.ModuleDict(used)
         self.adversarial = adversarial
 
     @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import hashlib
 import json
 import re
@@ -16,6 +15,7 @@ from typing import Any
 from vaevq_med.core.components import named_by_user
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.folder import difference
+from vaevq_med.core.names import did_you_mean
 from vaevq_med.core.resources import bundle_path, overlay_files, overlay_path, overlay_title
 
 # Where and under what name a run is tracked, on what device it runs and what may be read change no figure.
@@ -101,8 +101,7 @@ def check_ids(
         if root in own:
             raise VaevqMedError(f"{option}: found {root!r}, which the comparison sets itself; expected its own option")
         if root not in known:
-            close = difflib.get_close_matches(root, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "no file has it"
+            hint = did_you_mean(root, known, "no file has it")
             expected = f"expected one of {' or '.join(files)}"
             raise VaevqMedError(f"{option}: found the unknown id {root!r}, {expected}; {hint}")
         if not any(has_id(config, key) for config in places):

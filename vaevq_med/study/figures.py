@@ -14,6 +14,7 @@ from PIL import Image
 
 from vaevq_med.core.components import trust
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.core.picks import evenly_spaced
 from vaevq_med.evaluation.pictures import comparison_grid, save_figure
 from vaevq_med.images.generated import LIST_NAME, find_samples
 from vaevq_med.metrics import figures
@@ -157,8 +158,7 @@ def reconstructions(rows: Sequence[Row], count: int, path: Path) -> None:
         parser = row.parser("evaluating")
         if not labels:
             dataset = parser.get_parsed_content("dataset")
-            chosen = dict.fromkeys(np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist())
-            items = [dataset[i] for i in chosen]
+            items = [dataset[i] for i in evenly_spaced(len(dataset), count)]
             images = torch.stack([torch.as_tensor(item["image"]) for item in items])
             labels = [f"{item['modality']}\n{item['case'] or Path(item['path']).stem}" for item in items]
         trust(parser.get("trusted") or ())

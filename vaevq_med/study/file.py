@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -26,7 +25,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.core.options import in_one_line
+from vaevq_med.core.names import in_one_line, nearest
 from vaevq_med.core.resources import study_path
 from vaevq_med.evaluation.options import EvaluateOptions
 from vaevq_med.tokens.options import EncodeOptions
@@ -39,8 +38,8 @@ def _refuse(message: str, kind: str = "said") -> PydanticCustomError:
 def _check_names(found: object, known: Collection[str]) -> None:
     for name in found if isinstance(found, Mapping) else ():
         if name not in known:
-            close, others = difflib.get_close_matches(name, known, n=1), f"one of {', '.join(known)}"
-            raise _refuse(f"{in_one_line(str(name))} is unknown; expected {close[0] if close else others}", "name")
+            expected = nearest(name, known) or f"one of {', '.join(known)}"
+            raise _refuse(f"{in_one_line(str(name))} is unknown; expected {expected}", "name")
 
 
 def _given(value: Any, handler: Callable[[Any], Any]) -> dict[str, Any]:

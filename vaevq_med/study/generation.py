@@ -20,7 +20,8 @@ from vaevq_med.metrics import figures
 from vaevq_med.metrics.figures import Figure
 from vaevq_med.study.bundle import Bundle, check_components, check_ids, decisive, texts, tool_words, trusting
 from vaevq_med.study.file import GeneratorPart, GeneratorStudy, TokenizerPart
-from vaevq_med.study.plan import OWN_IDS, Method, Plan, Row
+from vaevq_med.study.methods import Method
+from vaevq_med.study.plan import OWN_IDS, Plan, Row
 from vaevq_med.study.rows import read_json, read_plan_record
 from vaevq_med.tokens.options import EncodeOptions
 from vaevq_med.tokens.store import FILE_NAME

@@ -1,13 +1,11 @@
-"""The rows of a study of tokenizers: methods by their overlays, seeds, one budget; and the commands of each row."""
+"""The rows of a study of tokenizers: each method under each seed, one budget; and the commands of each row."""
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from pydoc import ErrorDuringImport, locate
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vaevq_med.core.errors import VaevqMedError, root_cause
@@ -25,7 +23,8 @@ from vaevq_med.study.bundle import (
     texts,
     trusting,
 )
-from vaevq_med.study.file import MethodPart, Study, TokenizerStudy
+from vaevq_med.study.file import Study, TokenizerStudy
+from vaevq_med.study.methods import Method, make_methods
 
 if TYPE_CHECKING:
     from monai.bundle import ConfigParser
@@ -34,125 +33,6 @@ if TYPE_CHECKING:
 TORCHRUN = ("torchrun", "torch.distributed.run")
 OWN_IDS = frozenset({"seed", "output_dir", "dataset_dir", "tracking_uri", "parent_run_id", "run_name", "resume"})
 """Ids that a study's other fields set, or that are set for each row."""
-
-
-@dataclass(frozen=True)
-class Method:
-    """One row of the table, seeds apart.
-
-    Attributes:
-        name: its folder, e.g. ``vqgan``.
-        overlays: names of overlay files, in order.
-        title: what tables call it.
-        overrides: values that only this method has, as on the command line.
-        family: the method that a sweep's point belongs to; otherwise the name.
-        num_embeddings: K of a sweep's point.
-        decodes: the method whose checkpoints it evaluates by another read-out of the quantizer, without training.
-        group: methods of one group compete for the best figure.
-    """
-
-    name: str
-    overlays: tuple[str, ...]
-    title: str
-    overrides: Mapping[str, str] = field(default_factory=dict)
-    family: str = ""
-    num_embeddings: int | None = None
-    decodes: str = ""
-    group: str = ""
-
-
-def make_methods(study: TokenizerStudy, bundle: Bundle) -> tuple[Method, ...]:
-    """The methods of a study: each at each size of a sweep, and after it a row for every other read-out."""
-    titles = [part.title or (bundle.title(part.name) if part.overlays is None else part.name) for part in study.methods]
-    found: list[tuple[Method, MethodPart]] = []
-    for part, title in zip(study.methods, titles, strict=True):
-        names = (part.name,) if part.overlays is None else tuple(part.overlays)
-        for name in names:
-            bundle.overlay(name)
-        title = f"{title} ({part.name})" if titles.count(title) > 1 else title
-        method = Method(part.name, names, title, texts(part.set), family=part.name)
-        if not study.sweep:
-            found.append((method, part))
-            continue
-        _check_sweep(study, bundle, method)
-        for size in study.sweep.num_embeddings:
-            overrides = {**method.overrides, "num_embeddings": str(size)}
-            point = replace(method, name=f"{part.name}_k{size}", title=f"{title}, K = {size:,}", overrides=overrides)
-            found.append((replace(point, num_embeddings=size), part))
-    if "readout" not in bundle.read("evaluate.json"):
-        return tuple(method for method, _ in found)
-    given = {method.name for method, _ in found}
-    settings = [(method.overlays, method.overrides) for method, _ in found]
-    return tuple(
-        row
-        for method, part in found
-        for row in _with_readouts(study, bundle, method, part)
-        if not row.decodes or (row.name not in given and (row.overlays, row.overrides) not in settings)
-    )
-
-
-def _check_sweep(study: TokenizerStudy, bundle: Bundle, method: Method) -> None:
-    """Refuse a method whose codebook does not take its size from ``num_embeddings``, or not in this study."""
-    if "num_embeddings" in {**study.set, **method.overrides}:
-        raise VaevqMedError("set: found num_embeddings, which the sweep sets itself; expected sizes of the sweep")
-    network = bundle.read("train.json", (*study.overlays, *method.overlays)).get("network_def")
-    if not isinstance(network, dict):
-        raise VaevqMedError(f"method {method.name}: found network_def {network!r}, expected a tokenizer")
-    if "@num_embeddings" not in json.dumps(network.get("quantizer")):
-        raise VaevqMedError(
-            f"method {method.name}: found a codebook whose size does not follow num_embeddings, expected one that "
-            "does; name it once a size, with an overlay each"
-        )
-
-
-def _with_readouts(study: TokenizerStudy, bundle: Bundle, method: Method, part: MethodPart) -> list[Method]:
-    """A method, and a row for each other way to decode its quantizer that neither it nor the study chooses."""
-    values = {**texts(study.set), **method.overrides}
-    readouts, trained = _readouts(bundle.read("train.json", (*study.overlays, *method.overlays)), values)
-    unknown = [name for name in part.readouts or () if name not in readouts]
-    if unknown:
-        known = f"of {', '.join(readouts)}" if readouts else "none, since its quantizer is decoded in one way"
-        raise VaevqMedError(f"method {method.name}: found the read-out {unknown[0]!r}, expected {known}")
-    if not readouts:
-        return [method]
-    chosen = values.get("readout", "None")
-    if chosen not in ("None", "null"):
-        return [replace(method, title=_qualified(method.title, chosen))]
-    others = [name for name in readouts if name != trained and (part.readouts is None or name in part.readouts)]
-    return [
-        replace(method, title=_qualified(method.title, trained)),
-        *(
-            replace(
-                method,
-                name=f"{method.name}_{readout}",
-                title=_qualified(method.title, readout),
-                family=f"{method.family}_{readout}",
-                overrides={**method.overrides, "readout": readout},
-                decodes=method.name,
-            )
-            for readout in others
-        ),
-    ]
-
-
-def _readouts(config: Mapping[str, Any], overrides: Mapping[str, str]) -> tuple[tuple[str, ...], str]:
-    """Ways to decode the quantizer of a configuration, and the one it is trained with; none where that is not known."""
-    network = config.get("network_def")
-    quantizer = network.get("quantizer") if isinstance(network, Mapping) else None
-    if not isinstance(quantizer, Mapping) or {"network_def", "network_def#quantizer"} & {*overrides}:
-        return (), ""
-    own = {key: overrides.get(f"network_def#quantizer#{key}", quantizer.get(key)) for key in ("_target_", "readout")}
-    try:
-        readouts = tuple(getattr(locate(str(own["_target_"])), "readouts", ()))
-    except ErrorDuringImport:
-        return (), ""
-    return readouts, str(own["readout"] or next(iter(readouts), ""))
-
-
-def _qualified(title: str, readout: str) -> str:
-    """``SoftVQ, K = 64`` as ``SoftVQ (hard), K = 64``."""
-    name, comma, size = title.partition(", K = ")
-    return f"{name} ({readout}){comma}{size}"
 
 
 @dataclass(frozen=True)

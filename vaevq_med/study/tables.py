@@ -10,8 +10,9 @@ from typing import Any
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.metrics import figures
 from vaevq_med.metrics.figures import Figure
+from vaevq_med.study.methods import Method
 from vaevq_med.study.notes import notes
-from vaevq_med.study.plan import Method, Plan
+from vaevq_med.study.plan import Plan
 from vaevq_med.study.published import Published, load_published
 from vaevq_med.study.rows import RowResult
 from vaevq_med.study.statistics import (

@@ -259,6 +259,17 @@ class TokenDataset(Dataset[dict[str, Any]]):
             if not 0 <= label <= highest:
                 raise DataError(f"{store.root}: found label {label} of {item['id']}, expected 0 to {highest}")
 
+    def identity(self) -> dict[str, Any]:
+        """What a generator's checkpoint says of its tokens, of the tokenizer and of the images behind them."""
+        content = self.store.content
+        described = ("content_hash", "kind", "tokenizer", "grid", "image_size", "in_channels", "label")
+        return {
+            "split_hash": content["data"]["split_hash"],
+            "content_hash": content["data"]["content_hash"],
+            "patients": sorted({str(item["patient"]) for item in self.items if "patient" in item}),
+            "tokens": {**{key: content[key] for key in described}, "views": list(self.store.views(self.split))},
+        }
+
     def __len__(self) -> int:
         return len(self.items)
 

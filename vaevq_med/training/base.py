@@ -20,9 +20,9 @@ from torch.optim.swa_utils import AveragedModel
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.training import distributed
 from vaevq_med.training.micro_batches import AUTO, Snapshot, check_micro_batch_size, is_out_of_memory, planned
+from vaevq_med.training.precision import autocast, autocast_dtype
 from vaevq_med.training.terms import Terms
 
-PRECISIONS = ("auto", "fp32", "bf16")
 T = TypeVar("T")
 
 
@@ -30,67 +30,9 @@ class TrainingError(VaevqMedError):
     """Training cannot go on; the message names the loss term and the iteration."""
 
 
-def autocast_dtype(precision: str, device: torch.device | str) -> torch.dtype | None:
-    """The type that a precision casts to on a device: None for ``fp32``; ``auto`` is bf16 on a GPU that has it.
-
-    Raises:
-        VaevqMedError: there is no such precision, or the GPU has no bf16.
-
-    >>> autocast_dtype("auto", "cpu"), autocast_dtype("bf16", "cpu")
-    (None, torch.bfloat16)
-    """
-    if precision not in PRECISIONS:
-        raise VaevqMedError(f"precision: found {precision!r}, expected one of {', '.join(PRECISIONS)}")
-    device = torch.device(device)
-    # Ampere, of compute capability 8.0, is the first generation with it; older ones emulate it, slowly.
-    capable = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
-    if precision == "bf16" and not capable:
-        raise VaevqMedError(
-            f"precision: found 'bf16' on {torch.cuda.get_device_name(device)}, which lacks it, expected auto or fp32"
-        )
-    wanted = precision == "bf16" or (precision == "auto" and device.type == "cuda" and capable)
-    return torch.bfloat16 if wanted else None
-
-
-def precision_name(precision: str, device: torch.device | str) -> str:
-    """What a precision comes to on a device, ``fp32`` or ``bf16``; errors as for :func:`autocast_dtype`.
-
-    >>> precision_name("auto", "cpu")
-    'fp32'
-    """
-    return "fp32" if autocast_dtype(precision, device) is None else "bf16"
-
-
-def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
-    """Autocast to a type of ``PRECISIONS``, or nothing for None."""
-    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
-
-
 def reraise(engine: Engine, error: BaseException) -> None:
     """A handler that passes an exception on."""
     raise error
-
-
-def _plain(module: nn.Module) -> nn.Module:
-    return module.module if isinstance(module, DistributedDataParallel) else module
-
-
-def require_ddp(module: nn.Module, name: str, overlay: str) -> None:
-    """Refuse to train in several processes that would each go their own way.
-
-    Args:
-        module: what takes gradients.
-        name: its id in the configuration.
-        overlay: that wraps it.
-
-    Raises:
-        VaevqMedError: there are several processes, and it is not in a ``DistributedDataParallel``.
-    """
-    if distributed.world_size() > 1 and _plain(module) is module:
-        raise VaevqMedError(
-            f"{name}: found {type(module).__name__} in {distributed.world_size()} processes, expected it in a "
-            f"DistributedDataParallel; pass the overlay {overlay}"
-        )
 
 
 class BaseTrainer(SupervisedTrainer):
@@ -112,7 +54,7 @@ class BaseTrainer(SupervisedTrainer):
         ema: averaged copy of the network, updated after each step.
         precision: ``fp32``, ``bf16`` for autocast, or ``auto``, which is ``bf16`` on a GPU that has it.
         micro_batch_size: items of a batch that go through the network at once; the step sees their mean gradient.
-            ``auto`` takes as many as the free memory holds.
+            ``auto`` takes as many as the free memory holds, None the whole batch.
         max_grad_norm: clip gradient norms to this; None does not clip.
         log_interval: iterations between two looks at the terms on a GPU, each of which makes the host wait for it.
         **kwargs: passed on to ``SupervisedTrainer``.
@@ -138,7 +80,7 @@ class BaseTrainer(SupervisedTrainer):
         schedulers: Sequence[Any] = (),
         ema: AveragedModel | None = None,
         precision: str = "fp32",
-        micro_batch_size: int | str = AUTO,
+        micro_batch_size: int | str | None = AUTO,
         max_grad_norm: float | None = None,
         log_interval: int = 50,
         **kwargs: Any,
@@ -241,7 +183,7 @@ class BaseTrainer(SupervisedTrainer):
 
     def _parts(self, values: Tensor) -> Sequence[Tensor]:
         """A batch in micro-batches."""
-        return values.split(int(self.micro_batch_size))
+        return values.split(int(self.micro_batch_size or len(values)))
 
     def _repeat(self, part: Callable[[], T], batch_size: int) -> T:
         """Run a part of a step; where memory runs out, halve the micro-batch and run it again from the same start.
@@ -251,7 +193,7 @@ class BaseTrainer(SupervisedTrainer):
         """
         while True:
             before = Snapshot(self.state.device, self.discriminator)
-            size = min(int(self.micro_batch_size), batch_size)
+            size = min(int(self.micro_batch_size or batch_size), batch_size)
             try:
                 return part()
             except RuntimeError as error:

@@ -11,7 +11,8 @@ from ignite.engine import Events
 from monai.engines import SupervisedEvaluator
 from torch import nn
 
-from vaevq_med.training.base import autocast, autocast_dtype, reraise
+from vaevq_med.training.base import reraise
+from vaevq_med.training.precision import autocast, autocast_dtype
 
 
 class BaseEvaluator(SupervisedEvaluator):

@@ -16,10 +16,10 @@ from ignite.engine import Engine, Events
 
 from vaevq_med import __version__
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.tokens.store import TokenDataset
 from vaevq_med.trained.file import FORMAT, CheckpointError, atomic_save, load_state, read_checkpoint, stored_shape
 from vaevq_med.training import distributed
-from vaevq_med.training.base import BaseTrainer, _plain
+from vaevq_med.training.base import BaseTrainer
+from vaevq_med.training.distributed import unwrapped
 
 _REQUIRED = ("network", "optimizer", "objective", "schedulers", "iteration", "epoch_length", "rng", "best")
 _ALIKE = (
@@ -33,9 +33,9 @@ _KERNELS = ("fused", "foreach", "capturable")
 
 
 def _identity(dataset: Any, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says of the data it was trained on."""
-    if isinstance(dataset, TokenDataset):
-        return _store_identity(dataset)
+    """What a checkpoint says of the data it was trained on: what this says of itself, or its ``manifest``."""
+    if hasattr(dataset, "identity"):
+        return dataset.identity()
     manifest = getattr(dataset, "manifest", None)
     if manifest is None:
         return {}
@@ -49,18 +49,6 @@ def _identity(dataset: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _store_identity(dataset: TokenDataset) -> dict[str, Any]:
-    """What a generator's checkpoint says of its tokens, of the tokenizer and of the images behind them."""
-    store = dataset.store
-    described = ("content_hash", "kind", "tokenizer", "grid", "image_size", "in_channels", "label")
-    return {
-        "split_hash": store.content["data"]["split_hash"],
-        "content_hash": store.content["data"]["content_hash"],
-        "patients": sorted({str(item["patient"]) for item in dataset.items if "patient" in item}),
-        "tokens": {**{key: store.content[key] for key in described}, "views": list(store.views(dataset.split))},
-    }
-
-
 def _load_scheduler(scheduler: Any, state: Mapping[str, Any]) -> None:
     """Take up a schedule where it stood, at the base rates and length of this configuration."""
     base = list(scheduler.base_lrs)
@@ -71,7 +59,7 @@ def _load_scheduler(scheduler: Any, state: Mapping[str, Any]) -> None:
         group["lr"] = rate * factor(scheduler.last_epoch)
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Take up averages and rates; by which kernels a step is computed is for this configuration to say."""
     kernels = [{name: group[name] for name in _KERNELS if name in group} for group in optimizer.param_groups]
     groups = [{**stored, **own} for stored, own in zip(state["param_groups"], kernels, strict=True)]
@@ -184,7 +172,7 @@ class TrainingCheckpoint:
             state["ema"] = engine.ema.module.state_dict()
             state["ema_updates"] = int(engine.ema.n_averaged)
         if engine.discriminator is not None:
-            state["discriminator"] = _plain(engine.discriminator).state_dict()
+            state["discriminator"] = unwrapped(engine.discriminator).state_dict()
         if engine.d_optimizer is not None:
             state["d_optimizer"] = engine.d_optimizer.state_dict()
         return state
@@ -231,10 +219,10 @@ class TrainingCheckpoint:
             load_state(engine.ema.module, state["ema"], path, "ema")
             engine.ema.n_averaged.fill_(state["ema_updates"])
         if engine.discriminator is not None and "discriminator" in state:
-            load_state(_plain(engine.discriminator), state["discriminator"], path, "discriminator")
-        _load_optimizer(engine.optimizer, state["optimizer"])
+            load_state(unwrapped(engine.discriminator), state["discriminator"], path, "discriminator")
+        load_optimizer(engine.optimizer, state["optimizer"])
         if engine.d_optimizer is not None and "d_optimizer" in state:
-            _load_optimizer(engine.d_optimizer, state["d_optimizer"])
+            load_optimizer(engine.d_optimizer, state["d_optimizer"])
         engine.load_control_state(state["objective"])
         for scheduler, scheduler_state in zip(engine.schedulers, state["schedulers"], strict=True):
             _load_scheduler(scheduler, scheduler_state)

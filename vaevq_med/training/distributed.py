@@ -1,4 +1,4 @@
-"""Process group, device and rank for single- and multi-process runs (torchrun)."""
+"""The process group of a run with one or several processes (torchrun), and the networks that they share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import os
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.trained.device import default_device
 
 
@@ -49,12 +51,29 @@ def stop_process_group() -> None:
         dist.destroy_process_group()
 
 
-def barrier() -> None:
-    """Wait for every process."""
-    if world_size() > 1:
-        dist.barrier()
-
-
 def synchronized(module: nn.Module) -> nn.Module:
     """``module`` with batch norms that share their statistics over GPUs; as it is on the CPU, which has none."""
     return nn.SyncBatchNorm.convert_sync_batchnorm(module) if torch.cuda.is_available() else module
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """A module without the ``DistributedDataParallel`` that it may be in."""
+    return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+def require_ddp(module: nn.Module, name: str, overlay: str) -> None:
+    """Refuse to train in several processes that would each go their own way.
+
+    Args:
+        module: what takes gradients.
+        name: its id in the configuration.
+        overlay: that wraps it.
+
+    Raises:
+        VaevqMedError: there are several processes, and it is not in a ``DistributedDataParallel``.
+    """
+    if world_size() > 1 and unwrapped(module) is module:
+        raise VaevqMedError(
+            f"{name}: found {type(module).__name__} in {world_size()} processes, expected it in a "
+            f"DistributedDataParallel; pass the overlay {overlay}"
+        )

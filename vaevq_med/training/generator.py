@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from vaevq_med.networks.generators.losses import GeneratorLoss
-from vaevq_med.training.base import BaseTrainer, _plain, require_ddp
+from vaevq_med.training.base import BaseTrainer
+from vaevq_med.training.distributed import require_ddp, unwrapped
 from vaevq_med.training.micro_batches import AUTO
 
 
@@ -62,7 +63,7 @@ class GeneratorTrainer(BaseTrainer):
         schedulers: Sequence[Any] = (),
         ema: AveragedModel | None = None,
         precision: str = "fp32",
-        micro_batch_size: int | str = AUTO,
+        micro_batch_size: int | str | None = AUTO,
         max_grad_norm: float | None = 1.0,
         log_interval: int = 50,
         train_handlers: Sequence[Any] | None = None,
@@ -90,7 +91,7 @@ class GeneratorTrainer(BaseTrainer):
 
     def _iteration(self, engine: SupervisedTrainer, batchdata: dict[str, Any]) -> dict[str, Any]:
         started = time.perf_counter()
-        inner: GeneratorLoss = _plain(self.loss)  # type: ignore[assignment]
+        inner: GeneratorLoss = unwrapped(self.loss)  # type: ignore[assignment]
         values, labels = (batchdata[key].to(engine.state.device, non_blocking=True) for key in (inner.key, Keys.LABEL))
         batch_size = values.shape[0]
         self.loss.train()

@@ -22,16 +22,18 @@ _SHARE = {"cuda": 0.9, "cpu": 0.6}
 _WORKSPACE = 2**30
 
 
-def check_micro_batch_size(value: int | str, batch_size: int | None = None) -> int | str:
+def check_micro_batch_size(value: int | str | None, batch_size: int | None = None) -> int | str | None:
     """The setting, if it is one.
 
     Args:
-        value: ``"auto"`` or a number of items.
+        value: ``"auto"``, a number of items, or None for the whole batch.
         batch_size: of the batches that it cuts, where that is known.
 
     Raises:
-        VaevqMedError: it is neither ``"auto"`` nor a whole number from 1 to the batch size.
+        VaevqMedError: it is neither None nor ``"auto"`` nor a whole number from 1 to the batch size.
     """
+    if value is None:
+        return None
     valid = value == AUTO or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
     if not valid or (batch_size is not None and value != AUTO and int(value) > batch_size):
         most = "" if batch_size is None else f" to the batch_size, {batch_size}"

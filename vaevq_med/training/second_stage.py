@@ -3,36 +3,17 @@
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
 
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.core.options import expect, is_number
+from vaevq_med.core.picks import evenly_spaced
 from vaevq_med.networks.generators.base import Generator
 from vaevq_med.tokens.store import KEYS, TokenDataset, load_token_store
 from vaevq_med.training import distributed
 
 logger = logging.getLogger(__name__)
-
-
-def evenly_spaced(num_items: int, max_items: int | None) -> list[int]:
-    """At most ``max_items`` of the numbers below ``num_items``, evenly spaced; all of them where it is None.
-
-    Raises:
-        VaevqMedError: ``max_items`` is below 1.
-
-    >>> evenly_spaced(9, 3)
-    [0, 4, 8]
-    """
-    if max_items is not None and max_items < 1:
-        raise VaevqMedError(f"max_items: found {max_items}, expected 1 or more, or null for all")
-    count = num_items if max_items is None else min(max_items, num_items)
-    return np.linspace(0, num_items - 1, count).round().astype(int).tolist()
 
 
 def tokens_validation_split(tokens_dir: str | Path) -> str:
@@ -84,33 +65,3 @@ def prepared_generator(network: Generator, dataset: TokenDataset, *, scale_items
     chosen = evenly_spaced(len(dataset), scale_items)
     network.prepare(lambda: torch.stack([dataset[number][KEYS[network.kind]] for number in chosen]))
     return network
-
-
-def checked_learning_rate(learning_rate: float) -> float:
-    """The rate.
-
-    Raises:
-        DataError: it is no finite number of at least 0.
-    """
-    expect(is_number(learning_rate, 0, sys.float_info.max), "learning_rate", learning_rate, "a number of at least 0")
-    return learning_rate
-
-
-def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups of an optimizer that decays matrices and no vectors.
-
-    Args:
-        module: its trained parameters are dealt out.
-        weight_decay: of those with two or more dimensions; 0 for biases and scales of norms.
-
-    Returns:
-        The groups that have parameters, the decayed ones first.
-
-    Example:
-        >>> [(len(group["params"]), group["weight_decay"]) for group in decay_groups(nn.Linear(2, 3), 0.05)]
-        [(1, 0.05), (1, 0.0)]
-    """
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    matrices, vectors = ([p for p in trained if (p.ndim >= 2) is large] for large in (True, False))
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]

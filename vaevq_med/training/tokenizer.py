@@ -18,7 +18,8 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.losses.objective import TokenizerObjective
 from vaevq_med.networks.outputs import LossOutput, QuantizerOutput, TokenizerOutput
 from vaevq_med.networks.tokenizer import TrainingForward, VisualTokenizer
-from vaevq_med.training.base import BaseTrainer, _plain, require_ddp
+from vaevq_med.training.base import BaseTrainer
+from vaevq_med.training.distributed import require_ddp, unwrapped
 from vaevq_med.training.micro_batches import AUTO
 
 
@@ -79,7 +80,7 @@ class TokenizerTrainer(BaseTrainer):
         schedulers: Sequence[Any] = (),
         ema: AveragedModel | None = None,
         precision: str = "fp32",
-        micro_batch_size: int | str = AUTO,
+        micro_batch_size: int | str | None = AUTO,
         max_grad_norm: float | None = None,
         log_interval: int = 50,
         activation_checkpointing: Sequence[int] = (),
@@ -126,7 +127,7 @@ class TokenizerTrainer(BaseTrainer):
             # Without the last convolution: the adaptive weight differentiates that one alone, and more than once.
             network.decoder.layers.compile()
             if discriminator is not None:
-                _plain(discriminator).compile()
+                unwrapped(discriminator).compile()
         self._attach(train_handlers)
 
     def control_state(self) -> dict[str, Tensor]:
@@ -163,7 +164,7 @@ class TokenizerTrainer(BaseTrainer):
                 loss = self.objective.generator(
                     images,
                     output,
-                    discriminator=None if self.discriminator is None else _plain(self.discriminator),
+                    discriminator=None if self.discriminator is None else unwrapped(self.discriminator),
                     step=0 if adversarial is None else adversarial.start_step,
                     last_layer=network.last_layer,
                 )
@@ -175,7 +176,7 @@ class TokenizerTrainer(BaseTrainer):
     ) -> tuple[list[TokenizerOutput], dict[str, Tensor | float]]:
         network: VisualTokenizer = self.network  # type: ignore[assignment]
         batch_size = images.shape[0]
-        discriminator = _plain(self.discriminator) if self.is_adversarial and self.discriminator else None
+        discriminator = unwrapped(self.discriminator) if self.is_adversarial and self.discriminator else None
         if discriminator is not None:
             discriminator.requires_grad_(False)
 

@@ -21,10 +21,11 @@ from ignite.engine import Engine, Events
 
 from vaevq_med import __version__
 from vaevq_med.training import distributed
-from vaevq_med.training.checkpoint import TrainingCheckpoint
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+    from vaevq_med.training.checkpoint import TrainingCheckpoint
 
 _FOREIGN = re.compile(r"[^/\w.\- ]")  # MLflow on Windows has no place for a colon either
 logger = logging.getLogger(__name__)

@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from vaevq_med.core.errors import DataError, VaevqMedError
 from vaevq_med.core.files import atomic_binary_writer
 from vaevq_med.core.jobs import check_workers, usable_cores
-from vaevq_med.evaluation.options import CodebookOptions
 from vaevq_med.images.dataset import SliceDataset
 from vaevq_med.images.reading import reader
 from vaevq_med.networks.features import FeatureNetwork, feature_network
+from vaevq_med.prepare.options import CodebookOptions
 from vaevq_med.trained.device import named_device
 
 Features = NDArray[np.float32]

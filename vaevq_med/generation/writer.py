@@ -22,7 +22,7 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.files import atomic_write_bytes, atomic_write_text
 from vaevq_med.core.folder import OutputFolder, difference
 from vaevq_med.core.options import expect, is_int
-from vaevq_med.generation.sampling import SamplePlan
+from vaevq_med.generation.plan import SamplePlan
 from vaevq_med.images.generated import LIST_NAME, SETTINGS_NAME
 from vaevq_med.training import distributed
 

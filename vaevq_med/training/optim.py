@@ -1,13 +1,17 @@
-"""Learning-rate schedules, stepped once an iteration."""
+"""What an optimizer is given: its rate and schedule, and which parameters it decays."""
 
 from __future__ import annotations
 
 import math
+import sys
+from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.core.options import expect, is_number
 
 
 def cosine_with_warmup(
@@ -38,3 +42,33 @@ def cosine_with_warmup(
         return final_ratio + (1 - final_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
     return LambdaLR(optimizer, factor)
+
+
+def checked_learning_rate(learning_rate: float) -> float:
+    """The rate.
+
+    Raises:
+        DataError: it is no finite number of at least 0.
+    """
+    expect(is_number(learning_rate, 0, sys.float_info.max), "learning_rate", learning_rate, "a number of at least 0")
+    return learning_rate
+
+
+def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups of an optimizer that decays matrices and no vectors.
+
+    Args:
+        module: its trained parameters are dealt out.
+        weight_decay: of those with two or more dimensions; 0 for biases and scales of norms.
+
+    Returns:
+        The groups that have parameters, the decayed ones first.
+
+    Example:
+        >>> [(len(group["params"]), group["weight_decay"]) for group in decay_groups(nn.Linear(2, 3), 0.05)]
+        [(1, 0.05), (1, 0.0)]
+    """
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    matrices, vectors = ([p for p in trained if (p.ndim >= 2) is large] for large in (True, False))
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,94 @@
+"""Commands before and after a generator: tokens for its training, and figures of its images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from vaevq_med.cli.flags import with_flags
+from vaevq_med.cli.show import counted, readable_size, watched
+from vaevq_med.evaluation.options import EvaluateOptions
+from vaevq_med.tokens.options import EncodeOptions
+
+
+@with_flags(EncodeOptions)
+def encode_tokens(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Checkpoint of a trained tokenizer.")],
+    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Folder of dataset.json.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder of the token store.")],
+    options: EncodeOptions,
+    kind: Annotated[
+        Literal["indices", "latents"],
+        typer.Option(help="Indices, or latents before quantization (the posterior's mean)."),
+    ] = "indices",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a token store of other settings.")] = False,
+) -> None:
+    """Write every image's indices or latents, with labels and the tokenizer's hash, for training a generator.
+
+    Exit code 0: all is done; 2: nothing could be done, or an image could not be read; 130: interrupted. What is done is
+    kept, and the same command goes on.
+    """
+    from vaevq_med.tokens.encode import EncodeTokens
+
+    command = EncodeTokens(checkpoint, dataset, output, kind=kind, overwrite=overwrite, **vars(options))
+    with watched("image", "images") as (bar, start, _):
+        report = command.run(on_start=start, on_images=lambda count: bar.advance(bar.task_ids[0], count))
+    store = report.store
+    height, width = store.grid
+    tokenizer = store.tokenizer
+    typer.echo(f"{store.root}: {report.written:,} images encoded, {report.reused:,} were done")
+    for name in store.splits:
+        array = store.array(name)
+        views = len(store.views(name))
+        typer.echo(
+            f"  {name}: {len(array):,} images in {views} view{'s' if views != 1 else ''}, "
+            f"{array.dtype.name}, {readable_size(array.nbytes)}"
+        )
+    typer.echo(
+        f"  {store.kind} of {tokenizer['quantizer']}: grid {height}x{width}, K {tokenizer['num_embeddings']:,}, "
+        f"G {tokenizer['num_codebooks']}, D {tokenizer['embedding_dim']}"
+    )
+    names = f" ({len(store.label_names):,})" if store.label_names else ""
+    typer.echo(f"  labels: {store.content['label']['kind']}{names}")
+
+
+@with_flags(EvaluateOptions)
+def evaluate_samples(
+    samples: Annotated[
+        Path, typer.Argument(metavar="SAMPLES", help="Folder of PNG files; samples.csv (file,label) gives labels.")
+    ],
+    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Folder of dataset.json.")],
+    output_dir: Annotated[Path, typer.Option(help="Folder of metrics.json, memorization.csv and memorization.png.")],
+    options: EvaluateOptions,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint that decoded the samples: look among training images as it reconstructs them."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print what metrics.json holds, in place of a table.")
+    ] = False,
+) -> None:
+    """Measure generated images (gFID, precision, recall) and find those that copy training images.
+
+    Exit code 0: all is measured, whatever the figures; 2: nothing could be done; 130: interrupted. The features of the
+    real images are kept for the next run.
+    """
+    import json
+
+    from vaevq_med.evaluation.generation import EvaluateSamples, table
+
+    command = EvaluateSamples(samples, dataset, output_dir, tokenizer=tokenizer, **vars(options))
+    try:
+        with counted() as counting:
+            report = command.run(**counting)
+    except KeyboardInterrupt:
+        typer.echo("vaevq-med: interrupted; features of splits that were read whole are kept", err=True)
+        raise typer.Exit(130) from None
+    if as_json:
+        typer.echo(json.dumps(report.record, indent=2))
+        return
+    typer.echo(f"{report.output}: {report.record['provenance']['n']:,} samples")
+    for line in table(report.record):
+        typer.echo(f"  {line}")

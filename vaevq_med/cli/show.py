@@ -1,0 +1,81 @@
+"""What commands show on a terminal: progress bars, sizes and counts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+
+def split_counts(patients: dict[str, int], slices: dict[str, int] | None = None) -> Iterator[str]:
+    """Patients of each split, and slices, a line a split."""
+    for split, count in patients.items():
+        tail = "" if slices is None else f", {slices[split]} slices"
+        yield f"  {split}: {count} patient{'s' if count != 1 else ''}{tail}"
+
+
+def readable_size(count: int) -> str:
+    """Bytes for a reader."""
+    value, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def progress_bar() -> Progress:
+    """A bar on standard error that counts items and says how long they still take."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True, highlight=False))
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[dict[str, Callable[[int], None]]]:
+    """A progress bar over images, as ``on_start`` and ``on_images`` of what reads them."""
+    with progress_bar() as bar:
+        task = bar.add_task("images", total=None)
+        yield {
+            "on_start": lambda total: bar.update(task, total=total),
+            "on_images": lambda count: bar.update(task, advance=count),
+        }
+
+
+@contextlib.contextmanager
+def watched(kind: str, jobs: str) -> Iterator[tuple[Progress, Callable[[int], None], Callable[[str, str], None]]]:
+    """A progress bar, what starts it, and what reports something skipped; an interrupt ends with exit code 130.
+
+    Args:
+        kind: what is skipped, e.g. ``case``.
+        jobs: what the bar counts.
+    """
+    bar = progress_bar()
+
+    def start(total: int) -> None:
+        bar.add_task(jobs, total=total)
+        bar.start()
+
+    def skip(name: str, reason: str) -> None:
+        line = f"vaevq-med: {kind} {name}: {reason}; skipped"
+        bar.console.print(line, soft_wrap=True, markup=False, emoji=False)
+
+    def stop() -> None:
+        if bar.live.is_started:
+            bar.stop()
+
+    try:
+        yield bar, start, skip
+    except KeyboardInterrupt:
+        stop()
+        typer.echo(f"vaevq-med: interrupted; finished {jobs} are kept, and the same command goes on", err=True)
+        raise typer.Exit(130) from None
+    finally:
+        stop()

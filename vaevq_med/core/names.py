@@ -1,0 +1,42 @@
+"""Names that users write: the known one that a misspelt one is nearest to, and how an odd one stands in a line."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable
+
+
+def nearest(name: object, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The known name that is most like a misspelt one; empty where none is.
+
+    Args:
+        name: as it was written.
+        known: the names that there are.
+        cutoff: how much alike the two have to be, from 0 to 1.
+
+    >>> nearest("sise", ["size", "seed"])
+    'size'
+    """
+    return next(iter(difflib.get_close_matches(str(name), list(known), n=1, cutoff=cutoff)), "")
+
+
+def did_you_mean(name: object, known: Iterable[str], otherwise: str, cutoff: float = 0.6) -> str:
+    """The end of a message about a misspelt name.
+
+    Args:
+        name: as it was written.
+        known: the names that there are.
+        otherwise: what the message ends with where none of them is alike.
+        cutoff: how much alike the two have to be, from 0 to 1.
+
+    >>> did_you_mean("sise", ["size", "seed"], "expected size or seed")
+    "did you mean 'size'?"
+    """
+    close = nearest(name, known, cutoff)
+    return f"did you mean {close!r}?" if close else otherwise
+
+
+def in_one_line(name: str) -> str:
+    """A name as it stands, or as JSON has it where it would break a line."""
+    return name if name.isprintable() else json.dumps(name)

@@ -1,0 +1,105 @@
+"""What a bundle calls to start and to run an engine; what goes wrong is told in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.data import set_track_meta
+from monai.utils import set_determinism
+
+from vaevq_med.core.components import trust
+from vaevq_med.core.errors import VaevqMedError, root_cause
+from vaevq_med.core.options import expect, is_int
+from vaevq_med.images.manifest import load_manifest
+from vaevq_med.trained.device import named_device
+from vaevq_med.training import distributed
+from vaevq_med.training.config import check_config
+from vaevq_med.training.current import own_ids, running_parser
+
+
+@contextlib.contextmanager
+def _in_one_line() -> Iterator[None]:
+    """End the program with one line on standard error: after an expected error with 2, after Ctrl-C with 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("vaevq-med: interrupted; the same command goes on", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        cause = root_cause(error)
+        if not isinstance(cause, VaevqMedError):
+            raise
+        print(f"vaevq-med: {cause}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def run(engine: Any) -> None:
+    """Run an engine; an expected error ends the program with one line on standard error and exit code 2.
+
+    A run that Ctrl-C stopped ends it with exit code 130: training with its checkpoint written.
+
+    Args:
+        engine: trainer or evaluator.
+    """
+    # ignite logs every exception that it passes on, which would stand above the one line, or twice with a traceback.
+    engine.logger.addFilter(lambda record: "terminating due to exception" not in record.getMessage())
+    with _in_one_line():
+        engine.run()
+    if getattr(engine.state, "interrupted", False):
+        print(
+            f"vaevq-med: interrupted at iteration {engine.state.iteration}; the same command goes on", file=sys.stderr
+        )
+        raise SystemExit(130)
+
+
+def initialize(
+    *,
+    seed: int,
+    build: str,
+    dataset_dir: str | None = None,
+    device: str | torch.device | None = None,
+    deterministic: bool = False,
+    tf32: bool = True,
+    trusted: Any = (),
+    config: Mapping[str, Any] | None = None,
+) -> None:
+    """Check the configuration, set seeds and the process group, and build the engine.
+
+    What goes wrong ends the program with one line on standard error and exit code 2.
+
+    Args:
+        seed: seed of the initialization and the noise; further processes draw noise of their own.
+        build: id of the engine to build now, e.g. ``train#trainer``, so that its errors are one line too.
+        dataset_dir: slice data set that has to exist.
+        device: device that has to exist.
+        deterministic: ask PyTorch for deterministic algorithms.
+        tf32: allow TF32 in matrix products and convolutions on GPUs that have it.
+        trusted: packages whose components a checkpoint may name, beside this one and those that are published to it.
+        config: configuration to check; by default the running bundle's.
+    """
+    parser = running_parser()
+    with _in_one_line():
+        trust(trusted)
+        check_config(parser.get() if parser is not None and config is None else config or {}, own_ids())
+        expect(is_int(seed, 0, 2**63 - 1), "seed", seed, "a whole number from 0")
+        named_device(device)
+        if dataset_dir is not None:
+            load_manifest(Path(dataset_dir))
+        distributed.start_process_group()
+        set_track_meta(False)
+        set_determinism(seed=None)
+        torch.manual_seed(seed)
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        torch.backends.cudnn.allow_tf32 = tf32
+        torch.backends.cudnn.benchmark = not deterministic
+        if parser is not None:
+            engine = parser.get_parsed_content(build)
+            if distributed.rank() > 0:
+                # The networks were made alike; the noise of each process is its own, also after a resume.
+                torch.manual_seed(seed + 1_000_003 * distributed.rank() + engine.state.iteration)
