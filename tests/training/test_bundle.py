@@ -103,7 +103,7 @@ def test_mlflow_run_holds_what_a_reader_needs(trained: tuple[dict[str, Any], Con
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED"
     assert run.data.params["num_embeddings"] == "32"
-    assert run.data.params["objective.weights.rcs"] == run.data.params["objective.weights.kl"] == "0.0001"
+    assert run.data.params["objective.weights.rcs"] == run.data.params["objective.weights.kl"] == "0.00024"
     assert run.data.tags["data.content_hash"] == "sha256:toy"
     assert "version.torch" in run.data.tags
     steps = parser.get_parsed_content("train#trainer").state.iteration
