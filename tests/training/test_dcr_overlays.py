@@ -29,7 +29,7 @@ def test_the_overlay_trains(overlays: tuple[str, ...], toy_overrides: dict[str, 
     trainer = run_bundle("train.json", overrides, *overlays, run_id="training").get_parsed_content("train#trainer")
     terms = trainer.state.terms
     assert all(value == value for value in terms.values())
-    assert ("dcr" in terms) == (overlays[0] in ("wasserstein_vq", "coherent_dcr_assignments", "ard", "kl_budget"))
+    assert ("dcr" in terms) == (overlays[0] in ("wasserstein_vq", "coherent_dcr_assignments", "kl_budget"))
     checkpoint = torch.load(Path(overrides["output_dir"], "checkpoints/last.pt"), weights_only=True)
     if "ard" in overlays:
         stored = checkpoint["objective"]["kl"]

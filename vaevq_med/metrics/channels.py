@@ -16,7 +16,7 @@ def active_channels(of_means: Tensor, threshold: float | Tensor = THRESHOLD) -> 
     """Channels whose posterior mean varies over the data by more than a threshold.
 
     With the variances of the means these are the active units of Burda et al. (arXiv 1509.00519, Sec. 5.1):
-    ``Cov_x(E[u|x]) > 0.01``. The KL of the others to their aggregate is next to nothing.
+    ``Cov_x(E[u|x]) > 0.01``. Where the aggregate follows N(0, I), the others say next to nothing of the image.
 
     Args:
         of_means: variance of each channel, ``[D]``.

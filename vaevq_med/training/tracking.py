@@ -40,6 +40,8 @@ def followed(value: Any, config: Mapping[str, Any]) -> Any:
 
     >>> followed("@weights#kl", {"weights": {"kl": 0.5}}), followed("@network", {"network": {"_target_": "Net"}})
     (0.5, '@network')
+    >>> followed("@network", {"network": "$@network_def.to(@device)"})
+    '@network'
     """
     found, seen = value, set[str]()
     while isinstance(found, str) and found.startswith("@") and found not in seen:
@@ -48,7 +50,8 @@ def followed(value: Any, config: Mapping[str, Any]) -> Any:
         found = config
         for part in parts:
             found = found.get(part) if isinstance(found, Mapping) else None
-    return value if found is None or isinstance(found, Mapping | list) else found
+    plain = found is not None and not isinstance(found, Mapping | list) and not str(found).startswith(("$", "@"))
+    return found if plain else value
 
 
 def flatten(config: Any, prefix: str = "", whole: Mapping[str, Any] | None = None) -> dict[str, str]:
