@@ -1,6 +1,7 @@
 """Vector quantizers, one file a method."""
 
 from vaevq_med.networks.quantizers.base import CodebookQuantizer, Quantizer, vq_losses
+from vaevq_med.networks.quantizers.coherent import CoherentVQ
 from vaevq_med.networks.quantizers.ema import VectorQuantizerEMA
 from vaevq_med.networks.quantizers.fsq import FSQ, IFSQ
 from vaevq_med.networks.quantizers.gaussian import GaussianQuantizer
@@ -25,6 +26,7 @@ __all__ = [
     "MGVQ",
     "VQGANLC",
     "CodebookQuantizer",
+    "CoherentVQ",
     "FactorizedQuantizer",
     "GaussianQuantizer",
     "Quantizer",
