@@ -107,7 +107,7 @@ class Compare(_Tokenizers):
     command = "compare"
 
     methods: str = option(
-        "vqgan,simvq,vaevq", "Overlays of the bundle, separated by commas; NAME=OVERLAY+OVERLAY joins several."
+        "vqgan,simvq,vaevq,coherent", "Overlays of the bundle, separated by commas; NAME=OVERLAY+OVERLAY joins several."
     )
 
     def chosen(self) -> list[dict[str, Any]]:
