@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.polar import polar_factor
-from vaevq_med.networks.processes import is_distributed, sum_in_place
+from vaevq_med.networks.processes import is_distributed, of_each_process
 
 
 def gaussian_wasserstein2_to_standard(codebook: Tensor) -> Tensor:
@@ -155,9 +155,7 @@ def _moments_of_all_processes(points: Tensor) -> tuple[Tensor, Tensor]:
     root = polar_factor(centered.detach()).mT @ centered  # [..., D, D]
     own = torch.cat([root, mean, torch.full_like(mean, count)], dim=-2)  # [..., D + 2, D]
     number, rank = dist.get_world_size(), dist.get_rank()
-    every = torch.zeros(number, *own.shape, dtype=own.dtype, device=own.device)
-    every[rank] = own.detach()
-    every = sum_in_place(every)
+    every = of_each_process(own)
     # The gradient is averaged over the processes, where that of the whole is a sum over them.
     every[rank] = every[rank] + number * (own - own.detach())
     roots, means, counts = every[..., :-2, :], every[..., -2:-1, :], every[..., -1:, :].detach()

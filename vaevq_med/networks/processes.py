@@ -37,13 +37,18 @@ def mean_of_processes(own: Tensor) -> Tensor:
     return own + (mean_without_gradient(own) - own).detach() if is_distributed() else own
 
 
+def of_each_process(own: Tensor) -> Tensor:
+    """Every process's ``own``, of one shape, stacked in the order of the ranks, ``[P, *shape]``; without a gradient."""
+    every = torch.zeros(dist.get_world_size(), *own.shape, dtype=own.dtype, device=own.device)
+    every[dist.get_rank()] = own.detach()
+    return sum_in_place(every)
+
+
 def rows_of_each_process(values: Tensor) -> list[int]:
     """How many rows every process has, in the order of the ranks; to know those of the others, this one waits."""
     if not is_distributed():
         return [len(values)]
-    every = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=values.device)
-    every[dist.get_rank()] = len(values)
-    return [int(size) for size in sum_in_place(every).tolist()]
+    return of_each_process(torch.tensor(len(values), device=values.device)).tolist()
 
 
 def from_first_process(draw: Tensor) -> Tensor:
