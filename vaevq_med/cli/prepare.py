@@ -48,6 +48,14 @@ def slice_extract(
         str | None,
         typer.Option(help="What the segmentations' values mean: brats2021, brats2024, brats2024-ped or decathlon."),
     ] = None,
+    assume_orientation: Annotated[
+        str | None,
+        typer.Option(help="Where the voxels' axes point to in files whose headers do not say it, e.g. RAS or LPS."),
+    ] = None,
+    accept: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LOSS", help="Go on although much is lost by background, clipping or saturation."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and the space it takes.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace slices that another recipe made.")] = False,
 ) -> None:
@@ -58,10 +66,19 @@ def slice_extract(
     """
     from vaevq_med.prepare.job import Prepare
     from vaevq_med.prepare.recipes import Recipe
+    from vaevq_med.prepare.volumes.discarded import in_words
     from vaevq_med.prepare.volumes.source import VolumeSource
 
     chosen = Recipe.load(recipe).changed(size=size, format=image_format)
-    volumes = VolumeSource(source, chosen, split_file=split_file, cases=cases, label_map=label_map)
+    volumes = VolumeSource(
+        source,
+        chosen,
+        split_file=split_file,
+        cases=cases,
+        label_map=label_map,
+        orientation=assume_orientation,
+        accept=tuple(accept or ()),
+    )
     command = Prepare(volumes, output, workers, overwrite)
 
     def would(plan: Plan) -> Iterator[str]:
@@ -71,11 +88,14 @@ def slice_extract(
         if (case := estimate.facts["measured_on"]) is not None:
             size, free = readable_size(estimate.bytes), readable_size(plan.free_bytes)
             yield f"  about {estimate.images:,} images, {size} (as {case} takes); {free} free"
+            yield from (f"  {line}" for line in in_words(estimate.facts["discarded"]))
+            yield from (f"  note: {note}" for note in estimate.facts["notes"])
 
     def did(report: Report) -> Iterator[str]:
         skipped = len(report.skipped)
         yield f"{report.output}: {report.written} cases sliced, {report.reused} were done, {skipped} skipped"
         yield from split_counts(report.facts["patients"], report.facts["slices"])
+        yield from (f"  {line}" for line in in_words(report.facts["discarded"]))
 
     _prepare(command, dry_run, "case", "cases", would, did)
 

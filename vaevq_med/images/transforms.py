@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from vaevq_med.core.errors import DataError
+from vaevq_med.images.foreground import foreground
 from vaevq_med.images.pixels import describe, match_channels, read_image
 
 REGIONS = ("whole_tumor", "tumor_core", "enhancing_tumor")
@@ -52,7 +53,7 @@ class LoadSliced(Transform):
         item = describe(entry)
         size = (self.image_size, self.image_size)
         if self.label_map is not None:
-            item["brain"] = self._resize_mask(image.amax(0) > 0)
+            item["brain"] = self._resize_mask(foreground(image).any(0))
             labels = self._labels(entry, image)
             for name, values in self.label_map.items():
                 mask = torch.isin(labels, torch.tensor(values, dtype=labels.dtype))

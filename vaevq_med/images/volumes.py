@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-import zlib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
@@ -13,33 +11,49 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaevq_med.core.errors import DataError
+from vaevq_med.core.numbers import told_apart
+from vaevq_med.images.nifti import GZIP, HEADER_BYTES, assumed_affine, check_size, is_nifti, read_nifti
 
-MAX_VOXELS = 2**30
-"""More than this in one file is taken for a broken header."""
-_NIFTI1, _NIFTI2 = 348, 540
-_HEADER_BYTES = 544
-_MAX_OFFSET = 2**26
+_SUFFIXES = {"NIfTI": ".nii", "NIfTI in gzip": ".nii.gz", "NRRD": ".nrrd", "MetaImage": ".mha"}
+
+_TEXT_BYTES = 2**16
 
 
-def read_volume(path: Path) -> tuple[NDArray, NDArray[np.float64]]:
-    """Read a volume whole.
+def _nothing(text: str) -> None:
+    """Of a reader whose user wants no notes."""
+
+
+def read_volume(
+    path: Path, *, orientation: str | None = None, note: Callable[[str], None] = _nothing
+) -> tuple[NDArray, NDArray[np.float64]]:
+    """Read a volume whole. Its first bytes say what it is; where its name says something else, that is noted.
 
     Args:
-        path: ``.nii``, ``.nii.gz``, ``.mha`` or ``.nrrd``.
+        path: NIfTI (``.nii``, ``.nii.gz``), MetaImage (``.mha``) or NRRD (``.nrrd``).
+        orientation: where the voxels' axes point to if the header does not say it, e.g. ``RAS`` for right, anterior,
+            superior.
+        note: called with what a user should know: a wrong suffix, a repair to the header, an assumed orientation.
 
     Returns:
         Voxels ``[X, Y, Z]`` (or with a fourth axis) in the file's own type, and the 4×4 affine from voxels to
         millimeters in RAS+ coordinates.
 
     Raises:
-        DataError: the file is truncated, corrupt, or of another kind.
+        DataError: the file is truncated, corrupt, or of another kind, or nothing says its orientation.
     """
     name = path.name
     try:
-        if name.lower().endswith((".nii", ".nii.gz")):
-            voxels, affine = _read_nifti(path)
+        with path.open("rb") as file:
+            start = file.read(HEADER_BYTES)
+        kind = _kind(start)
+        if kind is not None and not name.lower().endswith(_SUFFIXES[kind]):
+            note(f"the file is {kind}, whatever its name says, and was read as that")
+        if kind is None and name.lower().endswith((".nii", ".nii.gz")):
+            kind = "NIfTI"  # a broken one, of which the reader says what is wrong
+        if kind is not None and kind.startswith("NIfTI"):
+            voxels, affine = read_nifti(name, path.read_bytes(), orientation=orientation, note=note)
         else:
-            voxels, affine = _read_itk(path)
+            voxels, affine = _read_itk(path, kind, orientation, note)
     except DataError:
         raise
     except Exception as error:  # whatever the readers raise on a file that is not what it says
@@ -53,89 +67,62 @@ def read_volume(path: Path) -> tuple[NDArray, NDArray[np.float64]]:
     return voxels, affine
 
 
-def _read_nifti(path: Path) -> tuple[NDArray, NDArray[np.float64]]:
-    name = path.name
-    content = path.read_bytes()
-    compressed = name.lower().endswith(".gz")
-    start = _gunzip(name, content, _HEADER_BYTES) if compressed else content[:_HEADER_BYTES]
-    if len(start) < _NIFTI1:
-        raise DataError(f"{name}: found {len(start)} bytes, expected a NIfTI header of {_NIFTI1} or more")
-    sizes = {int.from_bytes(start[:4], order) for order in ("little", "big")}
-    kind = nib.Nifti2Image if _NIFTI2 in sizes else nib.Nifti1Image
-    magic = start[4:8] if kind is nib.Nifti2Image else start[344:348]
-    if sizes.isdisjoint({_NIFTI1, _NIFTI2}) or magic[:3] != b"n+" + (b"2" if kind is nib.Nifti2Image else b"1"):
-        raise DataError(f"{name}: found a file that is no NIfTI, expected one")
-    with _quiet_nibabel():
-        header = kind.header_class(start[: kind.header_class.sizeof_hdr])
-        _check_size(name, header.get_data_shape())
-        if header["vox_offset"] > _MAX_OFFSET:
-            raise DataError(f"{name}: found voxels from byte {header['vox_offset']:g} on, expected a short header")
-        end = int(header["vox_offset"]) + math.prod(header.get_data_shape()) * header.get_data_dtype().itemsize
-        if compressed:
-            content = _gunzip(name, content, end)
-        if len(content) < end:
-            raise DataError(f"{name}: found {len(content)} bytes, expected {end} as the header says")
-        image = kind.from_bytes(content)
-        return np.asanyarray(image.dataobj), np.asarray(image.affine, dtype=np.float64)
+def _kind(start: bytes) -> str | None:
+    """What a file is, one of :data:`_SUFFIXES`, by its first bytes; None where they tell nothing."""
+    if start.startswith(GZIP):
+        return "NIfTI in gzip"
+    if is_nifti(start):
+        return "NIfTI"
+    if start.startswith(b"NRRD"):
+        return "NRRD"
+    return "MetaImage" if re.search(rb"^NDims\s*=", start, re.MULTILINE) else None
 
 
-@contextlib.contextmanager
-def _quiet_nibabel() -> Iterator[None]:
-    """Keep nibabel from logging what it mends in a header."""
-    logger = nib.imageglobals.logger
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
+def _missing_orientation(path: Path, kind: str | None) -> str | None:
+    """What an NRRD or MetaImage header lacks to state an orientation, which ITK would take to be LPS; or None."""
+    with path.open("rb") as file:
+        start = file.read(_TEXT_BYTES)
+    if kind == "NRRD":
+        start = re.split(rb"\r?\n\r?\n", start, maxsplit=1)[0]
+        fields = {"space": rb"^space:\s*[lr]", "space directions": rb"^space directions:"}
+    else:
+        start = re.split(rb"^ElementDataFile", start, maxsplit=1, flags=re.MULTILINE)[0]
+        fields = {"TransformMatrix": rb"^(TransformMatrix|Rotation|Orientation)\s*="}
+    missing = [name for name, line in fields.items() if not re.search(line, start, re.MULTILINE | re.IGNORECASE)]
+    return f"no {missing[0]}" if missing else None
 
 
-def _gunzip(name: str, content: bytes, wanted: int) -> bytes:
-    """Decompress the first bytes of a stream; where it ends there, or earlier, its checksum is compared."""
-    parts, size = [], 0
-    while content and size < wanted:
-        stream = zlib.decompressobj(wbits=31)
-        try:
-            part = stream.decompress(content, wanted - size)
-            more = b"" if stream.eof else stream.decompress(stream.unconsumed_tail, 1)
-        except zlib.error as error:
-            raise DataError(f"{name}: found a corrupt gzip stream ({_line(error)}), expected a whole one") from None
-        if not stream.eof and not more:
-            raise DataError(f"{name}: found a truncated gzip stream, expected a whole one")
-        size += len(part)
-        parts.append(part)
-        content = stream.unused_data.lstrip(b"\0")
-    return b"".join(parts)
-
-
-def _check_size(name: str, size: Sequence[int]) -> None:
-    if any(count < 1 for count in size) or math.prod(size) > MAX_VOXELS:
-        found = "x".join(map(str, size)) or "none"
-        raise DataError(f"{name}: found dimensions {found} in the header, expected 1 to {MAX_VOXELS:,} voxels")
-
-
-def _read_itk(path: Path) -> tuple[NDArray, NDArray[np.float64]]:
+def _read_itk(
+    path: Path, kind: str | None, orientation: str | None, note: Callable[[str], None]
+) -> tuple[NDArray, NDArray[np.float64]]:
     import SimpleITK as sitk  # noqa: N813
 
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     try:
         reader = sitk.ImageFileReader()
+        if kind is not None:
+            reader.SetImageIO({"NRRD": "NrrdImageIO", "MetaImage": "MetaImageIO"}[kind])
         reader.SetFileName(str(path))
         reader.ReadImageInformation()
-        _check_size(path.name, reader.GetSize())
+        check_size(path.name, reader.GetSize())
+    except RuntimeError as error:
+        if "Unable to determine ImageIO" in str(error):
+            raise DataError(f"{path.name}: found a file of no known format, expected MetaImage or NRRD") from None
+        raise
+    try:
         image = reader.Execute()
     except RuntimeError as error:
-        reason = _line(error)
-        if "Unable to determine ImageIO" in reason:
-            raise DataError(f"{path.name}: found a file of no known format, expected MetaImage or NRRD") from None
-        if "No such file" in reason and path.is_file():  # what MetaIO says of a stream that ends early
-            raise DataError(f"{path.name}: found a truncated or corrupt volume, expected a whole one") from None
-        raise
+        if "memory" in str(error):
+            raise
+        raise DataError(f"{path.name}: found a truncated or corrupt volume, expected a whole one") from None
     dimension = image.GetDimension()
     if image.GetNumberOfComponentsPerPixel() != 1 or dimension < 3:
         components = image.GetNumberOfComponentsPerPixel()
         raise DataError(f"{path.name}: found {dimension} axes and {components} components, expected a scalar volume")
     voxels = sitk.GetArrayFromImage(image).T
+    missing = _missing_orientation(path, kind)
+    if missing is not None:
+        return voxels, assumed_affine(path.name, image.GetSize(), image.GetSpacing(), orientation, missing, note)
     direction = np.asarray(image.GetDirection()).reshape(dimension, dimension)[:3, :3]
     affine = np.eye(4)
     affine[:3, :3] = direction * np.asarray(image.GetSpacing()[:3])
@@ -169,14 +156,15 @@ def check_volume(
         if bad:
             raise DataError(f"{name}: found {bad} NaN or infinite voxels, expected finite ones")
         largest = float(np.abs(voxels).max())
-        if largest > float(np.finfo(np.float32).max):
-            raise DataError(f"{name}: found an intensity of {largest:g}, expected at most that of a 32-bit float")
+        most = float(np.finfo(np.float32).max)
+        if largest > most:
+            raise DataError(f"{name}: found an intensity of {largest!r}, expected at most {most!r}, a 32-bit float's")
     if max_obliquity_degrees is not None:
         lean = float(np.degrees(nib.affines.obliquity(affine)).max())
         if lean > max_obliquity_degrees:
             raise DataError(
-                f"{name}: found an oblique affine ({lean:.1f} degrees off the axes), expected at most "
-                f"{max_obliquity_degrees:g}; a recipe with 'spacing' resamples such volumes"
+                f"{name}: found an oblique affine ({told_apart(lean, max_obliquity_degrees)} degrees off the axes), "
+                f"expected at most {max_obliquity_degrees:.9g}; a recipe with 'spacing' resamples such volumes"
             )
     return voxels
 

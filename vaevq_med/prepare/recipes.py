@@ -19,7 +19,7 @@ from vaevq_med.images.splits import SplitRule
 
 MAX_SIZE = 4096
 _RESERVED = ("seg", "case", "patient", "image")
-_EXTRACTOR, _WRITER = 1, 1
+_EXTRACTOR, _SIGNED_EXTRACTOR, _WRITER = 1, 2, 1
 """Part of a recipe's hash; a change of what the same recipe writes, of a volume or of a picture, raises it."""
 
 
@@ -120,9 +120,10 @@ class Recipe(AnyRecipe):
         max_obliquity_degrees: a volume whose axes lean further is refused, unless ``spacing`` resamples it.
         bias_field_correction: N4, or None.
         spacing: resample to voxels of this size, in mm (right-left, posterior-anterior, inferior-superior), or None.
-        clip_negatives: set negative intensities to 0.
-        percentiles: of a volume's nonzero voxels; they become black and white.
-        min_foreground: drop a slice with a smaller share of nonzero pixels, in any of the contrasts.
+        clip_negatives: set negative intensities to 0, as background; otherwise they are kept, for volumes that are
+            z-scored or scaled to [-1, 1], and the background is made black.
+        percentiles: of a volume's foreground; they become black and white.
+        min_foreground: drop a slice with a smaller share of foreground, in any of the contrasts.
         size: side of the square slices, in pixels.
         interpolation: of images; labels take the nearest.
         antialias: low-pass filter before shrinking.
@@ -158,8 +159,9 @@ class Recipe(AnyRecipe):
     @property
     def image_hash(self) -> str:
         """SHA-256 of everything that decides the images' bytes: all but the name, description and split."""
+        extractor = _EXTRACTOR if self.clip_negatives else _SIGNED_EXTRACTOR
         content = {k: v for k, v in self.to_dict().items() if k not in ("name", "description", "split")}
-        return hashlib.sha256(json.dumps([_EXTRACTOR, content], sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([extractor, content], sort_keys=True).encode()).hexdigest()
 
 
 class ImageRecipe(AnyRecipe):

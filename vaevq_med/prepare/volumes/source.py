@@ -11,10 +11,12 @@ from vaevq_med.core.errors import DataError
 from vaevq_med.core.folder import OutputFolder
 from vaevq_med.core.jobs import Problem, attempt
 from vaevq_med.images.manifest import SPLITS, split_hash
+from vaevq_med.images.nifti import check_orientation
 from vaevq_med.images.reading import Reading
 from vaevq_med.images.splits import count_patients, remembered_splits, split_by_file, split_by_rule
 from vaevq_med.prepare.job import DataSet, Estimate, Search, Source, known_record
 from vaevq_med.prepare.recipes import AnyRecipe, Recipe
+from vaevq_med.prepare.volumes.discarded import Discarded, check_accepted, gathered, summary
 from vaevq_med.prepare.volumes.find import Case, find_cases, read_cases
 from vaevq_med.prepare.volumes.labels import BRATS2024, label_map
 from vaevq_med.prepare.volumes.slices import CaseRecord, extract_case, fingerprint, read_record
@@ -37,6 +39,8 @@ class VolumeSource(Source[Case, CaseRecord]):
         split_file: patients' splits, instead of the recipe's rule.
         cases: CSV of paths, for a layout that the search does not know.
         label_map: what the segmentations' values mean, where the file names tell it wrongly.
+        orientation: where the axes of volumes point to whose headers do not say it, e.g. ``RAS``.
+        accept: which of :data:`vaevq_med.prepare.volumes.discarded.LIMITS` may be exceeded.
     """
 
     recipes: ClassVar[type[AnyRecipe]] = Recipe
@@ -50,6 +54,8 @@ class VolumeSource(Source[Case, CaseRecord]):
     split_file: Path | None = None
     cases: Path | None = None
     label_map: str | None = None
+    orientation: str | None = None
+    accept: tuple[str, ...] = ()
 
     def folder(self, output: Path) -> OutputFolder:
         """Where slices are written."""
@@ -62,6 +68,9 @@ class VolumeSource(Source[Case, CaseRecord]):
         """
         if self.label_map is not None:
             label_map(self.label_map)
+        if self.orientation is not None:
+            check_orientation(self.orientation)
+        check_accepted(self.accept)
         if self.cases is not None:
             found = read_cases(self.cases, self.input, self.recipe.modalities, label_map=self.label_map)
         else:
@@ -78,15 +87,20 @@ class VolumeSource(Source[Case, CaseRecord]):
 
     def fingerprint(self, unit: Case) -> str:
         """See :func:`fingerprint`."""
-        return fingerprint(unit, self.recipe)
+        return fingerprint(unit, self.recipe, self.orientation)
 
     def record(self, unit: Case, folder: OutputFolder) -> CaseRecord | None:
-        """See :func:`read_record`."""
-        return read_record(folder, unit.name)
+        """See :func:`read_record`; None, too, where more was lost of the case than this run accepts."""
+        record = read_record(folder, unit.name)
+        if record is not None:
+            found = (Discarded(**values) for values in record.discarded.values())
+            if any(name not in self.accept for each in found for name, _ in each.excesses(self.recipe)):
+                return None
+        return record
 
     def write(self, unit: Case, folder: OutputFolder) -> CaseRecord:
         """See :func:`extract_case`."""
-        return extract_case(unit, self.recipe, folder)
+        return extract_case(unit, self.recipe, folder, orientation=self.orientation, accept=self.accept)
 
     def estimate(self, search: Search[Case], todo: Sequence[Case], folder: OutputFolder) -> Estimate:
         """Slice the first case that can be; the others take what it takes."""
@@ -98,6 +112,8 @@ class VolumeSource(Source[Case, CaseRecord]):
             if not isinstance(outcome, Problem):
                 left = len(todo) - len(skipped)
                 facts["measured_on"] = case.name
+                facts["discarded"] = summary({case.name: outcome.discarded})
+                facts["notes"] = gathered(outcome.notes)
                 return Estimate(len(outcome.entries) * left, outcome.bytes * left, skipped, facts)
             if outcome.fatal:
                 raise DataError(f"case {case.name}: {outcome.reason}")
@@ -112,7 +128,11 @@ class VolumeSource(Source[Case, CaseRecord]):
         cases: dict[str, list[Case]] = {split: [] for split in SPLITS}
         images: dict[str, list[dict[str, str]]] = {split: [] for split in SPLITS}
         modalities = dict.fromkeys(self.recipe.modalities, 0)
+        discarded: dict[str, Any] = {}
+        noted: list[Sequence[str]] = []
         for case, record in records:
+            discarded[case.name] = record.discarded
+            noted += record.notes
             split = search.splits[case.patient]
             cases[split].append(case)
             for entry in record.entries:
@@ -123,7 +143,7 @@ class VolumeSource(Source[Case, CaseRecord]):
         patients = count_patients(standing)
         slices = {split: len(images[split]) for split in SPLITS}
         labels = label_map(next((case.target_map for case in done.values()), BRATS2024.name))
-        notes = []
+        notes = gathered(noted)
         empty = [split for split in SPLITS if not patients[split]]
         if empty:
             notes.append(f"no patient fell into {' or '.join(empty)}; --split-file names the patients of each split")
@@ -147,7 +167,13 @@ class VolumeSource(Source[Case, CaseRecord]):
             },
             split_hash=split_hash(images),
             size=sum(slices.values()),
-            facts={"cases": len(done), "patients": patients, "slices": slices, "modalities": modalities},
+            facts={
+                "cases": len(done),
+                "patients": patients,
+                "slices": slices,
+                "modalities": modalities,
+                "discarded": summary(discarded),
+            },
             notes=notes,
             patients=standing,
         )

@@ -9,27 +9,58 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vaevq_med.core.errors import DataError
+from vaevq_med.images.foreground import BLACK, Background, foreground
 
 _MAX_COUNTED = 2**20
 """Integer volumes of a wider range are sorted instead of counted."""
+_LEAST_CONTRAST = 1e-6
+_MARGIN = 1e-3
+
+
+def blacken(voxels: NDArray, background: Background, *, keep_negatives: bool) -> tuple[NDArray, float]:
+    """Give a volume a background of 0 that no voxel of the foreground shares.
+
+    Args:
+        voxels: any shape.
+        background: of them.
+        keep_negatives: raise a foreground that reaches 0 or below as a whole, until it lies above 0.
+
+    Returns:
+        The volume (itself where nothing had to be done), and by how much its foreground was raised.
+
+    Examples:
+        >>> blacken(np.array([-1.0, -0.5, 1.0]), Background(-1.0), keep_negatives=True)[0].tolist()
+        [0.0, 0.0015, 1.5015]
+    """
+    if background.is_black and not (keep_negatives and voxels.size and voxels.min() < 0):
+        return voxels, 0.0
+    inside = background.foreground(voxels)
+    offset = 0.0
+    if keep_negatives and inside.any():
+        values = voxels[inside]
+        lowest, highest = float(values.min()), float(values.max())
+        if lowest <= 0:
+            offset = -lowest + (_MARGIN * (highest - lowest) or 1.0)
+            voxels = voxels.astype(np.float64) + offset
+    return np.where(inside, voxels, voxels.dtype.type(0)), offset
 
 
 def nonzero_percentiles(volume: Tensor, percentiles: tuple[float, float]) -> tuple[float, float]:
-    """Percentiles of a volume's nonzero voxels, interpolated linearly.
+    """Percentiles of the nonzero voxels of a volume, which are its foreground, interpolated linearly.
 
     Args:
-        volume: any shape.
+        volume: any shape, with a background of 0.
         percentiles: two numbers in [0, 100].
 
     Raises:
-        DataError: there is no nonzero voxel, or the window is empty.
+        DataError: there is no nonzero voxel, or no difference between the percentiles but for rounding.
 
     Examples:
         >>> nonzero_percentiles(torch.tensor([0.0, 0.0, 1.0, 2.0, 3.0]), (0, 100))
         (1.0, 3.0)
     """
     if volume.is_floating_point():
-        values = volume[volume != 0].numpy()
+        values = volume[foreground(volume)].numpy()
         total = values.size
         window = np.percentile(values, percentiles, overwrite_input=True) if total else (0, 0)
     else:
@@ -37,10 +68,11 @@ def nonzero_percentiles(volume: Tensor, percentiles: tuple[float, float]) -> tup
     if total == 0:
         raise DataError("found an all-zero volume, expected some nonzero voxels")
     low, high = (float(value) for value in window)
-    if not high > low:
+    least = _LEAST_CONTRAST * max(abs(low), abs(high)) if volume.is_floating_point() else 0
+    if not high - low > least:
+        found = f"the same intensity {low:.9g}" if low == high else f"intensities as near as {low!r} and {high!r}"
         raise DataError(
-            f"found the same intensity {low:g} at percentiles {percentiles[0]:g} and {percentiles[1]:g}, "
-            "expected a volume with contrast"
+            f"found {found} at percentiles {percentiles[0]} and {percentiles[1]}, expected a volume with contrast"
         )
     return low, high
 
@@ -54,11 +86,12 @@ def _counts(volume: Tensor) -> tuple[int, Tensor]:
 def _counted_percentiles(volume: Tensor, percentiles: tuple[float, float]) -> tuple[int, NDArray[np.float64]]:
     """How many nonzero voxels an integer volume has, and their percentiles, without sorting them."""
     if int(volume.max()) - int(volume.min()) > _MAX_COUNTED:
-        values = volume[volume != 0].double().numpy()  # numpy interpolates integers with overflow
+        values = volume[foreground(volume)].double().numpy()  # numpy interpolates integers with overflow
         return values.size, np.percentile(values, percentiles) if values.size else np.zeros(2)
     lowest, counts = _counts(volume)
-    if lowest <= 0 < lowest + len(counts):
-        counts[-lowest] = 0
+    black = int(BLACK.value)
+    if lowest <= black < lowest + len(counts):
+        counts[black - lowest] = 0
     below = np.cumsum(counts.numpy())
     total = int(below[-1])
     if total == 0:
@@ -88,8 +121,8 @@ def distinct(voxels: NDArray) -> NDArray:
 class BiasFieldCorrectionN4(Transform):
     """N4 bias-field correction (Tustison et al. 2010, doi:10.1109/TMI.2010.2046908) by SimpleITK.
 
-    The field is fitted on a shrunken volume inside its nonzero voxels and divided out at full resolution; zero voxels
-    stay zero.
+    The field is fitted on a shrunken volume inside its foreground, the nonzero voxels, and divided out at full
+    resolution; zero voxels stay zero.
 
     Args:
         shrink_factor: fit on every so many voxels along each axis.
@@ -109,8 +142,9 @@ class BiasFieldCorrectionN4(Transform):
         import SimpleITK as sitk  # noqa: N813
 
         sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-        volume = sitk.GetImageFromArray(np.ascontiguousarray(np.asarray(data[0], dtype=np.float32)))
-        mask = volume != 0
+        voxels = np.ascontiguousarray(np.asarray(data[0], dtype=np.float32))
+        volume = sitk.GetImageFromArray(voxels)
+        mask = sitk.GetImageFromArray(foreground(voxels).astype(np.uint8))
         shrink = [self.shrink_factor] * 3
         corrector = sitk.N4BiasFieldCorrectionImageFilter()
         corrector.SetMaximumNumberOfIterations(list(self.iterations))

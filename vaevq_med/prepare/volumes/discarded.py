@@ -1,0 +1,148 @@
+"""What slicing discards of a volume's foreground: measured for each contrast, and refused above a stated share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vaevq_med.core.errors import DataError
+from vaevq_med.core.numbers import percent
+from vaevq_med.prepare.recipes import Recipe
+
+LIMITS: Mapping[str, float] = {"background": 0.95, "clipping": 0.05, "saturation": 0.05}
+"""What ``--accept`` may name, and the shares above which a case is refused otherwise.
+
+``background``: of the voxels that are not 0, where no value holds most of the border, so that 0 is taken for the
+background. ``clipping``: of the foreground that ``clip_negatives`` sets to 0. ``saturation``: of the foreground outside
+of the window, or at its white, beyond the share that the recipe's percentiles leave out.
+"""
+_SHOWN = ("clipped", "saturated")
+
+
+@dataclass(frozen=True)
+class Discarded:
+    """What was measured of one contrast of a case.
+
+    Attributes:
+        background: the background's intensity, or None where none was found and 0 was taken.
+        tolerance: how far from it intensities still count as background.
+        foreground: share of the volume's voxels that are not background.
+        clipped: share of the foreground that ``clip_negatives`` sets to 0.
+        saturated: share of what is left of it that is white, or below the window's black.
+    """
+
+    background: float | None
+    tolerance: float
+    foreground: float
+    clipped: float
+    saturated: float
+
+    def excesses(self, recipe: Recipe) -> Iterator[tuple[str, str]]:
+        """Names of :data:`LIMITS` that are exceeded, and in words by what.
+
+        Args:
+            recipe: with which the case is sliced.
+        """
+        low, high = recipe.percentiles
+        asked = 1 - (high - low) / 100
+        if self.background is None and self.foreground > (most := LIMITS["background"]):
+            yield (
+                "background",
+                f"found no background: no value holds half of the border, and {percent(self.foreground, most)} of the "
+                f"voxels are not 0, expected at most {percent(most)}; a skull-stripped volume has one",
+            )
+        if self.clipped > (most := LIMITS["clipping"]):
+            yield (
+                "clipping",
+                f"found {percent(self.clipped, most)} of the foreground at or below 0, which clip_negatives would set "
+                f"to 0, expected at most {percent(most)}; a recipe with clip_negatives false keeps it, as "
+                "--recipe brats24/axial_256_signed does",
+            )
+        if self.saturated > (most := asked + LIMITS["saturation"]):
+            yield (
+                "saturation",
+                f"found {percent(self.saturated, most)} of the foreground saturated, expected at most "
+                f"{percent(most)} with percentiles {low} and {high}; was the volume clipped before?",
+            )
+
+
+def check_accepted(accept: Collection[str]) -> None:
+    """Refuse a name that is none of :data:`LIMITS`.
+
+    Raises:
+        DataError: naming it.
+    """
+    for name in accept:
+        if name not in LIMITS:
+            raise DataError(f"accept is {name!r}; expected one of {', '.join(LIMITS)}")
+
+
+def check_discarded(
+    name: str, found: Discarded, recipe: Recipe, *, accept: Collection[str], note: Callable[[str], None]
+) -> None:
+    """Refuse a volume of which too much is discarded.
+
+    Args:
+        name: of the file, for the message.
+        found: what was measured of it.
+        recipe: with which the case is sliced.
+        accept: names of :data:`LIMITS` that the user goes on with.
+        note: called with what was accepted.
+
+    Raises:
+        DataError: a limit that was not accepted is exceeded.
+    """
+    for limit, words in found.excesses(recipe):
+        if limit not in accept:
+            raise DataError(f"{name}: {words}; or go on with --accept {limit}")
+        note(f"{limit} was accepted: {words.partition(', expected')[0]}")
+
+
+def summary(cases: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """What a report says of all cases.
+
+    Args:
+        cases: case to contrast to the fields of :class:`Discarded`.
+
+    Returns:
+        The limits; for each contrast and each kind of loss the mean over cases, the largest share, and its case; and
+        all that was measured.
+    """
+    contrasts: dict[str, dict[str, Any]] = {}
+    for modality in dict.fromkeys(name for found in cases.values() for name in found):
+        contrasts[modality] = {}
+        for kind in _SHOWN:
+            shares = {case: found[modality][kind] for case, found in cases.items() if modality in found}
+            worst = max(shares, key=lambda case: shares[case])
+            mean = round(sum(shares.values()) / len(shares), 6)
+            contrasts[modality][kind] = {"mean": mean, "max": shares[worst], "case": worst}
+    return {"limits": dict(LIMITS), "contrasts": contrasts, "cases": dict(cases)}
+
+
+def in_words(facts: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each kind of loss of a :func:`summary`: the largest share of each contrast.
+
+    Args:
+        facts: the summary.
+    """
+    for kind in _SHOWN:
+        shares = [f"{modality} {percent(found[kind]['max'])}" for modality, found in facts["contrasts"].items()]
+        if shares:
+            yield f"{kind} of the foreground, at most: {', '.join(shares)}"
+
+
+def gathered(notes: Iterable[Sequence[str]]) -> list[str]:
+    """Notes on files, those that say the same as one.
+
+    Args:
+        notes: names of files, and what is to be known of them.
+
+    Examples:
+        >>> gathered([("a.nii", "odd"), ("b.nii", "odd"), ("c.nii", "even")])
+        ['a.nii and 1 more: odd', 'c.nii: even']
+    """
+    files: dict[str, list[str]] = {}
+    for name, text in notes:
+        files.setdefault(text, []).append(name)
+    return [f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {text}" for text, names in files.items()]
