@@ -50,7 +50,7 @@ def read_nifti(
     kind = _kind(start)
     if kind is None:
         raise DataError(f"{name}: found a file that is no NIfTI, expected one")
-    with _repairs(lambda repair: note(f"the header was mended in reading: {repair}")):
+    with _repairs(lambda repair: note(f"nibabel says of its header: {repair}")):
         header = kind.header_class(start[: kind.header_class.sizeof_hdr])
         check_size(name, header.get_data_shape())
         if header["vox_offset"] > _MAX_OFFSET:

@@ -269,6 +269,8 @@ class Prepare(Generic[U, R]):
 
     def _check(self) -> None:
         self.folder.check()
+        if not (self.folder.units() or (self.output / self.folder.result).exists()):
+            return  # a run that was begun with another recipe finished nothing
         if self.folder.is_of_another(self.source.recipe.image_hash) and not self.overwrite:
             raise DataError(
                 f"output {self.output}: found {self.folder.kind} made by another recipe{self._otherwise()}, expected "
