@@ -710,7 +710,10 @@ BAD_INPUT: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated in the trailer": (cut(-3), f"{T1C}: found a truncated gzip stream, expected a whole one"),
     "truncated in the header": (cut(30), f"{T1C}: found a truncated gzip stream, expected a whole one"),
     "wrong checksum": (flip_byte, rf"{T1C}: found a corrupt gzip stream \(.*\), expected a whole one"),
-    "corrupt gzip": (with_content(b"\x1f\x8b\x08" + b"not gzip" * 99), rf"{T1C}: found a corrupt gzip stream \(.*\), exp"),
+    "corrupt gzip": (
+        with_content(b"\x1f\x8b\x08" + b"not gzip" * 99),
+        rf"{T1C}: found a corrupt gzip stream \(.*\), exp",
+    ),
     "no gzip": (with_content(b"not gzip" * 99), f"{T1C}: found a file that is no NIfTI, expected one"),
     "empty file": (with_content(b""), f"{T1C}: found 0 bytes, expected a NIfTI header of 348 or more"),
     "empty gzip": (with_content(gzip.compress(b"")), f"{T1C}: found 0 bytes, expected a NIfTI header"),
@@ -875,6 +878,8 @@ def test_when_every_case_is_bad_nothing_is_done(extract: Callable[..., Outcome],
         (("--size", "big"), "Invalid value for '--size'"),
         (("--format", "jpg"), "Invalid value for '--format'"),
         (("--label-map", "brats"), "label map: found 'brats', expected one of brats2021"),
+        (("--assume-orientation", "left"), "orientation is 'left'; expected three letters"),
+        (("--accept", "all"), "accept is 'all'; expected one of background, clipping, saturation"),
         (("--recipe", "brats24/axial"), "found no preprocessing/brats24/axial.json, expected one of"),
         (("--recipe", "gone.json"), "recipe gone.json: found no readable file"),
         (("--cases", "gone.csv"), "cases gone.csv: found no readable CSV"),
@@ -1297,6 +1302,46 @@ def test_a_dry_run_writes_nothing_and_estimates_well(extract: Callable[..., Outc
     assert plan.estimate.bytes == pytest.approx(written, rel=0.05)
     result = extract(tmp_path / "in", tmp_path / "out", "--dry-run")
     assert (result.code, "would slice 0 cases; 2 are done already" in result.out) == (0, True)
+
+
+def test_losses_are_shown_and_accepted_by_name(extract: Callable[..., Outcome], tmp_path: Path) -> None:
+    """Of t2w the voxels below 300 are clipped, and all that is brighter than 600 has one intensity."""
+
+    def spoil(voxels: np.ndarray) -> np.ndarray:
+        return np.where(voxels > 0, np.minimum(voxels, 600) - 300, 0).astype(np.int16)
+
+    make_case(tmp_path / "in", change={"t2w": spoil})
+    for name, accepted in (("clipping", ()), ("saturation", ("--accept", "clipping"))):
+        for option in ((), ("--dry-run",)):
+            result = extract(tmp_path / "in", tmp_path / "out", *accepted, *option)
+            assert result.code == 2
+            (line,) = result.skips
+            assert f"{CASE}-t2w.nii.gz" in line
+            assert line.endswith(f"--accept {name}; skipped")
+    for option in (("--dry-run",), ()):
+        both = ("--accept", "clipping", "--accept", "saturation")
+        result = extract(tmp_path / "in", tmp_path / "out", *both, *option)
+        assert result.code == 0
+        clipped = np.count_nonzero(spoil(volume(2)) < 0) / np.count_nonzero(spoil(volume(2)))
+        (line,) = [line for line in result.out.splitlines() if "clipped of the foreground" in line]
+        assert line.endswith(f"t1n 0%, t1c 0%, t2w {100 * clipped:.3g}%, t2f 0%")
+        assert "t2w.nii.gz: clipping was accepted" in result.out
+        assert "t2w.nii.gz: saturation was accepted" in result.out
+
+
+def test_an_orientation_is_assumed_where_the_user_names_it(extract: Callable[..., Outcome], tmp_path: Path) -> None:
+    make_case(tmp_path / "in")
+    for path in (tmp_path / "in" / CASE).iterdir():
+        content = bytearray(gzip.decompress(path.read_bytes()))
+        content[252:256] = bytes(4)  # qform_code and sform_code
+        path.write_bytes(gzip.compress(bytes(content), 1))
+    assert "--assume-orientation" in extract(tmp_path / "in", tmp_path / "out").skips[0]
+    result = extract(tmp_path / "in", tmp_path / "out", "--assume-orientation", "RAS")
+    assert result.code == 0
+    assert "RAS was assumed" in result.out
+    low, high = np.percentile(volume()[volume() != 0], (0, 99.5))
+    expected = np.clip((upright(volume())[8] - low) / (high - low), 0, 1)
+    np.testing.assert_allclose(pixels(tmp_path / "out")[:, 2:26] * 255, expected * 255, atol=0.501)
 
 
 def test_a_dry_run_names_what_it_would_skip(extract: Callable[..., Outcome], tmp_path: Path) -> None:

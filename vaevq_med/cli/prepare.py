@@ -220,9 +220,9 @@ def _prepare(
     """
     found: Plan | Report
     if dry_run:
-        found = plan = command.plan()
-        for name, reason in plan.skipped:
-            typer.echo(f"vaevq-med: {item} {name}: {reason}; skipped", err=True)
+        found = plan = command.plan(
+            on_skip=lambda name, reason: typer.echo(f"vaevq-med: {item} {name}: {reason}; skipped", err=True)
+        )
         lines = would(plan)
     else:
         with watched(item, units) as (bar, start, skip):

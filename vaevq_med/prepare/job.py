@@ -201,8 +201,11 @@ class Prepare(Generic[U, R]):
     workers: int | None = None
     overwrite: bool = False
 
-    def plan(self) -> Plan:
+    def plan(self, *, on_skip: Callable[[str, str], None] = lambda name, reason: None) -> Plan:
         """Find out what :meth:`run` would do, and write something into a temporary folder to see what it takes.
+
+        Args:
+            on_skip: called with the name of what would be skipped, and the reason.
 
         Raises:
             DataError: input, output or an option is not what was expected.
@@ -210,9 +213,11 @@ class Prepare(Generic[U, R]):
         search = self._find()
         self._check()
         todo = [unit for unit in search.units if not self._finished(unit)]
-        with tempfile.TemporaryDirectory() as name:
-            estimate = self.source.estimate(search, todo, replace(self.folder, path=Path(name)))
+        with tempfile.TemporaryDirectory() as place:
+            estimate = self.source.estimate(search, todo, replace(self.folder, path=Path(place)))
         skipped = (*search.problems, *estimate.skipped)
+        for name, reason in skipped:
+            on_skip(name, reason)
         if len(search.units) == len(estimate.skipped):
             raise self._nothing(len(skipped))
         left, reused = len(todo) - len(estimate.skipped), len(search.units) - len(todo)

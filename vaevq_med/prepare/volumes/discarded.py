@@ -10,7 +10,7 @@ from vaevq_med.core.errors import DataError
 from vaevq_med.core.numbers import percent
 from vaevq_med.prepare.recipes import Recipe
 
-LIMITS: Mapping[str, float] = {"background": 0.95, "clipping": 0.05, "saturation": 0.05}
+LIMITS: Mapping[str, float] = {"background": 0.95, "clipping": 0.01, "saturation": 0.05}
 """What ``--accept`` may name, and the shares above which a case is refused otherwise.
 
 ``background``: of the voxels that are not 0, where no value holds most of the border, so that 0 is taken for the
