@@ -15,6 +15,7 @@ from vaevq_med.core.errors import DataError
 from vaevq_med.images.pixels import read_image
 from vaevq_med.prepare.job import Prepare, Report
 from vaevq_med.prepare.recipes import BiasFieldCorrection, Recipe
+from vaevq_med.prepare.volumes.discarded import in_words
 from vaevq_med.prepare.volumes.source import VolumeSource
 
 SHAPE = (16, 18, 12)
@@ -198,13 +199,14 @@ def test_a_little_ringing_is_clipped_and_counted(tmp_path: Path) -> None:
     report = prepare(write(tmp_path / "in", volume), tmp_path / "out")
     assert measured(report)["clipped"] == pytest.approx(10 / inside().sum(), abs=1e-6)
     worst = report.facts["discarded"]["contrasts"]["t1n"]["clipped"]
-    assert worst == {"mean": measured(report)["clipped"], "max": measured(report)["clipped"], "case": CASE}
+    share = measured(report)["clipped"]
+    assert worst == {"cases": 1, "mean": share, "max": share, "case": CASE}
 
 
 def test_a_plan_says_what_would_be_discarded(tmp_path: Path) -> None:
     write(tmp_path / "in", np.where(brain() == 0, np.float32(0.004), brain()))
     facts = Prepare(VolumeSource(tmp_path / "in", RECIPE), tmp_path / "out", workers=1).plan().estimate.facts
-    assert set(facts["discarded"]["contrasts"]["t1n"]) == {"clipped", "saturated"}
+    assert {"clipped", "saturated"} < set(facts["discarded"]["contrasts"]["t1n"])
     assert facts["discarded"]["cases"][CASE]["t1n"]["background"] == pytest.approx(0.004)
     assert any("background is not 0" in note for note in facts["notes"])
 
@@ -246,6 +248,26 @@ def test_a_volume_that_was_saturated_before_is_refused_unless_that_is_accepted(t
     assert "--accept saturation" in reason
     report = prepare(tmp_path / "in", tmp_path / "out", accept=("saturation",))
     assert measured(report)["saturated"] == pytest.approx(share, abs=1e-6)
+
+
+def test_what_is_white_of_a_tumor_is_counted(tmp_path: Path) -> None:
+    """The rim that enhances is the brightest of all: half of it lies above the window."""
+    volume, seg = brain(), labels()
+    rim = np.flatnonzero(seg == 3)
+    volume.ravel()[rim[::2]] = 3000
+    volume.ravel()[rim[1::2]] = 900
+    recipe = changed(RECIPE, percentiles=(0, 90))
+    report = prepare(write(tmp_path / "in", volume, seg=seg.astype(np.uint8)), tmp_path / "out", recipe)
+    high = np.percentile(volume[inside()], 90)
+    regions = {"whole_tumor": (1, 2, 3), "tumor_core": (1, 3), "enhancing_tumor": (3,)}
+    expected = {name: float((volume[np.isin(seg, values)] >= high).mean()) for name, values in regions.items()}
+    assert 0.4 < expected["enhancing_tumor"] < 0.6
+    assert measured(report)["white_regions"] == pytest.approx(expected, abs=1e-6)
+    (line,) = [line for line in in_words(report.facts["discarded"]) if "enhancing_tumor" in line]
+    assert f"t1n {100 * expected['enhancing_tumor']:.1f}% ({CASE})" in line
+    plain = prepare(write(tmp_path / "plain", brain()), tmp_path / "no labels")
+    assert measured(plain)["white_regions"] == {}
+    assert not [line for line in in_words(plain.facts["discarded"]) if "tumor" in line]
 
 
 # --- labels ---------------------------------------------------------------------------------------------

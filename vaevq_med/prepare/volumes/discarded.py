@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vaevq_med.core.errors import DataError
@@ -30,6 +30,7 @@ class Discarded:
         foreground: share of the volume's voxels that are not background.
         clipped: share of the foreground that ``clip_negatives`` sets to 0.
         saturated: share of what is left of it that is white, or below the window's black.
+        white_regions: share of each region of the segmentation that is white, of those that are not empty.
     """
 
     background: float | None
@@ -37,6 +38,7 @@ class Discarded:
     foreground: float
     clipped: float
     saturated: float
+    white_regions: Mapping[str, float] = field(default_factory=dict)
 
     def excesses(self, recipe: Recipe) -> Iterator[tuple[str, str]]:
         """Names of :data:`LIMITS` that are exceeded, and in words by what.
@@ -106,18 +108,34 @@ def summary(cases: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, A
         cases: case to contrast to the fields of :class:`Discarded`.
 
     Returns:
-        The limits; for each contrast and each kind of loss the mean over cases, the largest share, and its case; and
-        all that was measured.
+        The limits; for each contrast and each kind of loss how many cases have it, their mean, the largest share, and
+        its case; and all that was measured.
     """
     contrasts: dict[str, dict[str, Any]] = {}
     for modality in dict.fromkeys(name for found in cases.values() for name in found):
-        contrasts[modality] = {}
-        for kind in _SHOWN:
-            shares = {case: found[modality][kind] for case, found in cases.items() if modality in found}
-            worst = max(shares, key=lambda case: shares[case])
-            mean = round(sum(shares.values()) / len(shares), 6)
-            contrasts[modality][kind] = {"mean": mean, "max": shares[worst], "case": worst}
+        measured = {case: found[modality] for case, found in cases.items() if modality in found}
+        regions = dict.fromkeys(region for found in measured.values() for region in found["white_regions"])
+        contrasts[modality] = {
+            **{kind: _over_cases({case: found[kind] for case, found in measured.items()}) for kind in _SHOWN},
+            "white_regions": {
+                region: _over_cases(
+                    {
+                        case: found["white_regions"][region]
+                        for case, found in measured.items()
+                        if region in found["white_regions"]
+                    }
+                )
+                for region in regions
+            },
+        }
     return {"limits": dict(LIMITS), "contrasts": contrasts, "cases": dict(cases)}
+
+
+def _over_cases(shares: Mapping[str, float]) -> dict[str, Any]:
+    """Number, mean and maximum of the shares of cases."""
+    worst = max(shares, key=lambda case: shares[case])
+    mean = round(sum(shares.values()) / len(shares), 6)
+    return {"cases": len(shares), "mean": mean, "max": shares[worst], "case": worst}
 
 
 def in_words(facts: Mapping[str, Any]) -> Iterator[str]:
@@ -125,11 +143,25 @@ def in_words(facts: Mapping[str, Any]) -> Iterator[str]:
 
     Args:
         facts: the summary.
+
+    Yields:
+        Of regions those contrasts alone in which more than the limit of saturation is white in some case.
     """
     for kind in _SHOWN:
         shares = [f"{modality} {percent(found[kind]['max'])}" for modality, found in facts["contrasts"].items()]
         if shares:
             yield f"{kind} of the foreground, at most: {', '.join(shares)}"
+    contrasts: Mapping[str, Any] = facts["contrasts"]
+    for region in dict.fromkeys(region for found in contrasts.values() for region in found["white_regions"]):
+        found = {modality: contrasts[modality]["white_regions"][region] for modality in contrasts}
+        limit = LIMITS["saturation"]
+        white = [
+            f"{modality} {percent(most['max'], limit)} ({most['case']})"
+            for modality, most in found.items()
+            if most["max"] > limit
+        ]
+        if white:
+            yield f"white of the {region}, at most: {', '.join(white)}"
 
 
 def gathered(notes: Iterable[Sequence[str]]) -> list[str]:

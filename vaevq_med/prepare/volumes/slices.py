@@ -210,7 +210,10 @@ def write_case(
         raise DataError(
             f"found no slice with {percent(recipe.min_foreground)} nonzero pixels in every contrast, expected some"
         )
-    discarded = {modality: asdict(contrast.discarded) for modality, contrast in contrasts.items()}
+    discarded = {
+        modality: asdict(replace(contrast.discarded, white_regions=_white_regions(contrast, labels, case)))
+        for modality, contrast in contrasts.items()
+    }
     writer = _Writer(folder, recipe.format)
     (folder / "images").mkdir()
     entries: list[dict[str, Any]] = [{} for _ in range(kept.size * len(recipe.modalities))]
@@ -237,6 +240,20 @@ def write_case(
                 **shared[position],
             }
     return CaseRecord("", writer.digest.hexdigest(), writer.files, writer.bytes, entries, discarded, reader.notes)
+
+
+def _white_regions(contrast: Contrast, labels: Tensor | None, case: Case) -> dict[str, float]:
+    """Share of each region that is white in a contrast, of the regions that are not empty."""
+    if labels is None:
+        return {}
+    marked = labels != 0
+    values, white = labels[marked], contrast.stack[marked] >= contrast.window[1]
+    shares = {}
+    for region, members in label_map(case.target_map).regions.items():
+        inside = torch.isin(values, torch.tensor(members, dtype=values.dtype))
+        if inside.any():
+            shares[region] = round(float(white[inside].double().mean()), 6)
+    return shares
 
 
 def _write_labels(
