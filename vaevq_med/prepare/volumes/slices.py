@@ -57,11 +57,14 @@ class CaseRecord(Record):
         files: how many were written.
         bytes: their total size.
         entries: the datalist's entries of this case.
+        labels: values of the segmentation other than 0, as its file has them; None where there is none, and in records
+            of before they were noted.
     """
 
     files: int
     bytes: int
     entries: list[dict[str, Any]]
+    labels: list[int] | None = None
 
 
 def fingerprint(case: Case, recipe: Recipe) -> str:
@@ -89,6 +92,23 @@ def read_record(folder: OutputFolder, case: str) -> CaseRecord | None:
         return record if (len(sizes), sum(sizes)) == (record.files, record.bytes) else None
     except (OSError, TypeError):
         return None
+
+
+def known_labels(case: Case, record: CaseRecord, folder: OutputFolder) -> set[int] | None:
+    """Values of a case's segmentation other than 0, of a record without them by the slices; None without segmentation.
+
+    Args:
+        case: a finished one.
+        record: of it.
+        folder: of the data set.
+    """
+    if case.segmentation is None or record.labels is not None:
+        return None if case.segmentation is None else set(record.labels or ())
+    stored: set[int] = set()
+    for path in sorted((folder.path / "labels" / case.name).glob("*.png")):
+        with Image.open(path) as pixels:
+            stored.update(value for value, count in enumerate(pixels.histogram()) if count)
+    return label_map(case.label_map).sources(stored, label_map(case.target_map))
 
 
 class _Writer:
@@ -258,14 +278,16 @@ def _as_tensor(voxels: NDArray, affine: NDArray[np.float64], dtype: Any) -> Meta
     return MetaTensor(torch.from_numpy(voxels)[None], affine=torch.from_numpy(affine))
 
 
-def _read_labels(reader: _Reader, source: Volume, case: Case) -> MetaTensor:
+def _read_labels(reader: _Reader, source: Volume, case: Case) -> tuple[MetaTensor, list[int]]:
+    """The labels in the values of the target map, and the values that the file has."""
     voxels, affine = reader.read(source)
     values = distinct(voxels)
     if (values != np.round(values)).any() or values.min() < 0 or values.max() > 255:
         raise DataError(f"{source.path.name}: found values {values.min():g} to {values.max():g}, expected whole labels")
     own = label_map(case.label_map)
     own.check({int(value) for value in values})
-    return _as_tensor(own.convert(voxels.astype(np.uint8), label_map(case.target_map)), affine, np.uint8)
+    labels = _as_tensor(own.convert(voxels.astype(np.uint8), label_map(case.target_map)), affine, np.uint8)
+    return labels, [int(value) for value in values if value]
 
 
 def write_case(case: Case, recipe: Recipe, folder: Path) -> CaseRecord:
@@ -302,9 +324,10 @@ def write_case(case: Case, recipe: Recipe, folder: Path) -> CaseRecord:
             raise
         foregrounds[modality] = np.array([np.count_nonzero(pixels) for pixels in stack.numpy()]) / stack[0].numel()
         stacks[modality] = stack
-    labels = None
+    labels = values = None
     if case.segmentation is not None:
-        volume = _volume_transforms(recipe, labels=True)(_read_labels(reader, case.segmentation, case))
+        segmentation, values = _read_labels(reader, case.segmentation, case)
+        volume = _volume_transforms(recipe, labels=True)(segmentation)
         labels = _stack(volume.as_tensor(), recipe.axis).round().to(torch.uint8)
     reader.files.clear()
     kept = np.flatnonzero(np.min([foregrounds[m] for m in recipe.modalities], axis=0) >= recipe.min_foreground)
@@ -336,7 +359,7 @@ def write_case(case: Case, recipe: Recipe, folder: Path) -> CaseRecord:
                 "foreground": round(float(foregrounds[modality][index]), 6),
                 **shared[position],
             }
-    return CaseRecord("", writer.digest.hexdigest(), writer.files, writer.bytes, entries)
+    return CaseRecord("", writer.digest.hexdigest(), writer.files, writer.bytes, entries, values)
 
 
 def _write_labels(

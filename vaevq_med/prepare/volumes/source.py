@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from vaevq_med.core.errors import DataError
+from vaevq_med.core.errors import DataError, HaltError
 from vaevq_med.core.folder import OutputFolder
 from vaevq_med.core.jobs import Problem, attempt
 from vaevq_med.images.manifest import SPLITS, split_hash
+from vaevq_med.images.patients import one_name_each, patient_of, sharing_releases
 from vaevq_med.images.reading import Reading
 from vaevq_med.images.splits import count_patients, remembered_splits, split_by_file, split_by_rule
 from vaevq_med.prepare.job import DataSet, Estimate, Search, Source, known_record
 from vaevq_med.prepare.recipes import AnyRecipe, Recipe
 from vaevq_med.prepare.volumes.find import Case, find_cases, read_cases
-from vaevq_med.prepare.volumes.labels import BRATS2024, label_map
-from vaevq_med.prepare.volumes.slices import CaseRecord, extract_case, fingerprint, read_record
+from vaevq_med.prepare.volumes.labels import BRATS2024, LabelCensus, UnknownLabelError, fitting_maps, label_map
+from vaevq_med.prepare.volumes.slices import CaseRecord, extract_case, fingerprint, known_labels, read_record
 
 
 @dataclass
@@ -68,13 +69,15 @@ class VolumeSource(Source[Case, CaseRecord]):
             found = find_cases(self.input, self.recipe.modalities, label_map=self.label_map, exclude=output)
         maps = {case.label_map for case in found.units if case.segmentation is not None}
         target = maps.pop() if len(maps) == 1 else BRATS2024.name
-        patients = sorted({case.patient for case in found.units})
+        dealt = {} if self.split_file is not None else remembered_splits(output, self.recipe.split)
+        names = one_name_each((case.patient for case in found.units), dealt)
         if self.split_file is not None:
-            splits = split_by_file(patients, self.split_file)
+            splits = split_by_file(set(names.values()), self.split_file)
         else:
-            splits = split_by_rule(patients, self.recipe.split, remembered_splits(output, self.recipe.split))
-        cases = [replace(case, target_map=target) for case in found.units]
-        return _Patients(cases, found.problems, found.notes, splits)
+            splits = split_by_rule(names.values(), self.recipe.split, dealt)
+        notes = [*found.notes, *_patient_notes(found.units, names, splits, dealt)]
+        cases = [replace(case, patient=names[case.patient], target_map=target) for case in found.units]
+        return _Patients(cases, found.problems, notes, splits)
 
     def fingerprint(self, unit: Case) -> str:
         """See :func:`fingerprint`."""
@@ -85,8 +88,14 @@ class VolumeSource(Source[Case, CaseRecord]):
         return read_record(folder, unit.name)
 
     def write(self, unit: Case, folder: OutputFolder) -> CaseRecord:
-        """See :func:`extract_case`."""
-        return extract_case(unit, self.recipe, folder)
+        """See :func:`extract_case`; values that another map has than that of the file's name halt the run."""
+        try:
+            return extract_case(unit, self.recipe, folder)
+        except UnknownLabelError as error:
+            fitting = fitting_maps([error.values])
+            if unit.map_is_stated or not fitting:
+                raise
+            raise HaltError(f"{error}: {' or '.join(fitting)} would fit") from None
 
     def estimate(self, search: Search[Case], todo: Sequence[Case], folder: OutputFolder) -> Estimate:
         """Slice the first case that can be; the others take what it takes."""
@@ -112,18 +121,20 @@ class VolumeSource(Source[Case, CaseRecord]):
         cases: dict[str, list[Case]] = {split: [] for split in SPLITS}
         images: dict[str, list[dict[str, str]]] = {split: [] for split in SPLITS}
         modalities = dict.fromkeys(self.recipe.modalities, 0)
+        census = LabelCensus()
         for case, record in records:
+            census.add(case.label_map, case.map_is_stated, known_labels(case, record, folder))
             split = search.splits[case.patient]
             cases[split].append(case)
             for entry in record.entries:
                 modalities[entry["modality"]] += 1
                 images[split].append({"image": entry["image"]})
+        notes = [*census.judge(f"input {self.input}")]
         done = {case.name: case for split in SPLITS for case in cases[split]}
         standing = {patient: search.splits[patient] for patient in sorted({case.patient for case in done.values()})}
         patients = count_patients(standing)
         slices = {split: len(images[split]) for split in SPLITS}
         labels = label_map(next((case.target_map for case in done.values()), BRATS2024.name))
-        notes = []
         empty = [split for split in SPLITS if not patients[split]]
         if empty:
             notes.append(f"no patient fell into {' or '.join(empty)}; --split-file names the patients of each split")
@@ -147,7 +158,30 @@ class VolumeSource(Source[Case, CaseRecord]):
             },
             split_hash=split_hash(images),
             size=sum(slices.values()),
-            facts={"cases": len(done), "patients": patients, "slices": slices, "modalities": modalities},
+            facts={
+                "cases": len(done),
+                "patients": patients,
+                "slices": slices,
+                "modalities": modalities,
+                "segmentations": census.facts(),
+            },
             notes=notes,
             patients=standing,
+        )
+
+
+def _patient_notes(
+    cases: Sequence[Case], names: Mapping[str, str], splits: Mapping[str, str], dealt: Mapping[str, str]
+) -> Iterator[str]:
+    """Remarks on patients whom several releases have."""
+    moved = sorted({names[name] for name in names if dealt.get(name, splits[names[name]]) != splits[names[name]]})
+    for first in moved:
+        others = ", ".join(name for name, chosen in names.items() if chosen == first)
+        yield f"{others} are one patient, who stood in two splits; all images stand in {splits[first]} now"
+    releases = sharing_releases(case.name for case in cases if case.patient == patient_of(case.name))
+    if releases:
+        found = " and ".join(f"{release} ({patient})" for release, patient in releases)
+        yield (
+            f"cases of {found} together: the releases share patients under different names, and a split cannot know "
+            "them; give the patients with --cases, and look for the same images with audit-split"
         )
