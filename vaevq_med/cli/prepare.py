@@ -42,11 +42,15 @@ def slice_extract(
         Path | None, typer.Option(help="JSON {patient: split} or CSV patient,split, in place of the recipe's rule.")
     ] = None,
     cases: Annotated[
-        Path | None, typer.Option(help="CSV case,[patient,]t1n,t1c,t2w,t2f[,seg] of paths, for other layouts.")
+        Path | None,
+        typer.Option(help="CSV case,[patient,]t1n,t1c,t2w,t2f[,seg,label_map] of paths, for other layouts."),
     ] = None,
     label_map: Annotated[
         str | None,
         typer.Option(help="What the segmentations' values mean: brats2021, brats2024, brats2024-ped or decathlon."),
+    ] = None,
+    patients: Annotated[
+        Path | None, typer.Option(help="CSV case,patient of whose cases are, in place of what their names say.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and the space it takes.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace slices that another recipe made.")] = False,
@@ -61,7 +65,7 @@ def slice_extract(
     from vaevq_med.prepare.volumes.source import VolumeSource
 
     chosen = Recipe.load(recipe).changed(size=size, format=image_format)
-    volumes = VolumeSource(source, chosen, split_file=split_file, cases=cases, label_map=label_map)
+    volumes = VolumeSource(source, chosen, split_file=split_file, cases=cases, label_map=label_map, patients=patients)
     command = Prepare(volumes, output, workers, overwrite)
 
     def would(plan: Plan) -> Iterator[str]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from vaevq_med.core.errors import DataError
 from vaevq_med.core.jobs import Problem, run_jobs
-from vaevq_med.images.likeness import ALIKE, BITS, CLOSE, FILLED, Sketch, likeness, sketch
+from vaevq_med.images.likeness import BITS, CLOSE, FILLED, Sketch, likeness, sketch
 from vaevq_med.images.patients import person_of
 
 _BATCH = 256
@@ -70,6 +70,7 @@ class _Images:
     digest: NDArray[np.void]
     bits: NDArray[np.uint8]
     filled: NDArray[np.float32]
+    limit: list[float]
 
     def are_strangers(self, i: int, j: int) -> bool:
         """Whether nothing else says that they belong together."""
@@ -117,6 +118,7 @@ def compare_splits(
         digest=np.frombuffer(b"".join(sketches[n].digest for n in kept), dtype="V16"),
         bits=np.stack([sketches[n].bits for n in kept]),
         filled=filled[filled >= _BLANK],
+        limit=[sketches[n].limit for n in kept],
     )
     identical = _identical(images)
     same = {(twins.first, twins.second) for twins in identical}
@@ -187,7 +189,7 @@ def _alike(root: Path, images: _Images, known: set[tuple[tuple[str, str], tuple[
     for sides, found in sorted(candidates.items()):
         for _, i, j in sorted(found)[:_TRIES]:
             value = likeness(root / images.paths[i], root / images.paths[j])
-            if value >= ALIKE:
+            if value >= max(images.limit[i], images.limit[j]):
                 yield Twins(*sides, (images.paths[i], images.paths[j]), 0, value)
                 break
 

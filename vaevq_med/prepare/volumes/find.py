@@ -191,13 +191,7 @@ def read_cases(table: Path, root: Path, modalities: Sequence[str], *, label_map:
         DataError: the table cannot be read, lacks a column or has no row, or nothing says what the values of a
             segmentation mean.
     """
-    try:
-        reader = csv.reader(io.StringIO(table.read_text(encoding="utf-8-sig")), skipinitialspace=True)
-        header = [column.strip() for column in next(reader, [])]
-        columns = [CONTRAST_ALIASES.get(column.lower(), column.lower()) for column in header]
-        rows = [dict(zip_longest(columns, (v.strip() for v in row[: len(columns)]), fillvalue="")) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"cases {table}: found no readable CSV ({error}), expected one with a header") from error
+    header, columns, rows = _read_table(table, "cases")
     used = ("case", "patient", *modalities, "seg", "label_map")
     missing = [name for name in ("case", *modalities) if name not in columns]
     if missing:
@@ -207,7 +201,6 @@ def read_cases(table: Path, root: Path, modalities: Sequence[str], *, label_map:
     repeated = [name for name in used if columns.count(name) > 1]
     if repeated:
         raise DataError(f"cases {table}: found {columns.count(repeated[0])} columns for {repeated[0]}, expected one")
-    rows = [row for row in rows if any(row.values())]
     if not rows:
         raise DataError(f"cases {table}: found no rows, expected one for each case")
     unsaid = [row["case"] for row in rows if row.get("seg") and not (row.get("label_map") or label_map)]
@@ -250,6 +243,49 @@ def read_cases(table: Path, root: Path, modalities: Sequence[str], *, label_map:
     search.units.sort(key=lambda case: case.name)
     _note_missing_masks(search, _volumes_beside(search.units), root)
     return search
+
+
+def read_patients(table: Path) -> dict[str, str]:
+    """Read whose cases are from a CSV with the columns ``case`` and ``patient``; others are left out.
+
+    Args:
+        table: the CSV file; it may name cases that are nowhere.
+
+    Returns:
+        Case to patient.
+
+    Raises:
+        DataError: the table cannot be read, lacks a column, or does not name one patient for a case.
+    """
+    header, columns, rows = _read_table(table, "patients")
+    if columns.count("case") != 1 or columns.count("patient") != 1:
+        raise DataError(f"patients {table}: found columns {', '.join(header) or 'none'}, expected case and patient")
+    patients: dict[str, str] = {}
+    for row in rows:
+        case, patient = row["case"], row["patient"]
+        if not case or not patient:
+            raise DataError(
+                f"patients {table}: found a row without a {'patient' if case else 'case'} "
+                f"({_printable(case or patient)}), expected both"
+            )
+        if patients.setdefault(case, patient) != patient:
+            raise DataError(
+                f"patients {table}: found {_printable(patients[case])} and {_printable(patient)} for case "
+                f"{_printable(case)}, expected one patient"
+            )
+    return patients
+
+
+def _read_table(table: Path, kind: str) -> tuple[list[str], list[str], list[dict[str, str]]]:
+    """A CSV's header, the names of its columns as they are known here, and its rows that are not empty."""
+    try:
+        reader = csv.reader(io.StringIO(table.read_text(encoding="utf-8-sig")), skipinitialspace=True)
+        header = [column.strip() for column in next(reader, [])]
+        columns = [CONTRAST_ALIASES.get(column.lower(), column.lower()) for column in header]
+        rows = [dict(zip_longest(columns, (v.strip() for v in row[: len(columns)]), fillvalue="")) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{kind} {table}: found no readable CSV ({error}), expected one with a header") from error
+    return header, columns, [row for row in rows if any(row.values())]
 
 
 def _walk(root: Path, search: Search[Case], exclude: Path | None) -> Iterator[Path]:

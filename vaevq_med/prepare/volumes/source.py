@@ -16,7 +16,7 @@ from vaevq_med.images.reading import Reading
 from vaevq_med.images.splits import count_patients, remembered_splits, split_by_file, split_by_rule
 from vaevq_med.prepare.job import DataSet, Estimate, Search, Source, known_record
 from vaevq_med.prepare.recipes import AnyRecipe, Recipe
-from vaevq_med.prepare.volumes.find import Case, find_cases, read_cases
+from vaevq_med.prepare.volumes.find import Case, find_cases, read_cases, read_patients
 from vaevq_med.prepare.volumes.labels import BRATS2024, LabelCensus, UnknownLabelError, fitting_maps, label_map
 from vaevq_med.prepare.volumes.slices import CaseRecord, extract_case, fingerprint, known_labels, read_record
 
@@ -38,6 +38,7 @@ class VolumeSource(Source[Case, CaseRecord]):
         split_file: patients' splits, instead of the recipe's rule.
         cases: CSV of paths, for a layout that the search does not know.
         label_map: what the segmentations' values mean, where the file names tell it wrongly.
+        patients: CSV of whose cases are, where their names do not tell it.
     """
 
     recipes: ClassVar[type[AnyRecipe]] = Recipe
@@ -51,6 +52,7 @@ class VolumeSource(Source[Case, CaseRecord]):
     split_file: Path | None = None
     cases: Path | None = None
     label_map: str | None = None
+    patients: Path | None = None
 
     def folder(self, output: Path) -> OutputFolder:
         """Where slices are written."""
@@ -67,16 +69,24 @@ class VolumeSource(Source[Case, CaseRecord]):
             found = read_cases(self.cases, self.input, self.recipe.modalities, label_map=self.label_map)
         else:
             found = find_cases(self.input, self.recipe.modalities, label_map=self.label_map, exclude=output)
-        maps = {case.label_map for case in found.units if case.segmentation is not None}
+        units, notes = found.units, list(found.notes)
+        if self.patients is not None:
+            given = read_patients(self.patients)
+            if units and not any(case.name in given for case in units):
+                raise DataError(
+                    f"patients {self.patients}: found none of the cases, expected some, e.g. {units[0].name}"
+                )
+            units = [replace(case, patient=given.get(case.name, case.patient)) for case in units]
+        maps = {case.label_map for case in units if case.segmentation is not None}
         target = maps.pop() if len(maps) == 1 else BRATS2024.name
         dealt = {} if self.split_file is not None else remembered_splits(output, self.recipe.split)
-        names = one_name_each((case.patient for case in found.units), dealt)
+        names = one_name_each((case.patient for case in units), dealt)
         if self.split_file is not None:
             splits = split_by_file(set(names.values()), self.split_file)
         else:
             splits = split_by_rule(names.values(), self.recipe.split, dealt)
-        notes = [*found.notes, *_patient_notes(found.units, names, splits, dealt)]
-        cases = [replace(case, patient=names[case.patient], target_map=target) for case in found.units]
+        notes += _patient_notes(units, names, splits, dealt)
+        cases = [replace(case, patient=names[case.patient], target_map=target) for case in units]
         return _Patients(cases, found.problems, notes, splits)
 
     def fingerprint(self, unit: Case) -> str:
@@ -183,5 +193,5 @@ def _patient_notes(
         found = " and ".join(f"{release} ({patient})" for release, patient in releases)
         yield (
             f"cases of {found} together: the releases share patients under different names, and a split cannot know "
-            "them; give the patients with --cases, and look for the same images with audit-split"
+            "them; give the patients with --patients, and look for the same images with audit-split"
         )
