@@ -214,8 +214,8 @@ def from_csv(root: Path, text: str, **options: Any) -> Search[Case]:
 def test_csv_paths_aliases_and_patients(tmp_path: Path) -> None:
     result = from_csv(
         tmp_path,
-        "case, T1, t1ce, T2, FLAIR, Seg, Patient, site\n"
-        f"x, a.nii, b.mha, c.nrrd, {tmp_path}/d.nii.gz, s.nii, P1, here\n"
+        "case, T1, t1ce, T2, FLAIR, Seg, Patient, site, Label_Map\n"
+        f"x, a.nii, b.mha, c.nrrd, {tmp_path}/d.nii.gz, s.nii, P1, here, brats2021\n"
         "w, a.nii, b.mha, c.nrrd, d.nii.gz, , , \n"
         "\n,,,,,,,\n"
         "BraTS-GLI-00001-000,a.nii,b.mha,c.nrrd,d.nii.gz\n",
@@ -228,7 +228,10 @@ def test_csv_paths_aliases_and_patients(tmp_path: Path) -> None:
     )
     assert x.segmentation == Volume(tmp_path / "s.nii")
     assert w.segmentation is None
-    assert result.notes == ["cases cases.csv: columns site are not used"]
+    assert x.label_map == "brats2021"
+    unused, missing = result.notes
+    assert unused == "cases cases.csv: columns site are not used"
+    assert missing.startswith("2 of 3")
     assert not result.problems
 
 

@@ -174,19 +174,25 @@ def label_map(name: str) -> LabelMap:
     return LABEL_MAPS[name]
 
 
-def fitting_maps(cases: Sequence[Collection[int]]) -> list[str]:
-    """Names of the maps that nothing speaks against in the segmentations of a data set and that miss fewest values.
+def fitting_maps(name: str, cases: Sequence[Collection[int]]) -> list[str]:
+    """Names of maps that fit the segmentations of a data set better than one: the values that they miss are fewest.
 
     Args:
+        name: of the map that something speaks against.
         cases: values that occur in each segmentation.
 
     Examples:
-        >>> fitting_maps([{1, 2, 4}]), fitting_maps([{1, 2, 3}]), fitting_maps([{9}])
-        (['brats2021'], ['brats2024', 'decathlon'], [])
+        >>> fitting_maps("brats2024", [{1, 2, 4}]), fitting_maps("brats2021", [{1, 2, 3}])
+        (['brats2021'], ['brats2024', 'decathlon'])
+        >>> fitting_maps("brats2024", [{1, 2}] * 10), fitting_maps("brats2024", [{9}])
+        ([], [])
     """
     found = frozenset[int]().union(*cases)
     missed = {m.name: len(set(m.shares) - found) for m in LABEL_MAPS.values() if m.contradiction(cases) is None}
-    return [name for name, count in missed.items() if count == min(missed.values())]
+    if found <= {0, *LABEL_MAPS[name].labels}:
+        own = len(set(LABEL_MAPS[name].shares) - found)
+        missed = {other: count for other, count in missed.items() if count < own}
+    return [other for other, count in missed.items() if count == min(missed.values())]
 
 
 class LabelCensus:
@@ -219,7 +225,7 @@ class LabelCensus:
             words = label_map(name).contradiction(cases)
             if words is None:
                 continue
-            fitting = [other for other in fitting_maps(cases) if other != name]
+            fitting = fitting_maps(name, cases)
             fits = f"{' or '.join(fitting)} would fit" if fitting else "no other map would fit"
             if not stated:
                 raise DataError(

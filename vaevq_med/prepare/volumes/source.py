@@ -102,7 +102,7 @@ class VolumeSource(Source[Case, CaseRecord]):
         try:
             return extract_case(unit, self.recipe, folder)
         except UnknownLabelError as error:
-            fitting = fitting_maps([error.values])
+            fitting = fitting_maps(unit.label_map, [error.values])
             if unit.map_is_stated or not fitting:
                 raise
             raise HaltError(f"{error}: {' or '.join(fitting)} would fit") from None
