@@ -186,12 +186,11 @@ def test_a_path_too_long_for_the_system_is_refused() -> None:
         search(Path("a" * 5000))
 
 
-def test_notes_on_releases_that_share_patients_and_on_pediatric_labels(tmp_path: Path) -> None:
+def test_a_note_on_pediatric_labels(tmp_path: Path) -> None:
     touch_2024(tmp_path, "x", "BraTS-GLI-00001-000")
     touch_2024(tmp_path, "p", "BraTS-PED-00001-000", seg=True)
     touch(tmp_path, *(f"y/BraTS2021_00001_{name}.nii.gz" for name in NAMES_2021.values()))
     notes = " ".join(search(tmp_path).notes)
-    assert "the releases share patients under different names" in notes
     assert "for the 2023 release: --label-map brats2024" in notes
     result = search(tmp_path, label_map="brats2024")
     assert {case.label_map for case in result.units} == {"brats2024"}
@@ -215,8 +214,8 @@ def from_csv(root: Path, text: str, **options: Any) -> Search[Case]:
 def test_csv_paths_aliases_and_patients(tmp_path: Path) -> None:
     result = from_csv(
         tmp_path,
-        "case, T1, t1ce, T2, FLAIR, Seg, Patient, site\n"
-        f"x, a.nii, b.mha, c.nrrd, {tmp_path}/d.nii.gz, s.nii, P1, here\n"
+        "case, T1, t1ce, T2, FLAIR, Seg, Patient, site, Label_Map\n"
+        f"x, a.nii, b.mha, c.nrrd, {tmp_path}/d.nii.gz, s.nii, P1, here, brats2021\n"
         "w, a.nii, b.mha, c.nrrd, d.nii.gz, , , \n"
         "\n,,,,,,,\n"
         "BraTS-GLI-00001-000,a.nii,b.mha,c.nrrd,d.nii.gz\n",
@@ -229,7 +228,10 @@ def test_csv_paths_aliases_and_patients(tmp_path: Path) -> None:
     )
     assert x.segmentation == Volume(tmp_path / "s.nii")
     assert w.segmentation is None
-    assert result.notes == ["cases cases.csv: columns site are not used"]
+    assert x.label_map == "brats2021"
+    unused, missing = result.notes
+    assert unused == "cases cases.csv: columns site are not used"
+    assert missing.startswith("2 of 3")
     assert not result.problems
 
 

@@ -1412,7 +1412,11 @@ def test_an_audit_fails_on_a_leak(
         (None, "found no data set, expected one made by: vaevq-med slice-extract"),
         ("{", "found an unreadable file"),
         ("[]", "found no lists training, validation, test"),
-        ('{"training": [{}], "validation": [], "test": []}', "training[0]: found no image, patient, case"),
+        ('{"training": [{}], "validation": [], "test": []}', "training[0]: found no image"),
+        (
+            '{"training": [{"image": "a", "patient": "b"}], "validation": [], "test": []}',
+            "training[0]: found no case, expected image, patient, case",
+        ),
     ],
 )
 def test_an_audit_of_no_data_set_is_refused(

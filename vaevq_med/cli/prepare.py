@@ -42,11 +42,15 @@ def slice_extract(
         Path | None, typer.Option(help="JSON {patient: split} or CSV patient,split, in place of the recipe's rule.")
     ] = None,
     cases: Annotated[
-        Path | None, typer.Option(help="CSV case,[patient,]t1n,t1c,t2w,t2f[,seg] of paths, for other layouts.")
+        Path | None,
+        typer.Option(help="CSV case,[patient,]t1n,t1c,t2w,t2f[,seg,label_map] of paths, for other layouts."),
     ] = None,
     label_map: Annotated[
         str | None,
         typer.Option(help="What the segmentations' values mean: brats2021, brats2024, brats2024-ped or decathlon."),
+    ] = None,
+    patients: Annotated[
+        Path | None, typer.Option(help="CSV case,patient of whose cases are, in place of what their names say.")
     ] = None,
     assume_orientation: Annotated[
         str | None,
@@ -76,6 +80,7 @@ def slice_extract(
         split_file=split_file,
         cases=cases,
         label_map=label_map,
+        patients=patients,
         orientation=assume_orientation,
         accept=tuple(accept or ()),
     )
@@ -239,20 +244,25 @@ def _prepare(
 
 def audit_split(
     dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Folder of dataset.json.")],
+    workers: Annotated[int | None, typer.Option(help="Processes that read images; by default one a core.")] = None,
 ) -> None:
-    """Fail, with exit code 1, when a patient stands in two splits of a data set."""
+    """Fail, with exit code 1, when a patient, or an image under any name, stands in two splits of a data set."""
     from vaevq_med.prepare.audit import AuditSplit
 
-    report = AuditSplit(dataset).run()
+    with counted() as counting:
+        report = AuditSplit(dataset, workers).run(**counting)
     for leak in report.leaks:
         typer.echo(f"vaevq-med: {leak}", err=True)
-    for line in split_counts(report.patients, report.slices):
+    if report.patients:
+        lines = split_counts(report.patients, report.slices)
+    else:
+        lines = (f"  {split}: {count:,} images" for split, count in report.slices.items())
+    for line in lines:
         typer.echo(line)
     for note in report.notes:
         typer.echo(f"  note: {note}")
-    typer.echo(
-        f"{dataset}: {len(report.leaks)} leaks" if report.leaks else f"{dataset}: no patient stands in two splits"
-    )
+    found = f"{len(report.leaks)} leaks" if report.leaks else "no patient stands in two splits, and no image does"
+    typer.echo(f"{dataset}: {found}")
     raise typer.Exit(1 if report.leaks else 0)
 
 

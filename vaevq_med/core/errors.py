@@ -16,6 +16,10 @@ class DataError(VaevqMedError):
     """A data set, or a file of one, is not what was expected."""
 
 
+class HaltError(DataError):
+    """What is wrong with one of many units of work puts the others in doubt, so that none is gone on with."""
+
+
 class ItemError(DataError):
     """An item of a data set cannot be read, in this process or in one that a ``DataLoader`` started.
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vaevq_med.core.errors import DataError
+from vaevq_med.core.errors import DataError, HaltError
 
 _FATAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 _MAX_WORKERS = 512
@@ -31,10 +31,12 @@ class Problem:
     Attributes:
         reason: one line.
         fatal: whether the other jobs would fail alike.
+        lasting: whether the same command would find it again.
     """
 
     reason: str
     fatal: bool = False
+    lasting: bool = False
 
 
 def check_workers(workers: int | None, *, least: int = 1) -> None:
@@ -61,6 +63,8 @@ def attempt(work: Callable[..., T], kind: str, *arguments: Any) -> T | Problem:
     """
     try:
         return work(*arguments)
+    except HaltError as error:
+        return Problem(str(error), fatal=True, lasting=True)
     except DataError as error:
         return Problem(str(error))
     except OSError as error:
@@ -135,10 +139,8 @@ def _plural(kind: str) -> str:
 
 def _check(outcome: T | Problem, kind: str, name: str) -> T | Problem:
     if isinstance(outcome, Problem) and outcome.fatal:
-        raise DataError(
-            f"{kind} {name}: {outcome.reason}; the finished {_plural(kind)} are kept, the same command goes on from "
-            "there"
-        )
+        again = "" if outcome.lasting else ", the same command goes on from there"
+        raise DataError(f"{kind} {name}: {outcome.reason}; the finished {_plural(kind)} are kept{again}")
     return outcome
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.images.manifest import SPLITS, load_manifest
+from vaevq_med.images.patients import person_of
 from vaevq_med.trained.network import StoredTokenizer
 from vaevq_med.training import distributed
 
@@ -67,15 +68,18 @@ def check_data(dataset: Any, stored: StoredTokenizer | None, any_shape: bool) ->
     if split == "training":
         return
     moved = trained.get("split_hash") != manifest.split_hash
-    patients = set(trained.get("patients", ()))
-    named = {str(entry["patient"]) for one in SPLITS for entry in manifest.entries(one) if "patient" in entry}
+    patients = set(map(person_of, trained.get("patients", ())))
+    named = {
+        person_of(str(entry["patient"])) for one in SPLITS for entry in manifest.entries(one) if "patient" in entry
+    }
     told_apart = patients and patients <= named
     if moved and trained.get("content_hash") == manifest.content_hash and not told_apart:
         raise VaevqMedError(
             f"split {split!r}: found the images that {stored.path.name} was trained on dealt to other splits, "
             "expected the same split"
         )
-    leaked = {str(entry["patient"]) for entry in manifest.entries(split) if "patient" in entry} & patients
+    tested = {str(entry["patient"]) for entry in manifest.entries(split) if "patient" in entry}
+    leaked = {patient for patient in tested if person_of(patient) in patients}
     if leaked:
         raise VaevqMedError(
             f"split {split!r}: found patient {min(leaked)}, whom {stored.path.name} was trained on, expected none; "

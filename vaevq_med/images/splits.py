@@ -17,6 +17,7 @@ from vaevq_med.core.errors import DataError
 from vaevq_med.core.folder import RECIPE, SPLIT_FILE
 from vaevq_med.core.options import Number, Options
 from vaevq_med.images.manifest import FILE_NAME, SPLITS, load_manifest
+from vaevq_med.images.patients import person_of
 
 """Who stands in which split of a data set; ``--split-file`` takes it too."""
 
@@ -87,11 +88,11 @@ def split_by_hash(patients: Iterable[str], rule: SplitRule) -> dict[str, str]:
 def split_by_rule(patients: Iterable[str], rule: SplitRule, dealt: Mapping[str, str] | None = None) -> dict[str, str]:
     """Deal patients by quota: each split gets its share of them all, to within one.
 
-    Who was dealt before keeps the split. The others are taken in the order of the hashes of their names, training
-    first, so that a choice depends neither on the order they come in nor on chance.
+    Who was dealt before keeps the split, under whichever of a person's names. The others are taken in the order of the
+    hashes of their names, training first, so that a choice depends neither on the order they come in nor on chance.
 
     Args:
-        patients: all that are to stand in a split.
+        patients: all that are to stand in a split; one name for each person, see :func:`one_name_each`.
         rule: seed and shares.
         dealt: splits of an earlier deal; it may hold other patients too.
 
@@ -103,7 +104,8 @@ def split_by_rule(patients: Iterable[str], rule: SplitRule, dealt: Mapping[str, 
         ['training', 'training', 'validation']
     """
     wanted = sorted(set(patients))
-    splits = {name: dealt[name] for name in wanted if name in dealt} if dealt else {}
+    before = split_of_persons(dealt or {})
+    splits = {name: before[person_of(name)] for name in wanted if person_of(name) in before}
     new = sorted((name for name in wanted if name not in splits), key=lambda name: patient_position(name, rule.seed))
     shares = {
         "training": rule.training,
@@ -118,6 +120,26 @@ def split_by_rule(patients: Iterable[str], rule: SplitRule, dealt: Mapping[str, 
         lacking[split] -= 1
     order = (split for split in SPLITS for _ in range(quota[split]))
     return splits | dict(zip(new, order, strict=True))
+
+
+def split_of_persons(splits: Mapping[str, str]) -> dict[str, str]:
+    """The split of each person; of one whose names stand in several, the first, since that may have been trained on.
+
+    Args:
+        splits: patient to split.
+
+    Returns:
+        What :func:`person_of` says, to split.
+
+    Examples:
+        >>> split_of_persons({"Brats18_TCIA02_151": "test", "Brats17_TCIA_151": "training"})
+        {'brats tcia 151': 'training'}
+    """
+    found: dict[str, str] = {}
+    for patient, split in splits.items():
+        person = person_of(patient)
+        found[person] = min(found.get(person, split), split, key=SPLITS.index)
+    return found
 
 
 def remembered_splits(dataset_dir: Path, rule: SplitRule) -> dict[str, str]:
@@ -186,22 +208,31 @@ def split_by_file(patients: Iterable[str], path: str | Path) -> dict[str, str]:
     """Deal patients as a file says.
 
     Args:
-        patients: names; the file may hold others too.
+        patients: names; the file may hold others too, or name these as another release does.
         path: as for :func:`read_split_file`.
 
     Returns:
         Patient to split.
 
     Raises:
-        DataError: the file is invalid or does not name a patient.
+        DataError: the file is invalid, does not name a patient, or names one in two splits.
     """
     given = read_split_file(path)
     wanted = list(patients)
-    absent = sorted(set(wanted) - set(given))
+    persons = {person_of(patient): patient for patient in wanted}
+    found: dict[str, str] = {}
+    for name in given:
+        first = found.setdefault(person_of(name), name)
+        if given[first] != given[name] and person_of(name) in persons:
+            raise DataError(
+                f"split file {path}: found {first} in {given[first]} and {name} in {given[name]}, who are one patient; "
+                "expected one split"
+            )
+    absent = sorted(patient for person, patient in persons.items() if person not in found)
     if absent:
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         raise DataError(f"split file {path}: found no patient {absent[0]}{more}, expected every patient of the input")
-    return {patient: given[patient] for patient in wanted}
+    return {patient: given[found[person_of(patient)]] for patient in wanted}
 
 
 def _json_pairs(path: Path, text: str) -> list[tuple[str, str]]:

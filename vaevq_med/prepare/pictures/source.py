@@ -13,6 +13,7 @@ from vaevq_med.core.errors import DataError
 from vaevq_med.core.folder import OutputFolder
 from vaevq_med.core.jobs import Problem, attempt
 from vaevq_med.images.manifest import SPLITS, split_hash
+from vaevq_med.images.patients import one_name_each
 from vaevq_med.images.reading import Reading
 from vaevq_med.images.splits import count_patients, remembered_splits, split_by_hash, split_by_rule
 from vaevq_med.prepare.job import DataSet, Estimate, Search, Source
@@ -88,6 +89,8 @@ class PictureSource(Source[Batch, BatchRecord]):
             search.people = by_table(splits, self.patients, self.input if self.classes is None else None)
         else:
             search.people = by_pattern(splits, self.recipe.patient or "")
+        one = one_name_each(patient for patient, _ in search.people.values())
+        search.people = {name: (one[patient], case) for name, (patient, case) in search.people.items()}
         places: dict[str, str | None] = {}
         for name, (patient, _) in search.people.items():
             if places.setdefault(patient, splits[name]) != splits[name]:

@@ -5,6 +5,7 @@ Nothing is read here but names, so that a search over thousands of cases takes a
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import os
@@ -16,8 +17,10 @@ from itertools import zip_longest
 from pathlib import Path
 
 from vaevq_med.core.errors import DataError
+from vaevq_med.images.patients import patient_of
 from vaevq_med.prepare.job import Search, Unit
-from vaevq_med.prepare.volumes.labels import BRATS2021, BRATS2024, BRATS2024_PED, DECATHLON
+from vaevq_med.prepare.volumes.labels import BRATS2021, BRATS2024, BRATS2024_PED, DECATHLON, LABEL_MAPS
+from vaevq_med.prepare.volumes.labels import label_map as known_map
 
 SUFFIXES = (".nii.gz", ".nii", ".mha", ".nrrd")
 CONTRAST_ALIASES: Mapping[str, str] = {
@@ -36,12 +39,12 @@ CONTRAST_ALIASES: Mapping[str, str] = {
 DECATHLON_CHANNELS: Mapping[str, int] = {"t2f": 0, "t1n": 1, "t1c": 2, "t2w": 3}
 """Order of the contrasts in Task01_BrainTumour's 4D volumes: FLAIR, T1w, T1gd, T2w."""
 
-_BRATS_2023 = re.compile(r"(?P<case>(?P<patient>BraTS-(?P<kind>[A-Za-z]+)-[0-9]+)-[0-9]+)[-_](?P<contrast>[a-z0-9]+)")
+_BRATS_2023 = re.compile(r"(?P<case>BraTS-(?P<kind>[A-Za-z]+)-[0-9]+-[0-9]+)[-_](?P<contrast>[a-z0-9]+)")
 _BRATS_2021 = re.compile(
     r"(?P<case>brats[0-9]{2,4}_[a-z0-9_]+?)_(?P<contrast>t1|t1ce|t1gd|t2|flair|seg)", re.IGNORECASE
 )
-_BRATS_2019 = re.compile(r"(brats1[789]_.+)_[0-9]+", re.IGNORECASE)
 _DECATHLON = re.compile(r"BRATS_[0-9]+")
+_MASK_LIKE = re.compile("seg|mask|label", re.IGNORECASE)
 _CASE_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,126}[A-Za-z0-9_-])?")
 
 
@@ -69,6 +72,7 @@ class Case(Unit):
         segmentation: the labels, or None.
         label_map: name of the map that the segmentation's values follow.
         target_map: name of the map that they are written in.
+        map_is_stated: whether a user named the map, so that what its values seem to say against it is a remark.
     """
 
     patient: str
@@ -76,6 +80,7 @@ class Case(Unit):
     segmentation: Volume | None
     label_map: str
     target_map: str = BRATS2024.name
+    map_is_stated: bool = False
 
 
 def strip_suffix(name: str) -> str | None:
@@ -89,20 +94,6 @@ def strip_suffix(name: str) -> str | None:
         if name.lower().endswith(suffix):
             return name[: -len(suffix)]
     return None
-
-
-def patient_of(case: str) -> str:
-    """The patient of a case that is named as BraTS names them; other names are their own patient.
-
-    Examples:
-        >>> patient_of("BraTS-GLI-00005-101"), patient_of("BraTS2021_00000"), patient_of("Brats18_TCIA01_131_1")
-        ('BraTS-GLI-00005', 'BraTS2021_00000', 'Brats18_TCIA01_131')
-    """
-    match = _BRATS_2023.fullmatch(f"{case}-seg")
-    if match:
-        return match["patient"]
-    match = _BRATS_2019.fullmatch(case)
-    return match[1] if match else case
 
 
 def check_case_name(name: str) -> None:
@@ -141,7 +132,6 @@ def find_cases(
     search = Search[Case]()
     files: dict[str, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
     maps: dict[str, str] = {}
-    patients: dict[str, str] = {}
     strangers: list[Path] = []
     for path in _walk(root, search, exclude):
         stem = strip_suffix(path.name)
@@ -162,14 +152,16 @@ def find_cases(
             continue
         files[case][contrast].append(path)
         maps[case] = kind
-        patients[case] = patient_of(case)
+    stated = label_map is not None
     for name in sorted(files):
-        case_or_problem = _assemble(name, patients[name], files[name], modalities, label_map or maps[name], root)
+        case_or_problem = _assemble(
+            name, patient_of(name), files[name], modalities, label_map or maps[name], stated, root
+        )
         if isinstance(case_or_problem, Case):
             search.units.append(case_or_problem)
         else:
             search.problems.append((name, case_or_problem))
-    _add_notes(search, strangers, maps, label_map, root)
+    _add_notes(search, strangers, label_map, root)
     if not search.units and not search.problems:
         raise DataError(
             f"input {root}: found no case"
@@ -184,28 +176,23 @@ def read_cases(table: Path, root: Path, modalities: Sequence[str], *, label_map:
     """Read cases from a CSV of paths.
 
     The columns are ``case``, one for each contrast (under any of :data:`CONTRAST_ALIASES`), and, where there
-    are any, ``patient`` and ``seg``; others are left out.
+    are any, ``patient``, ``seg`` and ``label_map``; others are left out.
 
     Args:
         table: the CSV file.
         root: what relative paths start from.
         modalities: contrasts that every case must have.
-        label_map: what the segmentations' values mean; by default those of BraTS 2024.
+        label_map: what the segmentations' values mean, where a row does not say it.
 
     Returns:
         Cases, and what stood in the way of others.
 
     Raises:
-        DataError: the table cannot be read, lacks a column or has no row.
+        DataError: the table cannot be read, lacks a column or has no row, or nothing says what the values of a
+            segmentation mean.
     """
-    try:
-        reader = csv.reader(io.StringIO(table.read_text(encoding="utf-8-sig")), skipinitialspace=True)
-        header = [column.strip() for column in next(reader, [])]
-        columns = [CONTRAST_ALIASES.get(column.lower(), column.lower()) for column in header]
-        rows = [dict(zip_longest(columns, (v.strip() for v in row[: len(columns)]), fillvalue="")) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"cases {table}: found no readable CSV ({error}), expected one with a header") from error
-    used = ("case", "patient", *modalities, "seg")
+    header, columns, rows = _read_table(table, "cases")
+    used = ("case", "patient", *modalities, "seg", "label_map")
     missing = [name for name in ("case", *modalities) if name not in columns]
     if missing:
         raise DataError(
@@ -214,9 +201,14 @@ def read_cases(table: Path, root: Path, modalities: Sequence[str], *, label_map:
     repeated = [name for name in used if columns.count(name) > 1]
     if repeated:
         raise DataError(f"cases {table}: found {columns.count(repeated[0])} columns for {repeated[0]}, expected one")
-    rows = [row for row in rows if any(row.values())]
     if not rows:
         raise DataError(f"cases {table}: found no rows, expected one for each case")
+    unsaid = [row["case"] for row in rows if row.get("seg") and not (row.get("label_map") or label_map)]
+    if unsaid:
+        raise DataError(
+            f"cases {table}: found a seg without its map ({_listed(unsaid)}), expected a column label_map, or "
+            f"--label-map, with one of {', '.join(LABEL_MAPS)}"
+        )
     search = Search[Case]()
     ignored = [column for column, name in zip(header, columns, strict=True) if name not in used]
     if ignored:
@@ -228,8 +220,10 @@ def read_cases(table: Path, root: Path, modalities: Sequence[str], *, label_map:
         name = row["case"]
         volumes = {name: [root / row[name]] for name in (*modalities, "seg") if row.get(name)}
         absent = [path for (path,) in volumes.values() if not os.path.isfile(path)]
+        kind = row.get("label_map") or label_map
         try:
             check_case_name(name)
+            kind = known_map(kind).name if kind else BRATS2024.name
         except DataError as error:
             search.problems.append((_printable(name) or "(no name)", str(error)))
             continue
@@ -241,13 +235,57 @@ def read_cases(table: Path, root: Path, modalities: Sequence[str], *, label_map:
             search.problems.append((name, f"found no file {_printable(absent[0])}, expected one as {table.name} says"))
             continue
         patient = row.get("patient") or patient_of(name)
-        made = _assemble(name, patient, volumes, modalities, label_map or BRATS2024.name, root)
+        made = _assemble(name, patient, volumes, modalities, kind, True, root)
         if isinstance(made, Case):
             search.units.append(made)
         else:
             search.problems.append((name, made))
     search.units.sort(key=lambda case: case.name)
+    _note_missing_masks(search, _volumes_beside(search.units), root)
     return search
+
+
+def read_patients(table: Path) -> dict[str, str]:
+    """Read whose cases are from a CSV with the columns ``case`` and ``patient``; others are left out.
+
+    Args:
+        table: the CSV file; it may name cases that are nowhere.
+
+    Returns:
+        Case to patient.
+
+    Raises:
+        DataError: the table cannot be read, lacks a column, or does not name one patient for a case.
+    """
+    header, columns, rows = _read_table(table, "patients")
+    if columns.count("case") != 1 or columns.count("patient") != 1:
+        raise DataError(f"patients {table}: found columns {', '.join(header) or 'none'}, expected case and patient")
+    patients: dict[str, str] = {}
+    for row in rows:
+        case, patient = row["case"], row["patient"]
+        if not case or not patient:
+            raise DataError(
+                f"patients {table}: found a row without a {'patient' if case else 'case'} "
+                f"({_printable(case or patient)}), expected both"
+            )
+        if patients.setdefault(case, patient) != patient:
+            raise DataError(
+                f"patients {table}: found {_printable(patients[case])} and {_printable(patient)} for case "
+                f"{_printable(case)}, expected one patient"
+            )
+    return patients
+
+
+def _read_table(table: Path, kind: str) -> tuple[list[str], list[str], list[dict[str, str]]]:
+    """A CSV's header, the names of its columns as they are known here, and its rows that are not empty."""
+    try:
+        reader = csv.reader(io.StringIO(table.read_text(encoding="utf-8-sig")), skipinitialspace=True)
+        header = [column.strip() for column in next(reader, [])]
+        columns = [CONTRAST_ALIASES.get(column.lower(), column.lower()) for column in header]
+        rows = [dict(zip_longest(columns, (v.strip() for v in row[: len(columns)]), fillvalue="")) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{kind} {table}: found no readable CSV ({error}), expected one with a header") from error
+    return header, columns, [row for row in rows if any(row.values())]
 
 
 def _walk(root: Path, search: Search[Case], exclude: Path | None) -> Iterator[Path]:
@@ -283,6 +321,7 @@ def _assemble(
     files: Mapping[str, Sequence[Path]],
     modalities: Sequence[str],
     label_map: str,
+    stated: bool,
     root: Path,
 ) -> Case | str:
     """A case from its files, or what is wrong with it."""
@@ -305,7 +344,7 @@ def _assemble(
             return f"missing {', '.join(missing)}; found {found}, expected {', '.join(modalities)}"
         images = {m: Volume(files[m][0]) for m in modalities}
     segmentation = Volume(files["seg"][0]) if files.get("seg") else None
-    return Case(name, patient, images, segmentation, label_map)
+    return Case(name, patient, images, segmentation, label_map, map_is_stated=stated)
 
 
 def _relative(path: Path, root: Path) -> str:
@@ -317,20 +356,61 @@ def _printable(text: object) -> str:
     return "".join(c if c.isprintable() else "?" for c in str(text))
 
 
-def _add_notes(
-    search: Search[Case], strangers: Sequence[Path], maps: Mapping[str, str], label_map: str | None, root: Path
-) -> None:
+def _volumes_beside(cases: Sequence[Case]) -> list[Path]:
+    """Volumes that no case names, in the folders of those without a segmentation."""
+    used = {volume.path for case in cases for volume in _all_volumes(case)}
+    folders = {volume.path.parent for case in cases if case.segmentation is None for volume in case.images.values()}
+    found = []
+    for folder in sorted(folders):
+        with contextlib.suppress(OSError):  # the case itself says so
+            found += sorted(
+                path for path in folder.iterdir() if path not in used and strip_suffix(path.name) is not None
+            )
+    return found
+
+
+def _all_volumes(case: Case) -> Iterator[Volume]:
+    yield from case.images.values()
+    if case.segmentation is not None:
+        yield case.segmentation
+
+
+def _note_missing_masks(search: Search[Case], strangers: Sequence[Path], root: Path) -> None:
+    """Name the cases without a segmentation, where others have one or a file beside their images looks like one."""
+    bare = [case for case in search.units if case.segmentation is None]
+    owners: dict[Path, set[str]] = defaultdict(set)
+    for case in search.units:
+        for volume in _all_volumes(case):
+            owners[volume.path.parent].add(case.name)
+    alike: dict[str, Path] = {}
+    for path in strangers:
+        if _MASK_LIKE.search(path.name) and path.parent in owners:
+            alone = len(owners[path.parent]) == 1
+            for name in (case.name for case in bare if case.name in owners[path.parent]):
+                if alone or re.match(rf"{re.escape(name)}(?![A-Za-z0-9])", path.name):
+                    alike.setdefault(name, path)
+    if bare and (alike or len(bare) < len(search.units)):
+        search.notes.append(
+            f"{len(bare)} of {len(search.units)} cases have no segmentation: {_listed([c.name for c in bare])}"
+        )
+    if alike:
+        shown = _listed([_relative(path, root) for path in alike.values()])
+        search.notes.append(f"files beside cases without a segmentation look like one: {shown}; name them with --cases")
+
+
+def _listed(names: Sequence[str], most: int = 5) -> str:
+    """Names for a reader, the first ones and how many more."""
+    shown = ", ".join(_printable(name) for name in names[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+
+
+def _add_notes(search: Search[Case], strangers: Sequence[Path], label_map: str | None, root: Path) -> None:
     if strangers:
         search.notes.append(
             f"{len(strangers)} volumes of other names were left out (first: {_relative(strangers[0], root)}); "
             "describe them with --cases"
         )
-    kinds = {maps[case.name] for case in search.units}
-    if {BRATS2021.name, BRATS2024.name} <= kinds:
-        search.notes.append(
-            "BraTS 2021 and 2023/2024 cases together: the releases share patients under different names, "
-            "and a split cannot know them; give the patients with --cases"
-        )
+    _note_missing_masks(search, strangers, root)
     if label_map is None and any(c.label_map == BRATS2024_PED.name and c.segmentation for c in search.units):
         search.notes.append(
             "BraTS-PED segmentations are read as those of 2024 (1 = ET); for the 2023 release: --label-map brats2024"

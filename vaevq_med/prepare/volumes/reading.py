@@ -231,7 +231,7 @@ class CaseReader:
         )
         return Contrast(stack, (low, high), offset, areas / stack[0].numel(), discarded)
 
-    def labels(self, source: Volume, case: Case) -> Tensor:
+    def labels(self, source: Volume, case: Case) -> tuple[Tensor, list[int]]:
         """Read a segmentation as upright slices; labels that are whole but for rounding are made whole.
 
         Args:
@@ -239,7 +239,7 @@ class CaseReader:
             case: whose maps say what its values mean, and in which they are wanted.
 
         Returns:
-            uint8 ``[N, rows, columns]``.
+            uint8 ``[N, rows, columns]``, and the values other than 0 that the file has, rising.
 
         Raises:
             DataError: it is not what was expected, or has other values than whole labels of its map.
@@ -263,7 +263,8 @@ class CaseReader:
         labels = _as_tensor(own.convert(voxels.astype(np.uint8), label_map(case.target_map)), affine, np.uint8)
         with _tracked_meta():
             turned = _volume_transforms(self.recipe, labels=True)(labels).as_tensor()
-        return _stack(turned, self.recipe.axis).round().to(torch.uint8)
+        stack = _stack(turned, self.recipe.axis).round().to(torch.uint8)
+        return stack, sorted({int(value) for value in whole if value})
 
     def close(self) -> None:
         """Forget the 4D files."""

@@ -48,6 +48,7 @@ class CaseRecord(Record):
         entries: the datalist's entries of this case.
         discarded: contrast to the fields of :class:`Discarded`.
         notes: names of files, and what a user should know of them.
+        labels: values of the segmentation other than 0, as its file has them; None where there is none.
     """
 
     files: int
@@ -55,6 +56,7 @@ class CaseRecord(Record):
     entries: list[dict[str, Any]]
     discarded: dict[str, dict[str, Any]]
     notes: list[Sequence[str]]
+    labels: list[int] | None
 
 
 def fingerprint(case: Case, recipe: Recipe, orientation: str | None = None) -> str:
@@ -200,9 +202,9 @@ def write_case(
         check_discarded(
             source.path.name, contrasts[modality].discarded, recipe, accept=accept, note=reader.noting(source)
         )
-    labels = None
+    labels = values = None
     if case.segmentation is not None:
-        labels = reader.labels(case.segmentation, case)
+        labels, values = reader.labels(case.segmentation, case)
     reader.close()
     foregrounds = {modality: contrast.foreground for modality, contrast in contrasts.items()}
     kept = np.flatnonzero(np.min([*foregrounds.values()], axis=0) >= recipe.min_foreground)
@@ -239,7 +241,8 @@ def write_case(
                 "foreground": round(float(foregrounds[modality][index]), 6),
                 **shared[position],
             }
-    return CaseRecord("", writer.digest.hexdigest(), writer.files, writer.bytes, entries, discarded, reader.notes)
+    digest = writer.digest.hexdigest()
+    return CaseRecord("", digest, writer.files, writer.bytes, entries, discarded, reader.notes, values)
 
 
 def _white_regions(contrast: Contrast, labels: Tensor | None, case: Case) -> dict[str, float]:

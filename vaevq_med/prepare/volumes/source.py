@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from vaevq_med.core.errors import DataError
+from vaevq_med.core.errors import DataError, HaltError
 from vaevq_med.core.folder import OutputFolder
 from vaevq_med.core.jobs import Problem, attempt
 from vaevq_med.images.manifest import SPLITS, split_hash
 from vaevq_med.images.nifti import check_orientation
+from vaevq_med.images.patients import one_name_each, patient_of, sharing_releases
 from vaevq_med.images.reading import Reading
 from vaevq_med.images.splits import count_patients, remembered_splits, split_by_file, split_by_rule
 from vaevq_med.prepare.job import DataSet, Estimate, Search, Source, known_record
 from vaevq_med.prepare.recipes import AnyRecipe, Recipe
 from vaevq_med.prepare.volumes.discarded import Discarded, check_accepted, gathered, summary
-from vaevq_med.prepare.volumes.find import Case, find_cases, read_cases
-from vaevq_med.prepare.volumes.labels import BRATS2024, label_map
+from vaevq_med.prepare.volumes.find import Case, find_cases, read_cases, read_patients
+from vaevq_med.prepare.volumes.labels import BRATS2024, LabelCensus, UnknownLabelError, fitting_maps, label_map
 from vaevq_med.prepare.volumes.slices import CaseRecord, extract_case, fingerprint, read_record
 
 
@@ -39,6 +40,7 @@ class VolumeSource(Source[Case, CaseRecord]):
         split_file: patients' splits, instead of the recipe's rule.
         cases: CSV of paths, for a layout that the search does not know.
         label_map: what the segmentations' values mean, where the file names tell it wrongly.
+        patients: CSV of whose cases are, where their names do not tell it.
         orientation: where the axes of volumes point to whose headers do not say it, e.g. ``RAS``.
         accept: which of :data:`vaevq_med.prepare.volumes.discarded.LIMITS` may be exceeded.
     """
@@ -54,6 +56,7 @@ class VolumeSource(Source[Case, CaseRecord]):
     split_file: Path | None = None
     cases: Path | None = None
     label_map: str | None = None
+    patients: Path | None = None
     orientation: str | None = None
     accept: tuple[str, ...] = ()
 
@@ -75,15 +78,25 @@ class VolumeSource(Source[Case, CaseRecord]):
             found = read_cases(self.cases, self.input, self.recipe.modalities, label_map=self.label_map)
         else:
             found = find_cases(self.input, self.recipe.modalities, label_map=self.label_map, exclude=output)
-        maps = {case.label_map for case in found.units if case.segmentation is not None}
+        units, notes = found.units, list(found.notes)
+        if self.patients is not None:
+            given = read_patients(self.patients)
+            if units and not any(case.name in given for case in units):
+                raise DataError(
+                    f"patients {self.patients}: found none of the cases, expected some, e.g. {units[0].name}"
+                )
+            units = [replace(case, patient=given.get(case.name, case.patient)) for case in units]
+        maps = {case.label_map for case in units if case.segmentation is not None}
         target = maps.pop() if len(maps) == 1 else BRATS2024.name
-        patients = sorted({case.patient for case in found.units})
+        dealt = {} if self.split_file is not None else remembered_splits(output, self.recipe.split)
+        names = one_name_each((case.patient for case in units), dealt)
         if self.split_file is not None:
-            splits = split_by_file(patients, self.split_file)
+            splits = split_by_file(set(names.values()), self.split_file)
         else:
-            splits = split_by_rule(patients, self.recipe.split, remembered_splits(output, self.recipe.split))
-        cases = [replace(case, target_map=target) for case in found.units]
-        return _Patients(cases, found.problems, found.notes, splits)
+            splits = split_by_rule(names.values(), self.recipe.split, dealt)
+        notes += _patient_notes(units, names, splits, dealt)
+        cases = [replace(case, patient=names[case.patient], target_map=target) for case in units]
+        return _Patients(cases, found.problems, notes, splits)
 
     def fingerprint(self, unit: Case) -> str:
         """See :func:`fingerprint`."""
@@ -99,8 +112,14 @@ class VolumeSource(Source[Case, CaseRecord]):
         return record
 
     def write(self, unit: Case, folder: OutputFolder) -> CaseRecord:
-        """See :func:`extract_case`."""
-        return extract_case(unit, self.recipe, folder, orientation=self.orientation, accept=self.accept)
+        """See :func:`extract_case`; values that another map has than that of the file's name halt the run."""
+        try:
+            return extract_case(unit, self.recipe, folder, orientation=self.orientation, accept=self.accept)
+        except UnknownLabelError as error:
+            fitting = fitting_maps(unit.label_map, [error.values])
+            if unit.map_is_stated or not fitting:
+                raise
+            raise HaltError(f"{error}: {' or '.join(fitting)} would fit") from None
 
     def estimate(self, search: Search[Case], todo: Sequence[Case], folder: OutputFolder) -> Estimate:
         """Slice the first case that can be; the others take what it takes."""
@@ -130,9 +149,11 @@ class VolumeSource(Source[Case, CaseRecord]):
         modalities = dict.fromkeys(self.recipe.modalities, 0)
         discarded: dict[str, Any] = {}
         noted: list[Sequence[str]] = []
+        census = LabelCensus()
         for case, record in records:
             discarded[case.name] = record.discarded
             noted += record.notes
+            census.add(case.label_map, case.map_is_stated, None if record.labels is None else set(record.labels))
             split = search.splits[case.patient]
             cases[split].append(case)
             for entry in record.entries:
@@ -143,7 +164,7 @@ class VolumeSource(Source[Case, CaseRecord]):
         patients = count_patients(standing)
         slices = {split: len(images[split]) for split in SPLITS}
         labels = label_map(next((case.target_map for case in done.values()), BRATS2024.name))
-        notes = gathered(noted)
+        notes = [*census.judge(f"input {self.input}"), *gathered(noted)]
         empty = [split for split in SPLITS if not patients[split]]
         if empty:
             notes.append(f"no patient fell into {' or '.join(empty)}; --split-file names the patients of each split")
@@ -173,7 +194,25 @@ class VolumeSource(Source[Case, CaseRecord]):
                 "slices": slices,
                 "modalities": modalities,
                 "discarded": summary(discarded),
+                "segmentations": census.facts(),
             },
             notes=notes,
             patients=standing,
+        )
+
+
+def _patient_notes(
+    cases: Sequence[Case], names: Mapping[str, str], splits: Mapping[str, str], dealt: Mapping[str, str]
+) -> Iterator[str]:
+    """Remarks on patients whom several releases have."""
+    moved = sorted({names[name] for name in names if dealt.get(name, splits[names[name]]) != splits[names[name]]})
+    for first in moved:
+        others = ", ".join(name for name, chosen in names.items() if chosen == first)
+        yield f"{others} are one patient, who stood in two splits; all images stand in {splits[first]} now"
+    releases = sharing_releases(case.name for case in cases if case.patient == patient_of(case.name))
+    if releases:
+        found = " and ".join(f"{release} ({patient})" for release, patient in releases)
+        yield (
+            f"cases of {found} together: the releases share patients under different names, and a split cannot know "
+            "them; give the patients with --patients, and look for the same images with audit-split"
         )
