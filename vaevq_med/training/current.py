@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -56,6 +57,22 @@ def current_config(**values: Any) -> dict[str, Any]:
     """
     parser = running_parser()
     return {} if parser is None else {**plain_config(parser), **json.loads(json.dumps(values))}
+
+
+def known_values(ids: Iterable[str]) -> dict[str, Any]:
+    """What expressions of the running bundle came to, where they have been evaluated, to a plain value.
+
+    Args:
+        ids: of the expressions, with ``#`` between the parts.
+    """
+    parser = running_parser()
+    if parser is None:
+        return {}
+    resolver, found = parser.ref_resolver, {}
+    for name in ids:
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            found[name] = json.loads(json.dumps(resolver.resolved_content[resolver.normalize_id(name)]))
+    return found
 
 
 def shared(component: Any) -> Any:
