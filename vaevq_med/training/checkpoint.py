@@ -197,9 +197,7 @@ class TrainingCheckpoint:
             now, before = (config.get("batch_size") for config in (self.config, self._stored(state).config))
             lengths = f"{engine.state.epoch_length} iterations, was {state.get('epoch_length')}"
             batches = "" if now == before else f"batch_size is {now}, was {before}: "
-            raise CheckpointError(
-                f"{batches}an epoch is {lengths} in {path}; expected the same to go on: {_OTHERWISE}"
-            )
+            raise CheckpointError(f"{batches}an epoch is {lengths} in {path}; expected the same to go on: {_OTHERWISE}")
         load_state(engine.network, state["network"], path, "network")
         if engine.ema is not None and "ema" in state:
             load_state(engine.ema.module, state["ema"], path, "ema")

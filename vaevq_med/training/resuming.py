@@ -131,12 +131,9 @@ def _leaves(
 ) -> Iterator[tuple[str, _Leaf]]:
     """The plain values below an id by their paths, references followed, arguments that are not given filled in."""
     if isinstance(value, str) and value.startswith(("@", "$")):
-        if name in record.values:
-            yield from _leaves(record, record.values[name], path, name, open_ids)
-            return
         whole = value.startswith("@")
         if not whole:
-            yield path, _Leaf(name, value, None, known=False)
+            yield path, _Leaf(name, value, record.values.get(name), known=name in record.values)
         for found in _REFERENCE.findall(value):
             reference = found.replace("::", "#").rstrip("#")
             is_there, target = _found(record.config, reference)
@@ -222,8 +219,10 @@ def difference(before: RunRecord, now: RunRecord, dataset: Any = None) -> str | 
         now: the run that wants to go on.
         dataset: its training data.
     """
-    return _data_difference(before, now) or _reading_difference(before, now, dataset) or _setting_difference(
-        before, now, dataset
+    return (
+        _data_difference(before, now)
+        or _reading_difference(before, now, dataset)
+        or _setting_difference(before, now, dataset)
     )
 
 
@@ -267,8 +266,8 @@ def _reading_difference(before: RunRecord, now: RunRecord, dataset: Any) -> str 
         return _differs("stack_modalities", new[0], old[0])
     if new and old and new[1] != old[1]:
         return _differs("modalities", new[1], old[1])
-    chains = [_chain(one, dataset) for one in (now, before)]
-    if None not in chains and chains[0] != chains[1]:
+    chains = [_chain(one, dataset) for one in (now, before)] if _names_two_chains(before, now) else []
+    if None not in chains and chains[:1] != chains[1:]:
         return _differs("train#preprocessing", *chains)
     return None
 
@@ -283,11 +282,15 @@ def _setting_difference(before: RunRecord, now: RunRecord, dataset: Any) -> str 
             old, new = ({p: leaf for p, leaf in part.items() if not p.startswith(compared)} for part in (old, new))
         for path in dict.fromkeys((*new, *old)):
             found, stored = new.get(path), old.get(path)
+            above, _, _ = path.partition("@")
+            if above != path and all(above in part and part[above].known for part in (new, old)):
+                continue  # what an expression refers to does not count where it is known what it came to
             given = [leaf for leaf in (found, stored) if leaf is not None]
             same = given[0].says_as(given[-1]) if len(given) == 2 else given[0].known and given[0].value is None
             if not same:
                 words = ["unset" if leaf is None else leaf.written for leaf in (found, stored)]
-                return _differs(given[0].name.removesuffix("#_target_"), *words)
+                spelled = given[0].name if given[0].name == given[-1].name else path
+                return _differs(spelled.removesuffix("#_target_"), *words)
     return None
 
 
@@ -296,11 +299,15 @@ def _compared_already(before: RunRecord, now: RunRecord, dataset: Any) -> tuple[
     done = []
     if all(_contrasts(one, dataset) for one in (before, now)):
         done += ["train#dataset#modalities", "train#dataset#stack_modalities"]
-    targets = [_of_id(one, "train#dataset").get(f"{_CHAIN}#_target_") for one in (before, now)]
-    # Two ways to name a chain of transforms: the chains themselves are compared.
-    if all(targets) and len({leaf.value for leaf in targets if leaf}) == 2:
+    if _names_two_chains(before, now):
         done.append(_CHAIN)
     return tuple(done)
+
+
+def _names_two_chains(before: RunRecord, now: RunRecord) -> bool:
+    """Whether the transforms are named in two ways, by a function or one by one: the chains themselves are compared."""
+    targets = [_of_id(one, "train#dataset").get(f"{_CHAIN}#_target_") for one in (before, now)]
+    return len({leaf.value for leaf in targets if leaf is not None}) == 2
 
 
 def check_same(path: Path, before: RunRecord, now: RunRecord, dataset: Any, otherwise: str) -> None:
