@@ -74,6 +74,9 @@ class SliceDataset(Dataset):
         shard: ``(rank, world size)``: keep this rank's share of the items.
         seed: seed of the random transforms.
 
+    Attributes:
+        channels: names of the contrasts that are the channels of an item, where they are stacked; otherwise None.
+
     Raises:
         DataError: there is no data set, the split is empty, or a contrast is unknown.
     """
@@ -108,6 +111,7 @@ class SliceDataset(Dataset):
         self.split = split
         self.manifest = manifest
         self.num_items = len(entries)
+        self.channels = chosen_modalities(manifest, split, modalities, stacked=True) if stack_modalities else None
 
     @property
     def shape(self) -> str | None:
