@@ -105,21 +105,6 @@ def _words(kinds: tuple[Any, ...], metadata: list[Any]) -> str:
     return "a number" if float in kinds else words.get(kinds[0], "another value")
 
 
-def listed(value: Any) -> list[Any]:
-    """What is given where a list is expected: a word, a number or a mapping is one item, a word with commas several.
-
-    Args:
-        value: a list or a tuple, or one item.
-
-    Examples:
-        >>> listed("t1n"), listed("t1n, t2f"), listed(("t1n", "t2f")), listed(2)
-        (['t1n'], ['t1n', 't2f'], ['t1n', 't2f'], [2])
-    """
-    if isinstance(value, str):
-        return [word.strip() for word in value.split(",") if word.strip()]
-    return list(value) if isinstance(value, list | tuple | set | frozenset) else [value]
-
-
 def expect(valid: object, name: str, found: object, expected: str) -> None:
     """Raise the error of a field whose value is not valid."""
     if not valid:

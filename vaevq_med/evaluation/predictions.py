@@ -17,7 +17,7 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.files import atomic_binary_writer
 from vaevq_med.core.folder import OutputFolder
 from vaevq_med.core.maker import Maker
-from vaevq_med.core.options import listed
+from vaevq_med.core.names import listed
 from vaevq_med.trained.network import StoredTokenizer, network_hash
 from vaevq_med.training.tokenizer_evaluator import TokenizerEvaluator
 

@@ -23,6 +23,7 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.files import atomic_write_bytes, atomic_write_text
 from vaevq_med.core.folder import OutputFolder
 from vaevq_med.core.maker import Maker
+from vaevq_med.core.names import listed
 from vaevq_med.core.options import expect, is_int
 from vaevq_med.generation.plan import SamplePlan
 from vaevq_med.images.generated import LIST_NAME, SETTINGS_NAME
@@ -92,8 +93,8 @@ class SampleWriter:
             raise VaevqMedError(
                 f"generate: found {distributed.world_size()} processes, expected one; start it without torchrun"
             )
-        kinds = [write] if isinstance(write, str) else write
-        valid = isinstance(kinds, list | tuple) and "png" in kinds and all(kind in KINDS for kind in kinds)
+        kinds = listed(write)
+        valid = "png" in kinds and all(kind in KINDS for kind in kinds)
         expect(valid, "write", write, "['png'] or ['png', 'npz']")
         expect(isinstance(overwrite, bool), "overwrite", overwrite, "True or False")
         self.output_dir = Path(output_dir)

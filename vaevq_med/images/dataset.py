@@ -18,7 +18,7 @@ from monai.transforms import Compose, Randomizable, Transform
 from torch.utils.data import Sampler
 
 from vaevq_med.core.errors import DataError, as_item_error
-from vaevq_med.core.options import listed
+from vaevq_med.core.names import listed
 from vaevq_med.core.picks import evenly_spaced
 from vaevq_med.images.manifest import SPLITS, Manifest, load_manifest
 from vaevq_med.images.reading import shape_of

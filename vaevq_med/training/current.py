@@ -30,17 +30,17 @@ def running_parser() -> ConfigParser | None:
     return None
 
 
-def own_ids() -> frozenset[str]:
-    """The ids of the running bundle's own file, the first one that MONAI was given; none outside one.
+def own_config() -> dict[str, Any]:
+    """The content of the running bundle's own file, the first one that MONAI was given; empty outside one.
 
-    An override may replace a part of the configuration by one that no longer refers to an id, which is then no
+    An override may replace a part of the configuration by one that no longer refers to one of its ids, which is then no
     misspelling.
     """
     for frame in _callers():
         files = frame.f_locals.get("config_file")
         if files and frame.f_globals.get("__name__") == "monai.bundle.scripts":
-            return frozenset(map(str, ConfigParser.load_config_file(ensure_tuple(files)[0])))
-    return frozenset()
+            return ConfigParser.load_config_file(ensure_tuple(files)[0])
+    return {}
 
 
 def plain_config(parser: ConfigParser) -> dict[str, Any]:
