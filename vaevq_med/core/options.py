@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from types import NoneType
 from typing import Any, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
+from vaevq_med.core.declared import with_lists
 from vaevq_med.core.errors import DataError
 from vaevq_med.core.names import in_one_line, nearest
 
@@ -20,10 +21,17 @@ Number = int | float
 class Options(BaseModel):
     """Values that a user gives: each of its declared type, none of an unknown name; they do not change.
 
+    One item where a list is expected is taken as a list of it.
+
     The description of a field, where it has one, says in an error what is expected.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_lists(cls, values: Any) -> Any:
+        return with_lists(values, {name: entry.annotation for name, entry in cls.model_fields.items()})
 
     @classmethod
     def read(cls, values: Any, where: str = "") -> Self:
