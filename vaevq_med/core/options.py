@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import NoneType
 from typing import Any, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from vaevq_med.core.declared import with_lists
@@ -28,11 +28,6 @@ class Options(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", validate_default=True)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _with_lists(cls, values: Any) -> Any:
-        return with_lists(values, {name: entry.annotation for name, entry in cls.model_fields.items()})
-
     @classmethod
     def read(cls, values: Any, where: str = "") -> Self:
         """Take values as a JSON file holds them.
@@ -45,7 +40,7 @@ class Options(BaseModel):
             DataError: a name is unknown or missing, or a value is none that its field takes.
         """
         try:
-            return cls.model_validate_json(json.dumps(values, default=str))
+            return cls.model_validate_json(json.dumps(_with_lists(cls, values), default=str))
         except ValidationError as error:
             line = _line(cls, values, error)
             raise DataError(f"{where}: {line}" if where else line) from None
@@ -61,6 +56,18 @@ class Options(BaseModel):
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as a JSON file holds them."""
         return self.model_dump(mode="json")
+
+
+def _with_lists(kind: type[Options], values: Any) -> Any:
+    """The values, those inside others too, one item in a list where a list is expected."""
+    if not isinstance(values, Mapping):
+        return values
+    found = with_lists(values, {name: entry.annotation for name, entry in kind.model_fields.items()})
+    for name in found.keys() & kind.model_fields.keys():
+        for one in _kinds(kind.model_fields[name].annotation):
+            if isinstance(one, type) and issubclass(one, Options):
+                found[name] = _with_lists(one, found[name])
+    return found
 
 
 def _line(kind: type[Options], values: Any, error: ValidationError) -> str:
