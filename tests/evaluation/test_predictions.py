@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import FIXTURES
 from helpers.bundles import run_bundle
 from torch.utils.data import DataLoader
 
 from vaevq_med import __version__
 from vaevq_med.evaluation.predictions import PredictionWriter
+from vaevq_med.evaluation.report import EvaluationReport
 from vaevq_med.images.dataset import SliceDataset
 from vaevq_med.trained.network import StoredTokenizer
 from vaevq_med.training.tokenizer_evaluator import TokenizerEvaluator
@@ -103,6 +107,39 @@ def test_what_files_depend_on(tmp_path: Path) -> None:
     unnamed = depends(None)
     next(network.parameters()).data += 1
     assert unnamed["network"] != depends(None)["network"]
+
+
+def test_a_record_never_stands_beside_rows_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def report(value: float) -> EvaluationReport:
+        overall = {"psnr": {"value": value, "n": 1}}
+        return EvaluationReport({"overall": overall}, [{"psnr": value}], torch.zeros(1, 1))
+
+    (tmp_path / "worst.png").write_text("of an earlier one")
+    report(1).save(tmp_path)
+    before = contents(tmp_path)
+    # A disk that is full while the new one is written: the earlier record is whole.
+    with monkeypatch.context() as patch:
+        patch.setattr(EvaluationReport, "_write_rows", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        with pytest.raises(OSError, match="full"):
+            report(2).save(tmp_path, beside=["worst.png"])
+    assert contents(tmp_path) == before
+    # A kill while it is put in place: no figures stand there.
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", killed_at("metrics.csv", os.replace))
+        with pytest.raises(KeyboardInterrupt):
+            report(2).save(tmp_path, beside=["worst.png"])
+    assert {*contents(tmp_path)} == {"per_image.csv", "metrics.csv"}
+    report(3).save(tmp_path)
+    assert json.loads((tmp_path / "metrics.json").read_text())["summary"]["overall"]["psnr"]["value"] == 3
+
+
+def killed_at(name: str, replace: Callable[..., None]) -> Callable[..., None]:
+    def replaced(source: Path, target: Path) -> None:
+        if Path(target).name == name and Path(source).parent != Path(target).parent:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    return replaced
 
 
 def test_files_of_which_nothing_is_known_are_not_added_to(

@@ -196,3 +196,23 @@ def test_changes_become_tags_of_the_tracked_run(tmp_path: Path, monkeypatch: pyt
     tracker.attach(engine)
     engine.run([0], max_epochs=0)
     assert tags == {"changed.4": "learning_rate 1 -> 2; max_epochs 1 -> 3"}
+
+
+def test_a_run_that_starts_anew_leaves_nothing_of_the_one_before(tmp_path: Path) -> None:
+    class Trainer:
+        """What a checkpoint asks of one, without a network."""
+
+        def check_terms(self) -> None: ...
+
+    def saved(resume: Any, name: str) -> set[str]:
+        (tmp_path / "best.pt").write_bytes(b"of another run")
+        checkpoint = TrainingCheckpoint(directory=tmp_path, sampler=None, resume=resume)
+        checkpoint.state_dict = lambda engine: {"network": {}}  # type: ignore[method-assign]
+        checkpoint.best = {"value": 1.0} if name == "best.pt" else None
+        checkpoint.save(Trainer(), name)  # type: ignore[arg-type]
+        checkpoint.save(Trainer())  # type: ignore[arg-type]
+        return {path.name for path in tmp_path.iterdir()}
+
+    assert saved(False, "last.pt") == {"last.pt"}
+    assert saved(False, "best.pt") == {"last.pt", "best.pt"}
+    assert saved("auto", "last.pt") == {"last.pt", "best.pt"}

@@ -77,7 +77,8 @@ class TrainingCheckpoint:
         sampler: the training ``ResumableBatchSampler``, which a resumed run starts at its iteration.
         dataset: the training data set, whose images and split a resumed run has to share.
         interval: iterations between checkpoints.
-        resume: ``auto`` takes up ``last.pt`` if there is one; False starts anew; a path takes up that file.
+        resume: ``auto`` takes up ``last.pt`` if there is one; False starts anew, and the first checkpoint takes the
+            place of what an earlier run left; a path takes up that file.
         metric: validation metric that decides ``best.pt``.
         mode: ``max`` or ``min``.
         config: the run's configuration, stored as JSON. A run resumes only where what makes it what it is (data,
@@ -120,6 +121,7 @@ class TrainingCheckpoint:
         self.best: dict[str, Any] | None = None
         self.extra: dict[str, Any] = {}
         self.interrupted_by: str | None = None
+        self._begun_anew = resume != "auto"
         self._old_handlers: dict[int, Any] = {}
 
     @property
@@ -215,6 +217,7 @@ class TrainingCheckpoint:
             torch.cuda.set_rng_state_all(state["rng"]["cuda"])
         if path.resolve().parent == self.directory.resolve():
             self.best = state["best"]
+            self._begun_anew = False
             self.extra = dict(state.get("extra", {}))
         engine.state.iteration = state["iteration"]
         engine.state.epoch = state["iteration"] // state["epoch_length"]
@@ -259,6 +262,9 @@ class TrainingCheckpoint:
         engine.check_terms()
         if distributed.is_main():
             atomic_save(self.state_dict(engine), self.directory / name)
+            if self.best is None and self._begun_anew:
+                (self.directory / "best.pt").unlink(missing_ok=True)  # of the run that this one takes the place of
+            self._begun_anew = False
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.interrupted_by = signal.Signals(number).name
