@@ -181,6 +181,12 @@ def test_numbers_stay_as_they_are_written_and_a_change_is_checked() -> None:
         mine.changed(count=10)
 
 
+def test_one_item_is_a_list_of_it() -> None:
+    assert Mine.read({"name": "x", "inner": {"sizes": 3}}).inner == Inner(sizes=(3,))
+    with pytest.raises(DataError, match="sizes"):
+        Mine.read({"name": "x", "inner": {"sizes": "3"}})
+
+
 def test_items_are_evenly_spaced() -> None:
     assert evenly_spaced(10, None) == list(range(10))
     assert evenly_spaced(3, 7) == [0, 1, 2]

@@ -20,11 +20,13 @@ from typer.testing import CliRunner
 
 from vaevq_med.cli.app import app
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.evaluation.options import EvaluateOptions
 from vaevq_med.study.bundle import Bundle, literal, texts
 from vaevq_med.study.command import RunStudy
 from vaevq_med.study.file import GeneratorStudy, Report, TokenizerStudy, check_study, read_study
 from vaevq_med.study.methods import make_methods
 from vaevq_med.study.rows import check_settings
+from vaevq_med.tokens.options import EncodeOptions
 
 STUDIES = sorted(path.stem for path in (BUNDLE.parent / "studies").glob("*.yaml"))
 TOKENIZERS = {"study": "tokenizers", "output": "out", "methods": ["vqgan", "simvq"], "tracking_uri": "none"}
@@ -81,14 +83,14 @@ def generators(**changes: Any) -> dict[str, Any]:
         (tokenizers(seeds=[True]), "seeds[0] is true; expected a whole number"),
         (tokenizers(seeds=[0, 0]), "seeds is [0, 0]; expected 0 once"),
         (tokenizers(seeds=[-1]), "seeds[0] is -1; expected at least 0"),
-        (tokenizers(seeds=0), "seeds is 0; expected a list"),
+        (tokenizers(seeds={}), "seeds is {}; expected a list"),
         (tokenizers(methods=[]), "methods is []; expected at least 1 item"),
         (tokenizers(methods=["vqgan", 3]), "methods[1] is 3; expected a mapping"),
         (tokenizers(methods=["vqgan", "vqgan"]), "methods is a list with vqgan more than once; expected each name"),
         (tokenizers(methods=[{"name": "a", "overlay": ["b"]}]), "methods[0].overlay is unknown; expected overlays"),
         (tokenizers(methods=[{"name": "a/b"}]), "methods[0].name is \"a/b\"; expected letters, digits, '_', '-'"),
         (tokenizers(set=["a=b"]), 'set is ["a=b"]; expected a mapping'),
-        (tokenizers(launch="torchrun"), 'launch is "torchrun"; expected a list'),
+        (tokenizers(launch={"torchrun": 8}), 'launch is {"torchrun": 8}; expected a list'),
         (tokenizers(sweep={"num_embeddings": [1]}), "sweep.num_embeddings[0] is 1; expected at least 2"),
         (tokenizers(checkpoint="worst"), "checkpoint is \"worst\"; expected 'best' or 'last'"),
         (tokenizers(report={"pictures": -1}), "report.pictures is -1; expected at least 0"),
@@ -311,6 +313,26 @@ def test_generators_have_no_tasks(slice_dataset: Path, tmp_path: Path) -> None:
     content = generators(tokenizers={"a": str(checkpoint)}, output=str(tmp_path), dataset_dir=str(slice_dataset))
     with pytest.raises(VaevqMedError, match="study is generators, whose rows share token stores"):
         RunStudy(check_study(content, "mine")).script()
+
+
+def test_one_item_is_a_list_of_it() -> None:
+    report = {"figures": "psnr", "notes": "One sentence, with a comma."}
+    given = tokenizers(
+        methods="vqgan", seeds=3, overlays="small_cpu", launch="torchrun --nproc-per-node 2", report=report
+    )
+    study = check_study(given, "mine")
+    listed = {"methods": ["vqgan"], "seeds": [3], "overlays": ["small_cpu"]}
+    listed |= {"launch": ["torchrun", "--nproc-per-node", "2"], "report": {name: [one] for name, one in report.items()}}
+    assert study == check_study(tokenizers(**listed), "mine")
+    options = {"encode": {"split": "training"}, "evaluate": {"modality": "t1n"}}
+    study = check_study(generators(**options), "mine")
+    assert isinstance(study, GeneratorStudy)
+    assert (study.encode, study.evaluate) == ({"split": ["training"]}, {"modality": ["t1n"]})
+    # From Python too.
+    assert EncodeOptions(split="test").split == ["test"]  # type: ignore[arg-type]
+    assert EvaluateOptions(modality="t1n").modality == ["t1n"]  # type: ignore[arg-type]
+    with pytest.raises(VaevqMedError, match=r"mine: .*launch is"):
+        check_study(tokenizers(launch="torchrun 'a"), "mine")
 
 
 # --- the older commands -----------------------------------------------------------------------------

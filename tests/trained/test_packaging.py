@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from vaevq_med.cli.app import app
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.trained.network import StoredTokenizer
 
 SCHEMA = {
     "type": "object",
@@ -128,3 +129,6 @@ def test_pack_refuses_a_folder_in_use(packed: tuple[Path, dict[str, Any]]) -> No
     result = CliRunner().invoke(app, ["bundle", "pack", "brats", str(root), "--checkpoint", checkpoint])
     assert isinstance(result.exception, VaevqMedError)
     assert "found something there" in str(result.exception)
+    made = json.loads((root / "made_by.json").read_text())
+    assert made["network"] == StoredTokenizer(checkpoint).content_hash
+    assert made["trained_on"]["content_hash"] == "sha256:toy"

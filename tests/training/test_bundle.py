@@ -331,20 +331,29 @@ def test_several_processes_need_ddp(
     assert "pass the overlay multi_gpu" in said
 
 
-def test_a_resumed_run_takes_the_new_learning_rate_and_refuses_another_split(
+def test_a_resumed_run_takes_and_notes_a_new_learning_rate_and_refuses_other_data(
     toy_overrides: dict[str, Any], slice_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_bundle("train.json", {**toy_overrides, "max_epochs": 1}, run_id="training")
     longer = {**toy_overrides, "learning_rate": 1e-6, "final_learning_rate_ratio": 1.0, "warmup_steps": 0}
     parser = run_bundle("train.json", longer, run_id="training")
     assert parser.get_parsed_content("train#trainer").state.terms["learning_rate"] == pytest.approx(1e-6)
+    (change,) = read_checkpoint(Path(toy_overrides["output_dir"]) / "checkpoints" / "last.pt")["changes"]
+    assert change["iteration"] == 4
+    assert change["changed"].pop("learning_rate") == ["0.0001", "1e-06"]
+    assert {*change["changed"]} == {"max_epochs", "final_learning_rate_ratio", "warmup_steps"}
     content = json.loads((slice_dataset / "dataset.json").read_text())
-    content |= {"training": content["test"], "test": content["training"], "split_hash": "sha256:other"}
     moved = tmp_path / "moved"
     shutil.copytree(slice_dataset, moved)
+    (moved / "dataset.json").write_text(json.dumps({**content, "content_hash": "sha256:resliced"}))
+    further = {**longer, "max_epochs": 3, "dataset_dir": str(moved)}
+    with pytest.raises(SystemExit):
+        run_bundle("train.json", further, run_id="training")
+    assert re.search("sha256:resliced, was sha256:toy.*--resume False", capsys.readouterr().err)
+    content |= {"training": content["test"], "test": content["training"], "split_hash": "sha256:other"}
     (moved / "dataset.json").write_text(json.dumps(content))
     with pytest.raises(SystemExit):
-        run_bundle("train.json", {**longer, "max_epochs": 3, "dataset_dir": str(moved)}, run_id="training")
+        run_bundle("train.json", further, run_id="training")
     assert "another split" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run_bundle("evaluate.json", evaluation_overrides({**toy_overrides, "dataset_dir": str(moved)}))

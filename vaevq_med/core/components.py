@@ -13,6 +13,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.core.names import listed
 
 GROUP = "vaevq_med.components"
 OWN = "vaevq_med"
@@ -34,7 +35,7 @@ def trust(packages: object) -> None:
         ComponentError: they are no list, or one is no name of a top-level package.
     """
     if isinstance(packages, str):
-        packages = [packages]
+        packages = listed(packages)
     if not isinstance(packages, Iterable):
         raise ComponentError(f"trusted is {packages!r}; expected a list of the names of packages")
     for name in packages:

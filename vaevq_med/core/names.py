@@ -1,10 +1,11 @@
-"""Names that users write: the known one that a misspelt one is nearest to, and how an odd one stands in a line."""
+"""Names that users write: the known one that a misspelt one is nearest to, an odd one in a line, one for a list."""
 
 from __future__ import annotations
 
 import difflib
 import json
 from collections.abc import Iterable
+from typing import Any
 
 
 def nearest(name: object, known: Iterable[str], cutoff: float = 0.6) -> str:
@@ -40,3 +41,18 @@ def did_you_mean(name: object, known: Iterable[str], otherwise: str, cutoff: flo
 def in_one_line(name: str) -> str:
     """A name as it stands, or as JSON has it where it would break a line."""
     return name if name.isprintable() else json.dumps(name)
+
+
+def listed(value: Any) -> list[Any]:
+    """What is given where a list is expected: a word, a number or a mapping is one item, a word with commas several.
+
+    Args:
+        value: a list or a tuple, or one item.
+
+    Examples:
+        >>> listed("t1n"), listed("t1n, t2f"), listed(("t1n", "t2f")), listed(2)
+        (['t1n'], ['t1n', 't2f'], ['t1n', 't2f'], [2])
+    """
+    if isinstance(value, str):
+        return [word.strip() for word in value.split(",") if word.strip()] or [value]
+    return list(value) if isinstance(value, list | tuple | set | frozenset) else [value]

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
+from vaevq_med.core.declared import with_lists
 from vaevq_med.core.errors import DataError
 from vaevq_med.core.names import in_one_line, nearest
 
@@ -19,6 +20,8 @@ Number = int | float
 
 class Options(BaseModel):
     """Values that a user gives: each of its declared type, none of an unknown name; they do not change.
+
+    One item where a list is expected is taken as a list of it.
 
     The description of a field, where it has one, says in an error what is expected.
     """
@@ -37,7 +40,7 @@ class Options(BaseModel):
             DataError: a name is unknown or missing, or a value is none that its field takes.
         """
         try:
-            return cls.model_validate_json(json.dumps(values, default=str))
+            return cls.model_validate_json(json.dumps(_with_lists(cls, values), default=str))
         except ValidationError as error:
             line = _line(cls, values, error)
             raise DataError(f"{where}: {line}" if where else line) from None
@@ -53,6 +56,18 @@ class Options(BaseModel):
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as a JSON file holds them."""
         return self.model_dump(mode="json")
+
+
+def _with_lists(kind: type[Options], values: Any) -> Any:
+    """The values, those inside others too, one item in a list where a list is expected."""
+    if not isinstance(values, Mapping):
+        return values
+    found = with_lists(values, {name: entry.annotation for name, entry in kind.model_fields.items()})
+    for name in found.keys() & kind.model_fields.keys():
+        for one in _kinds(kind.model_fields[name].annotation):
+            if isinstance(one, type) and issubclass(one, Options):
+                found[name] = _with_lists(one, found[name])
+    return found
 
 
 def _line(kind: type[Options], values: Any, error: ValidationError) -> str:

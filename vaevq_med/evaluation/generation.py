@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from vaevq_med import __version__
 from vaevq_med.core.errors import DataError, VaevqMedError
 from vaevq_med.core.files import atomic_write_text
 from vaevq_med.evaluation.features import ImageReader, RealImages, SplitPass
@@ -250,6 +251,7 @@ class EvaluateSamples(EvaluateOptions):
             "max_items": self.max_items,
             "n": len(generated),
             "n_reference": count,
+            "version": __version__,
             "samples_sha256": digest.hexdigest(),
         }
 

@@ -13,6 +13,7 @@ from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vaevq_med import __version__
 from vaevq_med.core.picks import evenly_spaced
 from vaevq_med.evaluation.data import check_data
 from vaevq_med.evaluation.pictures import reconstruction_grid, usage_histogram
@@ -25,6 +26,8 @@ from vaevq_med.networks.tokenizer import VisualTokenizer
 from vaevq_med.trained.network import StoredTokenizer
 from vaevq_med.training import distributed
 from vaevq_med.training.tokenizer_evaluator import TokenizerEvaluator
+
+_EXTREMES, _USAGE = "best_median_worst.png", "codebook_usage.png"
 
 
 class EvaluationHandler:
@@ -91,7 +94,7 @@ class EvaluationHandler:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._completed)
 
     def _provenance(self, network: VisualTokenizer) -> dict[str, Any]:
-        record: dict[str, Any] = {}
+        record: dict[str, Any] = {"version": __version__}
         manifest = getattr(self.dataset, "manifest", None)
         if manifest is not None:
             record |= {
@@ -153,16 +156,16 @@ class EvaluationHandler:
         if not distributed.is_main():
             return
         if self.output_dir is not None:
-            report.save(self.output_dir)
+            report.save(self.output_dir, beside=(_EXTREMES, _USAGE))
             if report.figures:
-                self._draw(engine, self._extremes(report), self.output_dir / "best_median_worst.png")
+                self._draw(engine, self._extremes(report), self.output_dir / _EXTREMES)
         folder = self.pictures_dir or self.output_dir
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             if self.pictures_dir is not None:
                 fixed = evenly_spaced(len(self.dataset), self.num_pictures)  # type: ignore[arg-type]
                 self._draw(engine, {f"{i}": i for i in fixed}, folder / "reconstructions.png")
-            usage_histogram(report.usage_counts, folder / "codebook_usage.png")
+            usage_histogram(report.usage_counts, folder / _USAGE)
 
     def _extremes(self, report: EvaluationReport) -> dict[str, int]:
         """Two items each of the best, the median and the worst by the first metric, as this process's item numbers."""

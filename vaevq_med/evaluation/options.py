@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from vaevq_med.core.declared import option
+from vaevq_med.core.declared import Declared, option
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.jobs import check_workers
 from vaevq_med.tokens.options import Split
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions:
+class EvaluateOptions(Declared):
     """How generated images are measured."""
 
     split: Split = option("training", "Real images to compare with.")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,9 +46,29 @@ class EvaluationReport:
                 flat |= {f"{name}_{group}": entry["value"] for name, entry in table.items()}
         return {name: value for name, value in flat.items() if value == value}
 
-    def save(self, directory: Path) -> None:
-        """Write ``metrics.json``, ``metrics.csv`` (a line a figure) and ``per_image.csv``, each atomically."""
-        directory.mkdir(parents=True, exist_ok=True)
+    def save(self, directory: Path, *, beside: Sequence[str] = ()) -> None:
+        """Write ``metrics.json``, ``metrics.csv`` (a line a figure) and ``per_image.csv`` in place of earlier ones.
+
+        All three are written before anything is replaced, and ``metrics.json`` takes its place last, so that it never
+        stands beside rows of another evaluation.
+
+        Args:
+            directory: where they go.
+            beside: names of files that belong to an earlier record and are removed with it.
+        """
+        partial = directory / ".partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            self._write(partial)
+            for name in ("metrics.json", *beside):
+                (directory / name).unlink(missing_ok=True)
+            for name in ("per_image.csv", "metrics.csv", "metrics.json"):
+                os.replace(partial / name, directory / name)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _write(self, directory: Path) -> None:
         record = {
             "summary": self.summary,
             "provenance": dict(self.provenance),

@@ -18,9 +18,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from vaevq_med import __version__
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.files import atomic_write_bytes, atomic_write_text
-from vaevq_med.core.folder import OutputFolder, difference
+from vaevq_med.core.folder import OutputFolder
+from vaevq_med.core.maker import Maker
+from vaevq_med.core.names import listed
 from vaevq_med.core.options import expect, is_int
 from vaevq_med.generation.plan import SamplePlan
 from vaevq_med.images.generated import LIST_NAME, SETTINGS_NAME
@@ -28,6 +31,7 @@ from vaevq_med.training import distributed
 
 KINDS = ("png", "npz")
 _GRID_SAMPLES = 64
+_REPLACE = "choose another --generated_dir, or replace them with --overwrite True"
 _OWN = re.compile(r"\.?(\d{6,}(-channel\d)?\.(png|npz)|samples\.csv|grid\.png|generation\.json)(\.part|\..*)?")
 
 
@@ -89,8 +93,8 @@ class SampleWriter:
             raise VaevqMedError(
                 f"generate: found {distributed.world_size()} processes, expected one; start it without torchrun"
             )
-        kinds = [write] if isinstance(write, str) else write
-        valid = isinstance(kinds, list | tuple) and "png" in kinds and all(kind in KINDS for kind in kinds)
+        kinds = listed(write)
+        valid = "png" in kinds and all(kind in KINDS for kind in kinds)
         expect(valid, "write", write, "['png'] or ['png', 'npz']")
         expect(isinstance(overwrite, bool), "overwrite", overwrite, "True or False")
         self.output_dir = Path(output_dir)
@@ -102,30 +106,25 @@ class SampleWriter:
         self._rows: dict[int, list[Any]] = {}
         self._begun = False
         self.folder = OutputFolder(self.output_dir, "", "generate", "samples", LIST_NAME)
+        told = {"num_samples": len(plan), "version": __version__}
+        self.maker = Maker(self.folder, self.record, self._samples, note=SETTINGS_NAME, told=told)
         self.overwrite = overwrite
         with self.folder.writing():
             self._replaces = self._check()
 
     def _check(self) -> bool:
         """Whether what the folder holds is of other settings, and may be replaced."""
-        folder, path = self.output_dir, self.output_dir / SETTINGS_NAME
+        folder = self.output_dir
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
         foreign = sorted(file.name for file in folder.iterdir() if not _OWN.fullmatch(file.name))
         if foreign:
             raise VaevqMedError(f"{folder}: found {foreign[0]}, expected generated samples or nothing")
-        known: dict[str, Any] = {}
-        if path.is_file():
-            try:
-                known = json.loads(path.read_text(encoding="utf-8"))
-                known.pop("num_samples", None)
-            except (ValueError, AttributeError):
-                known = {SETTINGS_NAME: "unreadable"}
-        if not self.overwrite and any(file.suffix in (".png", ".npz") for file in folder.iterdir()):
-            replace = "choose another --generated_dir, or replace them with --overwrite True"
-            self.folder.refuse_other(known, self.record, "samples", replace)
-        return difference(known, self.record) is not None
+        return self.maker.check(_REPLACE, overwrite=self.overwrite)
+
+    def _samples(self) -> list[Path]:
+        return [file for file in self.output_dir.iterdir() if file.suffix in (".png", ".npz")]
 
     def _begin(self) -> None:
         """Remove samples of other settings and take up those of the same.
@@ -133,13 +132,9 @@ class SampleWriter:
         Another run may have begun in the folder while the first batch was drawn.
         """
         if self._check():
-            # The old settings go last, so that a half-emptied folder is still of them.
-            for file in self.output_dir.iterdir():
-                if file.name != SETTINGS_NAME:
-                    file.unlink()
+            (self.output_dir / LIST_NAME).unlink(missing_ok=True)
+        self.maker.begin(_REPLACE, overwrite=self.overwrite)
         self._replaces = False
-        record = {**self.record, "num_samples": len(self.plan)}
-        atomic_write_text(self.output_dir / SETTINGS_NAME, json.dumps(record, indent=2) + "\n")
         missing = set(self.missing())
         self._rows = {number: self._row(number) for number in range(len(self.plan)) if number not in missing}
         self._begun = True

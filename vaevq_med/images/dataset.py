@@ -18,6 +18,7 @@ from monai.transforms import Compose, Randomizable, Transform
 from torch.utils.data import Sampler
 
 from vaevq_med.core.errors import DataError, as_item_error
+from vaevq_med.core.names import listed
 from vaevq_med.core.picks import evenly_spaced
 from vaevq_med.images.manifest import SPLITS, Manifest, load_manifest
 from vaevq_med.images.reading import shape_of
@@ -66,12 +67,15 @@ class SliceDataset(Dataset):
         dataset_dir: folder of ``dataset.json``; an entry needs ``image`` only.
         split: ``training``, ``validation`` or ``test``.
         transform: from an entry to an item, usually :func:`vaevq_med.images.reading.reader`.
-        modalities: keep these contrasts only, e.g. ``["t1n", "t2f"]``; None keeps all.
+        modalities: keep these contrasts only, e.g. ``["t1n", "t2f"]`` or ``t1n``; None keeps all.
         stack_modalities: make one item of all kept contrasts of a slice, in the order of ``modalities`` or of the
             datalist, instead of one an image; a slice that lacks one is left out.
         max_items: keep at most this many items, evenly spaced over the split.
         shard: ``(rank, world size)``: keep this rank's share of the items.
         seed: seed of the random transforms.
+
+    Attributes:
+        channels: names of the contrasts that are the channels of an item, where they are stacked; otherwise None.
 
     Raises:
         DataError: there is no data set, the split is empty, or a contrast is unknown.
@@ -107,6 +111,7 @@ class SliceDataset(Dataset):
         self.split = split
         self.manifest = manifest
         self.num_items = len(entries)
+        self.channels = chosen_modalities(manifest, split, modalities, stacked=True) if stack_modalities else None
 
     @property
     def shape(self) -> str | None:
@@ -134,8 +139,9 @@ def _select(
     """A split's entries of the chosen contrasts."""
     entries = manifest.entries(split)
     where = manifest.path.parent
-    found = sorted({str(entry["modality"]) for entry in entries if "modality" in entry})
+    found = _modalities_of(entries)
     if modalities is not None:
+        modalities = listed(modalities)
         unknown = sorted(set(modalities) - set(found))
         if unknown and entries:
             raise DataError(
@@ -144,8 +150,7 @@ def _select(
             )
         entries = [entry for entry in entries if entry.get("modality") in modalities]
     if stack_modalities and entries:
-        listed = [str(name) for name in manifest.content.get("modality", {}).values() if name in found]
-        chosen = list(modalities or listed or found)
+        chosen = chosen_modalities(manifest, split, modalities, stacked=True)
         if not chosen:
             raise DataError(f"{where}: found images without a modality, expected some to stack (stack_modalities)")
         stacked = stack_entries(entries, chosen)
@@ -161,6 +166,27 @@ def _select(
             + manifest.splitting_advice()
         )
     return entries
+
+
+def _modalities_of(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    return sorted({str(entry["modality"]) for entry in entries if "modality" in entry})
+
+
+def chosen_modalities(manifest: Manifest, split: str, modalities: Any, stacked: bool) -> list[str]:
+    """The contrasts that are read of a split: of stacked ones in the order of the channels, otherwise sorted.
+
+    Args:
+        manifest: of the data set.
+        split: one of its splits.
+        modalities: what is asked for, a list or one word; None for all.
+        stacked: whether they are the channels of one image.
+    """
+    found = _modalities_of(manifest.entries(split))
+    wanted = [] if modalities is None else [str(name) for name in listed(modalities)]
+    if not stacked:
+        return sorted(set(wanted or found))
+    named = [str(name) for name in manifest.content.get("modality", {}).values() if name in found]
+    return wanted or named or found
 
 
 class ResumableBatchSampler(Sampler[list[int]]):

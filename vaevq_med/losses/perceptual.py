@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ class PerceptualLoss(LossTerm):
     Raises:
         MissingWeightsError: the network's weights are not on this machine.
     """
+
+    initial_files: ClassVar[tuple[str, ...]] = ("weights",)
+    """Arguments that name a file, which may lie elsewhere in a run that goes on."""
 
     def __init__(
         self,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
 from pydantic import (
@@ -24,6 +25,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from vaevq_med.core.declared import with_lists
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.names import in_one_line, nearest
 from vaevq_med.core.resources import study_path
@@ -42,11 +44,15 @@ def _check_names(found: object, known: Collection[str]) -> None:
             raise _refuse(f"{in_one_line(str(name))} is unknown; expected {expected}", "name")
 
 
-def _given(value: Any, handler: Callable[[Any], Any]) -> dict[str, Any]:
+def _given(kind: type) -> WrapValidator:
     """Those of a command's options that a file gives, checked."""
-    options = handler(value)
-    _check_names(value, [entry.name for entry in fields(options)])
-    return {name: getattr(options, name) for name in value}
+
+    def given(value: Any, handler: Callable[[Any], Any]) -> dict[str, Any]:
+        options = handler(with_lists(value, get_type_hints(kind)))
+        _check_names(value, [entry.name for entry in fields(options)])
+        return {name: getattr(options, name) for name in value}
+
+    return WrapValidator(given)
 
 
 _OWN_FILES = re.compile(r"(study|results|comparison|table|run|samples)\.\w+|.*\.(png|log)", re.IGNORECASE)
@@ -86,10 +92,10 @@ Values = dict[str, Any]
 """Overrides by id. A text is read as on MONAI's command line: ``1e-4`` is a number, ``$...`` an expression."""
 _plain = PlainSerializer(lambda given: {k: str(v) if isinstance(v, Path) else v for k, v in given.items()})
 Encode = Annotated[
-    dict[str, Any], GetPydanticSchema(lambda _, handler: handler(EncodeOptions)), WrapValidator(_given), _plain
+    dict[str, Any], GetPydanticSchema(lambda _, handler: handler(EncodeOptions)), _given(EncodeOptions), _plain
 ]
 Evaluate = Annotated[
-    dict[str, Any], GetPydanticSchema(lambda _, handler: handler(EvaluateOptions)), WrapValidator(_given), _plain
+    dict[str, Any], GetPydanticSchema(lambda _, handler: handler(EvaluateOptions)), _given(EvaluateOptions), _plain
 ]
 
 
@@ -100,7 +106,7 @@ class _Part(BaseModel):
     @classmethod
     def _known(cls, value: Any) -> Any:
         _check_names(value, [entry.alias or name for name, entry in cls.model_fields.items()])
-        return value
+        return with_lists(value, {name: entry.annotation for name, entry in cls.model_fields.items()})
 
 
 class Budget(_Part):
@@ -282,7 +288,7 @@ class Study(_Part):
         set: overrides of every row; an id of ``evaluate.json`` alone goes to the evaluation.
         dataset_dir: data set of images; None takes the bundle's.
         tracking_uri: MLflow; ``none`` turns it off.
-        launch: words before ``-m monai.bundle`` of a training, e.g. ``[torchrun, --nproc_per_node=8]``.
+        launch: words before ``-m monai.bundle`` of a training, e.g. ``[torchrun, --nproc_per_node=8]``, or one text.
         checkpoint: which of a training's is used.
         report: what is made of the finished rows.
     """
@@ -300,6 +306,16 @@ class Study(_Part):
     launch: list[str] = []
     checkpoint: Literal["best", "last"] = "best"
     report: Report = Report()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _launched(cls, value: Any) -> Any:
+        """``launch`` as it is typed, in words."""
+        typed = value.get("launch") if isinstance(value, Mapping) else None
+        try:
+            return {**value, "launch": shlex.split(typed)} if isinstance(typed, str) else value
+        except ValueError:
+            raise _refuse(f"launch is {json.dumps(typed)}; expected words, each quote closed") from None
 
     @property
     def label(self) -> str:

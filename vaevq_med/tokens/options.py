@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from vaevq_med.core.declared import option
+from vaevq_med.core.declared import Declared, option
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.jobs import check_workers
 
@@ -13,7 +13,7 @@ Split = Literal["training", "validation", "test"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeOptions:
+class EncodeOptions(Declared):
     """How the images of a data set are encoded."""
 
     split: list[Split] | None = option(None, "Repeat for several; by default all with images.")

@@ -67,6 +67,20 @@ def _plain(value: Any, config: Mapping[str, Any], path: Path, depth: int = 0) ->
     return value
 
 
+def network_hash(definition: Any, weights: Mapping[str, Any]) -> str:
+    """SHA-256 of a network's definition and weights, with the prefix ``sha256:``.
+
+    Args:
+        definition: plain values; None where it is not known.
+        weights: its state dictionary.
+    """
+    digest = hashlib.sha256(json.dumps(definition, sort_keys=True).encode())
+    for name, value in sorted(weights.items()):
+        digest.update(f"\n{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return f"sha256:{digest.hexdigest()}"
+
+
 class StoredNetwork:
     """A trained network and the settings it was trained with.
 
@@ -142,11 +156,7 @@ class StoredNetwork:
     @property
     def content_hash(self) -> str:
         """SHA-256 of the network's definition and weights alone, with the prefix ``sha256:``."""
-        digest = hashlib.sha256(json.dumps(self.value("network_def"), sort_keys=True).encode())
-        for name, value in sorted(self._chosen.items()):
-            digest.update(f"\n{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return f"sha256:{digest.hexdigest()}"
+        return network_hash(self.value("network_def"), self._chosen)
 
     @property
     def _chosen(self) -> Mapping[str, Any]:

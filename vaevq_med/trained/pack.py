@@ -13,6 +13,7 @@ import torch
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.files import atomic_write_text
+from vaevq_med.core.maker import MADE_BY
 from vaevq_med.core.resources import bundle_path, overlay_files
 from vaevq_med.trained.network import StoredTokenizer
 
@@ -34,7 +35,7 @@ class PackReport:
 
 @dataclass(frozen=True)
 class BundlePack:
-    """Write ``configs/``, ``models/model.pt``, ``docs/`` and ``LICENSE``.
+    """Write ``configs/``, ``models/model.pt``, ``docs/``, ``LICENSE`` and, of which checkpoint it is, ``made_by.json``.
 
     ``model.pt`` is a plain state dictionary, which MONAI's ``ckpt_export`` and ``onnx_export`` load; ``inference.json``
     and ``evaluate.json`` carry the network's definition, so that they run beside it.
@@ -62,7 +63,10 @@ class BundlePack:
         source = bundle_path(self.bundle)
         stored = StoredTokenizer(self.checkpoint, weights=self.weights)
         if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
-            raise VaevqMedError(f"output {self.output}: found something there, expected nothing or an empty folder")
+            raise VaevqMedError(
+                f"output {self.output}: found something there, expected nothing or an empty folder; choose another "
+                "output, or remove what is there to replace it"
+            )
         settings = {name: stored.value(name) for name in ("network_def", "image_size", "in_channels")}
         settings |= {name: stored.value(name) for name in ("modalities", "stack_modalities") if name in stored.config}
         network = stored.network()
@@ -79,6 +83,7 @@ class BundlePack:
             (partial / "LICENSE").write_text(_license())
             self._write_configs(source, partial / "configs", stored, settings)
             self._write_metadata(source, partial / "configs", settings)
+            _write(partial / MADE_BY, self._made_by(stored))
             self.output.parent.mkdir(parents=True, exist_ok=True)
             if self.output.exists():
                 self.output.rmdir()
@@ -91,6 +96,20 @@ class BundlePack:
             shutil.rmtree(partial, ignore_errors=True)
         files = sorted(p.relative_to(self.output).as_posix() for p in self.output.rglob("*") if p.is_file())
         return PackReport(self.output, tuple(files))
+
+    @staticmethod
+    def _made_by(stored: StoredTokenizer) -> dict[str, Any]:
+        """What the bundle was made of."""
+        return {
+            "command": "bundle pack",
+            "network": stored.content_hash,
+            "checkpoint": stored.path.name,
+            "checkpoint_sha256": stored.sha256,
+            "weights": stored.weights,
+            "iteration": stored.iteration,
+            "trained_on": {name: stored.data.get(name) for name in ("content_hash", "split_hash")},
+            "version": version("vaevq_med"),
+        }
 
     @staticmethod
     def _write_configs(source: Path, configs: Path, stored: StoredTokenizer, settings: dict[str, Any]) -> None:

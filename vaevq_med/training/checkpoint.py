@@ -16,19 +16,18 @@ from ignite.engine import Engine, Events
 
 from vaevq_med import __version__
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.trained.file import FORMAT, CheckpointError, atomic_save, load_state, read_checkpoint, stored_shape
+from vaevq_med.trained.file import FORMAT, CheckpointError, atomic_save, load_state, read_checkpoint
 from vaevq_med.training import distributed
 from vaevq_med.training.base import BaseTrainer
+from vaevq_med.training.current import known_values
 from vaevq_med.training.distributed import unwrapped
+from vaevq_med.training.resuming import RunRecord, changes, check_same, expressions
 
 _REQUIRED = ("network", "optimizer", "objective", "schedulers", "iteration", "epoch_length", "rng", "best")
-_ALIKE = (
-    *("network_def", "discriminator_def", "image_size", "in_channels", "seed"),
-    *("num_train_timesteps", "scheduler"),
-)
-"""Settings that a run does not resume without."""
 _READ = ("image_size", "in_channels", "modalities", "stack_modalities")
 """Settings that say how images are read, beside their shape."""
+_OTHERWISE = "choose another output_dir, or start anew with --resume False"
+_LONGEST_TAG = 5000
 _KERNELS = ("fused", "foreach", "capturable")
 
 
@@ -76,13 +75,18 @@ class TrainingCheckpoint:
     Args:
         directory: where checkpoints go.
         sampler: the training ``ResumableBatchSampler``, which a resumed run starts at its iteration.
-        dataset: the training data set, whose split a resumed run has to share.
+        dataset: the training data set, whose images and split a resumed run has to share.
         interval: iterations between checkpoints.
-        resume: ``auto`` takes up ``last.pt`` if there is one; False starts anew; a path takes up that file.
+        resume: ``auto`` takes up ``last.pt`` if there is one; False starts anew, and the first checkpoint takes the
+            place of what an earlier run left; a path takes up that file.
         metric: validation metric that decides ``best.pt``.
         mode: ``max`` or ``min``.
-        config: resolved configuration, stored as JSON; a run resumes only with the same network definition.
+        config: the run's configuration, stored as JSON. A run resumes only where what makes it what it is (data,
+            reading, network, terms of the objective, seed) is the same; what else has changed is noted.
         evaluator: validation engine whose ``state.metrics`` hold ``metric``.
+
+    Attributes:
+        changes: with what the run went on in another way: ``iteration``, and ``changed``, by id what was and what is.
     """
 
     def __init__(
@@ -109,11 +113,15 @@ class TrainingCheckpoint:
         self.metric = metric
         self.mode = mode
         self.config = dict(config or {})
+        self.dataset = dataset
         self.data = _identity(dataset, self.config)
+        self.values: dict[str, Any] = {}
+        self.changes: list[dict[str, Any]] = []
         self.evaluator = evaluator
         self.best: dict[str, Any] | None = None
         self.extra: dict[str, Any] = {}
         self.interrupted_by: str | None = None
+        self._begun_anew = resume != "auto"
         self._old_handlers: dict[int, Any] = {}
 
     @property
@@ -128,6 +136,7 @@ class TrainingCheckpoint:
             CheckpointError: the checkpoint does not fit, or the directory cannot be written to.
         """
         self._check_directory()
+        self.values = known_values(expressions(self.config))
         source = self.last if self.resume in ("auto", True) else Path(str(self.resume))
         if self.resume and (self.resume != "auto" or source.is_file()):
             self.load(engine, source)
@@ -167,6 +176,8 @@ class TrainingCheckpoint:
             "config": json.dumps(self.config, default=str),
             "extra": dict(self.extra),
             "data": self.data,
+            "values": dict(self.values),
+            "changes": list(self.changes),
         }
         if engine.ema is not None:
             state["ema"] = engine.ema.module.state_dict()
@@ -183,37 +194,12 @@ class TrainingCheckpoint:
         missing = [key for key in _REQUIRED if key not in state]
         if missing:
             raise CheckpointError(f"{path}: found no {', '.join(missing)}, expected a checkpoint to resume from")
-        stored = json.loads(state.get("config") or "{}")
-        tokens, wanted = (data.get("tokens", {}).get("content_hash") for data in (state.get("data", {}), self.data))
-        if tokens != wanted:
-            raise CheckpointError(
-                f"{path}: found a run on another token store ({str(tokens)[:19]}...), expected {str(wanted)[:19]}...; "
-                "choose another output_dir, or start anew with --resume False"
-            )
-        known, current = state.get("data", {}).get("split_hash"), self.data.get("split_hash")
-        if known and current and known != current:
-            raise CheckpointError(
-                f"{path}: found a run on another split of the data ({known[:19]}...), expected {current[:19]}...: "
-                "patients may have changed sides; choose another output_dir, or start anew with --resume False"
-            )
-        shapes = stored_shape(state.get("data", {}), stored), stored_shape(self.data, self.config)
-        if None not in shapes and shapes[0] != shapes[1]:
-            raise CheckpointError(
-                f"{path}: found a run that read its images as {shapes[0]}, expected {shapes[1]}; name its transforms "
-                "in an overlay, choose another output_dir, or start anew with --resume False"
-            )
-        for key in _ALIKE:
-            if key in stored and key in self.config and stored[key] != json.loads(json.dumps(self.config[key])):
-                raise CheckpointError(
-                    f"{path}: found a run of another {key}, expected this configuration's; choose another "
-                    "output_dir, or start anew with --resume False"
-                )
+        self._check_same(state, path)
         if state.get("epoch_length") != engine.state.epoch_length:
-            raise CheckpointError(
-                f"{path}: found a run of {state.get('epoch_length')} iterations an epoch, expected "
-                f"{engine.state.epoch_length}: the data set or the batch size has changed; choose another "
-                "output_dir, or start anew with --resume False"
-            )
+            now, before = (config.get("batch_size") for config in (self.config, self._stored(state).config))
+            lengths = f"{engine.state.epoch_length} iterations, was {state.get('epoch_length')}"
+            batches = "" if now == before else f"batch_size is {now}, was {before}: "
+            raise CheckpointError(f"{batches}an epoch is {lengths} in {path}; expected the same to go on: {_OTHERWISE}")
         load_state(engine.network, state["network"], path, "network")
         if engine.ema is not None and "ema" in state:
             load_state(engine.ema.module, state["ema"], path, "ema")
@@ -231,11 +217,41 @@ class TrainingCheckpoint:
             torch.cuda.set_rng_state_all(state["rng"]["cuda"])
         if path.resolve().parent == self.directory.resolve():
             self.best = state["best"]
+            self._begun_anew = False
             self.extra = dict(state.get("extra", {}))
         engine.state.iteration = state["iteration"]
         engine.state.epoch = state["iteration"] // state["epoch_length"]
         self.sampler.start = state["iteration"]
         engine.logger.warning("Resuming from %s at iteration %d", path, state["iteration"])
+        if self.changes and self.changes[-1]["iteration"] == state["iteration"]:
+            engine.logger.warning("From here on with %s", self.change_tags()[f"changed.{state['iteration']}"])
+
+    @staticmethod
+    def _stored(state: Mapping[str, Any]) -> RunRecord:
+        return RunRecord(json.loads(state.get("config") or "{}"), state.get("values", {}), state.get("data", {}))
+
+    def _check_same(self, state: Mapping[str, Any], path: Path) -> None:
+        """Refuse another run, and note what this one changes.
+
+        Raises:
+            CheckpointError: naming what differs.
+        """
+        stored = self._stored(state)
+        config = json.loads(json.dumps(self.config, default=str))
+        check_same(path, stored, RunRecord(config, self.values, self.data), self.dataset, _OTHERWISE)
+        self.changes = list(state.get("changes", []))
+        changed = changes(stored.config, config) if stored.config and config else {}
+        if changed:
+            self.changes.append({"iteration": state["iteration"], "changed": changed})
+
+    def change_tags(self) -> dict[str, str]:
+        """The changes as tags of a tracked run: ``changed.400`` to ``learning_rate 0.0001 -> 1e-06``."""
+        tags: dict[str, str] = {}
+        for change in self.changes:
+            words = "; ".join(f"{name} {old} -> {new}" for name, (old, new) in change["changed"].items())
+            key = f"changed.{change['iteration']}"
+            tags[key] = f"{tags[key]}; {words}" if key in tags else words
+        return {key: words[:_LONGEST_TAG] for key, words in tags.items()}
 
     def save(self, engine: BaseTrainer, name: str = "last.pt") -> None:
         """Write a checkpoint, on the main process.
@@ -246,6 +262,9 @@ class TrainingCheckpoint:
         engine.check_terms()
         if distributed.is_main():
             atomic_save(self.state_dict(engine), self.directory / name)
+            if self.best is None and self._begun_anew:
+                (self.directory / "best.pt").unlink(missing_ok=True)  # of the run that this one takes the place of
+            self._begun_anew = False
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.interrupted_by = signal.Signals(number).name

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -29,17 +30,17 @@ def running_parser() -> ConfigParser | None:
     return None
 
 
-def own_ids() -> frozenset[str]:
-    """The ids of the running bundle's own file, the first one that MONAI was given; none outside one.
+def own_config() -> dict[str, Any]:
+    """The content of the running bundle's own file, the first one that MONAI was given; empty outside one.
 
-    An override may replace a part of the configuration by one that no longer refers to an id, which is then no
+    An override may replace a part of the configuration by one that no longer refers to one of its ids, which is then no
     misspelling.
     """
     for frame in _callers():
         files = frame.f_locals.get("config_file")
         if files and frame.f_globals.get("__name__") == "monai.bundle.scripts":
-            return frozenset(map(str, ConfigParser.load_config_file(ensure_tuple(files)[0])))
-    return frozenset()
+            return ConfigParser.load_config_file(ensure_tuple(files)[0])
+    return {}
 
 
 def plain_config(parser: ConfigParser) -> dict[str, Any]:
@@ -56,6 +57,22 @@ def current_config(**values: Any) -> dict[str, Any]:
     """
     parser = running_parser()
     return {} if parser is None else {**plain_config(parser), **json.loads(json.dumps(values))}
+
+
+def known_values(ids: Iterable[str]) -> dict[str, Any]:
+    """What expressions of the running bundle came to, where they have been evaluated, to a plain value.
+
+    Args:
+        ids: of the expressions, with ``#`` between the parts.
+    """
+    parser = running_parser()
+    if parser is None:
+        return {}
+    resolver, found = parser.ref_resolver, {}
+    for name in ids:
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            found[name] = json.loads(json.dumps(resolver.resolved_content[resolver.normalize_id(name)]))
+    return found
 
 
 def shared(component: Any) -> Any:

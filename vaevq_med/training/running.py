@@ -19,7 +19,8 @@ from vaevq_med.images.manifest import load_manifest
 from vaevq_med.trained.device import named_device
 from vaevq_med.training import distributed
 from vaevq_med.training.config import check_config
-from vaevq_med.training.current import own_ids, running_parser
+from vaevq_med.training.current import own_config, running_parser
+from vaevq_med.training.lists import put_lists
 
 
 @contextlib.contextmanager
@@ -85,7 +86,10 @@ def initialize(
     parser = running_parser()
     with _in_one_line():
         trust(trusted)
-        check_config(parser.get() if parser is not None and config is None else config or {}, own_ids())
+        own = own_config()
+        if parser is not None:
+            put_lists(parser, own)
+        check_config(parser.get() if parser is not None and config is None else config or {}, frozenset(map(str, own)))
         expect(is_int(seed, 0, 2**63 - 1), "seed", seed, "a whole number from 0")
         named_device(device)
         if dataset_dir is not None:

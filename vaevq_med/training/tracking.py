@@ -298,6 +298,9 @@ class MLflowTracker:
             self.start_run(self.checkpoint.extra.get("mlflow_run_id") if self.checkpoint else None)
             if self.checkpoint is not None:
                 self.checkpoint.extra["mlflow_run_id"] = self.run_id
+                if self._client is not None and self.run_id is not None:
+                    for name, words in self.checkpoint.change_tags().items():
+                        self._client.set_tag(self.run_id, name, words)
 
     def _iteration_completed(self, engine: Engine) -> None:
         step = engine.state.iteration
