@@ -13,6 +13,7 @@ from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vaevq_med.core.errors import dispensable
 from vaevq_med.core.picks import evenly_spaced
 from vaevq_med.evaluation.data import check_data
 from vaevq_med.evaluation.pictures import reconstruction_grid, usage_histogram
@@ -156,13 +157,14 @@ class EvaluationHandler:
             report.save(self.output_dir)
             if report.figures:
                 self._draw(engine, self._extremes(report), self.output_dir / "best_median_worst.png")
-        folder = self.pictures_dir or self.output_dir
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            if self.pictures_dir is not None:
+        if self.pictures_dir is not None:
+            # The checkpoint, which is written after this, decides whether training can go on.
+            with dispensable("the pictures of this validation"):
                 fixed = evenly_spaced(len(self.dataset), self.num_pictures)  # type: ignore[arg-type]
-                self._draw(engine, {f"{i}": i for i in fixed}, folder / "reconstructions.png")
-            usage_histogram(report.usage_counts, folder / "codebook_usage.png")
+                self._draw(engine, {f"{i}": i for i in fixed}, self.pictures_dir / "reconstructions.png")
+                usage_histogram(report.usage_counts, self.pictures_dir / "codebook_usage.png")
+        elif self.output_dir is not None:
+            usage_histogram(report.usage_counts, self.output_dir / "codebook_usage.png")
 
     def _extremes(self, report: EvaluationReport) -> dict[str, int]:
         """Two items each of the best, the median and the worst by the first metric, as this process's item numbers."""

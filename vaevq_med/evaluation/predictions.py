@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.core.files import atomic_binary_writer
 
 _KINDS = ("indices", "reconstructions")
 
@@ -53,14 +54,17 @@ class PredictionWriter:
         indices = output["indices"].cpu().numpy().astype(np.int32)
         for number, source in enumerate(batch["path"]):
             if "indices" in self.write:
-                np.save(self._target("indices", source, ".npy"), indices[number])
+                with atomic_binary_writer(self._target("indices", source, ".npy"), durable=False) as file:
+                    np.save(file, indices[number])
             if "reconstructions" in self.write:
                 self._write_picture(predictions[number], self._target("reconstructions", source, ".png"))
 
     @staticmethod
     def _write_picture(channels: NDArray[np.uint8], path: Path) -> None:
         if channels.shape[0] in (1, 3):
-            Image.fromarray(channels.transpose(1, 2, 0).squeeze()).save(path)
-            return
-        for number, channel in enumerate(channels):
-            Image.fromarray(channel).save(path.with_name(f"{path.stem}-channel{number}.png"))
+            pictures = {path: channels.transpose(1, 2, 0).squeeze()}
+        else:
+            pictures = {path.with_name(f"{path.stem}-channel{n}.png"): channel for n, channel in enumerate(channels)}
+        for target, picture in pictures.items():
+            with atomic_binary_writer(target, durable=False) as file:
+                Image.fromarray(picture).save(file, format="PNG")

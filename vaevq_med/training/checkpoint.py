@@ -115,6 +115,7 @@ class TrainingCheckpoint:
         self.extra: dict[str, Any] = {}
         self.interrupted_by: str | None = None
         self._old_handlers: dict[int, Any] = {}
+        self._newest: Path | None = None
 
     @property
     def last(self) -> Path:
@@ -135,6 +136,7 @@ class TrainingCheckpoint:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
         engine.add_event_handler(Events.COMPLETED | Events.TERMINATE | Events.EXCEPTION_RAISED, self._finished)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self._exception)
 
     def _check_directory(self) -> None:
         """Find out now, and not after an hour, whether checkpoints can be written."""
@@ -235,6 +237,7 @@ class TrainingCheckpoint:
         engine.state.iteration = state["iteration"]
         engine.state.epoch = state["iteration"] // state["epoch_length"]
         self.sampler.start = state["iteration"]
+        self._newest = path
         engine.logger.warning("Resuming from %s at iteration %d", path, state["iteration"])
 
     def save(self, engine: BaseTrainer, name: str = "last.pt") -> None:
@@ -246,6 +249,7 @@ class TrainingCheckpoint:
         engine.check_terms()
         if distributed.is_main():
             atomic_save(self.state_dict(engine), self.directory / name)
+            self._newest = self.directory / name
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.interrupted_by = signal.Signals(number).name
@@ -279,6 +283,12 @@ class TrainingCheckpoint:
         self.save(engine)
         if self.interrupted_by is not None:
             engine.terminate()
+
+    def _exception(self, engine: BaseTrainer, error: BaseException) -> None:
+        """Note on the error what is left."""
+        if self._newest is not None:
+            how = "" if self._newest == self.last else f", from which --resume {self._newest} goes on"
+            error.add_note(f"the last good checkpoint is {self._newest}{how}")
 
     def _finished(self, engine: BaseTrainer, *error: BaseException) -> None:
         for number, handler in self._old_handlers.items():
