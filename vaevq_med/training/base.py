@@ -34,8 +34,8 @@ class TrainingError(VaevqMedError):
 def pass_errors_on(engine: Engine) -> None:
     """Let what goes wrong in an engine's run reach its caller; ignite swallows it once any handler listens for it.
 
-    To be called when all handlers are attached. Ignite's own lines about the error, which would stand above the one that
-    the caller makes of it, are left out.
+    To be called when all handlers are attached. Ignite's own lines about the error, which would stand above the one
+    that the caller makes of it, are left out.
     """
     engine.add_event_handler(Events.EXCEPTION_RAISED, _reraise)
     engine.logger.addFilter(_is_no_repetition)
