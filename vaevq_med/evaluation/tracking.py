@@ -49,6 +49,6 @@ class EvaluationTracker:
             for path in sorted(folder.iterdir()) if folder is not None else []:
                 tracker.log_artifact(path, f"evaluation/{self.split}")
             if tracker.run_id == self.stored.run_id:
-                tracker.flush()
+                tracker.close()
             else:
                 tracker.end_run("FINISHED")

@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.training import distributed
+from vaevq_med.training.events import RunEvents
 from vaevq_med.training.micro_batches import AUTO, Snapshot, check_micro_batch_size, is_out_of_memory, planned
 from vaevq_med.training.precision import autocast, autocast_dtype
 from vaevq_med.training.terms import Terms
@@ -124,6 +125,7 @@ class BaseTrainer(SupervisedTrainer):
         self.ema = ema
         self.max_grad_norm = max_grad_norm
         self.log_interval = log_interval
+        self.register_events(*RunEvents)
         self.state.terms = {}
         self.state.batch_images = 0
         self.state.images_seen = 0
@@ -147,6 +149,7 @@ class BaseTrainer(SupervisedTrainer):
                 self.state.iteration // self.state.epoch_length,
                 self.state.max_epochs,
             )
+            self.fire_event(RunEvents.ALREADY_FINISHED)
             return
         super().run()
         self.check_terms()
