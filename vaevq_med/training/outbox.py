@@ -138,7 +138,8 @@ class Outbox:
         """Send what can be sent, keep the rest in the file, and end.
 
         Args:
-            seconds: to go on while nothing gets sent; a large file has a second more for each megabyte.
+            seconds: to go on while nothing gets sent; a third of them where the server fails already, and a second more
+                for each megabyte of a file that is under way.
 
         Returns:
             Messages that are not sent.
@@ -149,7 +150,7 @@ class Outbox:
             moved, sent = self._clock(), self._sent
             while len(self) and self._thread is not None:
                 begun, weight = self._sending or (moved, 0.0)
-                patience = seconds if self._failures else seconds + weight / _RATE
+                patience = seconds / 3 if self._failures else seconds + weight / _RATE
                 left = (moved if self._failures else max(moved, begun)) + patience - self._clock()
                 idle = self._sending is None and self._retry_at - self._clock() > left
                 if left <= 0 or idle:
@@ -228,12 +229,14 @@ class Outbox:
         try:
             with self._file.open("rb") as file:
                 file.seek(self._begin)
-                return file.readline()
+                line, why = file.readline(), "it is shorter than it was"
         except OSError as error:
-            logger.warning("%s cannot be read (%s); the %d messages in it are lost", self._file, error, self._filed)
+            line, why = b"", str(error.strerror)
+        if not line:
+            logger.warning("%s: %d messages in it are lost (%s)", self._file, self._filed, why)
             self.lost += self._filed
             self._begin, self._filed = 0, 0
-            return b""
+        return line
 
     def _remove_first(self, message: Message) -> None:
         if self._file is not None and self._filed:

@@ -29,10 +29,8 @@ _FOREIGN = re.compile(r"[^/\w.\- ]")  # MLflow on Windows has no place for a col
 logger = logging.getLogger(__name__)
 _MAX_METRICS = 1000
 _ID, _KEY = "mlflow_run_id", "mlflow_run_key"
-_PATIENCE = {True: 60.0, False: 10.0}
-"""Seconds that the end of a run waits for a store that does not move: of this machine, on a server."""
-_START = 10.0
-"""Seconds that the beginning of a run waits for a server."""
+_LOCAL_PATIENCE = 60.0
+"""Seconds that the end of a run waits for a store on this machine that takes nothing."""
 
 
 def versions() -> dict[str, str]:
@@ -71,6 +69,7 @@ class MLflowTracker:
         log_checkpoints: log ``best.pt`` and ``last.pt`` as artifacts at the end.
         pictures: folder whose PNG files are logged after each validation.
         parent_run_id: nest the run below this one.
+        patience: seconds that the run waits, at its beginning and at its end, for a server that takes nothing.
 
     Attributes:
         run_id: of the run, None before MLflow has given it one.
@@ -89,6 +88,7 @@ class MLflowTracker:
         log_checkpoints: bool = True,
         pictures: str | Path | None = None,
         parent_run_id: str | None = None,
+        patience: float = 10.0,
     ) -> None:
         self.tracking_uri = tracking_uri
         self.experiment = experiment
@@ -100,6 +100,7 @@ class MLflowTracker:
         self.log_checkpoints = log_checkpoints
         self.pictures = None if pictures is None else Path(pictures)
         self.parent_run_id = parent_run_id
+        self.patience = patience
         self.run_id: str | None = None
         self._key = ""
         self._outbox: Outbox | None = None
@@ -181,7 +182,7 @@ class MLflowTracker:
         if self.parent_run_id is not None:
             tags["mlflow.parentRunId"] = self.parent_run_id
         self._put("start", resume=resume, run_name=self.run_name, tags=tags, config=self.config, began=_now())
-        outbox.wait(None if is_local(self.tracking_uri) else _START)
+        outbox.wait(None if is_local(self.tracking_uri) else self.patience)
 
     def _put(self, do: str, **content: Any) -> None:
         if self._outbox is not None:
@@ -234,7 +235,7 @@ class MLflowTracker:
         outbox, self._outbox = self._outbox, None
         if outbox is None:
             return
-        left = outbox.close(_PATIENCE[is_local(self.tracking_uri)])
+        left = outbox.close(_LOCAL_PATIENCE if is_local(self.tracking_uri) else self.patience)
         if left:
             logger.warning("MLflow at %s was not told everything: %s", self.tracking_uri, self._missing(outbox))
         if outbox.lost:
