@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch.utils.data import get_worker_info
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.images.dataset import SliceDataset
 from vaevq_med.trained.pack import BundlePack
+from vaevq_med.training.tokenizer_evaluator import TokenizerEvaluator
 
 
 def said(capsys: pytest.CaptureFixture[str], work: Callable[[], object]) -> str:
@@ -76,6 +78,24 @@ def test_training_goes_on_from_what_the_full_disk_left(stopped: dict[str, Any]) 
     assert torch.load(best.with_name("last.pt"), weights_only=True)["iteration"] == 8
 
 
+def test_a_folder_that_vanishes_is_made_anew_with_its_best_checkpoint(
+    stopped: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, evaluate = tmp_path / "run", TokenizerEvaluator.run
+
+    def run(self: TokenizerEvaluator, global_epoch: int = 1) -> None:
+        evaluate(self, global_epoch)
+        if global_epoch == 2:
+            shutil.rmtree(folder)
+
+    monkeypatch.setattr(TokenizerEvaluator, "run", run)
+    # The first epoch has the lowest PSNR.
+    given = {**bare(stopped), "output_dir": str(folder), "max_epochs": 2, "checkpoint#mode": "min"}
+    run_bundle("train.json", given, run_id="training")
+    for name in ("best.pt", "last.pt"):
+        assert torch.load(folder / "checkpoints" / name, weights_only=True)["iteration"] == 8
+
+
 @pytest.mark.parametrize(
     ("file", "name"), [("evaluate.json", "metrics.json"), ("inference.json", "BraTS-GLI-00002-100-t1n-z000.npy")]
 )
@@ -110,6 +130,20 @@ def test_a_killed_worker_ends_inference_in_one_line(
     given = {**evaluation_overrides(stopped), "num_workers": 1}
     del given["tracking_uri"]
     assert "killed" in said(capsys, lambda: run_bundle("inference.json", given))
+
+
+def test_the_last_good_checkpoint_is_named_once(
+    stopped: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_memory(self: TokenizerEvaluator, *_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(TokenizerEvaluator, "run", no_memory)
+    given = {**bare(stopped), "output_dir": str(tmp_path / "run"), "checkpoint_interval": 3}
+    line = said(capsys, lambda: run_bundle("train.json", given, run_id="training"))
+    assert "memory" in line
+    assert line.count("last good checkpoint") == 1
+    assert line.count(str(tmp_path / "run" / "checkpoints" / "last.pt")) == 1
 
 
 def test_a_full_disk_leaves_no_half_pack(

@@ -248,8 +248,15 @@ class TrainingCheckpoint:
         """
         engine.check_terms()
         if distributed.is_main():
+            self._forget_what_is_gone(engine)
             atomic_save(self.state_dict(engine), self.directory / name)
             self._newest = self.directory / name
+
+    def _forget_what_is_gone(self, engine: BaseTrainer) -> None:
+        """Where somebody removed the folder, begin another one: what is trained so far is only in memory now."""
+        if self._newest is not None and not self._newest.is_file():
+            engine.logger.warning("%s is gone; checkpoints begin anew in %s", self._newest, self.directory)
+            self._newest, self.best = None, None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.interrupted_by = signal.Signals(number).name
@@ -274,6 +281,7 @@ class TrainingCheckpoint:
         metrics = self.evaluator.state.metrics if self.evaluator is not None else {}
         fresh = self.evaluator is not None and self.evaluator.state.epoch > 0
         value: Any = metrics.get(self.metric) if fresh else None
+        self._forget_what_is_gone(engine)
         improved = value is not None and (
             self.best is None or (value > self.best["value"] if self.mode == "max" else value < self.best["value"])
         )
@@ -285,10 +293,13 @@ class TrainingCheckpoint:
             engine.terminate()
 
     def _exception(self, engine: BaseTrainer, error: BaseException) -> None:
-        """Note on the error what is left."""
-        if self._newest is not None:
-            how = "" if self._newest == self.last else f", from which --resume {self._newest} goes on"
-            error.add_note(f"the last good checkpoint is {self._newest}{how}")
+        """Note on the error what is left, once; ignite calls this for an epoch and for the whole run."""
+        if self._newest is None or not self._newest.is_file():
+            return
+        how = "" if self._newest == self.last else f", from which --resume {self._newest} goes on"
+        note = f"the last good checkpoint is {self._newest}{how}"
+        if note not in getattr(error, "__notes__", ()):
+            error.add_note(note)
 
     def _finished(self, engine: BaseTrainer, *error: BaseException) -> None:
         for number, handler in self._old_handlers.items():

@@ -155,7 +155,7 @@ class MLflowTracker:
             logger.warning("MLflow at %s answers again", self.tracking_uri)
             return
         kept = "" if self.unsent is None else f"; what it is not told is kept in {self.unsent} until it answers"
-        line = " ".join(str(error).split())[:400]
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:400]
         logger.warning("MLflow at %s failed (%s); the work goes on%s", self.tracking_uri, line, kept)
 
     def _run_started(self, key: str, run_id: str) -> None:
