@@ -154,6 +154,26 @@ def test_a_file_that_vanishes_is_told_of_and_ends_nothing(server: Server, tmp_pa
     assert (len(outbox), outbox.lost) == (0, 1)
 
 
+def test_a_file_may_vanish_while_its_message_is_under_way(server: Server, tmp_path: Path) -> None:
+    server.up = False
+    outbox = server.outbox(tmp_path)
+    for number in range(2):
+        outbox.put({"n": number})
+    outbox.step()
+    took = server.send
+
+    def send(message: Mapping[str, Any]) -> None:
+        (tmp_path / "messages.jsonl").unlink(missing_ok=True)
+        took(message)
+
+    server.up, server.now, outbox = True, 1.0, Outbox(send, tmp_path)
+    outbox.step()
+    outbox.put({"n": 2})
+    send_all(outbox)
+    assert server.took == [0, 2]
+    assert len(outbox) == 0
+
+
 def test_nobody_waits_for_a_server_that_hangs(tmp_path: Path) -> None:
     release, entered, took = threading.Event(), threading.Event(), list[int]()
 

@@ -127,9 +127,8 @@ def _line(error: BaseException) -> str | None:
 
 def _refused(error: OSError, said: str) -> str:
     path = error.filename if isinstance(error.filename, str | bytes | os.PathLike) else ""
-    where, why = os.fsdecode(path) or "the system", error.strerror or said
+    where, why = os.fsdecode(path) or "a file or a connection", error.strerror or said
     if error.errno in _FULL:
-        where = os.fsdecode(path) or "a file"
         return f"{where} is not written ({why}); expected room on its disk: free some and run the same command again"
     if error.errno in _CLOSED:
         return f"{where} is closed to this command ({why}); expected leave to read and write there"

@@ -240,8 +240,9 @@ class Outbox:
 
     def _remove_first(self, message: Message) -> None:
         if self._file is not None and self._filed:
-            self._begin += len(self._first_filed())
-            self._filed -= 1
+            line = self._first_filed()
+            if line:
+                self._begin, self._filed = self._begin + len(line), self._filed - 1
             if not self._filed:
                 self._file.unlink(missing_ok=True)
                 self._begin = 0
