@@ -97,11 +97,16 @@ def test_a_folder_that_vanishes_is_made_anew_with_its_best_checkpoint(
 
 
 @pytest.mark.parametrize(
-    ("file", "name"), [("evaluate.json", "metrics.json"), ("inference.json", "BraTS-GLI-00002-100-t1n-z000.npy")]
+    ("file", "name", "told"),
+    [
+        ("evaluate.json", "metrics.json", "metrics.json"),
+        ("inference.json", "BraTS-GLI-00002-100-t1n-z000.npy", "predictions"),
+    ],
 )
 def test_a_full_disk_ends_evaluation_and_inference_in_one_line(
     file: str,
     name: str,
+    told: str,
     stopped: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -113,7 +118,7 @@ def test_a_full_disk_ends_evaluation_and_inference_in_one_line(
         given |= {"lpips_network": None, "fid_network": None}
     fill(monkeypatch, name)
     line = said(capsys, lambda: run_bundle(file, given))
-    assert f"{name} " in line
+    assert told in line
     assert "No space left" in line
     assert list(Path(stopped["output_dir"]).rglob(name)) == []
     assert partial_files(Path(stopped["output_dir"])) == []
