@@ -1,10 +1,11 @@
-"""The ``vaevq-med`` command line: its commands, and expected errors to one line and exit code 2.
+"""The ``vaevq-med`` command line: its commands, and foreseen errors to one line and exit code 2.
 
 Each command imports what it runs when it runs, so that ``--help`` is instant.
 """
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 from typing import Annotated
@@ -16,7 +17,7 @@ from vaevq_med.cli import study as studies
 from vaevq_med.cli.demo import demo
 from vaevq_med.cli.overlays import overlays
 from vaevq_med.cli.weights import weights
-from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.core.errors import foreseen
 
 app = typer.Typer(
     name="vaevq-med",
@@ -74,7 +75,7 @@ app.add_typer(_bundle, name="bundle")
 
 
 def main() -> None:
-    """Run the command line; an expected error ends with one line on stderr and exit code 2."""
+    """Run the command line; a foreseen error ends with one line on stderr and exit code 2."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -82,16 +83,17 @@ def main() -> None:
     signal.signal(signal.SIGTERM, interrupt)
     try:
         app()
-    except VaevqMedError as error:
-        typer.echo(f"vaevq-med: {error}", err=True)
-        sys.exit(2)
     except BrokenPipeError:
         sys.exit(141)
-    except OSError as error:
-        typer.echo(f"vaevq-med: {error.filename or 'the system'}: {error.strerror or error}", err=True)
-        sys.exit(2)
     except RecursionError:
         typer.echo("vaevq-med: found a file nested too deeply to read", err=True)
+        sys.exit(2)
+    except Exception as error:
+        line = foreseen(error)
+        if line is None:
+            raise
+        with contextlib.suppress(OSError):  # the terminal's log may be on the full disk, too
+            typer.echo(f"vaevq-med: {line}", err=True)
         sys.exit(2)
 
 

@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
@@ -23,7 +23,34 @@ def atomic_binary_writer(path: Path, *, durable: bool = True) -> Iterator[Binary
         path: in a folder that exists.
         durable: wait until the disk has it, so that a power failure leaves the old or the new file; to be left out
             where there are many small files, each of which can be made again.
+
+    Raises:
+        OSError: it cannot be written; the error names ``path``, also where a library made another one of it.
     """
+    with _named(path):
+        with _partial(path, durable) as file:
+            yield file
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        found: BaseException | None = error
+        while found is not None and not isinstance(found, OSError):
+            found = found.__context__  # torch.save raises an error of its own over that of the file
+        own = found is not None and (
+            found.filename is None or Path(str(found.filename)).name.startswith(f".{path.name}.")
+        )
+        if found is None or not own:
+            raise
+        found.filename = str(path)
+        raise found from None
+
+
+@contextmanager
+def _partial(path: Path, durable: bool) -> Iterator[BinaryIO]:
     partial = path.with_name(f".{path.name}.part")
     lock = _claim(partial)
     if lock is None:
@@ -39,7 +66,8 @@ def atomic_binary_writer(path: Path, *, durable: bool = True) -> Iterator[Binary
         os.chmod(partial, 0o644)
         os.replace(partial, path)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # what went wrong first is told
+            partial.unlink()
         raise
     finally:
         if lock is not None:

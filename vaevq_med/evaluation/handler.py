@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vaevq_med import __version__
+from vaevq_med.core.errors import dispensable
 from vaevq_med.core.picks import evenly_spaced
 from vaevq_med.evaluation.data import check_data
 from vaevq_med.evaluation.pictures import reconstruction_grid, usage_histogram
@@ -159,13 +160,15 @@ class EvaluationHandler:
             report.save(self.output_dir, beside=(_EXTREMES, _USAGE))
             if report.figures:
                 self._draw(engine, self._extremes(report), self.output_dir / _EXTREMES)
-        folder = self.pictures_dir or self.output_dir
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            if self.pictures_dir is not None:
+        if self.pictures_dir is not None:
+            # The checkpoint, which is written after this, decides whether training can go on.
+            with dispensable("the pictures of this validation"):
+                self.pictures_dir.mkdir(parents=True, exist_ok=True)
                 fixed = evenly_spaced(len(self.dataset), self.num_pictures)  # type: ignore[arg-type]
-                self._draw(engine, {f"{i}": i for i in fixed}, folder / "reconstructions.png")
-            usage_histogram(report.usage_counts, folder / _USAGE)
+                self._draw(engine, {f"{i}": i for i in fixed}, self.pictures_dir / "reconstructions.png")
+                usage_histogram(report.usage_counts, self.pictures_dir / _USAGE)
+        elif self.output_dir is not None:
+            usage_histogram(report.usage_counts, self.output_dir / _USAGE)
 
     def _extremes(self, report: EvaluationReport) -> dict[str, int]:
         """Two items each of the best, the median and the worst by the first metric, as this process's item numbers."""

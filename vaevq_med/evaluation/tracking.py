@@ -48,7 +48,7 @@ class EvaluationTracker:
             folder = self.evaluation.output_dir
             for path in sorted(folder.iterdir()) if folder is not None else []:
                 tracker.log_artifact(path, f"evaluation/{self.split}")
-            if tracker.run_id == self.stored.run_id:
-                tracker.flush()
+            if self.stored.run_id is not None and tracker.run_id == self.stored.run_id:
+                tracker.close()
             else:
                 tracker.end_run("FINISHED")

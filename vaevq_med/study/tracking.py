@@ -20,7 +20,7 @@ def log_to_training(plan: Plan, checkpoint: Path, figures: Mapping[str, float]) 
         if stored.run_id is not None:
             tracker.start_run(stored.run_id, resume=False)
             tracker.log_metrics(figures, stored.iteration)
-            tracker.flush()
+            tracker.close()
 
 
 class ParentRun:
@@ -48,6 +48,8 @@ class ParentRun:
             return None
         with self._tracker.guard():
             self._tracker.start_run(self._run_id)
+            if self._tracker.run_id is None:
+                self._tracker.close()
         return self._tracker.run_id
 
     def close(self, status: str, figures: Mapping[str, float], files: Sequence[Path] = ()) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.core.files import atomic_write_text
+from vaevq_med.core.files import atomic_binary_writer, atomic_write_text
 from vaevq_med.core.maker import MADE_BY
 from vaevq_med.core.resources import bundle_path, overlay_files
 from vaevq_med.trained.network import StoredTokenizer
@@ -75,7 +75,8 @@ class BundlePack:
         try:
             for folder in ("configs/overlays", "models", "docs"):
                 (partial / folder).mkdir(parents=True)
-            torch.save(network.state_dict(), partial / "models" / "model.pt")
+            with atomic_binary_writer(partial / "models" / "model.pt") as file:  # whose errors are the system's
+                torch.save(network.state_dict(), file)
             for path in overlay_files(source).values():
                 shutil.copyfile(path, partial / "configs" / "overlays" / path.name)
             shutil.copyfile(source / "logging.conf", partial / "configs" / "logging.conf")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 import warnings
@@ -19,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.training import distributed
+from vaevq_med.training.events import RunEvents
 from vaevq_med.training.micro_batches import AUTO, Snapshot, check_micro_batch_size, is_out_of_memory, planned
 from vaevq_med.training.precision import autocast, autocast_dtype
 from vaevq_med.training.terms import Terms
@@ -30,9 +32,22 @@ class TrainingError(VaevqMedError):
     """Training cannot go on; the message names the loss term and the iteration."""
 
 
-def reraise(engine: Engine, error: BaseException) -> None:
-    """A handler that passes an exception on."""
+def pass_errors_on(engine: Engine) -> None:
+    """Let what goes wrong in an engine's run reach its caller; ignite swallows it once any handler listens for it.
+
+    To be called when all handlers are attached. Ignite's own lines about the error, which would stand above the one
+    that the caller makes of it, are left out.
+    """
+    engine.add_event_handler(Events.EXCEPTION_RAISED, _reraise)
+    engine.logger.addFilter(_is_no_repetition)
+
+
+def _reraise(engine: Engine, error: BaseException) -> None:
     raise error
+
+
+def _is_no_repetition(record: logging.LogRecord) -> bool:
+    return "terminating due to exception" not in record.getMessage()
 
 
 class BaseTrainer(SupervisedTrainer):
@@ -110,6 +125,7 @@ class BaseTrainer(SupervisedTrainer):
         self.ema = ema
         self.max_grad_norm = max_grad_norm
         self.log_interval = log_interval
+        self.register_events(*RunEvents)
         self.state.terms = {}
         self.state.batch_images = 0
         self.state.images_seen = 0
@@ -122,8 +138,7 @@ class BaseTrainer(SupervisedTrainer):
     def _attach(self, handlers: Sequence[Any] | None) -> None:
         """Attach the handlers, one of which may resume a run: nothing is constructed after this."""
         self._register_handlers(handlers or [])
-        # Last of all: ignite swallows an exception once any handler listens for it.
-        self.add_event_handler(Events.EXCEPTION_RAISED, reraise)
+        pass_errors_on(self)
 
     def run(self) -> None:  # type: ignore[override]
         """Train to ``max_epochs``; a run that already has ends at once."""
@@ -134,6 +149,7 @@ class BaseTrainer(SupervisedTrainer):
                 self.state.iteration // self.state.epoch_length,
                 self.state.max_epochs,
             )
+            self.fire_event(RunEvents.ALREADY_FINISHED)
             return
         super().run()
         self.check_terms()

@@ -7,11 +7,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from ignite.engine import Events
 from monai.engines import SupervisedEvaluator
 from torch import nn
 
-from vaevq_med.training.base import reraise
+from vaevq_med.training.base import pass_errors_on
 from vaevq_med.training.precision import autocast, autocast_dtype
 
 
@@ -52,8 +51,7 @@ class BaseEvaluator(SupervisedEvaluator):
             **kwargs,
         )
         self.seed = seed
-        # Last of all: ignite swallows an exception once any handler listens for it.
-        self.add_event_handler(Events.EXCEPTION_RAISED, reraise)
+        pass_errors_on(self)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         return autocast(self.state.device, self.autocast_dtype)

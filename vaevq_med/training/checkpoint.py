@@ -123,6 +123,7 @@ class TrainingCheckpoint:
         self.interrupted_by: str | None = None
         self._begun_anew = resume != "auto"
         self._old_handlers: dict[int, Any] = {}
+        self._newest: Path | None = None
 
     @property
     def last(self) -> Path:
@@ -144,6 +145,7 @@ class TrainingCheckpoint:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
         engine.add_event_handler(Events.COMPLETED | Events.TERMINATE | Events.EXCEPTION_RAISED, self._finished)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self._exception)
 
     def _check_directory(self) -> None:
         """Find out now, and not after an hour, whether checkpoints can be written."""
@@ -222,6 +224,7 @@ class TrainingCheckpoint:
         engine.state.iteration = state["iteration"]
         engine.state.epoch = state["iteration"] // state["epoch_length"]
         self.sampler.start = state["iteration"]
+        self._newest = path
         engine.logger.warning("Resuming from %s at iteration %d", path, state["iteration"])
         if self.changes and self.changes[-1]["iteration"] == state["iteration"]:
             engine.logger.warning("From here on with %s", self.change_tags()[f"changed.{state['iteration']}"])
@@ -261,10 +264,18 @@ class TrainingCheckpoint:
         """
         engine.check_terms()
         if distributed.is_main():
+            self._forget_what_is_gone(engine)
             atomic_save(self.state_dict(engine), self.directory / name)
             if self.best is None and self._begun_anew:
                 (self.directory / "best.pt").unlink(missing_ok=True)  # of the run that this one takes the place of
             self._begun_anew = False
+            self._newest = self.directory / name
+
+    def _forget_what_is_gone(self, engine: BaseTrainer) -> None:
+        """Where somebody removed the folder, begin another one: what is trained so far is only in memory now."""
+        if self._newest is not None and not self._newest.is_file():
+            engine.logger.warning("%s is gone; checkpoints begin anew in %s", self._newest, self.directory)
+            self._newest, self.best = None, None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.interrupted_by = signal.Signals(number).name
@@ -289,6 +300,7 @@ class TrainingCheckpoint:
         metrics = self.evaluator.state.metrics if self.evaluator is not None else {}
         fresh = self.evaluator is not None and self.evaluator.state.epoch > 0
         value: Any = metrics.get(self.metric) if fresh else None
+        self._forget_what_is_gone(engine)
         improved = value is not None and (
             self.best is None or (value > self.best["value"] if self.mode == "max" else value < self.best["value"])
         )
@@ -298,6 +310,15 @@ class TrainingCheckpoint:
         self.save(engine)
         if self.interrupted_by is not None:
             engine.terminate()
+
+    def _exception(self, engine: BaseTrainer, error: BaseException) -> None:
+        """Note on the error what is left, once; ignite calls this for an epoch and for the whole run."""
+        if self._newest is None or not self._newest.is_file():
+            return
+        how = "" if self._newest == self.last else f", from which --resume {self._newest} goes on"
+        note = f"the last good checkpoint is {self._newest}{how}"
+        if note not in getattr(error, "__notes__", ()):
+            error.add_note(note)
 
     def _finished(self, engine: BaseTrainer, *error: BaseException) -> None:
         for number, handler in self._old_handlers.items():

@@ -13,7 +13,7 @@ from monai.data import set_track_meta
 from monai.utils import set_determinism
 
 from vaevq_med.core.components import trust
-from vaevq_med.core.errors import VaevqMedError, root_cause
+from vaevq_med.core.errors import foreseen
 from vaevq_med.core.options import expect, is_int
 from vaevq_med.images.manifest import load_manifest
 from vaevq_med.trained.device import named_device
@@ -25,30 +25,29 @@ from vaevq_med.training.lists import put_lists
 
 @contextlib.contextmanager
 def _in_one_line() -> Iterator[None]:
-    """End the program with one line on standard error: after an expected error with 2, after Ctrl-C with 130."""
+    """End the program with one line on standard error: after a foreseen error with 2, after Ctrl-C with 130."""
     try:
         yield
     except KeyboardInterrupt:
         print("vaevq-med: interrupted; the same command goes on", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
-        cause = root_cause(error)
-        if not isinstance(cause, VaevqMedError):
+        line = foreseen(error)
+        if line is None:
             raise
-        print(f"vaevq-med: {cause}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the terminal's log may be on the full disk, too
+            print(f"vaevq-med: {line}", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
 
 
 def run(engine: Any) -> None:
-    """Run an engine; an expected error ends the program with one line on standard error and exit code 2.
+    """Run an engine; a foreseen error ends the program with one line on standard error and exit code 2.
 
     A run that Ctrl-C stopped ends it with exit code 130: training with its checkpoint written.
 
     Args:
         engine: trainer or evaluator.
     """
-    # ignite logs every exception that it passes on, which would stand above the one line, or twice with a traceback.
-    engine.logger.addFilter(lambda record: "terminating due to exception" not in record.getMessage())
     with _in_one_line():
         engine.run()
     if getattr(engine.state, "interrupted", False):

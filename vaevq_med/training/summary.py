@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from ignite.engine import Events
 
+from vaevq_med.core.errors import dispensable
 from vaevq_med.core.files import atomic_write_text
 from vaevq_med.training import distributed
 from vaevq_med.training.base import BaseTrainer
@@ -110,5 +111,6 @@ class RunSummary:
             "precision": "fp32" if engine.autocast_dtype is None else "bf16",
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(self.path, json.dumps(record, indent=2) + "\n")
+        with dispensable("this record of the run"):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write_text(self.path, json.dumps(record, indent=2) + "\n")

@@ -4,75 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
-import os
 import platform
 import re
-import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from filelock import FileLock
 from ignite.engine import Engine, Events
 
 from vaevq_med import __version__
 from vaevq_med.training import distributed
+from vaevq_med.training.events import RunEvents
+from vaevq_med.training.mlflow_runs import MLflowRuns, is_local
+from vaevq_med.training.outbox import Outbox
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
     from vaevq_med.training.checkpoint import TrainingCheckpoint
 
 _FOREIGN = re.compile(r"[^/\w.\- ]")  # MLflow on Windows has no place for a colon either
 logger = logging.getLogger(__name__)
-_MAX_PARAMS = 100
 _MAX_METRICS = 1000
-# Points kept while the server fails: an hour or so of training.
-_MAX_BUFFERED = 100_000
-
-
-def followed(value: Any, config: Mapping[str, Any]) -> Any:
-    """What a reference (``@objective::weights::kl``) leads to, where that is a plain value; else ``value`` itself.
-
-    >>> followed("@weights#kl", {"weights": {"kl": 0.5}}), followed("@network", {"network": {"_target_": "Net"}})
-    (0.5, '@network')
-    >>> followed("@network", {"network": "$@network_def.to(@device)"})
-    '@network'
-    """
-    found, seen = value, set[str]()
-    while isinstance(found, str) and found.startswith("@") and found not in seen:
-        seen.add(found)
-        parts = found.removeprefix("@").replace("#", "::").split("::")
-        found = config
-        for part in parts:
-            found = found.get(part) if isinstance(found, Mapping) else None
-    plain = found is not None and not isinstance(found, Mapping | list) and not str(found).startswith(("$", "@"))
-    return found if plain else value
-
-
-def flatten(config: Any, prefix: str = "", whole: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """A nested configuration as MLflow parameters: ``objective.weights.rcs`` to ``"1.0"``.
-
-    >>> flatten({"objective": {"weights": {"rcs": 1.0}}, "set": {"network_def#variational": True}})
-    {'objective.weights.rcs': '1.0', 'set.network_def.variational': 'true'}
-    """
-    whole = config if whole is None and isinstance(config, Mapping) else whole or {}
-    if isinstance(config, Mapping):
-        items = [(str(key), value) for key, value in config.items()]
-    elif isinstance(config, list) and any(isinstance(value, Mapping | list) for value in config):
-        items = [(str(number), value) for number, value in enumerate(config)]
-    else:
-        config = followed(config, whole)
-        return {prefix[:250]: (config if isinstance(config, str) else json.dumps(config, default=str))[:6000]}
-    flat: dict[str, str] = {}
-    for key, value in items:
-        key = re.sub(r"[^\w\-. :/]", ".", key)  # MLflow takes no '#'
-        flat |= flatten(value, f"{prefix}.{key}" if prefix else key, whole)
-    return flat
+_ID, _KEY = "mlflow_run_id", "mlflow_run_key"
+_LOCAL_PATIENCE = 60.0
+"""Seconds that the end of a run waits for a store on this machine that takes nothing."""
 
 
 def versions() -> dict[str, str]:
@@ -92,38 +50,12 @@ def versions() -> dict[str, str]:
     }
 
 
-def artifact_location(tracking_uri: str) -> str | None:
-    """Where a new experiment's artifacts go: ``mlruns`` beside a SQLite file, otherwise the server's choice."""
-    if not tracking_uri.startswith("sqlite:///"):
-        return None
-    return (Path(tracking_uri.removeprefix("sqlite:///")).resolve().parent / "mlruns").as_uri()
-
-
-@contextlib.contextmanager
-def one_at_a_time(tracking_uri: str) -> Iterator[None]:
-    """Let one process at a time make and migrate a SQLite file, which MLflow's own lock leaves open.
-
-    The lock is a file beside it, or in the temporary folder where that folder takes none.
-    """
-    if not tracking_uri.startswith("sqlite:///"):
-        yield
-        return
-    path = Path(tracking_uri.removeprefix("sqlite:///")).resolve()
-    name = f".{path.name}.lock"
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(FileLock(path.with_name(name), timeout=300))
-        except OSError:
-            user = os.getuid() if hasattr(os, "getuid") else ""
-            own = hashlib.sha256(f"{user} {path}".encode()).hexdigest()[:16]
-            stack.enter_context(FileLock(Path(tempfile.gettempdir()) / f"vaevq_med_{own}{name}", timeout=300))
-        yield
-
-
 class MLflowTracker:
     """Log a training run to MLflow; a resumed run goes on in the same MLflow run.
 
-    A tracking server that fails is reported once and never stops the training.
+    A thread tells MLflow everything in order, so that training does not wait for a server. While that fails, what it is
+    not told is kept in ``mlflow_unsent_*`` beside the checkpoints' folder, and sent once it answers, in this process or
+    in one that resumes the run, or finds it finished.
 
     Args:
         tracking_uri: MLflow tracking URI, by default a SQLite file in the working directory; ``none`` turns
@@ -137,6 +69,10 @@ class MLflowTracker:
         log_checkpoints: log ``best.pt`` and ``last.pt`` as artifacts at the end.
         pictures: folder whose PNG files are logged after each validation.
         parent_run_id: nest the run below this one.
+        patience: seconds that the run waits, at its beginning and at its end, for a server that takes nothing.
+
+    Attributes:
+        run_id: of the run, None before MLflow has given it one.
     """
 
     def __init__(
@@ -152,6 +88,7 @@ class MLflowTracker:
         log_checkpoints: bool = True,
         pictures: str | Path | None = None,
         parent_run_id: str | None = None,
+        patience: float = 10.0,
     ) -> None:
         self.tracking_uri = tracking_uri
         self.experiment = experiment
@@ -163,11 +100,12 @@ class MLflowTracker:
         self.log_checkpoints = log_checkpoints
         self.pictures = None if pictures is None else Path(pictures)
         self.parent_run_id = parent_run_id
+        self.patience = patience
         self.run_id: str | None = None
-        self._client: MlflowClient | None = None
+        self._key = ""
+        self._outbox: Outbox | None = None
         self._buffer: list[tuple[str, float, int, int]] = []
         self._unread: list[tuple[int, int, Mapping[str, float]]] = []
-        self._logged_until = 0
         self._failed = False
 
     @property
@@ -175,10 +113,20 @@ class MLflowTracker:
         """Whether this process tracks."""
         return self.tracking_uri != "none" and distributed.is_main()
 
+    @property
+    def unsent(self) -> Path | None:
+        """Folder of what could not be sent, of this store and experiment; None without a checkpoint beside it."""
+        if self.checkpoint is None:
+            return None
+        place = hashlib.sha256(f"{self.tracking_uri} {self.experiment}".encode()).hexdigest()[:8]
+        return self.checkpoint.directory.parent / f"mlflow_unsent_{place}"
+
     def attach(self, engine: Engine) -> None:
         """Register the events, unless tracking is off."""
         if not self.enabled:
             return
+        engine.register_events(*RunEvents)
+        engine.add_event_handler(RunEvents.ALREADY_FINISHED, self._already_finished)
         engine.add_event_handler(Events.STARTED, self._started)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
@@ -187,128 +135,146 @@ class MLflowTracker:
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
-        """Report the first failure of the tracking server as a warning and go on."""
+        """Report the first failure to make something ready for MLflow as a warning and go on."""
         try:
             yield
         except Exception as error:
             if not self._failed:
-                logger.warning("MLflow at %s failed (%s); training goes on", self.tracking_uri, error)
+                logger.warning("MLflow at %s failed (%s); the work goes on", self.tracking_uri, error)
             self._failed = True
 
-    def _open(self) -> MlflowClient:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        logging.getLogger("mlflow.store").setLevel(logging.WARNING)
-        from mlflow import MlflowClient
+    def _open(self) -> Outbox:
+        runs = MLflowRuns(self.tracking_uri, self._run_started)
+        outbox = Outbox(runs.send, self.unsent, on_failure=self._server_failed)
+        outbox.start()
+        return outbox
 
-        with one_at_a_time(self.tracking_uri):
-            return MlflowClient(tracking_uri=self.tracking_uri)  # makes the file's tables
+    def _server_failed(self, error: Exception | None) -> None:
+        """Say that MLflow fails, or that it answers again; called by the thread."""
+        if error is None:
+            logger.warning("MLflow at %s answers again", self.tracking_uri)
+            return
+        kept = "" if self.unsent is None else f"; what it is not told is kept in {self.unsent} until it answers"
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:400]
+        logger.warning("MLflow at %s failed (%s); the work goes on%s", self.tracking_uri, line, kept)
 
-    def start_run(self, resumed_id: str | None = None, *, resume: bool = True) -> None:
+    def _run_started(self, key: str, run_id: str) -> None:
+        """Note the id that MLflow gave a run; called by the thread."""
+        if key != self._key:
+            return
+        self.run_id = run_id
+        if self.checkpoint is not None:
+            self.checkpoint.extra[_ID] = run_id
+
+    def start_run(self, resumed_id: str | None = None, *, resume: bool = True, key: str | None = None) -> None:
         """Open the run: a new one, or the one that a checkpoint names.
+
+        It waits for the id, but for some seconds only where the store is a server: then :attr:`run_id` comes later.
 
         Args:
             resumed_id: the run that a checkpoint names.
             resume: whether training goes on in it; otherwise its status is left alone.
+            key: what the run was called before it had an id, where an earlier process got none.
         """
-        from mlflow.exceptions import MlflowException
-
-        self._client = client = self._open()
-        if resumed_id is not None:
-            try:
-                if resume:
-                    client.update_run(resumed_id, status="RUNNING")
-                else:
-                    client.get_run(resumed_id)
-                self.run_id = resumed_id
-                history = client.get_metric_history(resumed_id, "train/loss")
-                self._logged_until = max((point.step for point in history), default=0)
-                return
-            except MlflowException:
-                logger.warning("MLflow has no run %s any more; a new one is made", resumed_id)
-        experiment_id = self._experiment(client)
+        self.run_id, self._key = resumed_id, key or uuid.uuid4().hex
+        self._outbox = outbox = self._open()
         tags = {**self.tags, **{f"version.{name}": value for name, value in versions().items()}}
         if self.parent_run_id is not None:
             tags["mlflow.parentRunId"] = self.parent_run_id
-        run = client.create_run(experiment_id, run_name=self.run_name, tags=tags)
-        self.run_id = run.info.run_id
-        self.log_config(self.config)
+        self._put("start", resume=resume, run_name=self.run_name, tags=tags, config=self.config, began=_now())
+        outbox.wait(None if is_local(self.tracking_uri) else self.patience)
 
-    def _experiment(self, client: MlflowClient) -> str:
-        """Id of the experiment, which another process may make at the same moment."""
-        from mlflow.exceptions import MlflowException
+    def _put(self, do: str, **content: Any) -> None:
+        if self._outbox is not None:
+            known = {} if self.run_id is None else {"id": self.run_id}
+            self._outbox.put({"do": do, "run": self._key, "experiment": self.experiment, **known, **content})
 
-        found = client.get_experiment_by_name(self.experiment)
-        if found is not None:
-            return found.experiment_id
-        try:
-            return client.create_experiment(self.experiment, artifact_location=artifact_location(self.tracking_uri))
-        except MlflowException:
-            found = client.get_experiment_by_name(self.experiment)
-            if found is None:
-                raise
-            return found.experiment_id
-
-    def log_config(self, config: Mapping[str, Any]) -> None:
-        """Log a configuration as parameters and as the artifact ``config.json``."""
-        from mlflow.entities import Param
-
-        if self._client is None or self.run_id is None:
-            return
-        flat = [Param(key, value) for key, value in sorted(flatten(config).items())]
-        for first in range(0, len(flat), _MAX_PARAMS):
-            self._client.log_batch(self.run_id, params=flat[first : first + _MAX_PARAMS])
-        self._client.log_dict(self.run_id, dict(config), "config.json")
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
+        """Set tags of the run."""
+        self._put("tags", tags={name: str(value)[:5000] for name, value in tags.items()})
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Buffer metrics; they are written in batches. What MLflow has no place for in a name becomes ``_``."""
-        self._buffer_metrics(metrics, step, int(time.time() * 1000))
+        """Buffer metrics; they are sent in batches. What MLflow has no place for in a name becomes ``_``."""
+        self._buffer_metrics(metrics, step, _now())
 
     def _buffer_metrics(self, metrics: Mapping[str, float], step: int, now: int) -> None:
-        del self._buffer[: max(0, len(self._buffer) - _MAX_BUFFERED)]
         self._buffer.extend((_FOREIGN.sub("_", name), float(value), now, step) for name, value in metrics.items())
 
     def flush(self) -> None:
-        """Write the buffered metrics; what a failing server did not take stays for the next time."""
-        from mlflow.entities import Metric
-
+        """Hand the buffered metrics over, without waiting for MLflow to take them."""
         unread, self._unread = self._unread, []
         for step, moment, terms in unread:
             self._buffer_metrics({f"train/{name}": value for name, value in terms.items()}, step, moment)
-        if self._client is None or self.run_id is None:
-            return
-        while self._buffer:
-            points = self._buffer[:_MAX_METRICS]
-            self._client.log_batch(self.run_id, metrics=[Metric(*point) for point in points])
-            del self._buffer[: len(points)]
+        buffer, self._buffer = self._buffer, []
+        for first in range(0, len(buffer), _MAX_METRICS):
+            self._put("metrics", points=buffer[first : first + _MAX_METRICS])
 
-    def log_artifact(self, path: Path, folder: str | None = None) -> None:
-        """Log a file, if it is there."""
-        if self._client is not None and self.run_id is not None and path.is_file():
-            self._client.log_artifact(self.run_id, str(path), folder)
+    def log_artifact(self, path: Path, folder: str | None = None, *, changes: bool = False) -> None:
+        """Log a file, if it is there.
+
+        Args:
+            path: the file.
+            folder: where it goes among the run's artifacts.
+            changes: whether it may be written anew soon, so that a copy of it is logged.
+        """
+        if self._outbox is None or not path.is_file():
+            return
+        place = self._outbox.copied(path) if changes else path.resolve()
+        copy = {"copy": str(place)} if place != path and changes else {}
+        self._put("artifact", path=str(place), folder=folder, bytes=place.stat().st_size, **copy)
 
     def end_run(self, status: str) -> None:
-        """Write what is buffered and set the run's final status."""
+        """Hand over what is buffered and the run's final status, and :meth:`close`."""
         self.flush()
-        if self._client is not None and self.run_id is not None:
-            self._client.set_terminated(self.run_id, status=status)
+        self._put("end", status=status, ended=_now())
+        self.close()
+
+    def close(self) -> None:
+        """Hand over what is buffered, wait for MLflow to take it as long as it does, and say what is missing."""
+        self.flush()
+        outbox, self._outbox = self._outbox, None
+        if outbox is None:
+            return
+        left = outbox.close(_LOCAL_PATIENCE if is_local(self.tracking_uri) else self.patience)
+        if left:
+            logger.warning("MLflow at %s was not told everything: %s", self.tracking_uri, self._missing(outbox))
+        if outbox.lost:
+            logger.warning("MLflow at %s was not told %d messages, which are lost", self.tracking_uri, outbox.lost)
+
+    def _missing(self, outbox: Outbox) -> str:
+        messages = list(outbox.messages())
+        steps = [point[3] for message in messages for point in message.get("points", ())]
+        files = sum(message["do"] == "artifact" for message in messages)
+        parts = [f"metrics of the iterations {min(steps)} to {max(steps)}"] if steps else []
+        parts += [f"{files} files"] if files else []
+        words = f"{len(messages)} messages{' with ' if parts else ''}{' and '.join(parts)}"
+        if self.unsent is None:
+            return f"{words} are missing; the same command sends them again"
+        return f"{words} are kept in {self.unsent}; the same command, or one that resumes the run, sends them"
 
     def _started(self, engine: Engine) -> None:
         with self.guard():
-            self.start_run(self.checkpoint.extra.get("mlflow_run_id") if self.checkpoint else None)
-            if self.checkpoint is not None:
-                self.checkpoint.extra["mlflow_run_id"] = self.run_id
-                if self._client is not None and self.run_id is not None:
-                    for name, words in self.checkpoint.change_tags().items():
-                        self._client.set_tag(self.run_id, name, words)
+            stored = self.checkpoint.extra if self.checkpoint is not None else {}
+            self.start_run(stored.get(_ID), key=stored.get(_KEY))
+            stored[_KEY] = self._key
+            changed = self.checkpoint.change_tags() if self.checkpoint is not None else {}
+            if changed:
+                self.set_tags(changed)
+
+    def _already_finished(self, engine: Engine) -> None:
+        """Send what is left of the run that is finished."""
+        with self.guard():
+            if self.unsent is not None and self.unsent.is_dir():
+                self._outbox = outbox = self._open()
+                count = len(outbox)
+                self.close()
+                if not len(outbox):
+                    logger.warning("MLflow at %s was told the %d messages that it missed", self.tracking_uri, count)
 
     def _iteration_completed(self, engine: Engine) -> None:
         step = engine.state.iteration
-        if step <= self._logged_until or self._client is None:
-            return
-        # Not looked at before they are written: that makes the host wait for a GPU.
-        self._unread.append((step, int(time.time() * 1000), engine.state.terms))  # type: ignore[attr-defined]
-        del self._unread[: max(0, len(self._unread) - _MAX_BUFFERED)]
+        # Not looked at before they are sent: that makes the host wait for a GPU.
+        self._unread.append((step, _now(), engine.state.terms))  # type: ignore[attr-defined]
         if step % self.interval == 0:
             with self.guard():
                 self.flush()
@@ -320,11 +286,12 @@ class MLflowTracker:
             self.log_metrics({"epoch": engine.state.epoch}, engine.state.iteration)
             self.flush()
             for picture in sorted(self.pictures.glob("*.png")) if self.pictures else []:
-                self.log_artifact(picture, f"pictures/epoch_{engine.state.epoch:04d}")
+                self.log_artifact(picture, f"pictures/epoch_{engine.state.epoch:04d}", changes=True)
 
     def _completed(self, engine: Engine) -> None:
         interrupted = self.checkpoint is not None and self.checkpoint.interrupted_by is not None
         with self.guard():
+            self.flush()
             if self.log_checkpoints and self.checkpoint is not None:
                 for name in ("best.pt", "last.pt"):
                     self.log_artifact(self.checkpoint.directory / name, "checkpoints")
@@ -332,6 +299,10 @@ class MLflowTracker:
 
     def _exception(self, engine: Engine, error: BaseException) -> None:
         with self.guard():
-            if self._client is not None and self.run_id is not None:
-                self._client.set_tag(self.run_id, "error", str(error)[:5000])
+            self.set_tags({"error": error})
             self.end_run("FAILED")
+
+
+def _now() -> int:
+    """Milliseconds."""
+    return int(time.time() * 1000)
