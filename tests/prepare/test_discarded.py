@@ -10,6 +10,8 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk  # noqa: N813
+import torch
 
 from vaevq_med.core.errors import DataError
 from vaevq_med.images.pixels import read_image
@@ -17,6 +19,7 @@ from vaevq_med.prepare.job import Prepare, Report
 from vaevq_med.prepare.recipes import BiasFieldCorrection, Recipe
 from vaevq_med.prepare.volumes.discarded import in_words
 from vaevq_med.prepare.volumes.source import VolumeSource
+from vaevq_med.prepare.volumes.transforms import BiasFieldCorrectionN4
 
 SHAPE = (16, 18, 12)
 CASE = "BraTS-GLI-00001-000"
@@ -109,7 +112,20 @@ def test_another_background_than_0_changes_no_slice(tmp_path: Path, change: Chan
     assert not any("background" in note for note in exact.notes)
 
 
-def test_n4_corrects_within_the_same_foreground(tmp_path: Path) -> None:
+def test_n4_is_fitted_within_the_foreground() -> None:
+    """Against SimpleITK with the mask that this file knows."""
+    volume = brain()
+    image, mask = (sitk.GetImageFromArray(array) for array in (volume, inside().astype(np.uint8)))
+    corrector = sitk.N4BiasFieldCorrectionImageFilter()
+    corrector.SetMaximumNumberOfIterations([5])
+    corrector.Execute(sitk.Shrink(image, [2] * 3), sitk.Shrink(mask, [2] * 3))
+    expected = volume / np.exp(sitk.GetArrayFromImage(corrector.GetLogBiasFieldAsImage(image)))
+    found = BiasFieldCorrectionN4(2, (5,))(torch.from_numpy(volume)[None])[0].numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert np.abs(found - volume).max() > 1
+
+
+def test_n4_corrects_the_same_whatever_the_background(tmp_path: Path) -> None:
     recipe = changed(RECIPE, bias_field_correction=BiasFieldCorrection(shrink_factor=2, iterations=(5,)))
     prepare(write(tmp_path / "a", brain()), tmp_path / "exact", recipe)
     prepare(write(tmp_path / "b", np.where(brain() == 0, np.float32(0.5), brain())), tmp_path / "out", recipe)

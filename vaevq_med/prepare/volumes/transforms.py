@@ -29,7 +29,8 @@ def blacken(voxels: NDArray, background: Background, *, keep_negatives: bool) ->
         The volume (itself where nothing had to be done), and by how much its foreground was raised.
 
     Examples:
-        >>> blacken(np.array([-1.0, -0.5, 1.0]), Background(-1.0), keep_negatives=True)[0].tolist()
+        >>> raised, _ = blacken(np.array([-1.0, -0.5, 1.0]), Background(-1.0), keep_negatives=True)
+        >>> raised.round(4).tolist()
         [0.0, 0.0015, 1.5015]
     """
     if background.is_black and not (keep_negatives and voxels.size and voxels.min() < 0):
