@@ -45,12 +45,17 @@ def progress_bar(*, passing: bool = False) -> Progress:
 @contextlib.contextmanager
 def counted(*, passing: bool = False) -> Iterator[dict[str, Callable[[int], None]]]:
     """A progress bar over images, as ``on_start`` and ``on_images`` of what reads them; see :func:`progress_bar`."""
-    with progress_bar(passing=passing) as bar:
-        task = bar.add_task("images", total=None)
-        yield {
-            "on_start": lambda total: bar.update(task, total=total),
-            "on_images": lambda count: bar.update(task, advance=count),
-        }
+    bar = progress_bar(passing=passing)
+
+    def start(total: int) -> None:
+        bar.add_task("images", total=total)
+        bar.start()  # not before, since its thread keeps a pool of processes from being forked
+
+    try:
+        yield {"on_start": start, "on_images": lambda count: bar.advance(bar.task_ids[0], count)}
+    finally:
+        if bar.live.is_started:
+            bar.stop()
 
 
 @contextlib.contextmanager
