@@ -29,24 +29,33 @@ def readable_size(count: int) -> str:
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
-def progress_bar() -> Progress:
-    """A bar on standard error that counts items and says how long they still take."""
+def progress_bar(*, passing: bool = False) -> Progress:
+    """A bar on standard error that counts items and says how long they still take.
+
+    Args:
+        passing: it leaves nothing behind, also where standard error is a file.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True, highlight=False))
+    return Progress(*columns, console=Console(stderr=True, highlight=False), transient=passing)
 
 
 @contextlib.contextmanager
-def counted() -> Iterator[dict[str, Callable[[int], None]]]:
-    """A progress bar over images, as ``on_start`` and ``on_images`` of what reads them."""
-    with progress_bar() as bar:
-        task = bar.add_task("images", total=None)
-        yield {
-            "on_start": lambda total: bar.update(task, total=total),
-            "on_images": lambda count: bar.update(task, advance=count),
-        }
+def counted(*, passing: bool = False) -> Iterator[dict[str, Callable[[int], None]]]:
+    """A progress bar over images, as ``on_start`` and ``on_images`` of what reads them; see :func:`progress_bar`."""
+    bar = progress_bar(passing=passing)
+
+    def start(total: int) -> None:
+        bar.add_task("images", total=total)
+        bar.start()  # not before, since its thread keeps a pool of processes from being forked
+
+    try:
+        yield {"on_start": start, "on_images": lambda count: bar.advance(bar.task_ids[0], count)}
+    finally:
+        if bar.live.is_started:
+            bar.stop()
 
 
 @contextlib.contextmanager

@@ -94,7 +94,7 @@ def likeness(first: Path, second: Path) -> float:
     for path in (first, second):
         band = _between(_thumbnail(path.suffix, path.read_bytes(), _SIDE)[0], 1.0, 3.0)
         power = band**2
-        band /= np.sqrt(gaussian_filter(power, 6.0) + power.mean() / 4 + 1e-12)
+        band /= np.sqrt(gaussian_filter(power, 6.0) + power.mean() / 25 + 1e-12)
         band -= band.mean()
         spectra.append(np.fft.rfft2(band / max(float(np.linalg.norm(band)), 1e-6)))
     match = np.fft.irfft2(spectra[0] * spectra[1].conj(), (_SIDE, _SIDE))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -146,18 +147,19 @@ def _read(
     """Sketches by position, and what cannot be read."""
     starts = range(0, len(paths), _BATCH)
     jobs = {str(start): (root, paths[start : start + _BATCH]) for start in starts}
-    on_start(len(paths))
     sketches: dict[int, Sketch] = {}
     unreadable: list[tuple[int, str]] = []
-    for name, outcome in run_jobs(_sketch_batch, jobs, kind="batch", workers=workers):
-        if isinstance(outcome, Problem):
-            raise DataError(f"images from {paths[int(name)]} on: {outcome.reason}")
-        for number, found in enumerate(outcome, int(name)):
-            if isinstance(found, Sketch):
-                sketches[number] = found
-            else:
-                unreadable.append((number, found))
-        on_images(len(outcome))
+    running = run_jobs(_sketch_batch, jobs, kind="batch", workers=workers, on_start=lambda total: on_start(len(paths)))
+    with contextlib.closing(running) as outcomes:
+        for name, outcome in outcomes:
+            if isinstance(outcome, Problem):
+                raise DataError(f"images from {paths[int(name)]} on: {outcome.reason}")
+            for number, found in enumerate(outcome, int(name)):
+                if isinstance(found, Sketch):
+                    sketches[number] = found
+                else:
+                    unreadable.append((number, found))
+            on_images(len(outcome))
     return sketches, tuple((paths[number], reason) for number, reason in sorted(unreadable))
 
 
