@@ -58,7 +58,7 @@ MIRRORED = {"_target_": "RandFlipd", "keys": "image", "prob": 0.5, "spatial_axis
         ({"objective#weights#kl": 0}, "objective#weights#kl is 0, was 0.00024"),
         ({"objective#terms#reconstruction#kind": "l1"}, "objective#terms#reconstruction#kind is l1, was l2"),
         ({"feature_network": "vgg"}, "feature_network is vgg, was efficientnet-lite0"),
-        ({"objective#adversarial": None}, "objective#adversarial is unset, was vaevq_med"),
+        ({"objective#adversarial": None}, "objective#adversarial is None, was vaevq_med"),
         ({"discriminator_def#num_layers": 2}, "discriminator_def#num_layers is 2, was 1"),
     ],
 )
@@ -91,7 +91,7 @@ def test_what_makes_it_another_run_is_named(
         {"network_def#encoder#_notes_": "words", "network_def#quantizer#embedding_dim": "@network_def#embedding_dim"},
         {"train#dataset#_target_": "vaevq_med.data.SliceDataset", "train#dataset#max_items": None},
         {"train#preprocessing": {"_target_": "Compose", "transforms": [*CHAIN, MIRRORED]}},
-        {"train#preprocessing#regions": False},
+        {"train#preprocessing#regions": False, "network_def#encoder#channel_mult": ["@in_channels", 2]},
     ],
 )
 def test_what_is_the_same_run_goes_on(overrides: dict[str, Any], slice_dataset: Path, images: SliceDataset) -> None:

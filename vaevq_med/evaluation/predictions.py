@@ -36,7 +36,7 @@ class PredictionWriter:
         output_dir: root of the files.
         dataset_dir: root of the slice data set, to which the paths are relative.
         write: some of ``indices`` and ``reconstructions``, or one of them.
-        stored: the checkpoint of the network; without it, its weights alone say which it is.
+        stored: the checkpoint of the network, for the note.
         overwrite: replace what another network, other data or other settings made.
 
     Raises:
@@ -77,7 +77,7 @@ class PredictionWriter:
         stored, samples = self.stored, engine.quantize == "sample"
         depends = {
             "command": self.folder.command,
-            "network": network_hash(None, network.state_dict()) if stored is None else stored.content_hash,
+            "weights": network_hash(None, network.state_dict()),
             "readout": network.quantizer.readout,
             "data": None if manifest is None else manifest.content_hash,
             "channels": getattr(dataset, "channels", None),
@@ -85,9 +85,14 @@ class PredictionWriter:
             "seed": engine.seed if samples else None,
             "precision": "fp32" if engine.autocast_dtype is None else str(engine.autocast_dtype).removeprefix("torch."),
         }
-        told: dict[str, Any] = {"version": __version__, "checkpoint": None, "iteration": None}
+        told: dict[str, Any] = {
+            "version": __version__,
+            "checkpoint": None,
+            "checkpoint_sha256": None,
+            "iteration": None,
+        }
         if stored is not None:
-            told |= {"checkpoint": stored.path.name, "iteration": stored.iteration}
+            told |= {"checkpoint": stored.path.name, "checkpoint_sha256": stored.sha256, "iteration": stored.iteration}
         return Maker(self.folder, depends, self._written, told=told)
 
     def _written(self) -> Iterator[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc import ErrorDuringImport, locate
@@ -22,6 +22,8 @@ _SAME = (
 """Ids whose values, and those of what they refer to, make a run what it is."""
 _FREE = frozenset({"device", "dataset_dir", "tokens_dir", "output_dir", "bundle_root", "num_workers"})
 """Ids and arguments that say where and how fast a run runs: a copy of the same data may lie elsewhere."""
+_COMPARED = frozenset({"network"})
+"""Ids that are built of others here, which are compared by themselves."""
 _FREE_LEAVES = frozenset({"objective#adversarial#weight", "objective#adversarial#start_step"})
 _UNSAID = frozenset(
     {
@@ -126,6 +128,11 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
+def _is_settled(values: Sequence[Any]) -> bool:
+    """Whether no reference and no expression is among them."""
+    return not any(isinstance(value, str) and value.startswith(("@", "$")) for value in values)
+
+
 def _leaves(
     record: RunRecord, value: Any, path: str, name: str, open_ids: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, _Leaf]]:
@@ -137,7 +144,7 @@ def _leaves(
         for found in _REFERENCE.findall(value):
             reference = found.replace("::", "#").rstrip("#")
             is_there, target = _found(record.config, reference)
-            if reference in open_ids or reference.split("#")[0] in _FREE or not is_there:
+            if reference in open_ids or reference.split("#")[0] in _FREE | _COMPARED or not is_there:
                 if whole:
                     yield path, _Leaf(name, value, None, known=False)
                 continue
@@ -154,9 +161,15 @@ def _leaves(
         for key, item in arguments.items():
             if key not in _FREE:
                 yield from _leaves(record, item, f"{path}#{key}", f"{name}#{key}", open_ids)
-    elif isinstance(value, list | tuple) and value and not _is_plain(value):
+    elif isinstance(value, list | tuple) and value and not (_is_plain(value) and _is_settled(value)):
+        items: dict[str, _Leaf] = {}
         for number, item in enumerate(value):
-            yield from _leaves(record, item, f"{path}#{number}", f"{name}#{number}", open_ids)
+            items |= dict(_leaves(record, item, f"{path}#{number}", f"{name}#{number}", open_ids))
+        if len(items) == len(value) and all(leaf.known for leaf in items.values()):
+            plain = [leaf.value for leaf in items.values()]
+            yield path, _Leaf(name, plain, plain, known=True)
+        else:
+            yield from items.items()
     else:
         plain = list(value) if isinstance(value, tuple) else value
         yield path, _Leaf(name, plain, plain, known=True)
@@ -187,8 +200,10 @@ def _chain(record: RunRecord, dataset: Any) -> list[str] | None:
     leaves = dict(_leaves(record, definition, "", ""))
     target = leaves["#_target_"].value if "#_target_" in leaves else None
     if target == _address("vaevq_med.images.reader"):
-        arguments = {key[1:]: leaf.value for key, leaf in leaves.items() if leaf.known and "#" not in key[1:]}
-        del arguments["_target_"]
+        given = {path[1:]: leaf for path, leaf in leaves.items() if "#" not in path[1:]}
+        if not all(leaf.known for leaf in given.values()):
+            return None
+        arguments = {key: leaf.value for key, leaf in given.items() if key != "_target_"}
         try:
             made = reader(dataset.manifest, **arguments).transforms
         except Exception:  # as its own run would have said
@@ -281,15 +296,17 @@ def _setting_difference(before: RunRecord, now: RunRecord, dataset: Any) -> str 
             compared = _compared_already(before, now, dataset)
             old, new = ({p: leaf for p, leaf in part.items() if not p.startswith(compared)} for part in (old, new))
         for path in dict.fromkeys((*new, *old)):
-            found, stored = new.get(path), old.get(path)
+            parent = path.rpartition("#")[0]
+            found, stored = (part.get(path) or part.get(parent) for part in (new, old))
             above, _, _ = path.partition("@")
             if above != path and all(above in part and part[above].known for part in (new, old)):
                 continue  # what an expression refers to does not count where it is known what it came to
             given = [leaf for leaf in (found, stored) if leaf is not None]
+            where = path if path in new and path in old else parent if len(given) == 2 else path
             same = given[0].says_as(given[-1]) if len(given) == 2 else given[0].known and given[0].value is None
             if not same:
                 words = ["unset" if leaf is None else leaf.written for leaf in (found, stored)]
-                spelled = given[0].name if given[0].name == given[-1].name else path
+                spelled = given[0].name if given[0].name == given[-1].name else where
                 return _differs(spelled.removesuffix("#_target_"), *words)
     return None
 
