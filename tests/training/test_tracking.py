@@ -129,6 +129,18 @@ def test_a_resumed_run_repeats_no_point_that_was_sent(server: FakeServer, tmp_pa
     assert list(server.runs) == ["run0"]
 
 
+def test_a_run_that_was_deleted_goes_on_in_a_new_one(
+    server: FakeServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    extra = {"mlflow_run_id": "deleted"}
+    train(tracker_of(tmp_path, extra), epochs=3, first=8)
+    assert steps_of(server) == list(range(9, 13))
+    assert extra["mlflow_run_id"] == "run0"
+    (line,) = (record.message for record in caplog.records)
+    assert "deleted" in line
+    assert "run0" in line
+
+
 def test_the_same_command_after_the_end_sends_what_is_left(server: FakeServer, tmp_path: Path) -> None:
     from vaevq_med.training.events import RunEvents
 

@@ -202,6 +202,8 @@ class MLflowRuns:
         run_id = None if known is None else self._resumed(known, message["resume"])
         if run_id is None:
             run_id = self._made(message)
+            if known is not None:
+                logger.warning("MLflow has no run %s any more; a new one, %s, goes on with it", known, run_id)
         elif "id" not in message and not self.client.get_run(run_id).data.params:
             self._config(run_id, message["config"])
         self._ids[key] = run_id
@@ -218,7 +220,6 @@ class MLflowRuns:
         except MlflowException as error:
             if error.error_code not in _GONE:
                 raise
-            logger.warning("MLflow has no run %s any more; a new one is made", run_id)
             return None
         history = self.client.get_metric_history(run_id, "train/loss")
         self._known[run_id] = max((point.step for point in history), default=0)
