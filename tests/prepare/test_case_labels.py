@@ -26,7 +26,9 @@ SHAPE = (16, 16, 4)
 def make_case(root: Path, case: str, values: Sequence[int] | None, pattern: str = "{case}-{name}.nii.gz") -> None:
     rng = np.random.default_rng(sum(case.encode()))
     for name in MODALITIES:
-        write(root / case / pattern.format(case=case, name=name), rng.integers(1, 999, SHAPE).astype(np.int16))
+        voxels = np.zeros(SHAPE, np.int16)
+        voxels[1:-1, 1:-1, 1:-1] = rng.integers(1, 999, [n - 2 for n in SHAPE])
+        write(root / case / pattern.format(case=case, name=name), voxels)
     if values is not None:
         write(root / case / pattern.format(case=case, name="seg"), mask(values))
 
