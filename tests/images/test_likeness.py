@@ -82,10 +82,10 @@ def test_small_images_are_copies_only_where_next_to_nothing_differs(tmp_path: Pa
     """At 32 pixels little but the outline is left of a head."""
     small = [np.where(head(seed) > 0, 150 + 0.03 * head(seed), 0) for seed in range(4)]
     small = [pixels.reshape(32, 6, 32, 6).mean((1, 3)) for pixels in small]
-    _, again, limit = compare(save(tmp_path / "a.png", small[0]), save(tmp_path / "b.png", 0.7 * small[0]))
+    _, again, limit = compare(save(tmp_path / "a16.png", small[0]), save(tmp_path / "b16.png", 0.7 * small[0]))
     assert again > limit
     for other in small[1:]:
-        _, value, limit = compare(tmp_path / "a.png", save(tmp_path / "b.png", other))
+        _, value, limit = compare(tmp_path / "a16.png", save(tmp_path / "b16.png", other))
         assert value < limit
 
 
