@@ -367,8 +367,9 @@ def main() -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "COLUMNS": "200"}
     torch.set_num_threads(1)
     import monai.bundle  # noqa: F401  imported once, before the forks
-    import vaevq_med.prepare.volumes.slices  # noqa: F401
-    import vaevq_med.tokens.encode  # noqa: F401
+
+    import vaevq_med.prepare.volumes.slices
+    import vaevq_med.tokens.encode
     import vaevq_med.training.tokenizer  # noqa: F401
 
     base = arguments.folder.resolve() / "base"

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 from conftest import BUNDLE, FIXTURES, OVERLAYS, toy_config
+from helpers.fake_mlflow import FakeServer
 from ignite.engine import Engine
 from monai.bundle import ConfigParser
 
@@ -181,21 +183,17 @@ def test_changes_are_told_by_id_and_kept_short() -> None:
 
 def test_changes_become_tags_of_the_tracked_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = TrainingCheckpoint(directory=tmp_path, sampler=None)
-    checkpoint.extra = {"mlflow_run_id": "known"}
+    checkpoint.extra = {"mlflow_run_id": "run0"}
     rates = {"learning_rate": ["1", "2"]}
     checkpoint.changes = [{"iteration": 4, "changed": rates}, {"iteration": 4, "changed": {"max_epochs": ["1", "3"]}}]
-    tags: dict[str, str] = {}
-
-    class Client:
-        def __getattr__(self, name: str) -> Any:
-            return lambda *words, **_: tags.update([words[1:]]) if name == "set_tag" else []
-
-    tracker = MLflowTracker(tracking_uri="sqlite:///unused.db", checkpoint=checkpoint)
-    monkeypatch.setattr(tracker, "_open", Client)
+    server = FakeServer()
+    run = server.create_run("7", 0, {}, "before")
+    monkeypatch.setattr(mlflow, "MlflowClient", server)
+    tracker = MLflowTracker(tracking_uri="http://mlflow.example", checkpoint=checkpoint)
     engine = Engine(lambda *_: None)
     tracker.attach(engine)
     engine.run([0], max_epochs=0)
-    assert tags == {"changed.4": "learning_rate 1 -> 2; max_epochs 1 -> 3"}
+    assert run.data.tags == {"changed.4": "learning_rate 1 -> 2; max_epochs 1 -> 3"}
 
 
 def test_a_run_that_starts_anew_leaves_nothing_of_the_one_before(tmp_path: Path) -> None:
