@@ -4,8 +4,9 @@
 
 Each trial runs one command on small synthetic brains in a new folder, ends its whole process group with SIGKILL at a
 moment drawn evenly between its first written file and its end, and then runs the same command again. Right is when
-no file that the kill left is half (each is read whole by its kind; hidden temporaries do not count), the second run ends with exit
-code 0, and what it leaves is what the unbroken run left, to the bit. A row is printed and stored after each trial.
+no file that the kill left is half (each is read whole by its kind; hidden temporaries do not count), the second run
+ends with exit code 0, and what it leaves is what the unbroken run left, to the bit. A row is printed and stored after
+each trial.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -120,7 +121,7 @@ def test_a_record_never_stands_beside_rows_of_another(tmp_path: Path, monkeypatc
     before = contents(tmp_path)
     # A disk that is full while the new one is written: the earlier record is whole.
     with monkeypatch.context() as patch:
-        patch.setattr(EvaluationReport, "_write_rows", lambda *_: (_ for _ in ()).throw(OSError("full")))
+        patch.setattr(EvaluationReport, "_write_rows", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
         with pytest.raises(OSError, match="full"):
             report(2).save(tmp_path, beside=["worst.png"])
     assert contents(tmp_path) == before

@@ -360,7 +360,7 @@ def test_shipped_recipes_hold_every_field_and_go_round(name: str) -> None:
         ({"spacing": 1.0}, "spacing is 1.0; expected three lengths from 0.05 to 50 mm, or null"),
         ({"spacing": [1, 1]}, "spacing is"),
         ({"spacing": [0, 1, 1]}, "spacing is"),
-        ({"modalities": "t1n"}, "modalities is"),
+        ({"modalities": 1}, "modalities is"),
         ({"modalities": []}, "modalities is"),
         ({"modalities": ["t1n", "t1n"]}, "modalities is .*; expected names of .*, each one once"),
         ({"modalities": ["t1n", "seg"]}, "modalities is .* other than seg, case, patient, image"),
@@ -373,10 +373,6 @@ def test_shipped_recipes_hold_every_field_and_go_round(name: str) -> None:
         (
             {"bias_field_correction": {"shrink": 4}},
             "bias_field_correction.shrink is unknown; did you mean shrink_factor",
-        ),
-        (
-            {"bias_field_correction": {"iterations": 50}},
-            "bias_field_correction.iterations is 50; expected 1 to 8 whole numbers from 1 to 1000",
         ),
         ({"bias_field_correction": {"iterations": []}}, "bias_field_correction.iterations is"),
         ({"bias_field_correction": {"shrink_factor": 0}}, "bias_field_correction.shrink_factor is 0; expected 1 to 16"),

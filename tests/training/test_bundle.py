@@ -222,6 +222,7 @@ def test_a_killed_process_leaves_a_checkpoint_that_loads(toy_overrides: dict[str
         ({"val_max_items": 0}, "max_items"),
         ({"network_def#variational": False}, "needs the encoder's posterior"),
         ({"image_size": 31}, "31"),
+        ({"network_def#encoder#channel_mult": [1, ""]}, "Encoder"),
         ({"output_dir": "/proc/nowhere"}, "--output_dir"),
     ],
 )

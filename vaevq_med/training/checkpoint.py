@@ -15,7 +15,7 @@ import torch
 from ignite.engine import Engine, Events
 
 from vaevq_med import __version__
-from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.core.errors import VaevqMedError, foreseen
 from vaevq_med.trained.file import FORMAT, CheckpointError, atomic_save, load_state, read_checkpoint
 from vaevq_med.training import distributed
 from vaevq_med.training.base import BaseTrainer
@@ -63,6 +63,25 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
     kernels = [{name: group[name] for name in _KERNELS if name in group} for group in optimizer.param_groups]
     groups = [{**stored, **own} for stored, own in zip(state["param_groups"], kernels, strict=True)]
     optimizer.load_state_dict({**state, "param_groups": groups})
+    _check_averages(optimizer)
+
+
+def _check_averages(optimizer: torch.optim.Optimizer) -> None:
+    """Find out now what would end the first step; PyTorch takes up whatever is stored.
+
+    Raises:
+        ValueError: a parameter lacks what its like have, or something has another shape than theirs.
+    """
+    fits: dict[str, list[bool]] = {}
+    names: dict[bool, set[str]] = {}
+    for parameter, kept in optimizer.state.items():
+        if kept and names.setdefault(parameter.ndim > 1, set(kept)) != set(kept):
+            raise ValueError(f"the optimizer keeps {sorted(kept)} of one parameter and other things of the others")
+        for name, value in kept.items():
+            fits.setdefault(name, []).append(isinstance(value, torch.Tensor) and value.shape == parameter.shape)
+    for name, found in fits.items():
+        if len(found) / 2 < sum(found) < len(found):
+            raise ValueError(f"{name} of the optimizer has not the shape of its parameter")
 
 
 class TrainingCheckpoint:
@@ -191,8 +210,24 @@ class TrainingCheckpoint:
         return state
 
     def load(self, engine: BaseTrainer, path: Path) -> None:
-        """Put a checkpoint's state into the engine and everything it holds."""
+        """Put a checkpoint's state into the engine and everything it holds.
+
+        Raises:
+            CheckpointError: it is no checkpoint, or one of another run, or damaged.
+        """
         state = read_checkpoint(path)
+        try:
+            self._restore(engine, state, path)
+        except Exception as error:  # whatever a state that is not what it was makes its owner raise
+            if foreseen(error) is not None:
+                raise
+            said = " ".join(str(error).split())[:200]
+            raise CheckpointError(
+                f"{path}: found a state that cannot be taken up ({type(error).__name__}: {said}), expected a "
+                f"checkpoint as training writes it: {_OTHERWISE}"
+            ) from error
+
+    def _restore(self, engine: BaseTrainer, state: dict[str, Any], path: Path) -> None:
         missing = [key for key in _REQUIRED if key not in state]
         if missing:
             raise CheckpointError(f"{path}: found no {', '.join(missing)}, expected a checkpoint to resume from")

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from monai.bundle import ConfigParser
 from monai.data import set_track_meta
 from monai.utils import set_determinism
 
 from vaevq_med.core.components import trust
-from vaevq_med.core.errors import foreseen
+from vaevq_med.core.errors import VaevqMedError, foreseen
 from vaevq_med.core.options import expect, is_int
 from vaevq_med.images.manifest import load_manifest
 from vaevq_med.trained.device import named_device
@@ -21,6 +24,9 @@ from vaevq_med.training import distributed
 from vaevq_med.training.config import check_config
 from vaevq_med.training.current import own_config, running_parser
 from vaevq_med.training.lists import put_lists
+
+_TRACEBACK = "VAEVQ_MED_TRACEBACK"
+_COMPONENT = re.compile(r"Failed to instantiate component '([^']+)'")
 
 
 @contextlib.contextmanager
@@ -55,6 +61,34 @@ def run(engine: Any) -> None:
             f"vaevq-med: interrupted at iteration {engine.state.iteration}; the same command goes on", file=sys.stderr
         )
         raise SystemExit(130)
+
+
+def _built(parser: ConfigParser, build: str) -> Any:
+    """Build what an id names.
+
+    Raises:
+        VaevqMedError: naming the component that the configuration does not build.
+    """
+    try:
+        return parser.get_parsed_content(build)
+    except Exception as error:
+        if foreseen(error) is not None or os.environ.get(_TRACEBACK):
+            raise
+        reason = error
+        while reason.__cause__ is not None:
+            reason = reason.__cause__
+        components = _COMPONENT.findall(" ".join(map(str, _chain(error))))
+        said = " ".join(str(reason).split())[:200]
+        raise VaevqMedError(
+            f"{components[-1] if components else build} cannot be built from this configuration "
+            f"({type(reason).__name__}: {said}); expected values that it takes; {_TRACEBACK}=1 shows where it fails"
+        ) from error
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def initialize(
@@ -102,7 +136,7 @@ def initialize(
         torch.backends.cudnn.allow_tf32 = tf32
         torch.backends.cudnn.benchmark = not deterministic
         if parser is not None:
-            engine = parser.get_parsed_content(build)
+            engine = _built(parser, build)
             if distributed.rank() > 0:
                 # The networks were made alike; the noise of each process is its own, also after a resume.
                 torch.manual_seed(seed + 1_000_003 * distributed.rank() + engine.state.iteration)

@@ -89,15 +89,6 @@ class LabelMap:
     def _named(self, value: int) -> str:
         return f"{value} ({self.labels[value]})"
 
-    def sources(self, values: Collection[int], target: LabelMap) -> set[int]:
-        """The labels here that may have become these.
-
-        Args:
-            values: after :meth:`convert`.
-            target: of the conversion.
-        """
-        return {label for label in self.labels if int(self.convert(np.array([label], np.uint8), target)[0]) in values}
-
     def convert(self, labels: NDArray[np.uint8], target: LabelMap) -> NDArray[np.uint8]:
         """Express labels in another map.
 
