@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -223,6 +224,7 @@ def test_a_killed_process_leaves_a_checkpoint_that_loads(toy_overrides: dict[str
         ({"network_def#variational": False}, "needs the encoder's posterior"),
         ({"image_size": 31}, "31"),
         ({"network_def#encoder#channel_mult": [1, ""]}, "Encoder"),
+        ({"network_def#encoder#channel_mult": [1]}, "channel_mult"),
         ({"output_dir": "/proc/nowhere"}, "--output_dir"),
     ],
 )
@@ -391,6 +393,36 @@ def test_a_checkpoint_of_another_format_is_refused(
     torch.save({**state, "format": 99}, tmp_path / "new.pt")
     with pytest.raises(CheckpointError, match="format 99, expected 1"):
         read_checkpoint(tmp_path / "new.pt")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda state: state["optimizer"]["state"][3].pop("exp_avg"),
+        lambda state: state["optimizer"]["state"][3].update(exp_avg_sq=torch.zeros(7)),
+        lambda state: state.update(schedulers=[]),
+        lambda state: state.update(rng="none"),
+    ],
+    ids=["an average is gone", "an average of another shape", "no schedules", "no generator"],
+)
+def test_a_damaged_state_is_not_gone_on_with(
+    damage: Callable[[dict[str, Any]], Any],
+    trained: tuple[dict[str, Any], ConfigParser],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    overrides = {**trained[0], "output_dir": str(tmp_path / "run")}
+    checkpoints = shutil.copytree(Path(trained[0]["output_dir"]) / "checkpoints", tmp_path / "run" / "checkpoints")
+    state = read_checkpoint(checkpoints / "last.pt")
+    damage(state)
+    torch.save(state, checkpoints / "last.pt")
+    with pytest.raises(SystemExit) as stopped:
+        run_bundle("train.json", {**overrides, "max_epochs": 3}, run_id="training")
+    assert stopped.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vaevq-med:")]
+    assert len(lines) == 1
+    assert "last.pt" in lines[0]
+    assert "cannot be taken up" in lines[0]
 
 
 def test_mlflow_points_survive_a_failing_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
