@@ -87,8 +87,8 @@ class VisualTokenizer(nn.Module):
             raise VaevqMedError(f"the decoder's embedding_dim is {decoder.embedding_dim}; expected {embedding_dim}")
         if encoder.downsampling_factor != decoder.upsampling_factor:
             raise VaevqMedError(
-                f"the decoder enlarges by {decoder.upsampling_factor}; expected {encoder.downsampling_factor}, by which "
-                "the encoder shrinks (channel_mult of both)"
+                f"the decoder enlarges by {decoder.upsampling_factor}; expected {encoder.downsampling_factor}, as "
+                "the encoder shrinks by (channel_mult of both)"
             )
         self.encoder = encoder
         self.decoder = decoder
