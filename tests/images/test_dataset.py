@@ -87,6 +87,18 @@ def test_unknown_modality_and_missing_data_say_what_to_do(slice_dataset: Path, t
         SliceDataset(dataset_dir=tmp_path / "nothing", split="training")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("slice", "/etc/hostname"), ("label", None), ("index", 2**63), ("label", float("nan"))]
+)
+def test_a_number_of_an_entry_is_whole(key: str, value: object, slice_dataset: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(slice_dataset, tmp_path / "copy")
+    content = json.loads((folder / "dataset.json").read_text())
+    content["training"][1][key] = value
+    (folder / "dataset.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=rf"training\[1\]: found the {key} .*, expected a whole number"):
+        SliceDataset(dataset_dir=folder, split="training")
+
+
 @pytest.mark.parametrize(("patients", "command"), [(True, "slice-extract"), (False, "imagenet-prepare")])
 def test_an_empty_split_names_the_command_that_fills_it(
     slice_dataset: Path, tmp_path: Path, patients: bool, command: str

@@ -427,6 +427,8 @@ def test_objective_sums_weighted_terms_and_leaves_out_zeros() -> None:
 def test_objective_names_the_nearest_weight() -> None:
     with pytest.raises(VaevqMedError, match="did you mean 'rcs'"):
         TokenizerObjective(terms={"rcs": RCSLoss(), "kl": KLLoss()}, weights={"rsc": 1, "kl": 1})
+    with pytest.raises(VaevqMedError, match=r"objective.adversarial is 1.0; expected"):
+        TokenizerObjective(terms={"kl": KLLoss()}, weights={"kl": 1}, adversarial=1.0)  # type: ignore[arg-type]
     with pytest.raises(VaevqMedError, match="no kl"):
         TokenizerObjective(terms={"rcs": RCSLoss(), "kl": KLLoss()}, weights={"rcs": 1})
 

@@ -143,3 +143,14 @@ def _check_entry(entry: Any, required: Sequence[str], where: str) -> None:
             relative = entry[key]
             if not isinstance(relative, str) or relative.startswith("/") or ".." in relative.split("/"):
                 raise DataError(f"{where}: found the {key} path {entry[key]!r}, expected one inside the data set")
+    for key in ("slice", "label", "index"):
+        if key in entry and not _is_whole(entry[key]):
+            raise DataError(f"{where}: found the {key} {entry[key]!r}, expected a whole number")
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether it is a number of an image or of a class, also one that a table wrote as text."""
+    try:
+        return abs(int(value)) < 2**31
+    except (TypeError, ValueError, OverflowError):
+        return False

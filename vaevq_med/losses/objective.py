@@ -60,6 +60,8 @@ class TokenizerObjective(nn.Module):
                 raise VaevqMedError(
                     f"objective.terms.{name} is null; expected a term, since its weight is {weights[name]}"
                 )
+        if adversarial is not None and not isinstance(adversarial, AdversarialTerm):
+            raise VaevqMedError(f"objective.adversarial is {adversarial!r}; expected the GAN's settings, or null")
         missing = [name for name, term in terms.items() if term is not None and name not in weights]
         if missing:
             raise VaevqMedError(
