@@ -8,14 +8,16 @@ from typing import Any
 
 import mlflow
 import pytest
+import torch
 from conftest import BUNDLE, FIXTURES, OVERLAYS, toy_config
 from helpers.fake_mlflow import FakeServer
 from ignite.engine import Engine
 from monai.bundle import ConfigParser
+from torch import Tensor
 
 from vaevq_med.images.dataset import SliceDataset
 from vaevq_med.trained.file import CheckpointError, read_checkpoint
-from vaevq_med.training.checkpoint import TrainingCheckpoint
+from vaevq_med.training.checkpoint import TrainingCheckpoint, load_optimizer
 from vaevq_med.training.current import plain_config
 from vaevq_med.training.resuming import RunRecord, changes, check_same, difference, expressions
 from vaevq_med.training.tracking import MLflowTracker
@@ -50,6 +52,11 @@ MIRRORED = {"_target_": "RandFlipd", "keys": "image", "prob": 0.5, "spatial_axis
             {"train#preprocessing": {"_target_": "Compose", "transforms": CHAIN}},
             "train#preprocessing is ['LoadSliced']",
         ),
+        (
+            {"train#preprocessing": {"_target_": "Compose", "transforms": [*CHAIN, {**MIRRORED, "prob": 1.0}]}},
+            "train#preprocessing is RandFlipd(",
+        ),
+        ({"optimizer#_target_": "torch.optim.SGD"}, "optimizer is torch.optim.SGD, was torch.optim.Adam"),
         ({"train#dataset#max_items": 3}, "train#dataset#max_items is 3, was None"),
         ({"image_size": 64}, "image_size is 64, was 32"),
         ({"seed": 1}, "seed is 1, was 0"),
@@ -100,6 +107,24 @@ def test_what_is_the_same_run_goes_on(overrides: dict[str, Any], slice_dataset: 
     before, now = record(slice_dataset, {}), record(slice_dataset, overrides)
     assert difference(before, now, images) is None
     assert difference(now, before, images) is None
+
+
+def test_an_optimizer_takes_up_averages_and_this_runs_settings() -> None:
+    def trained(weight: Tensor, steps: int, optimizer: torch.optim.Optimizer) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            weight.square().sum().backward()
+            optimizer.step()
+
+    weight = torch.ones(3, requires_grad=True)
+    first = torch.optim.Adam([weight], lr=0.1, betas=(0.5, 0.9))
+    trained(weight, 4, first)
+    second = torch.optim.Adam([weight], lr=0.2, betas=(0.9, 0.99), weight_decay=0.01)
+    load_optimizer(second, first.state_dict())
+    group = second.param_groups[0]
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (0.2, (0.9, 0.99), 0.01)
+    assert int(second.state[weight]["step"]) == 4
+    assert torch.equal(second.state[weight]["exp_avg"], first.state[weight]["exp_avg"])
 
 
 def test_expressions_are_compared_by_what_they_came_to(slice_dataset: Path, images: SliceDataset) -> None:

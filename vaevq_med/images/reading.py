@@ -92,6 +92,7 @@ def reader(
 
     if transforms is not None:
         return Compose(list(transforms))
+    augment = None if augment in ("null", "none", "None") else augment  # MONAI's command line knows no null
     expect(augment is None or augment in AUGMENTATIONS, "augment", augment, f"{', '.join(AUGMENTATIONS)} or null")
     expect(not (augment and regions), "augment", augment, "null where the regions' masks are read")
     manifest = dataset_dir if isinstance(dataset_dir, Manifest) else load_manifest(dataset_dir)

@@ -28,7 +28,6 @@ _READ = ("image_size", "in_channels", "modalities", "stack_modalities")
 """Settings that say how images are read, beside their shape."""
 _OTHERWISE = "choose another output_dir, or start anew with --resume False"
 _LONGEST_TAG = 5000
-_KERNELS = ("fused", "foreach", "capturable")
 
 
 def _identity(dataset: Any, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,9 +58,9 @@ def _load_scheduler(scheduler: Any, state: Mapping[str, Any]) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Take up averages and rates; by which kernels a step is computed is for this configuration to say."""
-    kernels = [{name: group[name] for name in _KERNELS if name in group} for group in optimizer.param_groups]
-    groups = [{**stored, **own} for stored, own in zip(state["param_groups"], kernels, strict=True)]
+    """Take up the averages; rates, decay, and by which kernels a step is computed are for this configuration to say."""
+    settings = [{name: group[name] for name in group if name != "params"} for group in optimizer.param_groups]
+    groups = [{**stored, **own} for stored, own in zip(state["param_groups"], settings, strict=True)]
     optimizer.load_state_dict({**state, "param_groups": groups})
     _check_averages(optimizer)
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from pydoc import ErrorDuringImport, locate
 from typing import Any
 
+import monai.transforms
+
 from vaevq_med.images.dataset import chosen_modalities
 from vaevq_med.images.reading import reader
 from vaevq_med.trained.file import CheckpointError, stored_shape
@@ -18,6 +20,7 @@ from vaevq_med.trained.file import CheckpointError, stored_shape
 _SAME = (
     *("image_size", "in_channels", "seed", "network_def", "discriminator_def", "objective", "loss_def"),
     *("num_train_timesteps", "scheduler", "train#dataset"),
+    *("optimizer#_target_", "d_optimizer#_target_"),
 )
 """Ids whose values, and those of what they refer to, make a run what it is."""
 _FREE = frozenset({"device", "dataset_dir", "tokens_dir", "output_dir", "bundle_root", "num_workers"})
@@ -34,6 +37,7 @@ _UNSAID = frozenset(
 """What is not noted as a change: words, and what a run is started by."""
 _REFERENCE = re.compile(r"@([\w:#]+)")
 _CHAIN = "train#dataset#transform"
+_LINK = re.compile(r"#transforms#(\d+)#([^#@]+)")
 _MOST_NOTED = 100
 _TERM = re.compile(r"objective#terms#([^#@]+)")
 
@@ -195,24 +199,49 @@ def _of_id(record: RunRecord, name: str) -> dict[str, _Leaf]:
 
 
 def _chain(record: RunRecord, dataset: Any) -> list[str] | None:
-    """Names of the transforms that read the training images, in order; None where that is not known."""
+    """The transforms that read the training images, in order, with their settings; None where they are not known."""
     definition = _found(record.config, "train#dataset#transform")[1]
     leaves = dict(_leaves(record, definition, "", ""))
+    if not all(leaf.known for leaf in leaves.values()):
+        return None
     target = leaves["#_target_"].value if "#_target_" in leaves else None
-    if target == _address("vaevq_med.images.reader"):
-        given = {path[1:]: leaf for path, leaf in leaves.items() if "#" not in path[1:]}
-        if not all(leaf.known for leaf in given.values()):
-            return None
-        arguments = {key: leaf.value for key, leaf in given.items() if key != "_target_"}
-        try:
-            made = reader(dataset.manifest, **arguments).transforms
-        except Exception:  # as its own run would have said
-            return None
-        names = [type(one).__name__ for one in made]
-    else:
-        targets = (leaf for path, leaf in leaves.items() if re.fullmatch(r"#transforms#\d+#_target_", path))
-        names = [str(leaf.value).rpartition(".")[2] for leaf in targets]
-    return [name for name in names if name != "EnsureTyped"] or None
+    try:
+        if target == _address("vaevq_med.images.reader"):
+            arguments = {path[1:]: leaf.value for path, leaf in leaves.items() if path != "#_target_"}
+            made = list(reader(dataset.manifest, **arguments).transforms)
+        else:
+            made = _transforms(leaves)
+    except Exception:  # as its own run would have said
+        return None
+    told = [f"{type(one).__name__}({', '.join(_settings(one))})" for one in made]
+    return [one for one in told if not one.startswith("EnsureTyped(")] or None
+
+
+def _transforms(leaves: Mapping[str, _Leaf]) -> list[Any]:
+    """The transforms of a chain that is written out, made of their plain arguments."""
+    parts: dict[int, dict[str, Any]] = {}
+    for path, leaf in leaves.items():
+        if found := _LINK.fullmatch(path):
+            parts.setdefault(int(found[1]), {})[found[2]] = leaf.value
+        elif path.startswith("#transforms#"):
+            raise ValueError(f"{path} is no plain argument")
+    made = []
+    for _, arguments in sorted(parts.items()):
+        target = str(arguments.pop("_target_"))
+        component = _component(target) or getattr(monai.transforms, target.rpartition(".")[2])
+        made.append(component(**arguments))
+    return made
+
+
+def _settings(transform: Any) -> Iterator[str]:
+    """What a transform was made with, as far as it is plain, with what the transforms within it were made with."""
+    for name, value in sorted(vars(transform).items()):
+        if name.startswith("_") or name == "R":
+            continue
+        if _is_plain(value):
+            yield f"{name}={list(value) if isinstance(value, tuple) else value}"
+        elif type(value).__module__.startswith(("monai.transforms", "vaevq_med.")):
+            yield f"{name}=({', '.join(_settings(value))})"
 
 
 def _short(value: Any) -> str:
@@ -283,7 +312,10 @@ def _reading_difference(before: RunRecord, now: RunRecord, dataset: Any) -> str 
         return _differs("modalities", new[1], old[1])
     chains = [_chain(one, dataset) for one in (now, before)] if _names_two_chains(before, now) else []
     if None not in chains and chains[:1] != chains[1:]:
-        return _differs("train#preprocessing", *chains)
+        names = [[link.partition("(")[0] for link in chain] for chain in chains]
+        if names[0] != names[1]:
+            return _differs("train#preprocessing", *names)
+        return _differs("train#preprocessing", *next(pair for pair in zip(*chains, strict=True) if pair[0] != pair[1]))
     return None
 
 
