@@ -190,6 +190,10 @@ def test_an_unknown_augmentation_is_one_line(tmp_path: Path) -> None:
         reader(folder, image_size=SIZE, in_channels=1, augment="mirror")
     with pytest.raises(DataError, match='augment: found "flip", expected null where'):
         reader(folder, image_size=SIZE, in_channels=1, augment="flip", regions=True)
+    for word in ("null", "None"):  # as MONAI's command line hands it on
+        assert len(reader(folder, image_size=SIZE, in_channels=1, augment=word).transforms) == len(
+            reader(folder, image_size=SIZE, in_channels=1).transforms
+        )
 
 
 def test_contrasts_to_stack_in_photographs_are_one_line(tmp_path: Path) -> None:
