@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vaevq_med.images.foreground import BLACK, Background, find_background, foreground
+from vaevq_med.images.foreground import BLACK, Background, corner_share, find_background, foreground
 
 SHAPE = (20, 24, 16)
 
@@ -64,6 +64,18 @@ def test_a_few_odd_voxels_at_the_border_change_nothing() -> None:
     volume = scan(0.0)
     volume[0, :3, 0] = (1e-9, -1e-9, 3)
     assert find_background(volume) == BLACK
+
+
+@pytest.mark.parametrize("touching", [False, True])
+def test_a_brain_leaves_the_corners_of_its_box_empty_and_noise_fills_them(touching: bool) -> None:
+    mask = brain(touching)
+    assert corner_share(mask) == 0
+    noise = mask | (np.random.default_rng(0).random(SHAPE) < 0.5)
+    assert corner_share(noise) == pytest.approx(0.5, abs=0.25)
+    padded = np.zeros((40, 40, 40), bool)
+    padded[5:25, 9:33, 2:18] = True
+    assert corner_share(padded) == 1
+    assert corner_share(np.zeros(SHAPE, bool)) == 0
 
 
 def test_of_slices_all_that_is_not_black_is_foreground() -> None:

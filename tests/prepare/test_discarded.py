@@ -137,13 +137,35 @@ def test_a_scan_without_a_background_is_refused_unless_that_is_accepted(tmp_path
     volume = np.where(inside(), brain(), noise).astype(np.int16)
     write(tmp_path / "in", volume)
     reason = refused(tmp_path / "in", tmp_path / "out")
-    assert "100.0% of the voxels" in reason
+    assert "100% of the voxels" in reason
     assert "--accept background" in reason
     report = prepare(tmp_path / "in", tmp_path / "out", accept=("background",))
     assert measured(report)["background"] is None
     assert any("0 was taken" in note for note in report.notes)
     window = json.loads((tmp_path / "out/dataset.json").read_text())["training"][0]["intensity_window"]
     assert window == pytest.approx(list(np.percentile(volume, (0, 99.5))))
+
+
+@pytest.mark.parametrize("mean", [0.5, 1, 1.5, 2])
+def test_faint_noise_of_integers_is_refused_however_often_it_is_0(tmp_path: Path, mean: float) -> None:
+    noise = np.random.default_rng(2).poisson(mean, SHAPE)
+    write(tmp_path / "in", np.where(inside(), brain(), noise).astype(np.int16))
+    assert "--accept background" in refused(tmp_path / "in", tmp_path / "out")
+    report = prepare(tmp_path / "in", tmp_path / "out", accept=("background",))
+    assert measured(report)["background"] == (0 if mean < 0.6 else None)
+    assert any("background was accepted" in note for note in report.notes)
+
+
+def test_noise_within_zeros_around_the_field_of_view_is_refused(tmp_path: Path) -> None:
+    volume = np.where(inside(), brain(), np.random.default_rng(2).uniform(0.1, 30, SHAPE)).astype(np.float32)
+    volume[[0, 1, -1, -2]] = 0
+    volume[:, [0, -1]] = 0
+    write(tmp_path / "in", volume)
+    reason = refused(tmp_path / "in", tmp_path / "out")
+    assert "100.0%" in reason
+    assert "--accept background" in reason
+    report = prepare(tmp_path / "in", tmp_path / "out", accept=("background",))
+    assert (measured(report)["background"], measured(report)["corners"]) == (0, 1)
 
 
 def test_a_volume_of_one_intensity_is_refused(tmp_path: Path) -> None:
@@ -193,6 +215,17 @@ def test_a_scaled_volume_is_refused_and_the_recipe_that_is_named_makes_the_same_
     assert measured(report)["clipped"] == 0
     window = json.loads((tmp_path / "out/dataset.json").read_text())["training"][0]["intensity_window"]
     assert window == pytest.approx(list(np.percentile(SIGNED[kind][inside()], (0, 99.5))), abs=1e-5)
+
+
+def test_a_brain_that_is_all_negative_is_refused_for_the_clipping(tmp_path: Path) -> None:
+    prepare(write(tmp_path / "a", brain()), tmp_path / "exact")
+    root = write(tmp_path / "in", -brain())
+    reason = refused(root, tmp_path / "out")
+    assert "100.0% of the foreground" in reason
+    assert "brats24/axial_256_signed" in reason
+    assert "all-zero" in refused(root, tmp_path / "out", accept=("clipping",))  # nothing is left to go on with
+    report = prepare(root, tmp_path / "out", changed(RECIPE, clip_negatives=False))
+    assert measured(report)["clipped"] == 0
 
 
 def test_what_was_accepted_is_counted_noted_and_asked_for_again(tmp_path: Path) -> None:

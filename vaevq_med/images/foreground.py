@@ -93,6 +93,31 @@ def find_background(volume: NDArray) -> Background | None:
     return None
 
 
+def corner_share(mask: NDArray[np.bool_]) -> float:
+    """How much of the corners of its own bounding box a foreground fills: nothing if a brain, much if noise.
+
+    Args:
+        mask: the foreground ``[X, Y, Z]``.
+
+    Returns:
+        Its share, in [0, 1], of the blocks in the eight corners, each a sixteenth of the box along each axis; 0 where
+        there is no foreground.
+
+    Examples:
+        >>> mask = np.zeros((8, 8, 8), bool)
+        >>> mask[2:5, 3:6, 1:4] = True
+        >>> corner_share(mask)
+        1.0
+    """
+    box = []
+    for axis in range(mask.ndim):
+        along = np.flatnonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
+        if along.size == 0:
+            return 0.0
+        box.append(slice(along[0], along[-1] + 1))
+    return float(_corners(mask[tuple(box)]).mean())
+
+
 def _mode(values: NDArray, volume: NDArray) -> Background | None:
     """The value that most of some voxels of a volume have, if one has."""
     most = _EXACT_SHARE if volume.dtype.kind == "f" else LEAST_SHARE

@@ -10,12 +10,13 @@ from vaevq_med.core.errors import DataError
 from vaevq_med.core.numbers import percent
 from vaevq_med.prepare.recipes import Recipe
 
-LIMITS: Mapping[str, float] = {"background": 0.95, "clipping": 0.01, "saturation": 0.05}
+LIMITS: Mapping[str, float] = {"background": 0.05, "clipping": 0.01, "saturation": 0.05}
 """What ``--accept`` may name, and the shares above which a case is refused otherwise.
 
-``background``: of the voxels that are not 0, where no value holds most of the border, so that 0 is taken for the
-background. ``clipping``: of the foreground that ``clip_negatives`` sets to 0. ``saturation``: of the foreground outside
-of the window, or at its white, beyond the share that the recipe's percentiles leave out.
+``background``: of the corners of the foreground's bounding box that are foreground, as of noise around a head; where
+no background was found at all, whatever they hold. ``clipping``: of the foreground that ``clip_negatives`` sets to 0.
+``saturation``: of the foreground outside of the window, or at its white, beyond the share that the recipe's percentiles
+leave out.
 """
 _SHOWN = ("clipped", "saturated")
 
@@ -30,6 +31,7 @@ class Discarded:
         foreground: share of the volume's voxels that are not background.
         clipped: share of the foreground that ``clip_negatives`` sets to 0.
         saturated: share of what is left of it that is white, or below the window's black.
+        corners: share of the corners of the foreground's bounding box that are foreground, too.
         white_regions: share of each region of the segmentation that is white, of those that are not empty.
     """
 
@@ -38,6 +40,7 @@ class Discarded:
     foreground: float
     clipped: float
     saturated: float
+    corners: float = 0.0
     white_regions: Mapping[str, float] = field(default_factory=dict)
 
     def excesses(self, recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -48,11 +51,18 @@ class Discarded:
         """
         low, high = recipe.percentiles
         asked = 1 - (high - low) / 100
-        if self.background is None and self.foreground > (most := LIMITS["background"]):
+        if self.background is None:
             yield (
                 "background",
-                f"found no background: no value holds half of the border, and {percent(self.foreground, most)} of the "
-                f"voxels are not 0, expected at most {percent(most)}; a skull-stripped volume has one",
+                f"found no background: no value holds half of the border, and {percent(self.foreground)} of the "
+                "voxels are not 0, expected one, as a skull-stripped volume has",
+            )
+        elif self.corners > (most := LIMITS["background"]):
+            yield (
+                "background",
+                f"found a background of {self.background:g} with noise: {percent(self.corners, most)} of the corners "
+                f"of the foreground's box are filled, expected at most {percent(most)}, as a skull-stripped volume "
+                "leaves them empty",
             )
         if self.clipped > (most := LIMITS["clipping"]):
             yield (

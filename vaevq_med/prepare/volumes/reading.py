@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,11 @@ from torch import Tensor
 
 from vaevq_med.core.errors import DataError
 from vaevq_med.core.numbers import told_apart
-from vaevq_med.images.foreground import BLACK, find_background, foreground
+from vaevq_med.images.foreground import BLACK, corner_share, find_background, foreground
 from vaevq_med.images.nifti import MAX_VOXELS
 from vaevq_med.images.volumes import check_volume, displacement, read_volume, shape
 from vaevq_med.prepare.recipes import Recipe
-from vaevq_med.prepare.volumes.discarded import Discarded
+from vaevq_med.prepare.volumes.discarded import Discarded, check_discarded
 from vaevq_med.prepare.volumes.find import Case, Volume
 from vaevq_med.prepare.volumes.labels import label_map
 from vaevq_med.prepare.volumes.transforms import BiasFieldCorrectionN4, blacken, distinct, nonzero_percentiles
@@ -180,29 +180,43 @@ class CaseReader:
                 "ones; a recipe with 'spacing' resamples such volumes"
             )
 
-    def contrast(self, source: Volume) -> Contrast:
+    def contrast(self, source: Volume, accept: Collection[str] = ()) -> Contrast:
         """Read a contrast as upright slices on a background of 0.
 
         Args:
             source: the volume.
+            accept: which of :data:`vaevq_med.prepare.volumes.discarded.LIMITS` may be exceeded.
 
         Raises:
-            DataError: it is not what was expected.
+            DataError: it is not what was expected, or too much of it would be lost.
         """
         with _tracked_meta():
-            return self._contrast(source)
+            contrast = self._contrast(source, accept)
+        check_discarded(source.path.name, contrast.discarded, self.recipe, accept=accept, note=self.noting(source))
+        return contrast
 
-    def _contrast(self, source: Volume) -> Contrast:
+    def _contrast(self, source: Volume, accept: Collection[str]) -> Contrast:
         recipe, name = self.recipe, source.path.name
         voxels, affine = self._read(source)
         found = find_background(voxels)
         background = found or BLACK
-        inside = int(np.count_nonzero(background.foreground(voxels)))
+        mask = background.foreground(voxels)
+        inside = int(np.count_nonzero(mask))
         if inside == 0 and background.value != 0:
             raise DataError(f"{name}: found the intensity {background.value!r} everywhere, expected some contrast")
         lost = 0
         if recipe.clip_negatives and inside and voxels.min() <= 0:
-            lost = int(np.count_nonzero(background.foreground(voxels) & (voxels <= 0)))
+            lost = int(np.count_nonzero(mask & (voxels <= 0)))
+        discarded = Discarded(
+            background=None if found is None else background.value,
+            tolerance=background.tolerance,
+            foreground=round(inside / voxels.size, 6),
+            clipped=round(lost / max(inside, 1), 6),
+            saturated=0.0,
+            corners=round(corner_share(mask), 6),
+        )
+        # What is lost already is refused before a window is sought in what is left; it is noted once, with the rest.
+        check_discarded(name, discarded, recipe, accept=accept, note=lambda text: None)
         if not background.is_black:
             self.noting(source)("its background is not 0 and was made that; the report has its value")
         elif found is None:
@@ -222,13 +236,7 @@ class CaseReader:
         total = int(areas.sum())
         # The background lies below black as well: what is left of the foreground is above 0.
         outside = np.count_nonzero(pixels >= high) + np.count_nonzero(pixels < low) - (pixels.size - total)
-        discarded = Discarded(
-            background=None if found is None else background.value,
-            tolerance=background.tolerance,
-            foreground=round(inside / voxels.size, 6),
-            clipped=round(lost / max(inside, 1), 6),
-            saturated=round(outside / total, 6),
-        )
+        discarded = replace(discarded, saturated=round(outside / total, 6))
         return Contrast(stack, (low, high), offset, areas / stack[0].numel(), discarded)
 
     def labels(self, source: Volume, case: Case) -> tuple[Tensor, list[int]]:

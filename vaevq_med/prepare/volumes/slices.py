@@ -28,7 +28,6 @@ from vaevq_med.core.folder import OutputFolder
 from vaevq_med.core.numbers import percent
 from vaevq_med.prepare.job import Record
 from vaevq_med.prepare.recipes import Recipe
-from vaevq_med.prepare.volumes.discarded import check_discarded
 from vaevq_med.prepare.volumes.find import Case
 from vaevq_med.prepare.volumes.labels import label_map
 from vaevq_med.prepare.volumes.reading import VIEWS, CaseReader, Contrast
@@ -198,10 +197,7 @@ def write_case(
     contrasts: dict[str, Contrast] = {}
     for modality in recipe.modalities:
         source = case.images[modality]
-        contrasts[modality] = reader.contrast(source)
-        check_discarded(
-            source.path.name, contrasts[modality].discarded, recipe, accept=accept, note=reader.noting(source)
-        )
+        contrasts[modality] = reader.contrast(source, accept)
     labels = values = None
     if case.segmentation is not None:
         labels, values = reader.labels(case.segmentation, case)
