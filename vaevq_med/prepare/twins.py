@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, islice
+from itertools import combinations, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -171,13 +171,40 @@ def _identical(images: _Images) -> list[Twins]:
     counts: dict[tuple[tuple[str, str], tuple[str, str]], list[tuple[int, int]]] = defaultdict(list)
     for number in np.flatnonzero(sizes > 1):
         members = order[ends[number] - sizes[number] : ends[number]].tolist()
-        pairs = ((i, j) for i, j in combinations(members, 2) if images.split[i] != images.split[j])
-        for i, j in islice((pair for pair in pairs if images.are_strangers(*pair)), _BATCH):
+        for i, j in islice(strangers(members, images.split, images.person), _BATCH):
             counts[images.sides(i, j)].append((i, j))
     return [
         Twins(*sides, (images.paths[pairs[0][0]], images.paths[pairs[0][1]]), len(pairs), 1.0)
         for sides, pairs in sorted(counts.items())
     ]
+
+
+def strangers(
+    members: Iterable[int], split: Sequence[str] | NDArray[np.str_], person: Sequence[str]
+) -> Iterator[tuple[int, int]]:
+    """Pairs of images of two splits and of two persons.
+
+    The next pair takes no longer for the pairs of one split or of one person, of which there may be billions.
+
+    Args:
+        members: positions of images.
+        split: the split of each image.
+        person: whom each image shows.
+
+    Yields:
+        Two positions, a pair once.
+
+    Examples:
+        >>> list(strangers(range(4), ["training", "training", "test", "test"], ["anna", "bo", "anna", "anna"]))
+        [(1, 2), (1, 3)]
+    """
+    groups: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for number in members:
+        groups[str(split[number])][person[number]].append(number)
+    for one, other in combinations(groups.values(), 2):
+        for first, second in product(one, other):
+            if first != second:
+                yield from ((i, j) for i in one[first] for j in other[second])
 
 
 def _alike(root: Path, images: _Images, known: set[tuple[tuple[str, str], tuple[str, str]]]) -> Iterator[Twins]:
