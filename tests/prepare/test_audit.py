@@ -52,18 +52,20 @@ def test_different_patients_are_no_leak(tmp_path: Path) -> None:
     assert report.patients == {"training": 1, "validation": 1, "test": 1}
 
 
-@pytest.mark.parametrize("kind", ["identical", "darker", "moved"])
+@pytest.mark.parametrize("kind", ["identical", "darker", "moved", "mirrored"])
 def test_a_case_under_another_name_is_a_leak(kind: str, tmp_path: Path) -> None:
     change = {
         "identical": lambda v: v,
         "darker": lambda v: (v * 0.5).astype(np.uint8),
         "moved": lambda v: np.roll(v, 1, 1),
+        "mirrored": lambda v: v[:, ::-1],
     }[kind]
     copies = {f"cleo-{z}.png": change(picture(z)) for z in range(3)}
     (leak,) = audit(tmp_path, {**HONEST, **copies}, THREE).leaks
     for word in ("anna", "training", "cleo", "test", "3 identical" if kind == "identical" else "near-identical"):
         assert word in leak
     assert "bo" not in leak
+    assert ("mirrored" in leak) is (kind == "mirrored")
 
 
 def test_photographs_without_patients_are_compared_too(tmp_path: Path) -> None:
