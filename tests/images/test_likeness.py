@@ -61,6 +61,19 @@ def test_a_copy_is_found(kind: str, tmp_path: Path) -> None:
     assert limit < value <= 1.0001
 
 
+@pytest.mark.parametrize("kind", COPIES)
+def test_a_copy_that_is_mirrored_is_found(kind: str, tmp_path: Path) -> None:
+    name, change = COPIES[kind]
+    one, other = save(tmp_path / "a.png", head(0)), save(tmp_path / name, change(head(0))[:, ::-1])
+    first, second = sketch([one, other])
+    assert isinstance(first, Sketch)
+    assert isinstance(second, Sketch)
+    for bits, mirrored in ((first.bits, second.mirrored), (first.mirrored, second.bits)):
+        assert np.bitwise_count(bits ^ mirrored).sum() <= CLOSE
+    assert np.bitwise_count(first.bits ^ second.bits).sum() > CLOSE
+    assert likeness(one, other) < first.limit < likeness(one, other, mirrored=True) <= 1.0001
+
+
 def test_other_tissue_in_the_same_outline_is_no_copy(tmp_path: Path) -> None:
     for seed in range(1, 6):
         distance, value, limit = compare(save(tmp_path / "a.png", head(0)), save(tmp_path / "b.png", head(seed)))

@@ -17,10 +17,15 @@ SAME = [
     ("Brats17_CBICA_AAB_1", "BraTS19_CBICA_AAB_1"),
     ("Brats17_2013_10_1", "Brats18_2013_10_1"),
     ("BraTS-GLI-00005-000", "BraTS-GLI-00005-101"),
+    ("Brats18_TCIA02_151", "Brats18_TCIA02_151_1"),  # a patient's name without the number of the examination
+    ("BRATS17_2013_10", "Brats18_2013_10_2"),
 ]
 OTHER = [
     ("Brats18_TCIA02_151_1", "Brats18_TCIA02_171_1"),
     ("Brats18_2013_10_1", "Brats18_CBICA_10_1"),
+    ("Brats18_TCIA02_131", "Brats18_TCIA02_151"),
+    ("Brats17_TCIA_131", "Brats17_TCIA_151"),
+    ("Brats18_2013_10", "Brats18_2013_11"),
     ("BraTS20_Training_001", "BraTS20_Validation_001"),
     ("BraTS2021_00001", "BraTS-GLI-00001-000"),  # nothing says that the numbers are the same
     ("BraTS-GLI-00005-100", "BraTS-MET-00005-100"),
@@ -36,6 +41,20 @@ def test_names_of_a_person(one: str, other: str, same: bool) -> None:
     assert (person_of(patients[0]) == person_of(patients[1])) is same
     assert (len(set(one_name_each(patients).values())) == 1) is same
     assert person_of(person_of(patients[0])) == person_of(patients[0])
+
+
+@pytest.mark.parametrize(
+    ("case", "patient"),
+    [
+        ("Brats17_TCIA_131", "Brats17_TCIA_131"),
+        ("Brats18_2013_10", "Brats18_2013_10"),
+        ("Brats17_2013_10_1", "Brats17_2013_10"),
+        ("BraTS19_CBICA_AAB_1", "BraTS19_CBICA_AAB"),
+        ("BRATS18_TCIA02_131_12", "BRATS18_TCIA02_131"),
+    ],
+)
+def test_the_last_number_is_the_examination_where_there_is_one(case: str, patient: str) -> None:
+    assert patient_of(case) == patient
 
 
 def test_the_name_that_stands_in_a_data_set_stays() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from vaevq_med.prepare.audit import AuditReport, AuditSplit
+from vaevq_med.prepare.twins import strangers
 
 SIDE = 192
 SPLITS = ("training", "validation", "test")
@@ -50,18 +52,20 @@ def test_different_patients_are_no_leak(tmp_path: Path) -> None:
     assert report.patients == {"training": 1, "validation": 1, "test": 1}
 
 
-@pytest.mark.parametrize("kind", ["identical", "darker", "moved"])
+@pytest.mark.parametrize("kind", ["identical", "darker", "moved", "mirrored"])
 def test_a_case_under_another_name_is_a_leak(kind: str, tmp_path: Path) -> None:
     change = {
         "identical": lambda v: v,
         "darker": lambda v: (v * 0.5).astype(np.uint8),
         "moved": lambda v: np.roll(v, 1, 1),
+        "mirrored": lambda v: v[:, ::-1],
     }[kind]
     copies = {f"cleo-{z}.png": change(picture(z)) for z in range(3)}
     (leak,) = audit(tmp_path, {**HONEST, **copies}, THREE).leaks
     for word in ("anna", "training", "cleo", "test", "3 identical" if kind == "identical" else "near-identical"):
         assert word in leak
     assert "bo" not in leak
+    assert ("mirrored" in leak) is (kind == "mirrored")
 
 
 def test_photographs_without_patients_are_compared_too(tmp_path: Path) -> None:
@@ -78,6 +82,42 @@ def test_photographs_without_patients_are_compared_too(tmp_path: Path) -> None:
 def test_copies_within_a_split_and_within_a_patient_are_none(tmp_path: Path) -> None:
     twice = {f"{name}-{z}.png": picture(n) for n, name in enumerate(THREE) for z in range(3)}
     assert audit(tmp_path, twice, THREE).leaks == ()
+
+
+class Counted(list[str]):
+    """A list that counts how often it is asked for an item."""
+
+    asked = 0
+
+    def __getitem__(self, place: Any) -> Any:
+        self.asked += 1
+        return super().__getitem__(place)
+
+
+@pytest.mark.parametrize("persons", ["each its own", "one alone", "one a split"])
+def test_thousands_of_identical_images_in_a_split_take_a_step_each(persons: str) -> None:
+    """A placeholder, say; the pairs of a split are 12.5 million."""
+    count, few = 5000, 3
+    split = Counted(["training"] * count + ["test"] * few)
+    person = Counted(
+        {
+            "each its own": map(str, range(count + few)),
+            "one alone": ["anna"] * (count + few),
+            "one a split": ["anna"] * count + ["bo"] * few,
+        }[persons]
+    )
+    found = list(islice(strangers(range(count + few), split, person), 7))
+    assert found == ([] if persons == "one alone" else [(n // few, count + n % few) for n in range(7)])
+    assert split.asked + person.asked <= 3 * (count + few)
+
+
+def test_strangers_are_all_pairs_of_two_splits_and_two_persons() -> None:
+    rng = np.random.default_rng(0)
+    split, person = ([names[n] for n in rng.integers(0, 3, 40)] for names in (SPLITS, ("anna", "bo", "cleo")))
+    expected = {(i, j) for i in range(40) for j in range(i) if split[i] != split[j] and person[i] != person[j]}
+    found = [(max(pair), min(pair)) for pair in strangers(range(40), split, person)]
+    assert len(found) == len(expected)
+    assert set(found) == expected
 
 
 def test_empty_images_match_nothing_and_are_counted(tmp_path: Path) -> None:

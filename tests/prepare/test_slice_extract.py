@@ -502,6 +502,81 @@ def test_two_label_maps_are_written_as_one(extract: Callable[..., Outcome], tmp_
     np.testing.assert_array_equal(stored[:, 2:26], upright(labels((1, 2, 3)))[8])
 
 
+def _places(output: Path, key: str) -> dict[str, str]:
+    """The split of each patient or case of a data set."""
+    content = load_manifest(output).content
+    return {entry[key]: split for split in ("training", "validation", "test") for entry in content[split]}
+
+
+@pytest.fixture
+def dealt(extract: Callable[..., Outcome], tmp_path: Path) -> dict[str, str]:
+    """Six cases of a patient each, dealt in ``out``: the split of each case."""
+    rows = ["case,t1,t1ce,t2,flair"]
+    for number in range(6):
+        save(tmp_path / f"in/{number}.nii", volume(number))
+        rows.append(f"case{number}" + f",{number}.nii" * 4)
+    (tmp_path / "c.csv").write_text("\n".join(rows))
+    recipe = recipe_file(tmp_path / "r.json", split={"training": 0.5, "validation": 0.3})
+    given = ("--cases", tmp_path / "c.csv", "--recipe", recipe)
+    assert extract(tmp_path / "in", tmp_path / "out", *given).code == 0
+    found = _places(tmp_path / "out", "case")
+    assert set(found.values()) == {"training", "validation", "test"}
+    return found
+
+
+def _name(extract: Callable[..., Outcome], folder: Path, table: dict[str, str]) -> Outcome:
+    rows = ["case,patient", *(f"{case},{patient}" for case, patient in table.items())]
+    (folder / "p.csv").write_text("\n".join(rows))
+    given = ("--cases", folder / "c.csv", "--recipe", folder / "r.json", "--patients", folder / "p.csv")
+    result = extract(folder / "in", folder / "out", *given)
+    assert result.code == 0
+    return result
+
+
+@pytest.mark.parametrize("name", ["anna", "bo"])
+def test_who_was_trained_on_stays_in_training_under_a_name_of_the_table(
+    name: str, dealt: dict[str, str], extract: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    firsts = {split: next(c for c in dealt if dealt[c] == split) for split in ("training", "validation", "test")}
+    result = _name(extract, tmp_path, {firsts["training"]: name, firsts["validation"]: name})
+    expected = {**dealt, firsts["validation"]: "training"}
+    assert _places(tmp_path / "out", "case") == expected
+    (note,) = [line for line in result.out.splitlines() if "stood in two splits" in line]
+    assert all(word in note for word in (name, firsts["training"], firsts["validation"]))
+    again = _name(extract, tmp_path, {firsts["training"]: name, firsts["validation"]: name})
+    assert "stood in two splits" not in again.out
+    # Another table: what the first one called them counts, too.
+    result = _name(extract, tmp_path, {firsts["training"]: "new", firsts["test"]: "new"})
+    assert _places(tmp_path / "out", "case") == {**expected, firsts["test"]: "training"}
+    assert "stood in two splits" in result.out
+
+
+def test_a_table_that_gives_the_name_of_another_split_moves_nobody_out_of_training(
+    dealt: dict[str, str], extract: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    one, other = (next(c for c in dealt if dealt[c] == split) for split in ("training", "test"))
+    _name(extract, tmp_path, {one: "anna"})
+    _name(extract, tmp_path, {one: other})
+    assert _places(tmp_path / "out", "case") == {**dealt, other: "training"}
+
+
+def test_patients_whom_an_earlier_version_took_for_one_keep_its_split(
+    extract: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    names = [f"Brats18_TCIA02_{number}" for number in (131, 151, 171)]
+    for number, name in enumerate(names):
+        for modality in ("t1", "t1ce", "t2", "flair"):
+            save(tmp_path / f"in/{name}/{name}_{modality}.nii.gz", volume(number))
+    (tmp_path / "p.csv").write_text("case,patient\n" + "\n".join(f"{name},Brats18_TCIA02" for name in names))
+    (tmp_path / "s.json").write_text('{"Brats18_TCIA02": "validation"}')
+    given = ("--patients", tmp_path / "p.csv", "--split-file", tmp_path / "s.json")
+    assert extract(tmp_path / "in", tmp_path / "out", *given).code == 0
+    result = extract(tmp_path / "in", tmp_path / "out")
+    assert result.code == 0
+    assert _places(tmp_path / "out", "patient") == dict.fromkeys(names, "validation")
+    assert "stood in two splits" not in result.out
+
+
 def test_a_csv_of_cases_and_patients(extract: Callable[..., Outcome], tmp_path: Path) -> None:
     for number in range(8):
         save(tmp_path / f"in/{number}.nii", volume(number))

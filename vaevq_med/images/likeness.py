@@ -34,12 +34,14 @@ class Sketch:
         digest: 16 bytes of a hash of the file's content.
         bits: ``[BITS / 8]`` uint8; of two images that look alike few bits differ (Charikar 2002,
             doi:10.1145/509907.509965), whatever their brightness and contrast.
+        mirrored: the same of the image with left and right exchanged.
         filled: share of the pixels that are no background, in [0, 1].
         side: the shorter one, in pixels.
     """
 
     digest: bytes
     bits: NDArray[np.uint8]
+    mirrored: NDArray[np.uint8]
     filled: float
     side: int
 
@@ -72,12 +74,14 @@ def sketch(paths: Sequence[Path]) -> list[Sketch | str]:
             continue
         values, counts = np.unique(pixels.round(), return_counts=True)
         filled = float((np.abs(pixels - values[counts.argmax()]) > 2).mean())
-        bits = np.packbits(_between(pixels, 0.7, 2.0).ravel() @ _directions() > 0)
-        found.append(Sketch(hashlib.blake2b(content, digest_size=16).digest(), bits, filled, side))
+        band = _between(pixels, 0.7, 2.0)
+        both = np.stack([band, band[:, ::-1]]).reshape(2, -1)
+        bits, mirrored = np.packbits(both @ _directions() > 0, axis=1)
+        found.append(Sketch(hashlib.blake2b(content, digest_size=16).digest(), bits, mirrored, filled, side))
     return found
 
 
-def likeness(first: Path, second: Path) -> float:
+def likeness(first: Path, second: Path, *, mirrored: bool = False) -> float:
     """Correlation of the details of two images, at the best of the shifts by up to 2 % of a side.
 
     Details are weighed by how many there are around them: otherwise the outline of a head, which many share, counts for
@@ -86,13 +90,14 @@ def likeness(first: Path, second: Path) -> float:
     Args:
         first: an image that :func:`sketch` could read.
         second: another.
+        mirrored: whether left and right of the second are exchanged.
 
     Returns:
         At most 1, which is one image, whatever its size, brightness and contrast.
     """
     spectra = []
-    for path in (first, second):
-        band = _between(_thumbnail(path.suffix, path.read_bytes(), _SIDE)[0], 1.0, 3.0)
+    for path, step in ((first, 1), (second, -1 if mirrored else 1)):
+        band = _between(_thumbnail(path.suffix, path.read_bytes(), _SIDE)[0][:, ::step], 1.0, 3.0)
         power = band**2
         band /= np.sqrt(gaussian_filter(power, 6.0) + power.mean() / 25 + 1e-12)
         band -= band.mean()

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable
 
 _BRATS_2023 = re.compile(r"(BraTS-[A-Za-z]+-[0-9]+)-[0-9]+")
-_BRATS_2019 = re.compile(r"(brats1[789]_.+)_[0-9]+", re.IGNORECASE)
+_BRATS_2019 = re.compile(r"(brats1[789]_[a-z0-9]+_[a-z0-9]+)_[0-9]+", re.IGNORECASE)
 _SITE = re.compile(r"brats1[789]_(?P<site>[a-z0-9]+)_(?P<number>[a-z0-9]+)(_[0-9]+)?", re.IGNORECASE)
 _RELEASES = {
     "BraTS 2017 to 2019": re.compile(r"brats1[789]_.+", re.IGNORECASE),

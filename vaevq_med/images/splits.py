@@ -7,7 +7,7 @@ import errno
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -171,6 +171,50 @@ def remembered_splits(dataset_dir: Path, rule: SplitRule) -> dict[str, str]:
         return {}
     manifest = load_manifest(dataset_dir)
     return {entry["patient"]: split for split in SPLITS for entry in manifest.entries(split) if "patient" in entry}
+
+
+def remembered_patients(dataset_dir: Path) -> dict[str, str]:
+    """What the patient of each case is called in the datalist of a data set; empty where there is none.
+
+    Args:
+        dataset_dir: folder of the data set.
+
+    Returns:
+        Case to patient.
+
+    Raises:
+        DataError: the datalist is damaged.
+    """
+    if not (dataset_dir / FILE_NAME).is_file():
+        return {}
+    manifest = load_manifest(dataset_dir)
+    entries = (entry for split in SPLITS for entry in manifest.entries(split))
+    return {str(entry["case"]): str(entry["patient"]) for entry in entries if "case" in entry and "patient" in entry}
+
+
+def dealt_before(earlier: Mapping[str, Collection[str]], dealt: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Where patients stand already, under whichever names they had.
+
+    Args:
+        earlier: patient to all names that it has or had.
+        dealt: splits of an earlier deal.
+
+    Returns:
+        For each patient the names that were dealt, with their splits; empty for who is new.
+
+    Examples:
+        >>> dealt_before({"anna": ["anna", "Brats18_TCIA02_151"], "bo": ["bo"]}, {"Brats17_TCIA_151": "test"})
+        {'anna': {'Brats18_TCIA02_151': 'test'}, 'bo': {}}
+    """
+    persons = split_of_persons(dealt)
+    return {
+        patient: {
+            name: dealt.get(name, persons.get(person_of(name), ""))
+            for name in sorted(names)
+            if name in dealt or person_of(name) in persons
+        }
+        for patient, names in earlier.items()
+    }
 
 
 def read_split_file(path: str | Path) -> dict[str, str]:

@@ -104,6 +104,7 @@ def _by_name(entries: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str
 def _words(twins: Twins) -> str:
     (first, one), (second, other) = twins.first, twins.second
     how = f"{twins.identical} identical" if twins.identical else f"near-identical (likeness {twins.likeness:.3f})"
+    how = f"mirrored, {how}" if twins.mirrored else how
     images = "" if twins.images == (first, second) else f", as {twins.images[0]} and {twins.images[1]}"
     return f"{first} in {one} and {second} in {other} have {how} images{images}"
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, islice
+from itertools import combinations, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class Twins:
         images: an image of each.
         identical: how many images are identical byte by byte.
         likeness: of the images, at most 1.
+        mirrored: whether the one is like the other with left and right exchanged.
     """
 
     first: tuple[str, str]
@@ -41,6 +42,7 @@ class Twins:
     images: tuple[str, str]
     identical: int
     likeness: float
+    mirrored: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class _Images:
     person: list[str]
     digest: NDArray[np.void]
     bits: NDArray[np.uint8]
+    mirrored: NDArray[np.uint8]
     filled: NDArray[np.float32]
     limit: list[float]
 
@@ -118,6 +121,7 @@ def compare_splits(
         person=[person_of(str(entries[n][1].get("patient", entries[n][1]["image"]))) for n in kept],
         digest=np.frombuffer(b"".join(sketches[n].digest for n in kept), dtype="V16"),
         bits=np.stack([sketches[n].bits for n in kept]),
+        mirrored=np.stack([sketches[n].mirrored for n in kept]),
         filled=filled[filled >= _BLANK],
         limit=[sketches[n].limit for n in kept],
     )
@@ -171,8 +175,7 @@ def _identical(images: _Images) -> list[Twins]:
     counts: dict[tuple[tuple[str, str], tuple[str, str]], list[tuple[int, int]]] = defaultdict(list)
     for number in np.flatnonzero(sizes > 1):
         members = order[ends[number] - sizes[number] : ends[number]].tolist()
-        pairs = ((i, j) for i, j in combinations(members, 2) if images.split[i] != images.split[j])
-        for i, j in islice((pair for pair in pairs if images.are_strangers(*pair)), _BATCH):
+        for i, j in islice(strangers(members, images.split, images.person), _BATCH):
             counts[images.sides(i, j)].append((i, j))
     return [
         Twins(*sides, (images.paths[pairs[0][0]], images.paths[pairs[0][1]]), len(pairs), 1.0)
@@ -180,19 +183,48 @@ def _identical(images: _Images) -> list[Twins]:
     ]
 
 
+def strangers(
+    members: Iterable[int], split: Sequence[str] | NDArray[np.str_], person: Sequence[str]
+) -> Iterator[tuple[int, int]]:
+    """Pairs of images of two splits and of two persons.
+
+    The next pair takes no longer for the pairs of one split or of one person, of which there may be billions.
+
+    Args:
+        members: positions of images.
+        split: the split of each image.
+        person: whom each image shows.
+
+    Yields:
+        Two positions, a pair once.
+
+    Examples:
+        >>> list(strangers(range(4), ["training", "training", "test", "test"], ["anna", "bo", "anna", "anna"]))
+        [(1, 2), (1, 3)]
+    """
+    groups: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for number in members:
+        groups[str(split[number])][person[number]].append(number)
+    for one, other in combinations(groups.values(), 2):
+        for first, second in product(one, other):
+            if first != second:
+                yield from ((i, j) for i in one[first] for j in other[second])
+
+
 def _alike(root: Path, images: _Images, known: set[tuple[tuple[str, str], tuple[str, str]]]) -> Iterator[Twins]:
     """What looks alike, apart from what is known already."""
-    candidates: dict[tuple[tuple[str, str], tuple[str, str]], list[tuple[int, int, int]]] = defaultdict(list)
+    candidates: dict[tuple[tuple[str, str], tuple[str, str]], list[tuple[int, bool, int, int]]] = defaultdict(list)
     rows = {split: _distinct(images, split) for split in dict.fromkeys(images.split.tolist())}
     for one, other in combinations(rows, 2):
-        for distance, i, j in _close(images.bits, rows[one], rows[other]):
-            if images.are_strangers(i, j) and (sides := images.sides(i, j)) not in known:
-                candidates[sides].append((distance, i, j))
+        for mirrored, bits in ((False, images.bits), (True, images.mirrored)):
+            for distance, i, j in _close(images.bits, bits, rows[one], rows[other]):
+                if images.are_strangers(i, j) and (sides := images.sides(i, j)) not in known:
+                    candidates[sides].append((distance, mirrored, i, j))
     for sides, found in sorted(candidates.items()):
-        for _, i, j in sorted(found)[:_TRIES]:
-            value = likeness(root / images.paths[i], root / images.paths[j])
+        for _, mirrored, i, j in sorted(found)[:_TRIES]:
+            value = likeness(root / images.paths[i], root / images.paths[j], mirrored=mirrored)
             if value >= max(images.limit[i], images.limit[j]):
-                yield Twins(*sides, (images.paths[i], images.paths[j]), 0, value)
+                yield Twins(*sides, (images.paths[i], images.paths[j]), 0, value, mirrored)
                 break
 
 
@@ -203,24 +235,28 @@ def _distinct(images: _Images, split: str) -> NDArray[np.int64]:
     return rows[np.sort(first)]
 
 
-def _close(bits: NDArray[np.uint8], one: NDArray[np.int64], other: NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
+def _close(
+    bits: NDArray[np.uint8], others: NDArray[np.uint8], one: NDArray[np.int64], other: NDArray[np.int64]
+) -> Iterator[tuple[int, int, int]]:
     """Pairs of rows whose sketches are close: those that share 16 bits somewhere are looked at.
 
     Args:
         bits: ``[N, BITS / 8]``.
-        one: rows.
-        other: rows.
+        others: ``[N, BITS / 8]``, of the same images or of what they are mirrored.
+        one: rows of ``bits``.
+        other: rows of ``others``.
 
     Yields:
         Bits that differ, and the two rows; a pair once.
     """
     words, halves = bits.view(np.uint64), bits.view(np.uint16)
+    their_words, their_halves = others.view(np.uint64), others.view(np.uint16)
     found: set[tuple[int, int, int]] = set()
     for table in range(BITS // 16):
         order = one[np.argsort(halves[one, table], kind="stable")]
         keys = halves[order, table]
-        starts = np.searchsorted(keys, halves[other, table], "left")
-        counts = np.searchsorted(keys, halves[other, table], "right") - starts
+        starts = np.searchsorted(keys, their_halves[other, table], "left")
+        counts = np.searchsorted(keys, their_halves[other, table], "right") - starts
         # Blocks of rows that have about so many pairs together; a single row has no more than there are rows.
         blocks = np.flatnonzero(np.diff(np.cumsum(counts) // _PAIRS, prepend=0))
         for block in np.split(np.arange(len(other)), blocks):
@@ -228,7 +264,7 @@ def _close(bits: NDArray[np.uint8], one: NDArray[np.int64], other: NDArray[np.in
             second = np.repeat(other[block], amounts)
             offsets = np.arange(amounts.sum()) - np.repeat(np.cumsum(amounts) - amounts, amounts)
             first = order[np.repeat(starts[block], amounts) + offsets]
-            distances = np.bitwise_count(words[first] ^ words[second]).sum(1, dtype=np.int64)
+            distances = np.bitwise_count(words[first] ^ their_words[second]).sum(1, dtype=np.int64)
             near = distances <= CLOSE
             found.update(zip(distances[near].tolist(), first[near].tolist(), second[near].tolist(), strict=True))
     yield from found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,14 @@ from vaevq_med.images.manifest import SPLITS, split_hash
 from vaevq_med.images.nifti import check_orientation
 from vaevq_med.images.patients import one_name_each, patient_of, sharing_releases
 from vaevq_med.images.reading import Reading
-from vaevq_med.images.splits import count_patients, remembered_splits, split_by_file, split_by_rule
+from vaevq_med.images.splits import (
+    count_patients,
+    dealt_before,
+    remembered_patients,
+    remembered_splits,
+    split_by_file,
+    split_by_rule,
+)
 from vaevq_med.prepare.job import DataSet, Estimate, Search, Source, known_record
 from vaevq_med.prepare.recipes import AnyRecipe, Recipe
 from vaevq_med.prepare.volumes.discarded import Discarded, check_accepted, gathered, summary
@@ -79,6 +87,7 @@ class VolumeSource(Source[Case, CaseRecord]):
         else:
             found = find_cases(self.input, self.recipe.modalities, label_map=self.label_map, exclude=output)
         units, notes = found.units, list(found.notes)
+        called = {case.name: {case.patient} for case in units}
         if self.patients is not None:
             given = read_patients(self.patients)
             if units and not any(case.name in given for case in units):
@@ -89,12 +98,21 @@ class VolumeSource(Source[Case, CaseRecord]):
         maps = {case.label_map for case in units if case.segmentation is not None}
         target = maps.pop() if len(maps) == 1 else BRATS2024.name
         dealt = {} if self.split_file is not None else remembered_splits(output, self.recipe.split)
+        if dealt and (self.patients is not None or not all(case.patient in dealt for case in units)):
+            # A table, or an earlier version, may have called them otherwise.
+            for case, patient in remembered_patients(output).items():
+                called.get(case, set()).add(patient)
         names = one_name_each((case.patient for case in units), dealt)
+        earlier: dict[str, set[str]] = defaultdict(set)
+        for case in units:
+            earlier[names[case.patient]] |= {case.patient, *called[case.name]}
+        stood = dealt_before(earlier, dealt)
         if self.split_file is not None:
             splits = split_by_file(set(names.values()), self.split_file)
         else:
-            splits = split_by_rule(names.values(), self.recipe.split, dealt)
-        notes += _patient_notes(units, names, splits, dealt)
+            before = {name: min(places.values(), key=SPLITS.index) for name, places in stood.items() if places}
+            splits = split_by_rule(names.values(), self.recipe.split, before)
+        notes += _patient_notes(units, splits, stood)
         cases = [replace(case, patient=names[case.patient], target_map=target) for case in units]
         return _Patients(cases, found.problems, notes, splits)
 
@@ -202,13 +220,13 @@ class VolumeSource(Source[Case, CaseRecord]):
 
 
 def _patient_notes(
-    cases: Sequence[Case], names: Mapping[str, str], splits: Mapping[str, str], dealt: Mapping[str, str]
+    cases: Sequence[Case], splits: Mapping[str, str], stood: Mapping[str, Mapping[str, str]]
 ) -> Iterator[str]:
-    """Remarks on patients whom several releases have."""
-    moved = sorted({names[name] for name in names if dealt.get(name, splits[names[name]]) != splits[names[name]]})
-    for first in moved:
-        others = ", ".join(name for name, chosen in names.items() if chosen == first)
-        yield f"{others} are one patient, who stood in two splits; all images stand in {splits[first]} now"
+    """Remarks on patients who stood in several splits under several names, or whom several releases have."""
+    for patient, found in sorted(stood.items()):
+        if any(split != splits[patient] for split in found.values()):
+            others = ", ".join(sorted({patient, *found}))
+            yield f"{others} are one patient, who stood in two splits; all images stand in {splits[patient]} now"
     releases = sharing_releases(case.name for case in cases if case.patient == patient_of(case.name))
     if releases:
         found = " and ".join(f"{release} ({patient})" for release, patient in releases)
