@@ -49,8 +49,9 @@ class Sketch:
     def limit(self) -> float:
         """The likeness of two copies is above, that of two patients' brains or of two photographs below.
 
-        Of 11,100 slices of 23 patients those of two patients reach 0.65, and 0.69 where one is mirrored, of 800 photographs two reach 0.4, and copies
-        that are darker, noisy or moved by a pixel are above 0.95. Small images have little to tell them apart by.
+        Of 11,100 slices of 23 patients those of two patients reach 0.65, and 0.69 where one is mirrored, of 800
+        photographs two reach 0.4, and copies that are darker, noisy or moved by a pixel are above 0.95. Small images
+        have little to tell them apart by.
         """
         return 0.85 if self.side >= _SKETCH else 0.99
 
