@@ -100,8 +100,8 @@ class VolumeSource(Source[Case, CaseRecord]):
         dealt = {} if self.split_file is not None else remembered_splits(output, self.recipe.split)
         if dealt and (self.patients is not None or not all(case.patient in dealt for case in units)):
             # A table, or an earlier version, may have called them otherwise.
-            for case, patient in remembered_patients(output).items():
-                called.get(case, set()).add(patient)
+            for name, patient in remembered_patients(output).items():
+                called.get(name, set()).add(patient)
         names = one_name_each((case.patient for case in units), dealt)
         earlier: dict[str, set[str]] = defaultdict(set)
         for case in units:
@@ -223,9 +223,9 @@ def _patient_notes(
     cases: Sequence[Case], splits: Mapping[str, str], stood: Mapping[str, Mapping[str, str]]
 ) -> Iterator[str]:
     """Remarks on patients who stood in several splits under several names, or whom several releases have."""
-    for patient, found in sorted(stood.items()):
-        if any(split != splits[patient] for split in found.values()):
-            others = ", ".join(sorted({patient, *found}))
+    for patient, places in sorted(stood.items()):
+        if any(split != splits[patient] for split in places.values()):
+            others = ", ".join(sorted({patient, *places}))
             yield f"{others} are one patient, who stood in two splits; all images stand in {splits[patient]} now"
     releases = sharing_releases(case.name for case in cases if case.patient == patient_of(case.name))
     if releases:
