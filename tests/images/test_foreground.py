@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vaevq_med.images.foreground import BLACK, Background, corner_share, find_background, foreground
+from vaevq_med.images.foreground import BLACK, Background, corner_noise, find_background, foreground
 
 SHAPE = (20, 24, 16)
 
@@ -68,14 +68,17 @@ def test_a_few_odd_voxels_at_the_border_change_nothing() -> None:
 
 @pytest.mark.parametrize("touching", [False, True])
 def test_a_brain_leaves_the_corners_of_its_box_empty_and_noise_fills_them(touching: bool) -> None:
-    mask = brain(touching)
-    assert corner_share(mask) == 0
-    noise = mask | (np.random.default_rng(0).random(SHAPE) < 0.5)
-    assert corner_share(noise) == pytest.approx(0.5, abs=0.25)
-    padded = np.zeros((40, 40, 40), bool)
-    padded[5:25, 9:33, 2:18] = True
-    assert corner_share(padded) == 1
-    assert corner_share(np.zeros(SHAPE, bool)) == 0
+    volume = scan(0.0, touching=touching)
+    assert corner_noise(volume, BLACK) == 0
+    noise = np.random.default_rng(1).integers(0, 2, SHAPE)
+    assert corner_noise(scan(noise, touching=touching), BLACK) == pytest.approx(0.5, abs=0.25)
+    assert corner_noise(np.pad(scan(noise + 1), 9), BLACK) == 1
+    assert corner_noise(np.pad(scan(-3.0 - noise), 9, constant_values=-3) - 1, Background(-4)) > 0.2
+    assert corner_noise(np.zeros(SHAPE), BLACK) == 0
+
+
+def test_a_body_that_fills_the_corners_is_no_noise() -> None:
+    assert corner_noise(np.pad(scan(500.0), 9), BLACK) == 0
 
 
 def test_of_slices_all_that_is_not_black_is_foreground() -> None:

@@ -17,6 +17,8 @@ LEAST_SHARE = 0.5
 _EXACT_SHARE = 0.99
 _RELATIVE_TOLERANCE = 1e-3
 _CORNER = 16
+_FAINT = 0.2
+_BRIGHT = 99
 
 
 @dataclass(frozen=True)
@@ -93,29 +95,38 @@ def find_background(volume: NDArray) -> Background | None:
     return None
 
 
-def corner_share(mask: NDArray[np.bool_]) -> float:
-    """How much of the corners of its own bounding box a foreground fills: nothing if a brain, much if noise.
+def corner_noise(volume: NDArray, background: Background) -> float:
+    """How much of the corners of the foreground's bounding box faint noise fills; a brain leaves them empty.
 
     Args:
-        mask: the foreground ``[X, Y, Z]``.
+        volume: finite numbers ``[X, Y, Z]``.
+        background: that was found of it.
 
     Returns:
-        Its share, in [0, 1], of the blocks in the eight corners, each a sixteenth of the box along each axis; 0 where
-        there is no foreground.
+        The share, in [0, 1], of foreground in the blocks in the eight corners, each a sixteenth of the box along each
+        axis; 0 where it is no noise, but on average a fifth as far from the background as the 99th percentile of the
+        foreground or more.
 
     Examples:
-        >>> mask = np.zeros((8, 8, 8), bool)
-        >>> mask[2:5, 3:6, 1:4] = True
-        >>> corner_share(mask)
+        >>> volume = np.zeros((8, 8, 8))
+        >>> volume[1:7, 1:7, 1:7] = 3
+        >>> volume[2:6, 2:6, 2:6] = 100
+        >>> corner_noise(volume, BLACK)
         1.0
     """
+    mask = background.foreground(volume)
     box = []
     for axis in range(mask.ndim):
         along = np.flatnonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
         if along.size == 0:
             return 0.0
         box.append(slice(along[0], along[-1] + 1))
-    return float(_corners(mask[tuple(box)]).mean())
+    filled = _corners(mask[tuple(box)])
+    if not filled.any():
+        return 0.0
+    faint = np.abs(_corners(volume[tuple(box)])[filled].astype(np.float64) - background.value).mean()
+    bright = np.percentile(np.abs(volume[mask].astype(np.float64) - background.value), _BRIGHT)
+    return float(filled.mean()) if faint < _FAINT * bright else 0.0
 
 
 def _mode(values: NDArray, volume: NDArray) -> Background | None:

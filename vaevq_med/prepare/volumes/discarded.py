@@ -13,7 +13,7 @@ from vaevq_med.prepare.recipes import Recipe
 LIMITS: Mapping[str, float] = {"background": 0.05, "clipping": 0.01, "saturation": 0.05}
 """What ``--accept`` may name, and the shares above which a case is refused otherwise.
 
-``background``: of the corners of the foreground's bounding box that are foreground, as of noise around a head; where
+``background``: of the corners of the foreground's bounding box that hold faint noise, as around a head; where
 no background was found at all, whatever they hold. ``clipping``: of the foreground that ``clip_negatives`` sets to 0.
 ``saturation``: of the foreground outside of the window, or at its white, beyond the share that the recipe's percentiles
 leave out.
@@ -31,7 +31,7 @@ class Discarded:
         foreground: share of the volume's voxels that are not background.
         clipped: share of the foreground that ``clip_negatives`` sets to 0.
         saturated: share of what is left of it that is white, or below the window's black.
-        corners: share of the corners of the foreground's bounding box that are foreground, too.
+        corners: share of the corners of the foreground's bounding box that hold faint noise.
         white_regions: share of each region of the segmentation that is white, of those that are not empty.
     """
 
@@ -61,7 +61,7 @@ class Discarded:
             yield (
                 "background",
                 f"found a background of {self.background:g} with noise: {percent(self.corners, most)} of the corners "
-                f"of the foreground's box are filled, expected at most {percent(most)}, as a skull-stripped volume "
+                f"of the foreground's box hold some, expected at most {percent(most)}, as a skull-stripped volume "
                 "leaves them empty",
             )
         if self.clipped > (most := LIMITS["clipping"]):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vaevq_med.core.errors import DataError
 from vaevq_med.core.numbers import told_apart
-from vaevq_med.images.foreground import BLACK, corner_share, find_background, foreground
+from vaevq_med.images.foreground import BLACK, corner_noise, find_background, foreground
 from vaevq_med.images.nifti import MAX_VOXELS
 from vaevq_med.images.volumes import check_volume, displacement, read_volume, shape
 from vaevq_med.prepare.recipes import Recipe
@@ -213,7 +213,7 @@ class CaseReader:
             foreground=round(inside / voxels.size, 6),
             clipped=round(lost / max(inside, 1), 6),
             saturated=0.0,
-            corners=round(corner_share(mask), 6),
+            corners=round(corner_noise(voxels, background), 6),
         )
         # What is lost already is refused before a window is sought in what is left; it is noted once, with the rest.
         check_discarded(name, discarded, recipe, accept=accept, note=lambda text: None)
