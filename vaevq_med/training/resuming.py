@@ -310,13 +310,16 @@ def _reading_difference(before: RunRecord, now: RunRecord, dataset: Any) -> str 
         return _differs("stack_modalities", new[0], old[0])
     if new and old and new[1] != old[1]:
         return _differs("modalities", new[1], old[1])
-    chains = [_chain(one, dataset) for one in (now, before)] if _names_two_chains(before, now) else []
-    if None not in chains and chains[:1] != chains[1:]:
-        names = [[link.partition("(")[0] for link in chain] for chain in chains]
-        if names[0] != names[1]:
-            return _differs("train#preprocessing", *names)
-        return _differs("train#preprocessing", *next(pair for pair in zip(*chains, strict=True) if pair[0] != pair[1]))
-    return None
+    if not _names_two_chains(before, now):
+        return None
+    chain, stored = (_chain(one, dataset) for one in (now, before))
+    if chain is None or stored is None or chain == stored:
+        return None
+    names = [[link.partition("(")[0] for link in links] for links in (chain, stored)]
+    if names[0] != names[1]:
+        return _differs("train#preprocessing", *names)
+    link, before_it = next(pair for pair in zip(chain, stored, strict=True) if pair[0] != pair[1])
+    return _differs("train#preprocessing", link, before_it)
 
 
 def _setting_difference(before: RunRecord, now: RunRecord, dataset: Any) -> str | None:

@@ -74,10 +74,9 @@ def _built(parser: ConfigParser, build: str) -> Any:
     except Exception as error:
         if foreseen(error) is not None or os.environ.get(_TRACEBACK):
             raise
-        reason = error
-        while reason.__cause__ is not None:
-            reason = reason.__cause__
-        components = _COMPONENT.findall(" ".join(map(str, _chain(error))))
+        chain = list(_chain(error))
+        reason = chain[-1]
+        components = _COMPONENT.findall(" ".join(map(str, chain)))
         said = " ".join(str(reason).split())[:200]
         raise VaevqMedError(
             f"{components[-1] if components else build} cannot be built from this configuration "
