@@ -393,6 +393,10 @@ def test_a_checkpoint_of_another_format_is_refused(
     torch.save({**state, "format": 99}, tmp_path / "new.pt")
     with pytest.raises(CheckpointError, match="format 99, expected 1"):
         read_checkpoint(tmp_path / "new.pt")
+    for config in ("no JSON", "[1]", 3):
+        torch.save({**state, "config": config}, tmp_path / "odd.pt")
+        with pytest.raises(CheckpointError, match="'config' that is no JSON object"):
+            read_checkpoint(tmp_path / "odd.pt")
 
 
 @pytest.mark.parametrize(
@@ -400,10 +404,11 @@ def test_a_checkpoint_of_another_format_is_refused(
     [
         lambda state: state["optimizer"]["state"][3].pop("exp_avg"),
         lambda state: state["optimizer"]["state"][3].update(exp_avg_sq=torch.zeros(7)),
+        lambda state: state["optimizer"]["state"][3].update(step=torch.zeros(0)),
         lambda state: state.update(schedulers=[]),
         lambda state: state.update(rng="none"),
     ],
-    ids=["an average is gone", "an average of another shape", "no schedules", "no generator"],
+    ids=["an average is gone", "an average of another shape", "no count", "no schedules", "no generator"],
 )
 def test_a_damaged_state_is_not_gone_on_with(
     damage: Callable[[dict[str, Any]], Any],

@@ -50,6 +50,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: found no 'network' entry, expected a checkpoint written by training")
     if state.get("format", FORMAT) != FORMAT:
         raise CheckpointError(f"{path}: found checkpoint format {state['format']}, expected {FORMAT}")
+    try:
+        config = json.loads(state.get("config") or "{}")
+    except (TypeError, ValueError):
+        config = None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: found a 'config' that is no JSON object, expected the training's configuration")
     return state
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import tempfile
 import threading
@@ -71,16 +72,18 @@ def _check_averages(optimizer: torch.optim.Optimizer) -> None:
     Raises:
         ValueError: a parameter lacks what its like have, or something has another shape than theirs.
     """
-    fits: dict[str, list[bool]] = {}
+    fits: dict[tuple[str, str], list[bool]] = {}
     names: dict[bool, set[str]] = {}
     for parameter, kept in optimizer.state.items():
         if kept and names.setdefault(parameter.ndim > 1, set(kept)) != set(kept):
             raise ValueError(f"the optimizer keeps {sorted(kept)} of one parameter and other things of the others")
         for name, value in kept.items():
-            fits.setdefault(name, []).append(isinstance(value, torch.Tensor) and value.shape == parameter.shape)
-    for name, found in fits.items():
+            shape = tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+            fits.setdefault((name, "the shape of its parameter"), []).append(shape == parameter.shape)
+            fits.setdefault((name, "one number"), []).append(math.prod(shape) == 1)
+    for (name, expected), found in fits.items():
         if len(found) / 2 < sum(found) < len(found):
-            raise ValueError(f"{name} of the optimizer has not the shape of its parameter")
+            raise ValueError(f"{name} of the optimizer has not {expected}")
 
 
 class TrainingCheckpoint:
