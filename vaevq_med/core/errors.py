@@ -108,11 +108,17 @@ def foreseen(error: BaseException) -> str | None:
     """
     package = root_cause(error)
     told = package if isinstance(package, VaevqMedError) else error
-    while (line := _line(told)) is None:
-        if told.__cause__ is None:
-            return None
-        told = told.__cause__
-    return "; ".join([line, *getattr(told, "__notes__", ())])
+    for one in causes(told):
+        if (line := _line(one)) is not None:
+            return "; ".join([line, *getattr(one, "__notes__", ())])
+    return None
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and what it was raised from, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def _line(error: BaseException) -> str | None:

@@ -16,7 +16,7 @@ from monai.data import set_track_meta
 from monai.utils import set_determinism
 
 from vaevq_med.core.components import trust
-from vaevq_med.core.errors import VaevqMedError, foreseen
+from vaevq_med.core.errors import VaevqMedError, causes, foreseen
 from vaevq_med.core.options import expect, is_int
 from vaevq_med.images.manifest import load_manifest
 from vaevq_med.trained.device import named_device
@@ -74,7 +74,7 @@ def _built(parser: ConfigParser, build: str) -> Any:
     except Exception as error:
         if foreseen(error) is not None or os.environ.get(_TRACEBACK):
             raise
-        chain = list(_chain(error))
+        chain = list(causes(error))
         reason = chain[-1]
         components = _COMPONENT.findall(" ".join(map(str, chain)))
         said = " ".join(str(reason).split())[:200]
@@ -82,12 +82,6 @@ def _built(parser: ConfigParser, build: str) -> Any:
             f"{components[-1] if components else build} cannot be built from this configuration "
             f"({type(reason).__name__}: {said}); expected values that it takes; {_TRACEBACK}=1 shows where it fails"
         ) from error
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
 
 
 def initialize(
