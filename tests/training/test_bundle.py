@@ -25,7 +25,7 @@ from helpers.bundles import evaluation_overrides, quick, run_bundle, states_equa
 from helpers.tracked import open_run
 from monai.bundle import ConfigParser, ConfigWorkflow
 
-from vaevq_med.trained.file import read_checkpoint
+from vaevq_med.trained.file import atomic_save, read_checkpoint
 from vaevq_med.training.config import ConfigError, check_config
 
 NAMES = sorted(path.stem for path in OVERLAYS.glob("*.json"))
@@ -332,6 +332,23 @@ def test_several_processes_need_ddp(
     said = capsys.readouterr().err
     assert "training_network: found TrainingForward in 2 processes" in said
     assert "pass the overlay multi_gpu" in said
+
+
+def test_a_run_goes_on_from_the_best_checkpoint_where_only_that_is_left_and_refuses_other_feature_weights(
+    toy_overrides: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_bundle("train.json", {**toy_overrides, "max_epochs": 1}, run_id="training")
+    checkpoints = Path(toy_overrides["output_dir"]) / "checkpoints"
+    (checkpoints / "last.pt").unlink()
+    run_bundle("train.json", {**toy_overrides, "learning_rate": 2e-4}, run_id="training")
+    state = read_checkpoint(checkpoints / "last.pt")
+    assert state["changes"][0]["iteration"] == 4  # and not 0: it did not begin anew
+    assert state["iteration"] == 8
+    (network,) = state["feature_weights"]
+    atomic_save({**state, "feature_weights": {network: "of another file"}}, checkpoints / "last.pt")
+    with pytest.raises(SystemExit):
+        run_bundle("train.json", {**toy_overrides, "max_epochs": 3}, run_id="training")
+    assert f"feature_weights is a file of {network}" in capsys.readouterr().err
 
 
 def test_a_resumed_run_takes_and_notes_a_new_learning_rate_and_refuses_other_data(

@@ -48,6 +48,13 @@ def _identity(dataset: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _feature_weights(engine: BaseTrainer) -> dict[str, str]:
+    """Hashes of the weights of the feature networks that an objective measures by, whose files may be replaced."""
+    objective = getattr(engine, "objective", None)
+    modules = objective.modules() if isinstance(objective, torch.nn.Module) else ()
+    return {str(m.name): str(m.weights_sha256) for m in modules if hasattr(m, "weights_sha256")}
+
+
 def _load_scheduler(scheduler: Any, state: Mapping[str, Any]) -> None:
     """Take up a schedule where it stood, at the base rates and length of this configuration."""
     base = list(scheduler.base_lrs)
@@ -98,7 +105,7 @@ class TrainingCheckpoint:
         sampler: the training ``ResumableBatchSampler``, which a resumed run starts at its iteration.
         dataset: the training data set, whose images and split a resumed run has to share.
         interval: iterations between checkpoints.
-        resume: ``auto`` takes up ``last.pt`` if there is one; False starts anew, and the first checkpoint takes the
+        resume: ``auto`` takes up ``last.pt``, or ``best.pt`` where only that is left, if there is one; False starts anew, and the first checkpoint takes the
             place of what an earlier run left; a path takes up that file.
         metric: validation metric that decides ``best.pt``.
         mode: ``max`` or ``min``.
@@ -160,6 +167,8 @@ class TrainingCheckpoint:
         self._check_directory()
         self.values = known_values(expressions(self.config))
         source = self.last if self.resume in ("auto", True) else Path(str(self.resume))
+        if self.resume == "auto" and not source.is_file():
+            source = self.directory / "best.pt"  # which a run that began anew would take the place of
         if self.resume and (self.resume != "auto" or source.is_file()):
             self.load(engine, source)
         engine.add_event_handler(Events.STARTED, self._started)
@@ -201,6 +210,7 @@ class TrainingCheckpoint:
             "data": self.data,
             "values": dict(self.values),
             "changes": list(self.changes),
+            "feature_weights": _feature_weights(engine),
         }
         if engine.ema is not None:
             state["ema"] = engine.ema.module.state_dict()
@@ -234,6 +244,13 @@ class TrainingCheckpoint:
         if missing:
             raise CheckpointError(f"{path}: found no {', '.join(missing)}, expected a checkpoint to resume from")
         self._check_same(state, path)
+        now, before = _feature_weights(engine), state.get("feature_weights", {})
+        for name in now.keys() & before.keys():
+            if now[name] != before[name]:
+                raise CheckpointError(
+                    f"feature_weights is a file of {name} of the hash {now[name][:19]}, was {before[name][:19]} in "
+                    f"{path}; expected the same to go on: {_OTHERWISE}"
+                )
         if state.get("epoch_length") != engine.state.epoch_length:
             now, before = (config.get("batch_size") for config in (self.config, self._stored(state).config))
             lengths = f"{engine.state.epoch_length} iterations, was {state.get('epoch_length')}"
