@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
@@ -21,7 +20,7 @@ from vaevq_med.metrics.figures import Figure
 from vaevq_med.metrics.reconstruction import PSNR, SSIM, to_unit
 from vaevq_med.metrics.statistics import FrechetDistance
 from vaevq_med.networks.features import FeatureNetwork
-from vaevq_med.networks.processes import is_distributed
+from vaevq_med.networks.processes import objects_of_each_process
 
 METADATA = ("index", "path", "patient", "case", "modality", "slice")
 """What an item says of its image, which the row of an evaluation keeps."""
@@ -236,11 +235,7 @@ class ReconstructionEvaluation:
         )
 
     def _gather_rows(self) -> list[dict[str, Any]]:
-        rows = self._rows
-        if is_distributed():
-            parts: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, rows)
-            rows = [row for part in parts for row in part]
+        rows = [row for part in objects_of_each_process(self._rows) for row in part]
         return sorted(rows, key=lambda row: row["index"]) if rows and "index" in rows[0] else rows
 
     def _add_distances(

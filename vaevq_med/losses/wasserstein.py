@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.polar import polar_factor
-from vaevq_med.networks.processes import is_distributed, of_each_process
+from vaevq_med.networks.processes import is_distributed, of_each_process, rank, world_size
 
 
 def gaussian_wasserstein2_to_standard(codebook: Tensor) -> Tensor:
@@ -154,10 +153,9 @@ def _moments_of_all_processes(points: Tensor) -> tuple[Tensor, Tensor]:
     centered = points - mean
     root = polar_factor(centered.detach()).mT @ centered  # [..., D, D]
     own = torch.cat([root, mean, torch.full_like(mean, count)], dim=-2)  # [..., D + 2, D]
-    number, rank = dist.get_world_size(), dist.get_rank()
     every = of_each_process(own)
     # The gradient is averaged over the processes, where that of the whole is a sum over them.
-    every[rank] = every[rank] + number * (own - own.detach())
+    every[rank()] = every[rank()] + world_size() * (own - own.detach())
     roots, means, counts = every[..., :-2, :], every[..., -2:-1, :], every[..., -1:, :].detach()
     total = counts.sum(dim=0)
     mean = (counts * means).sum(dim=0) / total  # [..., 1, D]

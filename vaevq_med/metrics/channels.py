@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.networks.processes import is_distributed
+from vaevq_med.networks.processes import objects_of_each_process
 
 THRESHOLD = 0.01
 
@@ -66,11 +65,9 @@ class ChannelActivity:
 
     def reduce(self) -> None:
         """Add up what all processes saw; one that saw nothing need not know the number of channels."""
-        if is_distributed():
-            parts: list[Tensor | None] = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, None if self.sums is None else self.sums.cpu())
-            found = [part for part in parts if part is not None]
-            self.sums = torch.stack(found).sum(dim=0) if found else None
+        parts = objects_of_each_process(None if self.sums is None else self.sums.cpu())
+        found = [part for part in parts if part is not None]
+        self.sums = torch.stack(found).sum(dim=0) if found else None
 
     def of_means(self) -> Tensor:
         """Variance of the posterior means, ``[D]``."""

@@ -1,4 +1,4 @@
-"""What several processes work out together: sums, means, and the draws of the first.
+"""What several processes work out together: who they are, sums, means, and the draws of the first.
 
 Each function gives the same result on every process. Draws come from torch's global CPU generator, whatever the device,
 so that a checkpoint of its state makes a resumed run draw alike.
@@ -6,14 +6,28 @@ so that a checkpoint of its state makes a resumed run draw alike.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_Own = TypeVar("_Own")
+
+
+def rank() -> int:
+    """This process's rank; 0 outside a process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes; 1 outside a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
 
 def is_distributed() -> bool:
     """Whether there are several processes."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return world_size() > 1
 
 
 def sum_in_place(own: Tensor) -> Tensor:
@@ -26,7 +40,7 @@ def sum_in_place(own: Tensor) -> Tensor:
 def mean_without_gradient(own: Tensor) -> Tensor:
     """Mean of every process's ``own``."""
     own = own.detach()
-    return sum_in_place(own.clone()) / dist.get_world_size() if is_distributed() else own
+    return sum_in_place(own.clone()) / world_size() if is_distributed() else own
 
 
 def mean_of_processes(own: Tensor) -> Tensor:
@@ -39,9 +53,18 @@ def mean_of_processes(own: Tensor) -> Tensor:
 
 def of_each_process(own: Tensor) -> Tensor:
     """Every process's ``own``, of one shape, stacked in the order of the ranks, ``[P, *shape]``; without a gradient."""
-    every = torch.zeros(dist.get_world_size(), *own.shape, dtype=own.dtype, device=own.device)
-    every[dist.get_rank()] = own.detach()
+    every = torch.zeros(world_size(), *own.shape, dtype=own.dtype, device=own.device)
+    every[rank()] = own.detach()
     return sum_in_place(every)
+
+
+def objects_of_each_process(own: _Own) -> list[_Own]:
+    """What every process has, of any size, in the order of the ranks; sent by the CPU."""
+    if not is_distributed():
+        return [own]
+    every: list[_Own] = [own] * world_size()
+    dist.all_gather_object(every, own)
+    return every
 
 
 def rows_of_each_process(values: Tensor) -> list[int]:

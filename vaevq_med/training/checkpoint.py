@@ -105,8 +105,8 @@ class TrainingCheckpoint:
         sampler: the training ``ResumableBatchSampler``, which a resumed run starts at its iteration.
         dataset: the training data set, whose images and split a resumed run has to share.
         interval: iterations between checkpoints.
-        resume: ``auto`` takes up ``last.pt``, or ``best.pt`` where only that is left, if there is one; False starts anew, and the first checkpoint takes the
-            place of what an earlier run left; a path takes up that file.
+        resume: ``auto`` takes up ``last.pt``, or ``best.pt`` where only that is left, if there is one; False starts
+            anew, and the first checkpoint takes the place of what an earlier run left; a path takes up that file.
         metric: validation metric that decides ``best.pt``.
         mode: ``max`` or ``min``.
         config: the run's configuration, stored as JSON. A run resumes only where what makes it what it is (data,

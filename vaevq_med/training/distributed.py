@@ -12,17 +12,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks.processes import rank, world_size
 from vaevq_med.trained.device import default_device
-
-
-def rank() -> int:
-    """This process's rank; 0 outside a process group."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    """Number of processes; 1 outside a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def is_main() -> bool:

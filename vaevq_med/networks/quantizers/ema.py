@@ -20,12 +20,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.outputs import Posterior, QuantizerOutput
-from vaevq_med.networks.processes import from_first_process, rows_of_each_process, sum_in_place
+from vaevq_med.networks.processes import from_first_process, rank, rows_of_each_process, sum_in_place
 from vaevq_med.networks.quantizers.base import CodebookQuantizer, FollowsLatents, rows
 
 
@@ -248,7 +247,7 @@ def draw_replacements(latents: Tensor, expired: Tensor) -> tuple[Tensor, Tensor]
         expired = torch.empty_like(expired).scatter_(0, shuffled, expired & (expired.cumsum(dim=0) <= total))
     positions = from_first_process(torch.randperm(total).to(device, non_blocking=True))
     place = (expired.cumsum(dim=0) - 1).clamp(0, total - 1)  # of each codeword among the expired ones
-    positions = positions[place] - sum(sizes[: dist.get_rank() if len(sizes) > 1 else 0])  # [K]
+    positions = positions[place] - sum(sizes[: rank()])  # [K]
     drawn = latents[positions.clamp(0, len(latents) - 1)]  # [K, D]
     if len(sizes) > 1:
         here = (positions >= 0) & (positions < len(latents))

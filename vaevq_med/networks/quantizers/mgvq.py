@@ -19,14 +19,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.compiling import outside_compiled_graphs
 from vaevq_med.networks.outputs import Posterior, QuantizerOutput
-from vaevq_med.networks.processes import from_first_process, is_distributed, number_from_first_process, sum_in_place
+from vaevq_med.networks.processes import (
+    from_first_process,
+    is_distributed,
+    number_from_first_process,
+    of_each_process,
+    rank,
+    sum_in_place,
+)
 from vaevq_med.networks.quantizers.base import FollowsLatents, rows, straight_through, vq_losses
 from vaevq_med.networks.quantizers.grouped import GroupedQuantizer, look_up_groups
 
@@ -213,16 +219,14 @@ def draw_anchors(latents: Tensor, codewords: Tensor, uniform: Tensor) -> Tensor:
             [_invert(latents, e, u) for e, u in zip(codewords.split(step), uniform.double().split(step), strict=True)]
         )
     own = torch.cat([_logits(latents, e).logsumexp(dim=1) for e in codewords.split(step)])
-    every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(every, own)
-    masses = torch.stack(every).softmax(dim=0)
+    masses = of_each_process(own).softmax(dim=0)  # [P, M]
     upper = masses.cumsum(dim=0)
-    chosen = (upper <= uniform).sum(dim=0).clamp_max(len(every) - 1)
-    mass = masses[dist.get_rank()]
+    chosen = (upper <= uniform).sum(dim=0).clamp_max(len(masses) - 1)
+    mass = masses[rank()]
     # Not a number where this process has no mass, but then it is not the chosen one.
-    within = ((uniform - upper[dist.get_rank()] + mass) / mass).clamp(0, 1)
+    within = ((uniform - upper[rank()] + mass) / mass).clamp(0, 1)
     found = [_invert(latents, e, u) for e, u in zip(codewords.split(step), within.split(step), strict=True)]
-    here = (chosen == dist.get_rank()).unsqueeze(1)
+    here = (chosen == rank()).unsqueeze(1)
     return sum_in_place(torch.where(here, torch.cat(found), torch.zeros_like(codewords)))
 
 
