@@ -296,7 +296,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--only", help="one scenario")
     arguments = parser.parse_args()
-    base = arguments.folder / "base"
+    base = arguments.folder.resolve() / "base"
     prepare(base)
     chosen = [scenario for scenario in scenarios(base) if arguments.only in (None, scenario.name)]
     draw = random.Random(arguments.seed)
