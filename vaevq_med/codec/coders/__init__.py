@@ -1,0 +1,1 @@
+"""Entropy coders: the indices of a volume to bytes and back, the same on every machine."""
