@@ -16,8 +16,6 @@ __getattr__, __dir__, __all__ = lazy(
         "StaticCache": "generators.llama_blocks",
         "TrainingForward": "tokenizer",
         "VisualTokenizer": "tokenizer",
-        "decode_volume": "whole_volumes",
-        "encode_volume": "whole_volumes",
         "released_estimator": "tokenizer",
         "vqgan_preset": "encoder",
     },
