@@ -151,10 +151,12 @@ class SliceDataset(Dataset):
         chosen = run[start : start + self.depth]
         items = []
         for one in chosen:
+            item = {**one, "index": entry["index"]}
             if isinstance(self.transform, (Compose, Randomizable)):
                 self.transform.set_random_state(seed=seed)
+            # Not ``if self.transform``: the length of MONAI's chain is that of a new one, which seeds its parts anew.
             with as_item_error():
-                items.append(self.transform({**one, "index": entry["index"]}) if self.transform else dict(one))
+                items.append(item if self.transform is None else self.transform(item))
         lacking = self.depth - len(items)
         numbers = [int(one.get("slice", -1)) for one in chosen] + [-1] * lacking
         items += [items[-1]] * lacking
