@@ -2,8 +2,8 @@
 
     python benchmarks/inflation.py CHECKPOINT DATASET --depth 32 --volumes 2
 
-For the middle slices of the first volumes of the test split it prints PSNR over what is not black, the inter-slice error
-and, against the same in one piece, the share of indices that tiles change and the largest difference of the voxels.
+For the middle slices of the first volumes of the test split it prints PSNR over what is not black, the inter-slice
+error and, against the same in one piece, the share of indices that tiles change and by how much the voxels differ.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ def main() -> None:
             network, encode_volume(network, volume, **tiles), size=volume.shape[2:], **_windows(tiles)
         )
 
-    print(f"{arguments.checkpoint.name} at iteration {stored.iteration}, {len(volumes)} volumes of {arguments.depth} slices")
+    count = f"{len(volumes)} volumes of {arguments.depth} slices"
+    print(f"{arguments.checkpoint.name} at iteration {stored.iteration}, {count}")
     print("| network | voxels an index | PSNR | inter-slice error | s |\n| --- | --- | --- | --- | --- |", flush=True)
     networks: dict[str, VisualTokenizer] = {"2D": flat}
     networks |= {
@@ -100,7 +101,10 @@ def main() -> None:
     for halo in (0, 1, 2, 4):
         found = encode_volume(network, volumes[0], tile=(4, *grid[1:]), halo=(halo, 0, 0))
         print(f"| {halo} | {float((found != whole).float().mean()):.5f} |", flush=True)
-    print("\n| windows along z, overlap | mean, largest difference, step at windows / elsewhere |\n| --- | --- |", flush=True)
+    print(
+        "\n| windows along z, overlap | mean, largest difference, step at windows / elsewhere |\n| --- | --- |",
+        flush=True,
+    )
     for window, overlap in ((8, 0.25), (8, 0.5), (8, 0.75)):
         found = decode_volume(network, whole, size=volumes[0].shape[2:], tile=(window, *grid[1:]), overlap=overlap)
         apart = (found - decoded).abs()

@@ -142,7 +142,7 @@ class SliceDataset(Dataset):
             return super().__getitem__(index % len(self.data))
 
     def _block(self, index: int) -> dict[str, Any]:
-        """The slices of an item, one behind the other; ``slice`` is their numbers, -1 where the last one is repeated."""
+        """The slices of an item, one behind another; ``slice`` is their numbers, -1 where the last one is repeated."""
         assert self.depth is not None
         entry = self.data[index % len(self.data)]
         run, start, seed = entry["run"], entry["start"], mix_seeds(self.seed, index)
@@ -196,13 +196,13 @@ def runs_of(entries: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]
 
 
 def _blocks(entries: Sequence[Mapping[str, Any]], depth: int, manifest: Manifest) -> list[dict[str, Any]]:
-    """An entry for each ``depth`` slices of each run, the last perhaps of fewer: the first one's, ``run``, ``start``."""
+    """An entry for each ``depth`` slices of each run, the last perhaps of fewer: the first's, ``run``, ``start``."""
     if depth < 1:
         raise DataError(f"depth: found {depth}, expected 1 or more")
     if any("slice" not in entry or "case" not in entry for entry in entries):
         raise DataError(
-            f"{manifest.path.parent}: found images without a case or a number of the slice, expected slices of volumes, "
-            "made by vaevq-med slice-extract, for items of several (depth)"
+            f"{manifest.path.parent}: found images without a case or a number of the slice, expected slices of "
+            "volumes, made by vaevq-med slice-extract, for items of several (depth)"
         )
     return [
         {**run[start], "run": run, "start": start} for run in runs_of(entries) for start in range(0, len(run), depth)

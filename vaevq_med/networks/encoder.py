@@ -127,7 +127,9 @@ def check_within_slices(within_slices: bool, spatial_dims: int) -> None:
         VaevqMedError: saying so.
     """
     if within_slices and spatial_dims != 3:
-        raise VaevqMedError(f"within_slices is true with spatial_dims {spatial_dims}; expected false, or spatial_dims 3")
+        raise VaevqMedError(
+            f"within_slices is true with spatial_dims {spatial_dims}; expected false, or spatial_dims 3"
+        )
 
 
 class Encoder(nn.Module):
@@ -248,8 +250,8 @@ class Encoder(nn.Module):
         """
         if images.ndim != self.spatial_dims + 2:
             raise VaevqMedError(
-                f"the image has shape {tuple(images.shape)}; expected a batch, channels and {self.spatial_dims} axes, as "
-                f"spatial_dims is {self.spatial_dims}"
+                f"the image has shape {tuple(images.shape)}; expected a batch, channels and {self.spatial_dims} axes, "
+                f"as spatial_dims is {self.spatial_dims}"
             )
         check_channels(images, self.in_channels, "the image")
         factors = self.downsampling_factors

@@ -103,8 +103,8 @@ class VisualTokenizer(nn.Module):
         super().__init__()
         if slice_context < 0 or (slice_context and encoder.spatial_dims != 2):
             raise VaevqMedError(
-                f"slice_context is {slice_context} with spatial_dims {encoder.spatial_dims}; expected slices from 0, or 0 "
-                "but for spatial_dims 2"
+                f"slice_context is {slice_context} with spatial_dims {encoder.spatial_dims}; expected slices from 0, "
+                "or 0 but for spatial_dims 2"
             )
         check_choice("quantize_from", quantize_from, ("sample", "mean"))
         check_choice("estimator", estimator, ESTIMATORS)
@@ -190,8 +190,8 @@ class VisualTokenizer(nn.Module):
             return network(*volumes)
         if any(volume.ndim != 5 for volume in volumes):
             raise VaevqMedError(
-                f"the image has shape {tuple(volumes[0].shape)}; expected volumes [B, C, d, H, W] of adjacent slices, as "
-                f"slice_context is {self.slice_context}"
+                f"the image has shape {tuple(volumes[0].shape)}; expected volumes [B, C, d, H, W] of adjacent slices, "
+                f"as slice_context is {self.slice_context}"
             )
         return stacked(network(*map(slices_of, volumes)), volumes[0].shape[0])
 

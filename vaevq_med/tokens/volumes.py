@@ -2,8 +2,8 @@
 
 Encoding in tiles keeps their inner parts: each tile is read with a halo, and what the halo became is dropped, so that
 every position of the grid comes from one tile, and the codebook is looked up once for the whole grid. Decoding in tiles
-is MONAI's ``SlidingWindowInferer`` with Gaussian weights. A network whose normalizations and attention are within slices
-gives the same in tiles along z as in one piece, to rounding, once halo and overlap are as wide as its convolutions
+is MONAI's ``SlidingWindowInferer`` with Gaussian weights. A network whose normalizations and attention are within
+slices encodes the same in tiles along z as in one piece, to rounding, once the halo is as wide as its convolutions
 reach; any other one normalizes a tile by the tile.
 """
 

@@ -115,14 +115,18 @@ def inflate(network: nn.Module, weights: Mapping[str, Tensor], *, halving: str =
         if given is not None and given.shape == value.shape:
             value.copy_(given)
             found.taken.append(name)
-        elif given is not None and given.ndim == 4 and value.shape == (*given.shape[:2], value.shape[2], *given.shape[2:]):
+        elif (
+            given is not None
+            and given.ndim == 4
+            and value.shape == (*given.shape[:2], value.shape[2], *given.shape[2:])
+        ):
             value.copy_(inflated_kernel(given, value.shape[2], pairs=halving == "mean" and name in halved))
             found.inflated.append(name)
         elif name.startswith(_LAYERS):
             shape = "nothing" if given is None else f"shape {list(given.shape)}"
             raise VaevqMedError(
-                f"{name}: found {shape} in the weights to start from, expected {list(value.shape)} or the same without z: "
-                "the network has to be the 2D one but for spatial_dims and downsampling"
+                f"{name}: found {shape} in the weights to start from, expected {list(value.shape)} or the same without "
+                "z: the network has to be the 2D one but for spatial_dims and downsampling"
             )
         else:
             found.left.append(name)
