@@ -27,7 +27,7 @@ FOLDER = BUNDLE.parents[1] / "benchmarks" / "gpu"
 PRECISION = {"brats": "bf16", "imagenet": "fp32"}
 BASIC = {"precision", "micro_batch_size", "batch_size", "max_epochs", "image_size"}
 MOST_GIB_AN_IMAGE = 1.5
-SIZE, BATCH = 32, 2
+SIZE, BATCH, DEPTH = 32, 2, 8
 SMALL = {"num_channels": 32, "channel_mult": [1, 2], "num_res_blocks": 1, "attention_resolutions": [16]}
 SMALL_GENERATOR = {
     "autoregressive": {"width": 32, "depth": 2, "num_heads": 2},
@@ -121,7 +121,8 @@ def test_a_tokenizer_is_trained_and_evaluated(fake: ModuleType, bundle: Path, ov
         parser = tokenizer_config(bundle, overlay)
         trainer = parser.get_parsed_content("train#trainer")
         channels = parser.get_parsed_content("in_channels")
-        images = torch.zeros(BATCH, channels, SIZE, SIZE)
+        size = (SIZE, SIZE) if parser.get("depth") is None else (DEPTH, SIZE, SIZE)
+        images = torch.zeros(BATCH, channels, *size)
         adversarial = trainer.objective.adversarial
         start = 1 if adversarial is None else adversarial.start_step + 1
         batch = {"image": images}

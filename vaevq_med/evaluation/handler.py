@@ -22,6 +22,7 @@ from vaevq_med.evaluation.reconstruction import METADATA, ReconstructionEvaluati
 from vaevq_med.evaluation.report import EvaluationReport
 from vaevq_med.images.transforms import REGIONS
 from vaevq_med.metrics.base import ImageMetric
+from vaevq_med.metrics.volumes import InterSliceError
 from vaevq_med.networks.features import feature_network
 from vaevq_med.networks.tokenizer import VisualTokenizer
 from vaevq_med.trained.network import StoredTokenizer
@@ -124,6 +125,7 @@ class EvaluationHandler:
             num_embeddings=self.num_embeddings,
             num_codebooks=self.num_codebooks,
             metrics=self.metrics,
+            volume_metrics=[InterSliceError()] if getattr(self.dataset, "depth", None) else [],
             lpips=self.lpips,
             fid=self.fid,
             uint8=self.uint8,
@@ -140,11 +142,13 @@ class EvaluationHandler:
                 name: torch.as_tensor(batch[name]).to(engine.state.device, non_blocking=True)
                 for name in ("brain", *REGIONS)
             }
-        self._evaluation.update(
+        of_volumes = output[Keys.IMAGE].ndim == 5
+        update = self._evaluation.update_volumes if of_volumes else self._evaluation.update
+        update(
             output[Keys.IMAGE],
             output[Keys.PRED],
             output["indices"],
-            metadata={name: list(batch[name]) for name in METADATA},
+            metadata={name: batch[name] if of_volumes and name == "slice" else list(batch[name]) for name in METADATA},
             regions=regions,
             indices_sample=output.get("indices_sample"),
             posterior=(output["mean"], output["std"]) if "mean" in output else None,
@@ -175,7 +179,11 @@ class EvaluationHandler:
         data = getattr(self.dataset, "data", None)
         first = report.figures[0]
         sign = 1 if first["higher_is_better"] is False else -1
-        values = {row["index"]: sign * row[first["name"]] for row in report.per_image}
+        values: dict[Any, float] = {}
+        for row in report.per_image:
+            # Of a volume, that of its worst slice.
+            value = sign * row[first["name"]]
+            values[row["index"]] = max(value, values.get(row["index"], value))
         own = [values[data[i]["index"] if data is not None else i] for i in range(len(self.dataset))]  # type: ignore[arg-type]
         order = sorted(range(len(own)), key=lambda i: own[i] if own[i] == own[i] else math.inf)
         middle = len(order) // 2
@@ -185,7 +193,7 @@ class EvaluationHandler:
     def _draw(self, engine: TokenizerEvaluator, items: Mapping[str, int], path: Path) -> None:
         rows = [self.dataset[item] for item in items.values()]
         images = torch.stack([torch.as_tensor(row["image"]) for row in rows]).to(engine.state.device)
-        output = engine.reconstruct(images, continuous=True)
+        output, images = _in_the_middle(engine, images)
         continuous: Tensor | None = output.get("pred_continuous")
         path.parent.mkdir(parents=True, exist_ok=True)
         titles = [name if not name.isdigit() else "" for name in items]
@@ -199,3 +207,16 @@ class EvaluationHandler:
             ],
             path=path,
         )
+
+
+def _in_the_middle(engine: TokenizerEvaluator, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Reconstructions by both paths and the images ``[N, C, H, W]``; of volumes the middle slices."""
+    if images.ndim == 4:
+        return engine.reconstruct(images, continuous=True), images
+    middle = images.shape[2] // 2
+    if not cast(VisualTokenizer, engine.network).takes_volumes:
+        images = images[:, :, middle]
+        return engine.reconstruct(images, continuous=True), images
+    output = engine.reconstruct(images, continuous=True)
+    found = {name: value[:, :, middle] for name, value in output.items() if name.startswith("pred")}
+    return found, images[:, :, middle]

@@ -19,8 +19,10 @@ from vaevq_med.metrics.codebook import CodebookUsage
 from vaevq_med.metrics.figures import Figure
 from vaevq_med.metrics.reconstruction import PSNR, SSIM, to_unit
 from vaevq_med.metrics.statistics import FrechetDistance
+from vaevq_med.metrics.volumes import VolumeMetric
 from vaevq_med.networks.features import FeatureNetwork
 from vaevq_med.networks.processes import objects_of_each_process
+from vaevq_med.networks.slices import slices_of
 
 METADATA = ("index", "path", "patient", "case", "modality", "slice")
 """What an item says of its image, which the row of an evaluation keeps."""
@@ -45,6 +47,7 @@ class ReconstructionEvaluation:
         num_embeddings: K.
         num_codebooks: G.
         metrics: of single images; by default PSNR and SSIM.
+        volume_metrics: of volumes; by default none.
         lpips: network of the perceptual distance, or None.
         fid: network of the Frechet distance, or None; may be the same.
         uint8: round both images to 256 levels first.
@@ -61,6 +64,7 @@ class ReconstructionEvaluation:
         num_embeddings: int,
         num_codebooks: int = 1,
         metrics: Sequence[ImageMetric] | None = None,
+        volume_metrics: Sequence[VolumeMetric] = (),
         lpips: FeatureNetwork | None = None,
         fid: FeatureNetwork | None = None,
         uint8: bool = True,
@@ -73,9 +77,11 @@ class ReconstructionEvaluation:
                 raise VaevqMedError(
                     f"metrics: found {metric!r}, expected objects derived from ImageMetric, each with a figure"
                 )
+        self.volume_metrics = tuple(volume_metrics)
         self.lpips = lpips
         self.fid = fid
-        self.figures = [*(metric.figure for metric in self.metrics), *([figures.LPIPS] if lpips is not None else [])]
+        of_all = [metric.figure for metric in (*self.metrics, *self.volume_metrics)]
+        self.figures = [*of_all, *([figures.LPIPS] if lpips is not None else [])]
         names = [figure.name for figure in self.figures]
         if len(set(names)) < len(names):
             raise VaevqMedError(f"metrics: found {', '.join(names)}, expected each name once")
@@ -95,6 +101,50 @@ class ReconstructionEvaluation:
         self._regions: tuple[str, ...] = ()
 
     @torch.no_grad()
+    def update_volumes(
+        self,
+        target: Tensor,
+        reconstruction: Tensor,
+        indices: Tensor | None,
+        *,
+        metadata: Mapping[str, Sequence[Any]],
+        regions: Mapping[str, Tensor] | None = None,
+        indices_sample: Tensor | None = None,
+        posterior: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Take in volumes, slice by slice, so that every figure means what it means for images.
+
+        Args:
+            target: originals, ``[B, C, d, H, W]`` in [-1, 1].
+            reconstruction: of the same shape.
+            indices: as for :meth:`update`, of any grid; what they are of slices that are not counted is counted.
+            metadata: as for :meth:`update`, but for ``slice``, int64 ``[B, d]``: -1 for a slice that is not counted.
+            regions: masks by name, bool ``[B, d, H, W]``.
+            indices_sample: as for :meth:`update`.
+            posterior: as for :meth:`update`.
+        """
+        numbers = torch.as_tensor(metadata["slice"]).cpu()  # [B, d]
+        kept = (numbers >= 0).flatten().nonzero().flatten()
+        of_item = kept // numbers.shape[1]
+        rows = {name: [values[int(i)] for i in of_item] for name, values in metadata.items() if name != "slice"}
+        unit, unit_reconstruction = (to_unit(volume, uint8=self.uint8) for volume in (target, reconstruction))
+        places = kept.to(target.device)
+        further = {
+            metric.figure.name: _without_last(metric.per_slice(unit, unit_reconstruction), numbers).flatten()[places]
+            for metric in self.volume_metrics
+        }
+        self.update(
+            slices_of(target)[places],
+            slices_of(reconstruction)[places],
+            indices,
+            metadata={**rows, "slice": numbers.flatten()[kept].tolist()},
+            regions=None if regions is None else {n: mask.flatten(0, 1)[places] for n, mask in regions.items()},
+            indices_sample=indices_sample,
+            posterior=posterior,
+            further=further,
+        )
+
+    @torch.no_grad()
     def update(
         self,
         target: Tensor,
@@ -105,6 +155,7 @@ class ReconstructionEvaluation:
         regions: Mapping[str, Tensor] | None = None,
         indices_sample: Tensor | None = None,
         posterior: tuple[Tensor, Tensor] | None = None,
+        further: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Take in a batch.
 
@@ -118,12 +169,13 @@ class ReconstructionEvaluation:
             indices_sample: indices of a quantized sample, for its utilization.
             posterior: means and standard deviations, ``[B, D, h, w]`` each, of a variational tokenizer, for its active
                 channels.
+            further: figures ``[B]`` by name that were measured elsewhere.
 
         Raises:
             VaevqMedError: a reconstruction holds NaN or infinity, which no metric would show; of a device this batch
                 or one of the last before it, or :meth:`compute` says so.
         """
-        columns = {"finite": reconstruction.isfinite().flatten(1).all(dim=1)}
+        columns = {"finite": reconstruction.isfinite().flatten(1).all(dim=1), **(further or {})}
         unit_target, unit = to_unit(target, uint8=self.uint8), to_unit(reconstruction, uint8=self.uint8)
         for metric in self.metrics:
             for name, values in metric.measure(unit_target, unit, regions or {}).items():
@@ -294,6 +346,12 @@ class ReconstructionEvaluation:
                     f"; biased upward: {count} images for {self.fid.num_features} features, compare at equal N only"
                 )
         return words
+
+
+def _without_last(values: Tensor, numbers: Tensor) -> Tensor:
+    """NaN in place of the figure ``[B, d]`` of a slice whose upper neighbor is not counted."""
+    upper = torch.cat([numbers[:, 1:], torch.full_like(numbers[:, :1], -1)], dim=1)
+    return values.masked_fill((upper < 0).to(values.device), torch.nan)
 
 
 def _plain(value: Any) -> Any:

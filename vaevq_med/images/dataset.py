@@ -73,6 +73,9 @@ class SliceDataset(Dataset):
         max_items: keep at most this many items, evenly spaced over the split.
         shard: ``(rank, world size)``: keep this rank's share of the items.
         seed: seed of the random transforms.
+        depth: make one item of so many adjacent slices of a case, ``image`` ``[C, depth, S, S]``, instead of one a
+            slice, see :func:`runs_of`; random transforms do the same to all of them.
+        random_start: let each epoch draw where in its run an item begins.
 
     Attributes:
         channels: names of the contrasts that are the channels of an item, where they are stacked; otherwise None.
@@ -92,19 +95,23 @@ class SliceDataset(Dataset):
         max_items: int | None = None,
         shard: tuple[int, int] = (0, 1),
         seed: int = 0,
+        depth: int | None = None,
+        random_start: bool = False,
     ) -> None:
         manifest = load_manifest(dataset_dir)
         entries = _select(manifest, split, modalities, stack_modalities)
+        self.depth = depth
+        self.random_start = random_start
+        if depth is not None:
+            entries = _blocks(entries, depth, manifest)
         entries = [entries[i] for i in evenly_spaced(len(entries), max_items)]
         rank, world_size = shard
         root = Path(dataset_dir)
         data = []
         for index, entry in list(enumerate(entries))[rank::world_size]:
-            image = entry["image"]
-            paths = str(root / image) if isinstance(image, str) else [str(root / path) for path in image]
-            item = {**entry, "image": paths, "index": index}
-            if entry.get("segmentation"):
-                item["segmentation"] = str(root / str(entry["segmentation"]))
+            item = {**_rooted(entry, root), "index": index}
+            if depth is not None:
+                item["run"] = [_rooted(one, root) for one in entry["run"]]
             data.append(item)
         super().__init__(data=data, transform=transform)
         self.seed = seed
@@ -126,11 +133,90 @@ class SliceDataset(Dataset):
         """
         if index < 0:
             raise IndexError(index)
+        if self.depth is not None:
+            return self._block(index)
         transform = self.transform
         if isinstance(transform, (Compose, Randomizable)):
             transform.set_random_state(seed=mix_seeds(self.seed, index))
         with as_item_error():
             return super().__getitem__(index % len(self.data))
+
+    def _block(self, index: int) -> dict[str, Any]:
+        """The slices of an item, one behind another; ``slice`` is their numbers, -1 where the last one is repeated."""
+        assert self.depth is not None
+        entry = self.data[index % len(self.data)]
+        run, start, seed = entry["run"], entry["start"], mix_seeds(self.seed, index)
+        if self.random_start:
+            start = seed % (max(0, len(run) - self.depth) + 1)
+        chosen = run[start : start + self.depth]
+        items = []
+        for one in chosen:
+            item = {**one, "index": entry["index"]}
+            if isinstance(self.transform, (Compose, Randomizable)):
+                self.transform.set_random_state(seed=seed)
+            # Not ``if self.transform``: the length of MONAI's chain is that of a new one, which seeds its parts anew.
+            with as_item_error():
+                items.append(item if self.transform is None else self.transform(item))
+        lacking = self.depth - len(items)
+        numbers = [int(one.get("slice", -1)) for one in chosen] + [-1] * lacking
+        items += [items[-1]] * lacking
+        volume = {**items[0], "slice": torch.tensor(numbers)}
+        for key, value in items[0].items():
+            if isinstance(value, torch.Tensor) and value.ndim >= 2:
+                # [C, S, S] to [C, depth, S, S]; masks [S, S] to [depth, S, S]
+                volume[key] = torch.stack([item[key] for item in items], dim=-3)
+        return volume
+
+
+def runs_of(entries: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """The volumes that entries of a datalist are slices of: a case's slices of one contrast without a gap, upwards.
+
+    Args:
+        entries: with ``case``, ``slice`` and ``modality``.
+
+    Returns:
+        In the order of their first entries.
+
+    Examples:
+        >>> found = runs_of([{"case": "a", "modality": "t1n", "slice": z} for z in (7, 3, 4)])
+        >>> [[entry["slice"] for entry in run] for run in found]
+        [[3, 4], [7]]
+    """
+    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for entry in entries:
+        found.setdefault((str(entry.get("case", "")), str(entry.get("modality", ""))), []).append(entry)
+    runs: list[list[Mapping[str, Any]]] = []
+    for group in found.values():
+        group.sort(key=lambda entry: int(entry["slice"]))
+        for number, entry in enumerate(group):
+            if number == 0 or int(entry["slice"]) != int(group[number - 1]["slice"]) + 1:
+                runs.append([])
+            runs[-1].append(entry)
+    return runs
+
+
+def _blocks(entries: Sequence[Mapping[str, Any]], depth: int, manifest: Manifest) -> list[dict[str, Any]]:
+    """An entry for each ``depth`` slices of each run, the last perhaps of fewer: the first's, ``run``, ``start``."""
+    if depth < 1:
+        raise DataError(f"depth: found {depth}, expected 1 or more")
+    if any("slice" not in entry or "case" not in entry for entry in entries):
+        raise DataError(
+            f"{manifest.path.parent}: found images without a case or a number of the slice, expected slices of "
+            "volumes, made by vaevq-med slice-extract, for items of several (depth)"
+        )
+    return [
+        {**run[start], "run": run, "start": start} for run in runs_of(entries) for start in range(0, len(run), depth)
+    ]
+
+
+def _rooted(entry: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    """An entry with absolute paths."""
+    image = entry["image"]
+    paths = str(root / image) if isinstance(image, str) else [str(root / path) for path in image]
+    item = {**entry, "image": paths}
+    if entry.get("segmentation"):
+        item["segmentation"] = str(root / str(entry["segmentation"]))
+    return item
 
 
 def _select(

@@ -69,6 +69,7 @@ def reader(
     augment: str | None = None,
     regions: bool = False,
     scale: float = 1.0,
+    patch_size: int | None = None,
     transforms: Sequence[Any] | None = None,
 ) -> Compose:
     """The transform from an entry of a datalist to an item with ``image``, float ``[C, S, S]`` in [-1, 1].
@@ -81,6 +82,7 @@ def reader(
             ``random_resized_crop`` for a random share and proportion in place of that; None for neither.
         regions: add the masks of the tumor regions, where the data set has them.
         scale: S over ``image_size``.
+        patch_size: cut a square of this side at a random place out of the image, in place of all of it.
         transforms: what a configuration names in place of all this.
 
     Raises:
@@ -109,6 +111,9 @@ def reader(
             chain += [ResizeShortSided("image", size=side), crop("image", roi_size=(side, side))]
     if resized:
         chain.append(RandResizedCropd("image", size=side))
+    if patch_size is not None:
+        expect(1 <= patch_size <= side, "patch_size", patch_size, f"1 to image_size, which is {side}")
+        chain.append(RandSpatialCropd("image", roi_size=(patch_size, patch_size), random_size=False))
     if augment:
         chain.append(RandFlipd("image", prob=0.5, spatial_axis=1))
     return Compose([*chain, EnsureTyped("image", track_meta=False)])

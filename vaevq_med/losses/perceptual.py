@@ -11,7 +11,8 @@ from torch import Tensor
 from vaevq_med.losses.base import PATH_REDUCTIONS, PATHS, LossTerm, combine, paths
 from vaevq_med.networks.features import feature_network
 from vaevq_med.networks.outputs import TokenizerOutput
-from vaevq_med.networks.ranges import check_choice
+from vaevq_med.networks.ranges import check_choice, check_sizes
+from vaevq_med.networks.slices import some_slices
 
 
 class PerceptualLoss(LossTerm):
@@ -24,6 +25,7 @@ class PerceptualLoss(LossTerm):
         weights: file of its weights, where it is not in a usual place.
         path_reduction: ``"sum"`` or ``"mean"`` of the quantized and the continuous path.
         paths: ``"both"``, or the ``"continuous"`` path alone.
+        num_slices: of each volume, this many random slices, the same of original and reconstruction.
 
     Raises:
         MissingWeightsError: the network's weights are not on this machine.
@@ -39,8 +41,11 @@ class PerceptualLoss(LossTerm):
         weights: str | Path | None = None,
         path_reduction: str = "sum",
         paths: str = "both",
+        num_slices: int = 4,
     ) -> None:
         super().__init__()
+        check_sizes(num_slices=num_slices)
+        self.num_slices = num_slices
         self.path_reduction = check_choice("path_reduction", path_reduction, PATH_REDUCTIONS)
         self.paths = check_choice("paths", paths, PATHS)
         self.features = feature_network(network, weights)
@@ -51,7 +56,7 @@ class PerceptualLoss(LossTerm):
 
     def forward(self, target: Tensor, output: TokenizerOutput) -> Tensor:
         """The distance, a scalar."""
-        reconstructions = paths(output, self.paths)
+        target, *reconstructions = some_slices([target, *paths(output, self.paths)], self.num_slices)
         with torch.no_grad():
             expected = self.features.layers(target)
         found = self.features.layers(torch.cat(reconstructions))

@@ -71,6 +71,14 @@ SSIM = Figure(
     higher_is_better=True,
     convention="Gaussian window 11, sigma 1.5, range 1, mirrored at the border, mean over pixels and images",
 )
+INTER_SLICE_ERROR = Figure(
+    "inter_slice_error",
+    "Inter-slice error",
+    5,
+    higher_is_better=False,
+    convention="mean over pairs of neighboring slices of |(x[n+1] - x[n]) - (y[n+1] - y[n])| over what is not black "
+    "in either original, range 1",
+)
 LPIPS = Figure("lpips", "LPIPS", 4, higher_is_better=False)
 RFID = Figure("rfid", "rFID", 2, higher_is_better=False)
 UTILIZATION = Figure(

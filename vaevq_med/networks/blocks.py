@@ -12,12 +12,15 @@ from torch.utils.checkpoint import checkpoint
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.lean_convolution import norm_swish, norm_swish_convolution, upsampled_convolution
+from vaevq_med.networks.slices import SliceNorm, slices_of, stacked
 
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
-def convolution(spatial_dims: int, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Module:
-    """A convolution that keeps the spatial size at stride 1, and pads nothing at stride 2.
+def convolution(
+    spatial_dims: int, in_channels: int, out_channels: int, kernel_size: int, stride: int | tuple[int, ...] = 1
+) -> nn.Module:
+    """A convolution that keeps the spatial size at stride 1, and pads nothing at another, which may be an axis' own.
 
     Raises:
         VaevqMedError: if ``spatial_dims`` is not 1, 2 or 3.
@@ -28,7 +31,7 @@ def convolution(spatial_dims: int, in_channels: int, out_channels: int, kernel_s
     return _CONVOLUTIONS[spatial_dims](in_channels, out_channels, kernel_size, stride=stride, padding=padding)
 
 
-def group_norm(num_channels: int) -> nn.GroupNorm:
+def group_norm(num_channels: int, kind: type[nn.GroupNorm] = nn.GroupNorm) -> nn.GroupNorm:
     """GroupNorm with 32 groups (eps 1e-6), or with the largest smaller number that divides the channels.
 
     >>> group_norm(128).num_groups, group_norm(48).num_groups, group_norm(8).num_groups
@@ -37,7 +40,12 @@ def group_norm(num_channels: int) -> nn.GroupNorm:
     groups = min(32, num_channels)
     while num_channels % groups:
         groups -= 1
-    return nn.GroupNorm(groups, num_channels, eps=1e-6)
+    return kind(groups, num_channels, eps=1e-6)
+
+
+def slice_norm(num_channels: int) -> nn.GroupNorm:
+    """As :func:`group_norm`, of each slice of a volume by itself."""
+    return group_norm(num_channels, SliceNorm)
 
 
 NormFactory = Callable[[int], nn.Module]
@@ -132,10 +140,14 @@ class AttentionBlock(Conditioned):
         spatial_dims: 1, 2 or 3.
         num_channels: channels in and out.
         norm: makes the normalization.
+        within_slices: over the positions of each slice of a volume only.
     """
 
-    def __init__(self, *, spatial_dims: int, num_channels: int, norm: NormFactory = group_norm) -> None:
+    def __init__(
+        self, *, spatial_dims: int, num_channels: int, norm: NormFactory = group_norm, within_slices: bool = False
+    ) -> None:
         super().__init__()
+        self.within_slices = within_slices
         self.norm = norm(num_channels)
         self.query = convolution(spatial_dims, num_channels, num_channels, 1)
         self.key = convolution(spatial_dims, num_channels, num_channels, 1)
@@ -145,22 +157,33 @@ class AttentionBlock(Conditioned):
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """``[B, C, ...] -> [B, C, ...]``."""
         h = apply(self.norm, x, condition)
+        maps = [layer(h) for layer in (self.query, self.key, self.value)]
+        if self.within_slices:
+            maps = [slices_of(one) for one in maps]  # [B d, C, H, W]
         # [B, C, ...] -> [B, 1 head, positions, C]
-        query, key, value = (
-            layer(h).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.query, self.key, self.value)
-        )
+        query, key, value = (one.flatten(2).transpose(1, 2).unsqueeze(1) for one in maps)
         attended = F.scaled_dot_product_attention(query, key, value)
-        attended = attended.squeeze(1).transpose(1, 2).reshape(x.shape)
+        attended = attended.squeeze(1).transpose(1, 2).reshape(maps[0].shape)
+        if self.within_slices:
+            attended = stacked(attended, x.shape[0])
         return x + self.projection(attended)
 
 
 class Downsample(nn.Module):
-    """Halves each spatial size: zero padding of one at the far end of each axis, 3x3 convolution of stride 2."""
+    """Halves each spatial size: zero padding of one at the far end of each axis, 3x3 convolution of stride 2.
 
-    def __init__(self, *, spatial_dims: int, num_channels: int) -> None:
+    Args:
+        spatial_dims: 1, 2 or 3.
+        num_channels: channels in and out.
+        factors: 2 for each axis that is halved, 1 for one that is kept, which is padded at both ends.
+    """
+
+    def __init__(self, *, spatial_dims: int, num_channels: int, factors: Sequence[int] | None = None) -> None:
         super().__init__()
-        self.padding = (0, 1) * spatial_dims
-        self.conv = convolution(spatial_dims, num_channels, num_channels, 3, stride=2)
+        self.factors = tuple(factors or (2,) * spatial_dims)
+        # The last axis first, as F.pad has it.
+        self.padding = tuple(size for factor in reversed(self.factors) for size in ((0, 1) if factor == 2 else (1, 1)))
+        self.conv = convolution(spatial_dims, num_channels, num_channels, 3, stride=self.factors)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, H, W] -> [B, C, H/2, W/2]`` for even sizes."""
@@ -168,27 +191,44 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles each spatial size: nearest neighbor, then a 3x3 convolution."""
+    """Doubles each spatial size: nearest neighbor, then a 3x3 convolution.
 
-    def __init__(self, *, spatial_dims: int, num_channels: int) -> None:
+    Args:
+        spatial_dims: 1, 2 or 3.
+        num_channels: channels in and out.
+        factors: 2 for each axis that is doubled, 1 for one that is kept.
+    """
+
+    def __init__(self, *, spatial_dims: int, num_channels: int, factors: Sequence[int] | None = None) -> None:
         super().__init__()
+        self.factors = tuple(factors or (2,) * spatial_dims)
         self.conv = convolution(spatial_dims, num_channels, num_channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, H, W] -> [B, C, 2H, 2W]``."""
-        if _is_lean(x) and x.ndim == 4:
-            return upsampled_convolution(x, cast(nn.Conv2d, self.conv))
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        if _is_lean(x) and x.ndim > 3:
+            return upsampled_convolution(x, cast(nn.Conv2d, self.conv), self.factors)
+        return self.conv(F.interpolate(x, scale_factor=tuple(map(float, self.factors)), mode="nearest"))
 
 
 class MiddleBlocks(ConditionedSequential):
-    """Residual block, attention, residual block: the bottom of the encoder and of the decoder."""
+    """Residual block, attention (or nothing), residual block: the bottom of the encoder and of the decoder."""
 
-    def __init__(self, *, spatial_dims: int, num_channels: int, dropout: float, norm: NormFactory = group_norm) -> None:
+    def __init__(
+        self,
+        *,
+        spatial_dims: int,
+        num_channels: int,
+        dropout: float,
+        norm: NormFactory = group_norm,
+        attention: bool = True,
+        within_slices: bool = False,
+    ) -> None:
         width = {"in_channels": num_channels, "out_channels": num_channels}
+        settings = {"num_channels": num_channels, "norm": norm, "within_slices": within_slices}
         super().__init__(
             ResidualBlock(spatial_dims=spatial_dims, dropout=dropout, norm=norm, **width),
-            AttentionBlock(spatial_dims=spatial_dims, num_channels=num_channels, norm=norm),
+            AttentionBlock(spatial_dims=spatial_dims, **settings) if attention else nn.Identity(),
             ResidualBlock(spatial_dims=spatial_dims, dropout=dropout, norm=norm, **width),
         )
 

@@ -23,8 +23,9 @@ from vaevq_med.networks.blocks import (
     convolution,
     group_norm,
     recompute_levels,
+    slice_norm,
 )
-from vaevq_med.networks.encoder import level_plan
+from vaevq_med.networks.encoder import check_within_slices, downsampling_plan, level_plan, total_factors
 
 
 class Decoder(nn.Module):
@@ -46,8 +47,13 @@ class Decoder(nn.Module):
         dropout: dropout probability in the residual blocks.
         norm: makes the normalizations.
         embedding_dim: D, channels of the codes that a :class:`ModulatedDecoder` reads beside the features.
+        downsampling: the encoder's, see :func:`vaevq_med.networks.encoder.downsampling_plan`.
+        middle_attention: whether there is attention at the bottom.
+        within_slices: as for the encoder.
 
     Attributes:
+        upsampling_factor: f, that of the last axis.
+        upsampling_factors: that of each axis.
         modulated: whether the class reads codes, by which every normalization is modulated.
 
     Raises:
@@ -70,13 +76,19 @@ class Decoder(nn.Module):
         dropout: float = 0.0,
         norm: NormFactory = group_norm,
         embedding_dim: int | None = None,
+        downsampling: Sequence[Sequence[int]] | None = None,
+        middle_attention: bool = True,
+        within_slices: bool = False,
     ) -> None:
         super().__init__()
+        check_within_slices(within_slices, spatial_dims)
+        if within_slices and norm is group_norm:
+            norm = slice_norm
         if self.modulated != (embedding_dim is not None):
             expected = "that of the codes" if self.modulated else "None but for a ModulatedDecoder"
             raise VaevqMedError(f"embedding_dim is {embedding_dim}; expected {expected}")
         if embedding_dim is not None:
-            norm = partial(ModulatedNorm, spatial_dims=spatial_dims, embedding_dim=embedding_dim)
+            norm = partial(ModulatedNorm, spatial_dims=spatial_dims, embedding_dim=embedding_dim, norm=norm)
         plan = level_plan(
             num_channels=num_channels,
             channel_mult=channel_mult,
@@ -85,12 +97,21 @@ class Decoder(nn.Module):
         )
         self.z_channels = z_channels
         self.embedding_dim = embedding_dim
-        self.upsampling_factor = 2 ** (len(plan) - 1)
+        steps = downsampling_plan(spatial_dims, len(plan), downsampling)
+        self.upsampling_factors = total_factors(spatial_dims, steps)
+        self.upsampling_factor = self.upsampling_factors[-1]
 
         width = plan[-1][0]
         layers: list[nn.Module] = [
             convolution(spatial_dims, z_channels, width, 3),
-            MiddleBlocks(spatial_dims=spatial_dims, num_channels=width, dropout=dropout, norm=norm),
+            MiddleBlocks(
+                spatial_dims=spatial_dims,
+                num_channels=width,
+                dropout=dropout,
+                norm=norm,
+                attention=middle_attention,
+                within_slices=within_slices,
+            ),
         ]
         self._levels: list[list[nn.Module]] = [[] for _ in plan]
         for level in reversed(range(len(plan))):
@@ -108,10 +129,14 @@ class Decoder(nn.Module):
                 )
                 width = level_width
                 if has_attention:
-                    layers.append(AttentionBlock(spatial_dims=spatial_dims, num_channels=width, norm=norm))
+                    layers.append(
+                        AttentionBlock(
+                            spatial_dims=spatial_dims, num_channels=width, norm=norm, within_slices=within_slices
+                        )
+                    )
             self._levels[level] = layers[first:]
             if level > 0:
-                layers.append(Upsample(spatial_dims=spatial_dims, num_channels=width))
+                layers.append(Upsample(spatial_dims=spatial_dims, num_channels=width, factors=steps[level - 1]))
         self.layers = ConditionedSequential(*layers)
         self.head = OutputHead(spatial_dims=spatial_dims, in_channels=width, out_channels=out_channels, norm=norm)
 
@@ -154,11 +179,14 @@ class ModulatedNorm(Conditioned):
         num_channels: channels of ``h``.
         spatial_dims: 1, 2 or 3.
         embedding_dim: D, channels of the codes.
+        norm: makes what is modulated.
     """
 
-    def __init__(self, num_channels: int, *, spatial_dims: int, embedding_dim: int) -> None:
+    def __init__(
+        self, num_channels: int, *, spatial_dims: int, embedding_dim: int, norm: NormFactory = group_norm
+    ) -> None:
         super().__init__()
-        self.norm = group_norm(num_channels)
+        self.norm = norm(num_channels)
         self.scale = convolution(spatial_dims, embedding_dim, num_channels, 1)
         self.shift = convolution(spatial_dims, embedding_dim, num_channels, 1)
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from vaevq_med.networks.blocks import check_channels, group_norm
 from vaevq_med.networks.ranges import check_choice, check_sizes
+from vaevq_med.networks.slices import some_slices
 
 
 class PatchDiscriminator(nn.Module):
@@ -21,18 +22,26 @@ class PatchDiscriminator(nn.Module):
         num_layers: convolutions of stride 2.
         norm: ``"batch"`` (the original), ``"group"`` (independent of the batch: small batches, several
             processes) or ``"none"``.
+        num_slices: of each volume that is judged, this many random slices.
 
     Raises:
         VaevqMedError: for another ``norm``, or fewer than one layer.
     """
 
     def __init__(
-        self, *, in_channels: int = 3, num_channels: int = 64, num_layers: int = 3, norm: str = "batch"
+        self,
+        *,
+        in_channels: int = 3,
+        num_channels: int = 64,
+        num_layers: int = 3,
+        norm: str = "batch",
+        num_slices: int = 4,
     ) -> None:
         super().__init__()
         check_choice("norm", norm, ("batch", "group", "none"))
-        check_sizes(num_layers=num_layers)
+        check_sizes(num_layers=num_layers, num_slices=num_slices)
         self.in_channels = in_channels
+        self.num_slices = num_slices
         layers: list[nn.Module] = [nn.Conv2d(in_channels, num_channels, 4, 2, 1), nn.LeakyReLU(0.2)]
         width = num_channels
         for layer in range(1, num_layers + 1):
@@ -50,8 +59,9 @@ class PatchDiscriminator(nn.Module):
         self.apply(_initialize)
 
     def forward(self, images: Tensor) -> Tensor:
-        """``[B, C, H, W]`` in [-1, 1] to logits ``[B, 1, h', w']``, high for real."""
+        """``[B, C, H, W]`` in [-1, 1] to logits ``[B, 1, h', w']``, high for real; of volumes, some slices."""
         check_channels(images, self.in_channels, "the discriminator's input")
+        (images,) = some_slices([images], self.num_slices)
         return self.layers(images)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,11 +13,14 @@ from vaevq_med.networks.blocks import (
     AttentionBlock,
     Downsample,
     MiddleBlocks,
+    NormFactory,
     OutputHead,
     ResidualBlock,
     check_channels,
     convolution,
+    group_norm,
     recompute_levels,
+    slice_norm,
 )
 
 _PRESETS: dict[int, dict[str, Any]] = {
@@ -84,6 +88,50 @@ def level_plan(
     ]
 
 
+def downsampling_plan(
+    spatial_dims: int, num_levels: int, downsampling: Sequence[Sequence[int]] | None
+) -> list[tuple[int, ...]]:
+    """By what each axis shrinks from each level to the next, from full resolution down.
+
+    Args:
+        spatial_dims: axes.
+        num_levels: levels.
+        downsampling: for each step 1 or 2 by axis, e.g. ``[[1, 2, 2], [2, 2, 2]]`` for thick slices; None for 2 of all.
+
+    Raises:
+        VaevqMedError: it has another form.
+
+    >>> downsampling_plan(2, 3, None)
+    [(2, 2), (2, 2)]
+    """
+    if downsampling is None:
+        return [(2,) * spatial_dims] * (num_levels - 1)
+    plan = [tuple(step) for step in downsampling]
+    if len(plan) != num_levels - 1 or any(len(step) != spatial_dims or set(step) - {1, 2} for step in plan):
+        raise VaevqMedError(
+            f"downsampling is {[list(step) for step in plan]}; expected {num_levels - 1} lists of {spatial_dims} "
+            "factors, each 1 or 2"
+        )
+    return plan
+
+
+def total_factors(spatial_dims: int, plan: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """By what each axis shrinks in all."""
+    return tuple(math.prod(step[axis] for step in plan) for axis in range(spatial_dims))
+
+
+def check_within_slices(within_slices: bool, spatial_dims: int) -> None:
+    """Refuse slices of what has none.
+
+    Raises:
+        VaevqMedError: saying so.
+    """
+    if within_slices and spatial_dims != 3:
+        raise VaevqMedError(
+            f"within_slices is true with spatial_dims {spatial_dims}; expected false, or spatial_dims 3"
+        )
+
+
 class Encoder(nn.Module):
     """Images to latent features, by taming-transformers' VQGAN architecture.
 
@@ -102,9 +150,14 @@ class Encoder(nn.Module):
             other size that f divides run through the same layers.
         z_channels: channels out.
         dropout: dropout probability in the residual blocks.
+        downsampling: see :func:`downsampling_plan`.
+        middle_attention: whether there is attention at the bottom.
+        within_slices: of volumes, normalize each slice by itself, and let its positions attend to one another only, so
+            that convolutions alone carry something from slice to slice.
 
     Attributes:
-        downsampling_factor: f.
+        downsampling_factor: f, that of the last axis.
+        downsampling_factors: that of each axis.
         z_channels: channels out.
     """
 
@@ -120,8 +173,13 @@ class Encoder(nn.Module):
         image_size: int = 256,
         z_channels: int = 256,
         dropout: float = 0.0,
+        downsampling: Sequence[Sequence[int]] | None = None,
+        middle_attention: bool = True,
+        within_slices: bool = False,
     ) -> None:
         super().__init__()
+        check_within_slices(within_slices, spatial_dims)
+        norm: NormFactory = slice_norm if within_slices else group_norm
         plan = level_plan(
             num_channels=num_channels,
             channel_mult=channel_mult,
@@ -131,7 +189,9 @@ class Encoder(nn.Module):
         self.spatial_dims = spatial_dims
         self.in_channels = in_channels
         self.z_channels = z_channels
-        self.downsampling_factor = 2 ** (len(plan) - 1)
+        steps = downsampling_plan(spatial_dims, len(plan), downsampling)
+        self.downsampling_factors = total_factors(spatial_dims, steps)
+        self.downsampling_factor = self.downsampling_factors[-1]
 
         layers: list[nn.Module] = [convolution(spatial_dims, in_channels, num_channels, 3)]
         width = num_channels
@@ -145,16 +205,30 @@ class Encoder(nn.Module):
                         in_channels=width,
                         out_channels=level_width,
                         dropout=dropout,
+                        norm=norm,
                     )
                 )
                 width = level_width
                 if has_attention:
-                    layers.append(AttentionBlock(spatial_dims=spatial_dims, num_channels=width))
+                    layers.append(
+                        AttentionBlock(
+                            spatial_dims=spatial_dims, num_channels=width, norm=norm, within_slices=within_slices
+                        )
+                    )
             self._levels.append(layers[first:])
             if level < len(plan) - 1:
-                layers.append(Downsample(spatial_dims=spatial_dims, num_channels=width))
-        layers.append(MiddleBlocks(spatial_dims=spatial_dims, num_channels=width, dropout=dropout))
-        layers.append(OutputHead(spatial_dims=spatial_dims, in_channels=width, out_channels=z_channels))
+                layers.append(Downsample(spatial_dims=spatial_dims, num_channels=width, factors=steps[level]))
+        layers.append(
+            MiddleBlocks(
+                spatial_dims=spatial_dims,
+                num_channels=width,
+                dropout=dropout,
+                norm=norm,
+                attention=middle_attention,
+                within_slices=within_slices,
+            )
+        )
+        layers.append(OutputHead(spatial_dims=spatial_dims, in_channels=width, out_channels=z_channels, norm=norm))
         self.layers = nn.Sequential(*layers)
 
     def recompute_levels(self, chosen: Sequence[int]) -> None:
@@ -165,18 +239,25 @@ class Encoder(nn.Module):
         """Encode images.
 
         Args:
-            images: ``[B, C, H, W]`` in [-1, 1], H and W multiples of f.
+            images: ``[B, C, H, W]`` in [-1, 1], H and W multiples of f; volumes ``[B, C, D, H, W]`` alike.
 
         Returns:
             Features ``[B, z_channels, H/f, W/f]``.
 
         Raises:
-            VaevqMedError: if the channels differ from ``in_channels``, or f does not divide the size.
+            VaevqMedError: if the axes or the channels are not those that it was built for, or f does not divide the
+                size.
         """
-        check_channels(images, self.in_channels, "the image")
-        if any(size % self.downsampling_factor for size in images.shape[2:]):
+        if images.ndim != self.spatial_dims + 2:
             raise VaevqMedError(
-                f"image size {tuple(images.shape[2:])} is no multiple of the downsampling factor "
-                f"{self.downsampling_factor}"
+                f"the image has shape {tuple(images.shape)}; expected a batch, channels and {self.spatial_dims} axes, "
+                f"as spatial_dims is {self.spatial_dims}"
+            )
+        check_channels(images, self.in_channels, "the image")
+        factors = self.downsampling_factors
+        if any(size % factor for size, factor in zip(images.shape[2:], factors, strict=True)):
+            told = factors[0] if len(set(factors)) == 1 else factors
+            raise VaevqMedError(
+                f"image size {tuple(images.shape[2:])} is no multiple of the downsampling factor {told}"
             )
         return self.layers(images)

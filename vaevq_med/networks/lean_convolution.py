@@ -10,6 +10,7 @@ They can be differentiated once.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,15 +49,18 @@ def norm_swish_convolution(x: Tensor, norm: nn.GroupNorm, convolution: nn.Conv2d
     )
 
 
-def upsampled_convolution(x: Tensor, convolution: nn.Conv2d) -> Tensor:
+def upsampled_convolution(
+    x: Tensor, convolution: nn.Conv2d | nn.Conv3d, factors: Sequence[int] | None = None
+) -> Tensor:
     """``convolution(u)`` with ``u`` ``[B, C, 2H, 2W]`` the nearest-neighbor doubling of ``x`` ``[B, C, H, W]``.
 
     Args:
-        x: any floating type.
+        x: any floating type; an image or a volume.
         convolution: with a bias, of stride 1.
+        factors: by which each axis grows in place of 2.
     """
     x, weight, bias = _in_type(x, convolution)
-    return _UpsampledConvolution.apply(x, weight, bias, convolution.padding)
+    return _UpsampledConvolution.apply(x, weight, bias, convolution.padding, tuple(factors or (2,) * (x.ndim - 2)))
 
 
 def _in_type(x: Tensor, convolution: nn.Conv2d | nn.Conv3d) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,25 +180,33 @@ class _NormSwishConvolution(torch.autograd.Function):
 
 class _UpsampledConvolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, ...]) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, padding: tuple[int, ...], factors: tuple[int, ...]
+    ) -> Tensor:
         with _no_autocast(x):
             ctx.save_for_backward(x, weight)
-            ctx.padding = padding
-            return _convolve(_double(x), weight, bias, padding)
+            ctx.padding, ctx.factors = padding, factors
+            return _convolve(_enlarge(x, factors), weight, bias, padding)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         with _no_autocast(x):
-            doubled = _double(x)
-            to_doubled, to_weight, to_bias = _convolve_backward(gradient, doubled, weight, ctx.padding)
-            size = list(doubled.shape[2:])
-            del doubled
-            to_x = aten.upsample_nearest2d_backward(to_doubled, size, list(x.shape), None, None)
-        return to_x, to_weight, to_bias, None
+            enlarged = _enlarge(x, ctx.factors)
+            to_enlarged, to_weight, to_bias = _convolve_backward(gradient, enlarged, weight, ctx.padding)
+            size = list(enlarged.shape[2:])
+            del enlarged
+            if x.ndim == 4:
+                to_x = aten.upsample_nearest2d_backward(to_enlarged, size, list(x.shape), None, None)
+            else:
+                to_x = aten.upsample_nearest3d_backward(to_enlarged, size, list(x.shape), None, None, None)
+        return to_x, to_weight, to_bias, None, None
 
 
-def _double(x: Tensor) -> Tensor:
-    """``[B, C, H, W] -> [B, C, 2H, 2W]``, each pixel four times."""
-    return aten.upsample_nearest2d(x, [2 * x.shape[2], 2 * x.shape[3]], None, None)
+def _enlarge(x: Tensor, factors: tuple[int, ...]) -> Tensor:
+    """``[B, C, H, W] -> [B, C, 2H, 2W]``, each pixel four times; volumes alike, by a factor for each axis."""
+    size = [factor * length for factor, length in zip(factors, x.shape[2:], strict=True)]
+    if x.ndim == 4:
+        return aten.upsample_nearest2d(x, size, None, None)
+    return aten.upsample_nearest3d(x, size, None, None, None)

@@ -6,6 +6,7 @@ latent is variational (VLQ) whatever the quantizer.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -19,6 +20,7 @@ from vaevq_med.networks.outputs import Posterior, QuantizerOutput, TokenizerOutp
 from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.quantizers.base import Quantizer
 from vaevq_med.networks.ranges import check_choice
+from vaevq_med.networks.slices import slices_of, stacked
 
 ESTIMATORS = ("straight_through", "released")
 
@@ -41,6 +43,23 @@ def released_estimator(codes: Tensor, posterior: DiagonalGaussian) -> Tensor:
     return codes + (carried - carried.detach())
 
 
+class SliceContext(nn.Conv3d):
+    """Features of each slice's codes and of its neighbors' codes: a convolution along z, which pads with zeros.
+
+    The neighbors' weights start at zero, so that it begins as the 1x1 convolution of a tokenizer without a context.
+
+    Args:
+        in_channels: D, of the codes.
+        out_channels: of the features.
+        reach: neighbors on each side.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, reach: int) -> None:
+        super().__init__(in_channels, out_channels, (2 * reach + 1, 1, 1), padding=(reach, 0, 0))
+        with torch.no_grad():
+            self.weight[:, :, [tap for tap in range(2 * reach + 1) if tap != reach]] = 0
+
+
 class VisualTokenizer(nn.Module):
     """Images to a grid of codebook indices and back.
 
@@ -58,6 +77,12 @@ class VisualTokenizer(nn.Module):
             (the released code); evaluation always uses the mean.
         estimator: gradient through the quantizer: ``"straight_through"``, or ``"released"``, see
             :func:`released_estimator`.
+        slice_context: of a 2D encoder and decoder, the slices above and below whose codes the decoder sees beside a
+            slice's own; such a tokenizer takes volumes ``[B, C, d, H, W]`` of adjacent slices, which it encodes one by
+            one to a grid ``d h w``. 0 is a tokenizer of single images.
+
+    Attributes:
+        takes_volumes: whether it is given volumes ``[B, C, d, H, W]``.
 
     Raises:
         VaevqMedError: for options that do not fit together.
@@ -73,8 +98,14 @@ class VisualTokenizer(nn.Module):
         variational: bool = True,
         quantize_from: str = "sample",
         estimator: str = "straight_through",
+        slice_context: int = 0,
     ) -> None:
         super().__init__()
+        if slice_context < 0 or (slice_context and encoder.spatial_dims != 2):
+            raise VaevqMedError(
+                f"slice_context is {slice_context} with spatial_dims {encoder.spatial_dims}; expected slices from 0, "
+                "or 0 but for spatial_dims 2"
+            )
         check_choice("quantize_from", quantize_from, ("sample", "mean"))
         check_choice("estimator", estimator, ESTIMATORS)
         if estimator == "released" and not variational:
@@ -85,10 +116,12 @@ class VisualTokenizer(nn.Module):
             )
         if decoder.embedding_dim not in (None, embedding_dim):
             raise VaevqMedError(f"the decoder's embedding_dim is {decoder.embedding_dim}; expected {embedding_dim}")
-        if encoder.downsampling_factor != decoder.upsampling_factor:
+        shrinks, enlarges = encoder.downsampling_factors, decoder.upsampling_factors
+        if shrinks != enlarges:
+            alike = len(set(shrinks)) == len(set(enlarges)) == 1 and len(shrinks) == len(enlarges)
             raise VaevqMedError(
-                f"the decoder enlarges by {decoder.upsampling_factor}; expected {encoder.downsampling_factor}, as "
-                "the encoder shrinks by (channel_mult of both)"
+                f"the decoder enlarges by {enlarges[0] if alike else enlarges}; expected "
+                f"{shrinks[0] if alike else shrinks}, as the encoder shrinks by (channel_mult of both)"
             )
         self.encoder = encoder
         self.decoder = decoder
@@ -97,14 +130,36 @@ class VisualTokenizer(nn.Module):
         self.variational = variational
         self.quantize_from = quantize_from
         self.estimator = estimator
+        self.slice_context = slice_context
         axes = encoder.spatial_dims
+        self.takes_volumes = axes == 3 or slice_context > 0
         self.quant_conv = convolution(axes, encoder.z_channels, embedding_dim * (2 if variational else 1), 1)
-        self.post_quant_conv = convolution(axes, embedding_dim, decoder.z_channels, 1)
+        self.post_quant_conv = (
+            SliceContext(embedding_dim, decoder.z_channels, slice_context)
+            if slice_context
+            else convolution(axes, embedding_dim, decoder.z_channels, 1)
+        )
 
     @property
     def num_embeddings(self) -> int:
         """K, codewords of the codebook."""
         return self.quantizer.num_embeddings
+
+    @property
+    def factors(self) -> tuple[int, ...]:
+        """Image sizes over those of the latent grid, an axis each."""
+        return (1, *self.encoder.downsampling_factors) if self.slice_context else self.encoder.downsampling_factors
+
+    def grid_of(self, size: Sequence[int]) -> tuple[int, ...]:
+        """The latent grid of images of a spatial size.
+
+        Raises:
+            VaevqMedError: the size has other axes, or is no multiple of the factors.
+        """
+        factors = self.factors
+        if len(size) != len(factors) or any(one % factor for one, factor in zip(size, factors, strict=True)):
+            raise VaevqMedError(f"the size is {tuple(size)}; expected multiples of {factors}")
+        return tuple(one // factor for one, factor in zip(size, factors, strict=True))
 
     @property
     def last_layer(self) -> Tensor:
@@ -113,7 +168,7 @@ class VisualTokenizer(nn.Module):
 
     def encode(self, images: Tensor) -> DiagonalGaussian | Tensor:
         """The posterior of ``[B, C, H, W]``, or, without one, the latent ``[B, D, *grid]``."""
-        features = self.quant_conv(self.encoder(images))
+        features = self._slice_by_slice(lambda one: self.quant_conv(self.encoder(one)), images)
         if not self.variational:
             return features
         mean, logvar = features.chunk(2, dim=1)
@@ -125,7 +180,20 @@ class VisualTokenizer(nn.Module):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Images ``[B, C, H, W]`` of codes, or of a continuous latent, ``[B, D, *grid]``."""
-        return self.decoder(self.post_quant_conv(codes), codes)
+        if not self.slice_context:
+            return self.decoder(self.post_quant_conv(codes), codes)
+        return self._slice_by_slice(self.decoder, self.post_quant_conv(codes), codes)
+
+    def _slice_by_slice(self, network: Callable[..., Tensor], *volumes: Tensor) -> Tensor:
+        """Of a tokenizer with a context, what a 2D network makes of the slices of volumes; else of the images."""
+        if not self.slice_context:
+            return network(*volumes)
+        if any(volume.ndim != 5 for volume in volumes):
+            raise VaevqMedError(
+                f"the image has shape {tuple(volumes[0].shape)}; expected volumes [B, C, d, H, W] of adjacent slices, "
+                f"as slice_context is {self.slice_context}"
+            )
+        return stacked(network(*map(slices_of, volumes)), volumes[0].shape[0])
 
     def _mode(self, images: Tensor) -> tuple[Tensor, DiagonalGaussian | None]:
         encoded = self.encode(images)
@@ -156,7 +224,7 @@ class VisualTokenizer(nn.Module):
         """
         if not self.variational:
             return None
-        grid = (size // self.encoder.downsampling_factor for size in images.shape[2:])
+        grid = (size // factor for size, factor in zip(images.shape[2:], self.factors, strict=False))
         return torch.randn(images.shape[0], self.embedding_dim, *grid, device=images.device)  # [B, D, *grid]
 
     def reconstruct_full(

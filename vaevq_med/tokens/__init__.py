@@ -7,6 +7,8 @@ __getattr__, __dir__, __all__ = lazy(
     {
         "TokenDataset": "store",
         "TokenStore": "store",
+        "decode_volume": "volumes",
+        "encode_volume": "volumes",
         "load_token_store": "store",
     },
 )

@@ -175,6 +175,7 @@ class EncodeTokens(EncodeOptions):
                 split=split,
                 modalities=stored.value("modalities", None) if stacked else None,
                 stack_modalities=stacked,
+                depth=stored.value("depth", None),
                 transform=LoadViews(
                     self._views(split), image_size=image_size, in_channels=in_channels, manifest=manifest
                 ),
@@ -211,20 +212,21 @@ class EncodeTokens(EncodeOptions):
         """What the store says of itself, but for hashes and items."""
         manifest = next(iter(datasets.values())).manifest
         image_size, quantizer = int(stored.value("image_size")), network.quantizer
-        side = image_size // network.encoder.downsampling_factor
         if image_size % network.encoder.downsampling_factor:
             raise VaevqMedError(
                 f"{self.checkpoint}: found image_size {image_size}, expected a multiple of "
                 f"{network.encoder.downsampling_factor}"
             )
-        shape = [side, side, quantizer.num_codebooks]
+        depth = stored.value("depth", None)
+        grid = list(network.grid_of([image_size] * 2 if depth is None else [int(depth), image_size, image_size]))
+        shape = [*grid, quantizer.num_codebooks]
         if self.kind == "latents":
-            shape = [network.embedding_dim, side, side]
+            shape = [network.embedding_dim, *grid]
         return {
             "format": FORMAT,
             "kind": self.kind,
             "tokenizer": describe_tokenizer(network, stored.content_hash),
-            "grid": [side, side],
+            "grid": grid,
             "dtype": index_type(quantizer.num_embeddings) if self.kind == "indices" else self.dtype or "float16",
             "image_size": image_size,
             "in_channels": int(stored.value("in_channels")),

@@ -9,7 +9,9 @@ __getattr__, __dir__, __all__ = lazy(
         "StoredGenerator": "network",
         "StoredTokenizer": "network",
         "default_device": "device",
+        "inflate": "inflation",
         "named_device": "device",
         "read_checkpoint": "file",
+        "started_from": "inflation",
     },
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -115,6 +116,8 @@ class TokenizerTrainer(BaseTrainer):
         self.objective = objective
         self.discriminator = discriminator
         self.d_optimizer = d_optimizer
+        if channels_last and network.takes_volumes:
+            raise VaevqMedError("channels_last is true with a tokenizer of volumes; expected false")
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         for half in (network.encoder, network.decoder):
             half.recompute_levels(activation_checkpointing)
@@ -142,7 +145,7 @@ class TokenizerTrainer(BaseTrainer):
         """Bits of the indices."""
         network: VisualTokenizer = self.network  # type: ignore[assignment]
         bits = network.quantizer.bits_per_position
-        return {"bits_per_position": bits, "bits_per_pixel": bits / network.encoder.downsampling_factor**2}
+        return {"bits_per_position": bits, "bits_per_pixel": bits / math.prod(network.factors)}
 
     @property
     def is_adversarial(self) -> bool:

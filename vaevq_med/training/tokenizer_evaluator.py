@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from monai.engines import SupervisedEvaluator
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.posterior import DiagonalGaussian
+from vaevq_med.networks.slices import slices_of, stacked
 from vaevq_med.networks.tokenizer import VisualTokenizer
 from vaevq_med.training.base_evaluator import BaseEvaluator
 
@@ -92,5 +93,13 @@ class TokenizerEvaluator(BaseEvaluator):
 
     def _iteration(self, engine: SupervisedEvaluator, batchdata: dict[str, Any]) -> dict[str, Any]:
         images = torch.as_tensor(batchdata[Keys.IMAGE]).to(engine.state.device, non_blocking=True)
+        if images.ndim == 5 and not cast(VisualTokenizer, self.network).takes_volumes:
+            return self._slices(images)
         with self._autocast():
             return {Keys.IMAGE: images, **self.inferer(images, self.reconstruct)}
+
+    def _slices(self, volumes: Tensor) -> dict[str, Any]:
+        """What a tokenizer of single images makes of volumes ``[B, C, d, H, W]``, slice by slice."""
+        with self._autocast():
+            found = self.inferer(slices_of(volumes), self.reconstruct)
+        return {Keys.IMAGE: volumes, **found, Keys.PRED: stacked(found[Keys.PRED], volumes.shape[0])}
