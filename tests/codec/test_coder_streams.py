@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.index_stacks import random_model, random_prior, smooth_stack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.index_stacks import random_model, random_prior, smooth_stack
 from vaevq_med.codec.coders.adaptive import AdaptiveCoder
 from vaevq_med.codec.coders.base import IndexCoder, Layout
 from vaevq_med.codec.coders.context import ContextCoder
