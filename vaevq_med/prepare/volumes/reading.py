@@ -170,7 +170,8 @@ class CaseReader:
         else:
             spacing = np.empty(3)
             spacing[nib.io_orientation(affine)[:, 0].astype(int)] = nib.affines.voxel_sizes(affine)
-        axis = "xyz".index(XX, second = np.delete(spacing, axis)
+        axis = "xyz".index(VIEWS[self.recipe.axis][2])
+        first, second = np.delete(spacing, axis)
         if abs(first / second - 1) > 0.01:
             raise DataError(
                 f"{name}: found {self.recipe.axis} pixels of {first:.3g} x {second:.3g} mm, expected square "
