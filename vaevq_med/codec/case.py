@@ -256,7 +256,8 @@ def _decoded(name: str, told: Mapping[str, Any], parts: Mapping[str, bytes], mod
     except CodecError as error:
         raise CodecError(f"{name}: {error}") from None
     except (KeyError, IndexError, TypeError, ValueError, zlib.error) as error:
-        raise CodecError(f"{name}: found a description that cannot be followed ({error!r}), expected that of a case") from None
+        what = f"found a description that cannot be followed ({error!r}), expected that of a case"
+        raise CodecError(f"{name}: {what}") from None
     return CompressedCase(
         case.name, case.tokenizer, case.interpolation, case.shape, case.turn, case.files, case.contrasts, found
     )

@@ -81,7 +81,9 @@ def contrast_of(stem: str, source: Path) -> str:
     if found == "seg":
         raise DataError(f"input {source}: found a segmentation, expected an image; labels are not compressed")
     if found is None:
-        raise DataError(f"input {source}: found no contrast in the name, expected one; name it with --modality, e.g. t1c")
+        raise DataError(
+            f"input {source}: found no contrast in the name, expected one; name it with --modality, e.g. t1c"
+        )
     return found
 
 

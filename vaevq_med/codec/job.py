@@ -1,4 +1,4 @@
-"""Many cases, one file or one folder of each: in parallel, taken up again after an interruption, nothing half written."""
+"""Many cases, a file or a folder of each: in parallel, resumed after an interruption, nothing half written."""
 
 from __future__ import annotations
 

@@ -51,7 +51,9 @@ class CompressOptions(Machine):
     coder: str = option(
         DEFAULT_CODER, "Entropy coder: fixed, adaptive, or, with --model, context or prior.", metavar="NAME"
     )
-    model: Path | None = option(None, "File of the entropy coder's model: a context model, or a generator's checkpoint.")
+    model: Path | None = option(
+        None, "File of the entropy coder's model: a context model, or a generator's checkpoint."
+    )
     recipe: str = option(
         "brats24/axial_256", "As in slice-extract; its size becomes the tokenizer's. One that resamples is refused."
     )

@@ -48,10 +48,10 @@ def _model_of(checkpoint: Path, described: str, device: str | None, batch_size: 
 
 
 @functools.lru_cache(maxsize=1)
-def _coder(name: str, model: Path | None, checkpoint: Path, weights: str, readout: str | None) -> IndexCoder:
-    """An entropy coder, read once a process."""
-    tokenizer = _model(checkpoint, weights, readout, "cpu", 1)
-    return make_coder(name, tokenizer.description, model, network=tokenizer.network)
+def _coder(name: str, model: Path | None, *tokenizer: Any) -> IndexCoder:
+    """An entropy coder for the indices of a tokenizer, read once a process; see :func:`_model`."""
+    found = _model(*tokenizer)
+    return make_coder(name, found.description, model, network=found.network)
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,11 @@ class Compress(Work):
         search, recipe = find_inputs(
             source, recipe, modality=options.modality, cases=options.cases, exclude=output.resolve()
         )
-        model = _model(options.checkpoint, options.weights, options.readout, options.device, options.batch_size)
+        tokenizer = (options.checkpoint, options.weights, options.readout, options.device, options.batch_size)
+        model = _model(*tokenizer)
         recipe = recipe.changed(size=model.image_size)
         told = check_contrasts(model, recipe.modalities, any_contrast=options.any_contrast)
-        coder = make_coder(options.coder, model.description, options.model, network=model.network)
+        coder = _coder(options.coder, options.model, *tokenizer)
         segmented = sum(case.segmentation is not None for case in search.units)
         if segmented:
             told.append(f"segmentations are not compressed; {segmented} of {len(search.units)} cases have one")
@@ -172,16 +173,18 @@ class Compress(Work):
             files[f"{unit}.png"] = preview(done.originals, results)
         return Made(files, done.figures, done.notes)
 
+    @property
+    def _tokenizer(self) -> tuple[Any, ...]:
+        """What it is read by."""
+        options = self.options
+        return options.checkpoint, options.weights, options.readout, options.device, options.batch_size
+
     def _compress(self, unit: str, threads: int, *, keep: bool) -> tuple[Compressed, Model]:
         options = self.options
-        tokenizer = (options.checkpoint, options.weights, options.readout)
-        model = _model(*tokenizer, options.device, options.batch_size)
+        model, coder = _model(*self._tokenizer), _coder(options.coder, options.model, *self._tokenizer)
         model.threads = threads
         if model.description != self.settings["tokenizer"]:
             raise DataError(f"{options.checkpoint}: found it changed while this ran, expected it to stay as it is")
-        coder = _coder(options.coder, options.model, *tokenizer) if options.model else make_coder(
-            options.coder, model.description
-        )
         done = compress_case(
             self.cases[unit],
             self.recipe,
@@ -320,7 +323,9 @@ class Decompress(Work):
         try:
             return self.files[unit].read_bytes()
         except OSError as error:
-            raise DataError(f"{self.files[unit]}: found an unreadable file ({error.strerror}), expected access") from None
+            raise DataError(
+                f"{self.files[unit]}: found an unreadable file ({error.strerror}), expected access"
+            ) from None
 
     def _checkpoint(self, path: Path, described: Mapping[str, Any]) -> Path:
         if self.options.checkpoint is not None:
@@ -338,11 +343,15 @@ class Decompress(Work):
         if self.output is None:
             return
         if len(case.files) != 1:
-            raise DataError(f"output {self.output}: found {len(case.files)} volumes, expected one for a file; name a folder")
+            raise DataError(
+                f"output {self.output}: found {len(case.files)} volumes, expected one for a file; name a folder"
+            )
         form = case.files[0]
         suffix = {"nifti": ".nii.gz" if form.compressed else ".nii", "metaimage": ".mha", "nrrd": ".nrrd"}[form.kind]
         if not self.output.name.lower().endswith(suffix):
-            raise DataError(f"output {self.output}: found this name, expected one that ends with {suffix}, as the original")
+            raise DataError(
+                f"output {self.output}: found this name, expected one that ends with {suffix}, as the original"
+            )
 
 
 def is_volume(output: Path) -> bool:
@@ -406,4 +415,3 @@ def decompress(source: Path, output: Path, options: DecompressOptions, *, overwr
     if single and source.is_dir():
         raise DataError(f"output {output}: found a file's name, expected a folder for those of {source}")
     return Job(work, output, options.workers, overwrite, single=single)
-

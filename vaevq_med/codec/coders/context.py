@@ -54,7 +54,8 @@ class ContextCoder(IndexCoder):
         found = load_context_model(model)
         if found.tokenizer != tokenizer["hash"]:
             raise CodecError(
-                f"{model}: found a model of the tokenizer {found.tokenizer or '(unknown)'}, expected {tokenizer['hash']}"
+                f"{model}: found a model of the tokenizer {found.tokenizer or '(unknown)'}, expected "
+                f"{tokenizer['hash']}"
             )
         return cls(found, model_hash(model))
 

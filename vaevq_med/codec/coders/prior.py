@@ -84,14 +84,16 @@ class PriorCoder(IndexCoder):
         """
         if model is None:
             wanted = f" ({settings['generator']})" if settings else ""
-            raise CodecError(f"coder prior: found no model, expected a generator's checkpoint{wanted}; name it with --model")
+            raise CodecError(
+                f"coder prior: found no model, expected a generator's checkpoint{wanted}; name it with --model"
+            )
         stored = StoredGenerator(model)
         trained_on = stored.tokens["tokenizer"]["content_hash"]
         if trained_on != tokenizer["hash"]:
             raise CodecError(f"{model}: found a generator of the tokenizer {trained_on}, expected {tokenizer['hash']}")
         generator = stored.network()
         if not isinstance(generator, LlamaGen):
-            raise CodecError(f"{model}: found a {type(generator).__name__}, expected an autoregressive generator, LlamaGen")
+            raise CodecError(f"{model}: found a {type(generator).__name__}, expected a LlamaGen")
         if settings is not None:
             background = tuple(settings["background"])
         elif network is not None:
@@ -99,9 +101,7 @@ class PriorCoder(IndexCoder):
             background = background_indices(network, **sizes)
         else:
             background = (0,) * generator.num_codebooks
-        return cls(
-            generator, contrasts=stored.label_names, background=background, generator_hash=stored.content_hash
-        )
+        return cls(generator, contrasts=stored.label_names, background=background, generator_hash=stored.content_hash)
 
     def __init__(
         self,
