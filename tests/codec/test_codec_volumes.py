@@ -145,7 +145,7 @@ def test_a_perfect_tokenizer_gives_the_values_back(
         return np.zeros((len(squares), grid, grid, 1), np.int64)
 
     monkeypatch.setattr(Model, "encode", encode)
-    monkeypatch.setattr(Model, "decode", lambda self, indices: kept[0])
+    monkeypatch.setattr(Model, "decode", lambda self, indices, contrasts: kept[0])
     source = write_nifti(tmp_path / "a-t1c.nii", **NIFTIS[kind])
     back = through(source, tmp_path, checkpoint, "a-t1c.nii")
     before, after = np.asarray(nib.load(source).dataobj), np.asarray(nib.load(back).dataobj)

@@ -232,8 +232,9 @@ class Job:
 
     def _write_single(self, made: Made) -> bool:
         """Write the files of the only unit, the first as the output, others beside it; whether all were there."""
-        first, *others = made.files.items()
-        targets = {self.output: first[1], **{self.output.with_name(name): content for name, content in others}}
+        targets = {self.output: next(iter(made.files.values()))}
+        for name, content in [*made.files.items()][1:]:  # a picture
+            targets[self.output.with_suffix(Path(name).suffix)] = content
         present = {path: path.read_bytes() for path in targets if path.exists()}
         if present == targets:
             return True
