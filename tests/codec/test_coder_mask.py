@@ -1,0 +1,124 @@
+"""Masks of volumes, and the range coder under them, read by a second decoder that stands here."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from vaevq_med.codec.coders.mask import decode_mask, encode_mask
+from vaevq_med.codec.coders.range_coder import TOTAL, RangeDecoder, RangeEncoder, to_frequencies
+from vaevq_med.codec.errors import CodecError
+
+
+def ball(shape: tuple[int, ...], radius: float) -> np.ndarray:
+    axes = np.meshgrid(*[np.arange(n) - (n - 1) / 2 for n in shape], indexing="ij")
+    return sum(axis**2 for axis in axes) <= radius**2
+
+
+def read_by_the_page(data: bytes, rows: np.ndarray) -> list[int]:
+    """The decoder that docs/codec_coders.md describes, one symbol at a time, without the library."""
+    words = [int(word) for word in np.frombuffer(data, "<u4")]
+    words += [0] * 2
+    lower, span, point, place = 0, 2**64 - 1, (words[0] << 32) | words[1], 2
+    symbols = []
+    for row in rows:
+        bounds = [0, *np.cumsum(row).tolist()]
+        scale = span >> 24
+        quantile = ((point - lower) % 2**64) // scale
+        symbol = max(k for k in range(len(row)) if bounds[k] <= quantile)
+        lower, span = (lower + scale * bounds[symbol]) % 2**64, scale * int(row[symbol])
+        if span < 2**32:
+            word = words[place] if place < len(words) else 0
+            lower, span, point, place = (lower << 32) % 2**64, span << 32, ((point << 32) | word) % 2**64, place + 1
+        symbols.append(symbol)
+    return symbols
+
+
+@given(seed=st.integers(0, 2**32 - 1), k=st.sampled_from([2, 3, 1024, 16_384]), count=st.integers(0, 200))
+@settings(max_examples=40, deadline=None)
+def test_frequencies_are_exact_and_streams_are_read_by_a_second_decoder(seed: int, k: int, count: int) -> None:
+    rng = np.random.default_rng(seed)
+    weights = rng.integers(0, 2 ** int(rng.integers(1, 37)), (count if k < 2000 else min(count, 5), k))
+    weights[:, 0] += 1
+    rows = to_frequencies(weights)
+    assert (rows >= 1).all()
+    assert (rows.sum(1) == TOTAL).all()
+    symbols = rng.integers(0, k, len(rows))
+    encoder = RangeEncoder()
+    encoder.encode(symbols, rows)
+    data = encoder.finish()
+    ideal = -np.log2(rows[np.arange(len(rows)), symbols] / TOTAL).sum()
+    assert len(data) * 8 <= ideal + 64 + 0.01 * len(rows)
+    decoder = RangeDecoder(data)
+    assert decoder.decode(rows).tolist() == symbols.tolist()
+    decoder.finish()
+    assert read_by_the_page(data, rows) == symbols.tolist()
+
+
+def test_symbols_of_one_table_cost_what_those_of_many_equal_rows_cost() -> None:
+    row = to_frequencies(np.array([[5, 1, 0, 9]]))
+    symbols = np.array([0, 3, 3, 1, 2] * 50)
+    alike, rows = RangeEncoder(), RangeEncoder()
+    alike.encode_alike(symbols, row[0])
+    rows.encode(symbols, row.repeat(len(symbols), 0))
+    data = alike.finish()
+    assert data == rows.finish()
+    assert RangeDecoder(data).decode_alike(len(symbols), row[0]).tolist() == symbols.tolist()
+
+
+@given(
+    mask=st.one_of(
+        hnp.arrays(bool, hnp.array_shapes(min_dims=1, max_dims=4, max_side=7)),
+        hnp.arrays(bool, hnp.array_shapes(min_dims=3, max_dims=3, max_side=6), elements=st.just(False)),
+        hnp.arrays(bool, hnp.array_shapes(min_dims=3, max_dims=3, max_side=6), elements=st.just(True)),
+    )
+)
+@settings(max_examples=60, deadline=None)
+def test_masks_come_back(mask: np.ndarray) -> None:
+    data = encode_mask(mask)
+    back = decode_mask(data, mask.shape)
+    assert back.dtype == bool
+    assert back.shape == mask.shape
+    assert (back == mask).all()
+    assert (data == b"") == (not mask.any())
+
+
+def test_a_smooth_mask_costs_a_small_part_of_its_bits() -> None:
+    mask = ball((40, 60, 60), 18)
+    data = encode_mask(mask)
+    assert (decode_mask(data, mask.shape) == mask).all()
+    assert len(data) < np.packbits(mask).nbytes / 15
+
+
+def test_no_axis_order_and_no_place_matters_to_losslessness() -> None:
+    mask = np.zeros((9, 30, 21), bool)
+    mask[2:7, 5:11, 20] = mask[8, 29, 0] = True
+    for order in ((0, 1, 2), (2, 0, 1), (1, 2, 0)):
+        turned = mask.transpose(order)
+        assert (decode_mask(encode_mask(turned), turned.shape) == turned).all()
+
+
+@given(place=st.integers(0, 10_000), change=st.integers(1, 255), cut=st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_damage_is_refused_or_gives_another_mask(place: int, change: int, cut: bool) -> None:
+    mask = ball((6, 12, 12), 5)
+    data = bytearray(encode_mask(mask))
+    place %= len(data)
+    if cut:
+        data = data[:place]
+    else:
+        data[place] ^= change
+    try:
+        back = decode_mask(bytes(data), mask.shape)
+    except CodecError:
+        return
+    assert back.shape == mask.shape
+
+
+def test_a_box_outside_the_volume_is_refused() -> None:
+    data = encode_mask(np.ones((4, 4, 4), bool))
+    with pytest.raises(CodecError, match="bounding box"):
+        decode_mask(data, (4, 4, 3))
+    with pytest.raises(CodecError, match="expected at least the 12"):
+        decode_mask(data[:7], (4, 4, 4))
