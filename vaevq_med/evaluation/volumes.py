@@ -31,12 +31,18 @@ FIGURES = (
         "SSIM",
         4,
         higher_is_better=True,
-        convention="of whole slices, a mean over those with content; Gaussian window 11, sigma 1.5, range 1",
+        convention="of whole slices with content, a mean over their pixels; Gaussian window 11, sigma 1.5, range 1",
     ),
     Figure(
-        "ssim_brain", "SSIM, brain", 4, higher_is_better=True, convention="mean of that map over the foreground's voxels"
+        "ssim_brain",
+        "SSIM, brain",
+        4,
+        higher_is_better=True,
+        convention="mean of that map over the foreground's voxels",
     ),
-    Figure("ssim_tumor", "SSIM, tumor", 4, higher_is_better=True, convention="mean of that map over the tumor's voxels"),
+    Figure(
+        "ssim_tumor", "SSIM, tumor", 4, higher_is_better=True, convention="mean of that map over the tumor's voxels"
+    ),
     Figure(
         "perceptual",
         "LPIPS-style",
@@ -65,7 +71,8 @@ class VolumeJudge:
         brain: its foreground, bool ``[Z, Y, X]``.
         tumor: a region of it, or None.
         network: of the perceptual distance, or None.
-        slices: that the network looks at.
+        slices: with content, evenly spaced, of which SSIM is; None takes all.
+        seen: likewise, that the network looks at.
     """
 
     def __init__(
@@ -75,43 +82,52 @@ class VolumeJudge:
         tumor: NDArray[np.bool_] | None = None,
         *,
         network: FeatureNetwork | None = None,
-        slices: int = 24,
+        slices: int | None = None,
+        seen: int | None = None,
     ) -> None:
         self.unit, self.brain, self.tumor = unit, brain, tumor
         self.network = network
-        self._live = np.flatnonzero(brain.any(axis=(1, 2)))
-        self._shown = self._live[evenly_spaced(len(self._live), slices)]
-        self._structure = _Structure(torch.from_numpy(unit[self._live]))
+        live = np.flatnonzero(brain.any(axis=(1, 2)))
+        self._slices = live[evenly_spaced(len(live), slices)]
+        self._seen = live[evenly_spaced(len(live), seen)]
+        self._box = _box(brain)
+        self._structure = _Structure(torch.from_numpy(unit[self._slices]))
         self._features = None if network is None else self._layers(network, unit)
 
     @torch.inference_mode()
     def figures(self, result: NDArray[np.float32]) -> dict[str, float]:
         """Those of :data:`FIGURES` that there are, of a result ``[Z, Y, X]`` in [0, 1]."""
-        error = (result - self.unit).astype(np.float64)
-        found = {"psnr_brain": _decibels(error[self.brain])}
+        error, brain = result[self._box] - self.unit[self._box], self.brain[self._box]
+        found = {"psnr_brain": _decibels(error[brain])}
         if self.tumor is not None:
-            found["psnr_tumor"] = _decibels(error[self.tumor])
+            found["psnr_tumor"] = _decibels((result - self.unit)[self.tumor])
         found |= self._ssim(result)
         if self.network is not None and self._features is not None:
             pairs = zip(self._layers(self.network, result), self._features, strict=True)
             distances = [self.network.distance_of(mine, own, len(mine[0])) for mine, own in pairs]
             found["perceptual"] = float(torch.cat(distances).mean())
-        both = self.brain[1:] & self.brain[:-1]
+        both = brain[1:] & brain[:-1]
         found["flicker"] = float(np.abs(np.diff(error, axis=0)[both]).mean())
         return found
 
     def _ssim(self, result: NDArray[np.float32]) -> dict[str, float]:
-        pixels = self._structure.similarity(torch.from_numpy(result[self._live])).numpy()  # [N, Y, X]
-        found = {"ssim": float(pixels.mean()), "ssim_brain": float(pixels[self.brain[self._live]].mean())}
-        if self.tumor is not None and self.tumor[self._live].any():
-            found["ssim_tumor"] = float(pixels[self.tumor[self._live]].mean())
+        pixels = self._structure.similarity(torch.from_numpy(result[self._slices])).numpy()  # [N, Y, X]
+        found = {"ssim": float(pixels.mean()), "ssim_brain": float(pixels[self.brain[self._slices]].mean())}
+        if self.tumor is not None and self.tumor[self._slices].any():
+            found["ssim_tumor"] = float(pixels[self.tumor[self._slices]].mean())
         return found
 
     @torch.inference_mode()
     def _layers(self, network: FeatureNetwork, volume: NDArray[np.float32]) -> Sequence[list[Tensor]]:
         """Features of the slices that are looked at, a few at a time."""
-        images = torch.from_numpy(volume[self._shown])[:, None] * 2 - 1  # [N, 1, Y, X]
+        images = torch.from_numpy(volume[self._seen])[:, None] * 2 - 1  # [N, 1, Y, X]
         return [network.layers(part) for part in images.split(8)]
+
+
+def _box(mask: NDArray[np.bool_]) -> tuple[slice, ...]:
+    """The smallest box around a mask that is not empty."""
+    ends = [np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis)))[[0, -1]] for axis in range(3)]
+    return tuple(slice(int(first), int(last) + 1) for first, last in ends)
 
 
 class _Structure:
@@ -151,6 +167,6 @@ class _Structure:
         return light * (2 * (cross - mean * own) + second) / (spread + second)
 
 
-def _decibels(error: NDArray[np.float64]) -> float:
-    square = float(np.square(error).mean())
+def _decibels(error: NDArray[np.float32]) -> float:
+    square = float(np.square(error).mean(dtype=np.float64))
     return MAX_PSNR if square <= 0 else min(MAX_PSNR, -10 * float(np.log10(square)))

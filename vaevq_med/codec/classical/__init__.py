@@ -2,6 +2,4 @@
 
 from vaevq_med.core.lazy import lazy
 
-__getattr__, __dir__, __all__ = lazy(
-    __name__, {"ClassicalCodec": "base", "find_codecs": "base", "codec_named": "base"}
-)
+__getattr__, __dir__, __all__ = lazy(__name__, {"ClassicalCodec": "base", "find_codecs": "base", "codec_named": "base"})

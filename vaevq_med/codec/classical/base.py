@@ -83,7 +83,8 @@ class ClassicalCodec(ABC):
                 f"{np.dtype(expected)} [Z, Y, X] at {' or '.join(map(str, self.depths))} bits"
             )
         live = volume.any(axis=(1, 2))  # [Z]
-        files = self._encode(np.ascontiguousarray(volume[live]), bits, setting) if live.any() else []
+        found: Volume = volume[live]
+        files = self._encode(found, bits, setting) if live.any() else []
         return [np.packbits(live).tobytes(), *files]
 
     def decode(self, files: Sequence[bytes], shape: tuple[int, int, int], bits: int) -> Volume:

@@ -88,7 +88,7 @@ CODECS = (
         decoding="jpeg2k_decode",
         depths=(8, 10, 12, 16),
         setting="PSNR (dB)",
-        settings=(24, 28, 32, 36, 39),
+        settings=(24, 28, 33, 38),
         lossless=0,
     ),
     SliceCodec(
@@ -98,7 +98,7 @@ CODECS = (
         decoding="jpegxl_decode",
         depths=(8, 10, 12, 16),
         setting="distance",
-        settings=(20, 12, 7, 3.5),
+        settings=(20, 10, 5),
         lossless=0,
     ),
     SliceCodec(
@@ -108,7 +108,7 @@ CODECS = (
         decoding="jpegls_decode",
         depths=(8, 12, 16),
         setting="near",
-        settings=(60, 30, 15, 8),
+        settings=(60, 30, 12),
         lossless=0,
     ),
     MosaicCodec(
@@ -118,6 +118,6 @@ CODECS = (
         decoding="jpeg8_decode",
         depths=(8,),
         setting="quality",
-        settings=(1, 4, 10, 20, 36),
+        settings=(1, 5, 14, 36),
     ),
 )

@@ -1,8 +1,8 @@
 """Codecs of video: the volume as a sequence of gray frames along z, or of frames that know nothing of each other.
 
-HEVC by x265 and AV1 by SVT-AV1 are those of PyAV; AV1 by libaom is that of the program which comes with imageio-ffmpeg,
+HEVC by x265 and AV1 by SVT-AV1 are those of PyAV; AV1 by libaom is that of the program which imageio-ffmpeg brings,
 since PyAV has none. Files are bare streams without a container. What is coded are the numbers themselves: no range and
-no color is converted; where a library knows no gray, its two planes of color are constant. Everything runs in one thread.
+no color is converted; where a library knows no gray, its two planes of color are constant. All runs in one thread.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _LEAST = 64
 def _framed(volume: Volume) -> Volume:
     """Repeat the last rows and columns up to an even number, at least 64."""
     wanted = [max(_LEAST, length + length % 2) for length in volume.shape[1:]]
-    return np.pad(volume, [(0, 0), *((0, w - n) for w, n in zip(wanted, volume.shape[1:], strict=True))], mode="edge")
+    rows, columns = (w - n for w, n in zip(wanted, volume.shape[1:], strict=True))
+    return np.pad(volume, [(0, 0), (0, rows), (0, columns)], mode="edge").astype(volume.dtype, copy=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +161,7 @@ CODECS = (
         PyAVCodec,
         "hevc",
         "HEVC x265",
-        (42, 37, 33, 29, 24, 19),
+        (42, 37, 32, 27, 21),
         (44, 38, 32, 26, 20),
         encoder="libx265",
         muxer="hevc",
@@ -172,8 +173,8 @@ CODECS = (
         PyAVCodec,
         "svtav1",
         "AV1 SVT",
-        (63, 56, 48, 38, 28, 18),
-        (63, 57, 50, 40, 28),
+        (63, 54, 44, 33, 22),
+        (63, 54, 43, 29),
         encoder="libsvtav1",
         muxer="obu",
         gray=False,
@@ -184,7 +185,7 @@ CODECS = (
         ProgramCodec,
         "libaom",
         "AV1 libaom",
-        (62, 54, 45, 34, 24, 14),
+        (62, 53, 43, 31, 19),
         (63, 55, 44, 30),
         muxer="obu",
         gray=True,

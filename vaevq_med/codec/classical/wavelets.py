@@ -33,6 +33,6 @@ CODECS = (
         title="SPERR, 3D wavelets",
         depths=(8, 10, 12, 16),
         setting="PSNR (dB)",
-        settings=(10, 14, 18, 23, 29, 34),
+        settings=(10, 15, 21, 28, 34),
     ),
 )

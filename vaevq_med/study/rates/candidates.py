@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,11 +49,15 @@ class Candidate(ABC):
         name: in records and file names.
         title: in tables.
         settings: that draw its curve.
+        lossless: the setting without loss, where it has one.
+        has_mask: whether its files say exactly which voxels are background.
     """
 
     name: str
     title: str
     settings: tuple[float, ...]
+    lossless: ClassVar[float | None] = None
+    has_mask: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -92,6 +96,11 @@ class ClassicalCandidate(Candidate):
     bits: int
 
     @property
+    def lossless(self) -> float | None:  # type: ignore[override]
+        """As the codec says."""
+        return self.codec.lossless
+
+    @property
     def slices_alone(self) -> bool:
         """As the codec says."""
         return self.codec.slices_alone
@@ -108,7 +117,7 @@ class ClassicalCandidate(Candidate):
         begun = processor_seconds()
         files = self.codec.encode(volume, self.bits, setting)
         encoded = processor_seconds()
-        found = self.codec.decode(files, volume.shape, self.bits)  # type: ignore[arg-type]
+        found = self.codec.decode(files, volume.shape, self.bits)
         decoded = processor_seconds()
         unit = found.astype(np.float32) / top
         sizes = {"slices": len(files[0]), "streams": sum(map(len, files[1:]))}

@@ -48,7 +48,7 @@ class TokenizerPart(Part):
         title: what tables call it.
         checkpoint: of it.
         coder: of the entropy.
-        settings: weights of the code lengths in the choice of codewords, that draw its curve; 0 is the nearest codeword.
+        settings: weights of the code lengths in the choice of codewords, that draw its curve; 0 is the nearest.
     """
 
     name: Name
@@ -86,6 +86,10 @@ class RateDistortionStudy(AnyStudy):
         bits: a sample of the data that classical codecs are given.
         codecs: classical ones, by name or in full.
         tokenizers: trained ones.
+        background: ``decoded`` judges what comes back; ``masked`` sets the background of every row to 0, and counts the
+            bytes of the mask where a row's files have none of their own.
+        lossless: whether codecs that can are also run without loss.
+        slices: with content, evenly spaced, of which SSIM is; None takes all of them.
         rates: in bits a voxel, at which the table reads the curves.
         anchors: names of rows that BD-rates are stated against.
         perceptual: the distance by features, or None for none.
@@ -103,6 +107,9 @@ class RateDistortionStudy(AnyStudy):
     bits: Bits = [8]
     codecs: Annotated[list[Annotated[CodecPart, BeforeValidator(named)]], AfterValidator(by_name)] = []
     tokenizers: Annotated[list[TokenizerPart], AfterValidator(by_name)] = []
+    background: Literal["decoded", "masked"] = "decoded"
+    lossless: bool = True
+    slices: Count | None = None
     rates: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] = [0.012, 0.02, 0.041, 0.05, 0.1, 0.2]
     anchors: list[str] = []
     perceptual: Perceptual | None = Perceptual()
