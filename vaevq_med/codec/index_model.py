@@ -1,4 +1,4 @@
-"""Training of the context model: a small network over neighbors, learned in floats and rounded to integers at the end."""
+"""Training of the context model: a small network over neighbors, learned in floats and rounded at the end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vaevq_med.codec.coders.context_model import NUM_FURTHER, ContextModel, from_floats, num_inputs
+from vaevq_med.codec.coders.context_model import ContextModel, from_floats, num_inputs
 from vaevq_med.codec.coders.neighbors import PLACE_SCALE, Neighborhood
 from vaevq_med.codec.stacks import Stack
 from vaevq_med.core.declared import Declared, option

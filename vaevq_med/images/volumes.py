@@ -12,11 +12,22 @@ from numpy.typing import NDArray
 
 from vaevq_med.core.errors import DataError
 from vaevq_med.core.numbers import told_apart
+from vaevq_med.images.dicom import read_series
 from vaevq_med.images.nifti import GZIP, HEADER_BYTES, assumed_affine, check_size, is_nifti, read_nifti
 
 _SUFFIXES = {"NIfTI": ".nii", "NIfTI in gzip": ".nii.gz", "NRRD": ".nrrd", "MetaImage": ".mha"}
 
 _TEXT_BYTES = 2**16
+VIEWS = {
+    "axial": ("LPS", (2, 1, 0), "z"),
+    "coronal": ("LAI", (1, 2, 0), "y"),
+    "sagittal": ("RPI", (0, 2, 1), "x"),
+}
+"""How slices are cut: where the axes point, then their order as slice, row, column, then the letter of the slice axis.
+
+The letter's axis points as in RAS+. Anterior (or superior) is up; left and right are as radiologists view them, the
+patient's right on the left; a sagittal slice has anterior on the left.
+"""
 
 
 def _nothing(text: str) -> None:
@@ -29,7 +40,7 @@ def read_volume(
     """Read a volume whole. Its first bytes say what it is; where its name says something else, that is noted.
 
     Args:
-        path: NIfTI (``.nii``, ``.nii.gz``), MetaImage (``.mha``) or NRRD (``.nrrd``).
+        path: NIfTI (``.nii``, ``.nii.gz``), MetaImage (``.mha``) or NRRD (``.nrrd``), or a folder of DICOM files.
         orientation: where the voxels' axes point to if the header does not say it, e.g. ``RAS`` for right, anterior,
             superior.
         note: called with what a user should know: a wrong suffix, a repair to the header, an assumed orientation.
@@ -42,6 +53,8 @@ def read_volume(
         DataError: the file is truncated, corrupt, or of another kind, or nothing says its orientation.
     """
     name = path.name
+    if path.is_dir():
+        return read_series(path)
     try:
         with path.open("rb") as file:
             start = file.read(HEADER_BYTES)

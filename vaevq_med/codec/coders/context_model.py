@@ -188,7 +188,7 @@ def load_context_model(path: Path) -> ContextModel:
     try:
         with safe_open(str(path), framework="numpy") as file:
             described: Any = json.loads((file.metadata() or {}).get("context_model", "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError, ValueError) as error:
         raise CodecError(f"{path}: found no readable context model ({error}), expected a safetensors file") from None
     if not isinstance(described, dict) or set(tensors) != set(_NAMES):

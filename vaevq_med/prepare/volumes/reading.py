@@ -20,7 +20,7 @@ from vaevq_med.core.errors import DataError
 from vaevq_med.core.numbers import told_apart
 from vaevq_med.images.foreground import BLACK, corner_noise, find_background, foreground
 from vaevq_med.images.nifti import MAX_VOXELS
-from vaevq_med.images.volumes import check_volume, displacement, read_volume, shape
+from vaevq_med.images.volumes import VIEWS, check_volume, displacement, read_volume, shape
 from vaevq_med.prepare.recipes import Recipe
 from vaevq_med.prepare.volumes.discarded import Discarded, check_discarded
 from vaevq_med.prepare.volumes.find import Case, Volume
@@ -29,14 +29,6 @@ from vaevq_med.prepare.volumes.transforms import BiasFieldCorrectionN4, blacken,
 
 _LABEL_TOLERANCE = 1e-3
 _GRID_TOLERANCE = 0.5
-# Where the axes point, then their order as slice, row, column, then the letter of the slice axis, which points as in
-# RAS+. Anterior (or superior) is up; left and right are as radiologists view them, the patient's right on the left; a
-# sagittal slice has anterior on the left.
-VIEWS = {
-    "axial": ("LPS", (2, 1, 0), "z"),
-    "coronal": ("LAI", (1, 2, 0), "y"),
-    "sagittal": ("RPI", (0, 2, 1), "x"),
-}
 
 
 def _volume_transforms(recipe: Recipe, *, labels: bool) -> Compose:
@@ -128,6 +120,12 @@ class CaseReader:
             source: the volume.
         """
         return lambda text: self.notes.append((source.path.name, text))
+
+    @property
+    def grid(self) -> tuple[tuple[int, ...], NDArray[np.float64]]:
+        """Shape ``[X, Y, Z]`` and 4×4 affine, in RAS+ coordinates, of the volumes that were read."""
+        assert self._grid is not None, "nothing was read"
+        return self._grid[1], self._grid[2]
 
     def _read(self, source: Volume) -> tuple[NDArray, NDArray[np.float64]]:
         name = source.path.name

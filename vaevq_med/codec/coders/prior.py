@@ -1,0 +1,375 @@
+"""The autoregressive prior as an entropy coder: every index by a trained LlamaGen, slices in parallel.
+
+A network in floating point gives slightly other numbers on another machine: another order of summation, another
+library's exponential. So it runs in float64, and what codes is its logits rounded to a grid of ``2^-8`` bits. Two
+machines can only differ where a logit lies so near to a boundary of that grid that their difference crosses it. The
+encoder lists every value within ``DELTA`` of a boundary, and the side it took; the decoder takes that side there and
+rounds for itself elsewhere. Hence both have the same integers, as long as their values differ by at most ``DELTA``,
+``2^-22`` of the grid's step: 6.5e-10 in a logit. float64 rounds to 1.1e-16 of a value, and what was observed, between
+step by step and all at once, and between numbers of threads, is below 1e-12 (``tests/codec/test_coder_prior.py``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vaevq_med.codec.coders.base import IndexCoder, Layout
+from vaevq_med.codec.coders.context_model import VALUE_BITS, frequencies_of
+from vaevq_med.codec.coders.range_coder import RangeDecoder, RangeEncoder
+from vaevq_med.codec.coders.streams import check_indices, empty_indices, no_symbols
+from vaevq_med.codec.errors import CodecError
+from vaevq_med.networks.generators.llama_blocks import LlamaBlock
+from vaevq_med.networks.generators.llamagen import LlamaGen
+from vaevq_med.networks.tokenizer import VisualTokenizer
+
+DELTA = 2.0**-22
+"""Steps of the grid that two machines' values may differ by."""
+
+_CACHE_BYTES = 2**28
+
+
+def background_indices(tokenizer: VisualTokenizer, *, image_size: int, in_channels: int) -> tuple[int, ...]:
+    """The index of each codebook that most positions of an image without content have, the lowest of several."""
+    parameter = next(tokenizer.parameters())
+    blank = torch.full((1, in_channels, *[image_size] * tokenizer.encoder.spatial_dims), -1.0).to(parameter)
+    with torch.inference_mode():
+        indices = tokenizer.encode_indices(blank).flatten(0, -2).cpu()  # [positions, G]
+    return tuple(int(torch.bincount(column).argmax()) for column in indices.T)
+
+
+class PriorCoder(IndexCoder):
+    """Frequencies by a trained LlamaGen, whose class is the contrast.
+
+    A slice is predicted from what lies before in it alone: the network has no input for the slice below. Positions that
+    are not live are fed as background and not coded.
+
+    Args:
+        network: the generator.
+        contrasts: names of its classes by number; another contrast is the null class.
+        background: index of each codebook that stands for background, see :func:`background_indices`.
+        generator_hash: by which a file names the generator.
+
+    Raises:
+        CodecError: the background has another number of codebooks than the network.
+    """
+
+    name: ClassVar[str] = "prior"
+
+    def __init__(
+        self,
+        network: LlamaGen,
+        *,
+        contrasts: tuple[str, ...] = (),
+        background: tuple[int, ...] = (0,),
+        generator_hash: str = "",
+    ) -> None:
+        if len(background) != network.num_codebooks or not all(0 <= k < network.num_embeddings for k in background):
+            raise CodecError(
+                f"background: found {list(background)}, expected {network.num_codebooks} from 0 to "
+                f"{network.num_embeddings - 1}"
+            )
+        self.network = network
+        self.contrasts = contrasts
+        self.background = background
+        self.generator_hash = generator_hash
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Which generator it is, and what stands for background."""
+        return {"generator": self.generator_hash, "background": list(self.background)}
+
+    def encode(self, indices: NDArray[np.int64], layout: Layout) -> bytes:
+        """The bytes of the indices: the list of values near a boundary, then the range-coded indices.
+
+        Raises:
+            CodecError: the indices do not fit the layout, or the layout not the network.
+        """
+        check_indices(indices, layout)
+        if self._nothing(layout):
+            return b""
+        coder, near = RangeEncoder(), _Near()
+        filled = np.where(layout.live[..., None], indices, np.array(self.background))
+        for part in self._parts(layout):
+            walk = _Walk(self.network, self._label(layout), layout.live[part])
+            truth = filled[part].reshape(len(part), -1)  # [n, h w G]
+            for place, rows, logits in walk.places():
+                coder.encode(truth[rows, place], frequencies_of(near.note(logits)))
+                walk.feed(truth[:, place])
+        return near.tell() + coder.finish()
+
+    def decode(self, data: bytes, layout: Layout) -> NDArray[np.int64]:
+        """The indices of bytes.
+
+        Raises:
+            CodecError: the bytes are not those of such a stream, or the layout does not fit the network.
+        """
+        indices = empty_indices(layout)
+        if self._nothing(layout):
+            if data:
+                raise CodecError(f"prior coder: found {len(data)} bytes, expected none where nothing is coded")
+            return indices
+        near, rest = _Told.read(data)
+        coder = RangeDecoder(rest)
+        for part in self._parts(layout):
+            walk = _Walk(self.network, self._label(layout), layout.live[part])
+            found = np.tile(np.array(self.background), (len(part), walk.positions))  # [n, h w G]
+            for place, rows, logits in walk.places():
+                found[rows, place] = coder.decode(frequencies_of(near.settle(logits)))
+                walk.feed(found[:, place])
+            indices[part] = found.reshape(len(part), *layout.live.shape[1:], -1)
+        near.finish()
+        coder.finish()
+        indices[~layout.live] = 0
+        return indices
+
+    def _label(self, layout: Layout) -> int:
+        known = layout.contrast in self.contrasts
+        return self.contrasts.index(layout.contrast) if known else self.network.num_classes
+
+    def _parts(self, layout: Layout) -> list[NDArray[np.int64]]:
+        """Numbers of the slices with something live, so many at once as the cache has room for."""
+        numbers = np.flatnonzero(layout.live.reshape(len(layout.live), -1).any(axis=1))
+        at_once = slices_at_once(self.network)
+        return [numbers[start : start + at_once] for start in range(0, len(numbers), at_once)]
+
+    def _nothing(self, layout: Layout) -> bool:
+        """Whether nothing is coded; the layout is checked too."""
+        network = self.network
+        sizes = {
+            "num_embeddings": (network.num_embeddings, layout.num_embeddings),
+            "num_codebooks": (network.num_codebooks, layout.num_codebooks),
+            "grid": (list(network.grid_size), list(layout.live.shape[1:])),
+        }
+        for name, (has, expected) in sizes.items():
+            if has != expected:
+                raise CodecError(f"prior: found a generator with {name} {has}, expected {expected}")
+        return no_symbols(layout)
+
+
+def slices_at_once(network: LlamaGen) -> int:
+    """Slices whose keys and values take at most 256 MiB in float64, at least 1; part of the stream's definition."""
+    numbers = 2 * len(network.blocks) * (network.sequence_length + 1) * network.num_heads * network.head_dim
+    return max(1, _CACHE_BYTES // (8 * numbers))
+
+
+class _Walk:
+    """Logits of some slices, place after place, in float64 on the CPU.
+
+    Args:
+        network: the generator.
+        label: class of the slices.
+        live: bool ``[n, h, w]``.
+
+    Attributes:
+        positions: of a slice.
+    """
+
+    def __init__(self, network: LlamaGen, label: int, live: NDArray[np.bool_]) -> None:
+        self.network = network
+        self.positions = math.prod(live.shape[1:])
+        self.live = live.reshape(len(live), -1).repeat(network.num_codebooks, axis=1)  # [n, h w G]
+        self.steps = DoubleSteps(network, torch.full((len(live),), label))
+
+    def places(self) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.float64]]]:
+        """Each place up to the last live one: which slices are live, and their logits ``[m, K]`` in steps of the grid.
+
+        :meth:`feed` is to follow each.
+        """
+        last = int(np.flatnonzero(self.live.any(axis=0))[-1])
+        with torch.inference_mode():
+            for place in range(last + 1):
+                rows = np.flatnonzero(self.live[:, place])
+                hidden = self.steps.hidden()
+                values = self.steps.logits(hidden[torch.from_numpy(rows)]).numpy() * (2**VALUE_BITS / math.log(2))
+                yield place, rows, values
+
+    def feed(self, symbols: NDArray[np.int64]) -> None:
+        """What stands at the place, ``[n]``."""
+        self.steps.feed(torch.from_numpy(symbols))
+
+
+class DoubleSteps:
+    """A LlamaGen in float64, one place at a time; its rotations too, which the network has in fp32.
+
+    Args:
+        network: in any type; its weights are read at that.
+        labels: ``[B]``.
+    """
+
+    def __init__(self, network: LlamaGen, labels: Tensor) -> None:
+        self.network = network
+        self.weights = {name: value.detach().cpu().double() for name, value in network.state_dict().items()}
+        self.heads, self.head_dim = network.num_heads, network.head_dim
+        height, width = network.grid_size
+        quarter = self.head_dim // 4
+        frequencies = 10_000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+        rows = torch.arange(height, dtype=torch.float64).repeat_interleave(width)
+        columns = torch.arange(width, dtype=torch.float64).repeat(height)
+        angles = torch.cat([rows[:, None] * frequencies, columns[:, None] * frequencies], dim=1)
+        angles = angles.repeat_interleave(network.num_codebooks, dim=0)
+        # The class token's is zero, as in the network.
+        self.cosine = torch.cat([torch.zeros(1, angles.shape[1], dtype=torch.float64), angles.cos()])
+        self.sine = torch.cat([torch.zeros(1, angles.shape[1], dtype=torch.float64), angles.sin()])
+        shape = (len(network.blocks), len(labels), self.heads, len(angles) + 1, self.head_dim)
+        self.keys = torch.zeros(shape, dtype=torch.float64)
+        self.values = torch.zeros(shape, dtype=torch.float64)
+        self.place = 0
+        self.inputs = self.weights["class_embedding.weight"][labels]
+
+    def hidden(self) -> Tensor:
+        """What the head is given of the token that comes next, ``[B, width]``."""
+        x = self.inputs
+        for layer in range(len(self.network.blocks)):
+            x = self._block(x, layer)
+        self.place += 1
+        return self._norm(x, "norm")
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits ``[m, K]`` of rows of :meth:`hidden`, in nats."""
+        head = (self.place - 1) % self.network.num_codebooks
+        return hidden @ self.weights[f"heads.{head}.weight"].T
+
+    def feed(self, tokens: Tensor) -> None:
+        """The tokens ``[B]`` at the place that was predicted."""
+        offset = (self.place - 1) % self.network.num_codebooks * self.network.num_embeddings
+        self.inputs = self.weights["token_embedding.weight"][tokens + offset]
+
+    def _block(self, x: Tensor, layer: int) -> Tensor:
+        block = cast(LlamaBlock, self.network.blocks[layer])
+        assert block.causal
+        name, end = f"blocks.{layer}", self.place + 1
+        weights = self.weights
+        qkv = self._norm(x, f"{name}.attention_norm") @ weights[f"{name}.qkv.weight"].T
+        query, key, value = qkv.unflatten(1, (3, self.heads, -1)).unbind(1)  # [B, heads, head_dim] each
+        self.keys[layer, :, :, self.place] = self._rotate(key)
+        self.values[layer, :, :, self.place] = value
+        keys, values = self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        scores = (keys @ self._rotate(query).unsqueeze(3)).squeeze(3) / math.sqrt(self.head_dim)  # [B, heads, end]
+        attended = (scores.softmax(dim=2).unsqueeze(2) @ values).flatten(1)
+        x = x + attended @ weights[f"{name}.projection.weight"].T
+        both = self._norm(x, f"{name}.ffn_norm") @ weights[f"{name}.gate_and_up.weight"].T
+        gate, up = both.chunk(2, dim=1)
+        return x + (F.silu(gate) * up) @ weights[f"{name}.down.weight"].T
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        scale = (x.square().mean(dim=1, keepdim=True) + 1e-5).rsqrt()
+        return x * scale * self.weights[f"{name}.weight"]
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        """Turn the pairs of channels of ``[B, heads, head_dim]`` as the place says."""
+        first, second = x.unflatten(2, (-1, 2)).unbind(3)
+        cosine, sine = self.cosine[self.place], self.sine[self.place]
+        return torch.stack([first * cosine - second * sine, second * cosine + first * sine], dim=3).flatten(2)
+
+
+def _rounded(values: NDArray[np.float64]) -> NDArray[np.int64]:
+    if values.size and not np.abs(values).max() <= 2.0**31:
+        raise CodecError("prior: found a logit out of range, expected those of a trained generator")
+    return np.floor(values + 0.5).astype(np.int64)
+
+
+class _Near:
+    """The encoder's list of values near a boundary."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.entries: list[int] = []
+
+    def note(self, values: NDArray[np.float64]) -> NDArray[np.int64]:
+        """The values ``[m, K]`` rounded, with those near a boundary written down."""
+        rounded = _rounded(values)
+        shifted = values + 0.5
+        boundary = np.rint(shifted)
+        found = np.flatnonzero(np.abs(shifted - boundary) <= DELTA)
+        if len(found):
+            above = (rounded.ravel()[found] == boundary.ravel()[found]).astype(np.int64)
+            self.entries += (2 * (self.count + found) + above).tolist()
+        self.count += values.size
+        return rounded
+
+    def tell(self) -> bytes:
+        """Their number, and the place of each among all values and its side, as differences."""
+        parts = [_varint(len(self.entries))]
+        before = 0
+        for entry in self.entries:
+            parts.append(_varint(2 * (entry // 2 - before) + entry % 2))
+            before = entry // 2
+        return b"".join(parts)
+
+
+class _Told:
+    """The decoder's side of the list.
+
+    Args:
+        places: numbers of the values, rising.
+        above: whether each was rounded up from its boundary.
+    """
+
+    def __init__(self, places: NDArray[np.int64], above: NDArray[np.bool_]) -> None:
+        self.places = places
+        self.above = above
+        self.count = 0
+        self.next = 0
+
+    @classmethod
+    def read(cls, data: bytes) -> tuple[_Told, bytes]:
+        """The list that a stream starts with, and what comes after it."""
+        count, at = _read_varint(data, 0)
+        places, above, place = [], [], 0
+        for _ in range(count):
+            entry, at = _read_varint(data, at)
+            place += entry >> 1
+            places.append(place)
+            above.append(bool(entry & 1))
+        if places and places[-1] >= 2**62:
+            raise CodecError("prior coder: found a list that is out of range, expected an undamaged one")
+        return cls(np.array(places, np.int64), np.array(above, bool)), data[at:]
+
+    def settle(self, values: NDArray[np.float64]) -> NDArray[np.int64]:
+        """The values ``[m, K]`` rounded as the encoder had them."""
+        rounded = _rounded(values)
+        end = int(np.searchsorted(self.places, self.count + values.size))
+        if end > self.next:
+            chosen = self.places[self.next : end] - self.count
+            boundary = np.rint(values.ravel()[chosen] + 0.5).astype(np.int64)
+            rounded.ravel()[chosen] = np.where(self.above[self.next : end], boundary, boundary - 1)
+        self.count, self.next = self.count + values.size, end
+        return rounded
+
+    def finish(self) -> None:
+        """Look for what was not used.
+
+        Raises:
+            CodecError: the list goes on after the last value.
+        """
+        if self.next != len(self.places):
+            raise CodecError("prior coder: found a list of more values than there are, expected an undamaged one")
+
+
+def _varint(value: int) -> bytes:
+    """Seven bits a byte, the lowest first; the highest bit says that more follow."""
+    out = bytearray()
+    while value >= 128:
+        out.append(value & 127 | 128)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        if at >= len(data) or shift > 63:
+            raise CodecError("prior coder: found a list that does not end, expected an undamaged one")
+        value |= (data[at] & 127) << shift
+        shift += 7
+        at += 1
+        if data[at - 1] < 128:
+            return value, at

@@ -1,0 +1,238 @@
+"""A case's volumes to the bytes of one file: read as slices are cut, through the tokenizer, entropy coded."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vaevq_med.codec.case import CompressedCase, Contrast, Stream, coded_slices, live_of
+from vaevq_med.codec.coders.base import IndexCoder
+from vaevq_med.codec.geometry import Turn, to_pixels
+from vaevq_med.codec.model import Model
+from vaevq_med.codec.originals import Original
+from vaevq_med.core.errors import DataError
+from vaevq_med.core.numbers import percent
+from vaevq_med.images.foreground import foreground
+from vaevq_med.prepare.recipes import Recipe
+
+if TYPE_CHECKING:
+    from vaevq_med.prepare.volumes.find import Case
+    from vaevq_med.prepare.volumes.reading import Contrast as ReadContrast
+
+_BLOCK = 64
+"""Slices that are resized at once."""
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What a case became.
+
+    Attributes:
+        content: of the file.
+        sizes: bytes of each part of it.
+        voxels: of the original volumes, together.
+        indices: that were coded.
+        seconds: that it took.
+        network: seconds of these that the network took.
+        notes: names of files, and what a user should know of them.
+        originals: of each contrast the upright slices ``[N, rows, columns]``, black at 0 and white at 1.
+    """
+
+    content: bytes
+    sizes: Mapping[str, int]
+    voxels: int
+    indices: int
+    seconds: float
+    network: float
+    notes: Sequence[Sequence[str]]
+    originals: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """What a report has of it."""
+        return {
+            "bytes": len(self.content),
+            "parts": dict(self.sizes),
+            "voxels": self.voxels,
+            "indices": self.indices,
+            "bits_per_voxel": round(8 * len(self.content) / self.voxels, 6),
+            "bits_per_index": round(8 * self.sizes["tokens"] / self.indices, 4) if self.indices else None,
+            "seconds": round(self.seconds, 3),
+            "network_seconds": round(self.network, 3),
+        }
+
+
+def check_contrasts(model: Model, contrasts: Sequence[str], *, any_contrast: bool = False) -> list[str]:
+    """Refuse contrasts that a tokenizer was not trained for.
+
+    Args:
+        model: the tokenizer.
+        contrasts: that are to be compressed, in order.
+        any_contrast: take them all the same.
+
+    Returns:
+        What a user should know.
+
+    Raises:
+        DataError: a contrast is not one of the tokenizer's; or those of a stacked one are others, or in another order.
+    """
+    checkpoint = model.description["file"]
+    if model.stacked and len(contrasts) != model.in_channels:
+        raise DataError(
+            f"found {len(contrasts)} contrasts ({', '.join(contrasts)}), expected {model.in_channels}, which {checkpoint} "
+            "takes as one image"
+        )
+    if model.contrasts is None:
+        return [f"{checkpoint} does not say for which contrasts it was trained; {', '.join(contrasts)} may not be among them"]
+    if model.stacked and tuple(contrasts) != model.contrasts and not any_contrast:
+        raise DataError(
+            f"found the contrasts {', '.join(contrasts)}, expected {', '.join(model.contrasts)}, in this order, as "
+            f"{checkpoint} was trained for; --any-contrast goes on"
+        )
+    others = [name for name in contrasts if name not in model.contrasts]
+    if others and not any_contrast:
+        raise DataError(
+            f"found the contrast {others[0]}, expected one of {', '.join(model.contrasts)}, which {checkpoint} was trained "
+            "for; --any-contrast goes on"
+        )
+    return [f"{checkpoint} was not trained for {', '.join(others)}"] if others else []
+
+
+def compress_case(
+    case: Case,
+    recipe: Recipe,
+    model: Model,
+    coder: IndexCoder,
+    *,
+    orientation: str | None = None,
+    accept: Collection[str] = (),
+    keep: bool = False,
+) -> Compressed:
+    """Compress the contrasts of a case that a recipe names.
+
+    Args:
+        case: what to read.
+        recipe: how; one that can be undone, of the tokenizer's image size.
+        model: the tokenizer.
+        coder: of its indices.
+        orientation: of files that state none, e.g. ``RAS``; they are refused where it is None.
+        accept: which of :data:`vaevq_med.prepare.volumes.discarded.LIMITS` may be exceeded.
+        keep: keep the originals, for a comparison.
+
+    Raises:
+        DataError: a volume is not what was expected, too much of it would be lost, or a slice data set would leave the
+            case out.
+    """
+    from vaevq_med.prepare.volumes.reading import CaseReader  # brings MONAI along
+
+    start, before = time.monotonic(), model.seconds
+    reader = CaseReader(recipe, orientation)
+    read: dict[str, ReadContrast] = {}
+    files: list[Original] = []
+    places: dict[Path, int] = {}
+    for name in recipe.modalities:
+        source = case.images[name]
+        if source.path not in places:
+            places[source.path] = len(files)
+            files.append(Original.read(source.path, reader.noting(source)))
+        read[name] = reader.contrast(source, accept)
+    reader.close()
+    _check_channels(case, recipe, files, places)
+    areas = np.min([contrast.foreground for contrast in read.values()], axis=0)
+    if areas.max() < recipe.min_foreground:
+        raise DataError(
+            f"found no slice with {percent(recipe.min_foreground)} foreground in every contrast, expected some, as "
+            "slice-extract does"
+        )
+    shape, affine = reader.grid
+    contrasts = []
+    for name, found in read.items():
+        source, (low, high) = case.images[name], found.window
+        contrasts.append(
+            Contrast(
+                name=name,
+                file=places[source.path],
+                channel=source.channel,
+                window=(low - found.offset, high - found.offset),
+                background=found.discarded.background or 0.0,
+                mask=foreground(found.stack).numpy(),
+            )
+        )
+    slices = coded_slices([contrast.mask for contrast in contrasts])
+    groups = [tuple(range(len(contrasts)))] if model.stacked else [(number,) for number in range(len(contrasts))]
+    streams = [_stream(model, recipe, contrasts, [*read.values()], group, slices) for group in groups]
+    size = (shape[0], shape[1], shape[2])
+    made = CompressedCase(
+        case.name, model.description, recipe.interpolation, size, Turn.of(affine, recipe.axis), files, contrasts, streams
+    )
+    content, sizes = made.to_bytes(coder)
+    coded = sum(int(np.count_nonzero(made.live(group))) for group in groups) * int(model.description["num_codebooks"])
+    return Compressed(
+        content=content,
+        sizes=sizes,
+        voxels=len(contrasts) * int(np.prod(shape)),
+        indices=coded,
+        seconds=time.monotonic() - start,
+        network=model.seconds - before,
+        notes=tuple(dict.fromkeys(map(tuple, reader.notes))),
+        originals={name: windowed(found) for name, found in read.items()} if keep else {},
+    )
+
+
+def windowed(contrast: ReadContrast, slices: NDArray[np.int64] | None = None) -> Tensor:
+    """Upright slices of a contrast, black at 0 and white at 1.
+
+    Args:
+        contrast: as it was read.
+        slices: numbers of those that are wanted; None takes all.
+    """
+    low, high = contrast.window
+    stack = contrast.stack if slices is None else contrast.stack[torch.from_numpy(slices)]
+    return stack.to(torch.float32, copy=True).sub_(low).div_(high - low).clamp_(0, 1)
+
+
+def _check_channels(case: Case, recipe: Recipe, files: Sequence[Original], places: Mapping[Path, int]) -> None:
+    """Refuse a file of several channels of which some would be missing in what comes back."""
+    taken = Counter(places[case.images[name].path] for name in recipe.modalities)
+    for number, file in enumerate(files):
+        channels = int(np.prod(file.shape[3:]))
+        if channels != taken[number]:
+            raise DataError(
+                f"{file.name}: found {channels} channels, of which {taken[number]} would be compressed, expected all of "
+                "them, since the file comes back whole"
+            )
+
+
+def _stream(
+    model: Model,
+    recipe: Recipe,
+    contrasts: Sequence[Contrast],
+    read: Sequence[ReadContrast],
+    group: tuple[int, ...],
+    slices: NDArray[np.int64],
+) -> Stream:
+    """The indices of some contrasts, as one image each slice."""
+    found = []
+    for block in np.array_split(slices, -(-len(slices) // _BLOCK)):
+        squares = [to_pixels(windowed(read[number], block), recipe) for number in group]  # each [n, S, S]
+        found.append(model.encode(torch.stack(squares, dim=1)))
+    indices = np.concatenate(found)  # [N, h, w, G]
+    masks = [contrasts[number].mask for number in group]
+    live = live_of(masks, slices, model.description, recipe.interpolation)
+    fill = _most_common(indices[~live]) if not live.all() else (0,) * indices.shape[-1]
+    return Stream(group, fill, np.where(live[..., None], indices, 0))
+
+
+def _most_common(indices: NDArray[np.int64]) -> tuple[int, ...]:
+    """What most of some positions ``[P, G]`` have, the smallest of several."""
+    rows, counts = np.unique(indices, axis=0, return_counts=True)
+    return tuple(int(index) for index in rows[counts.argmax()])
