@@ -47,7 +47,8 @@ def test_every_file_of_the_folder_that_lists_codecs_is_found() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "bits"), [(name, bits) for name, codec in CODECS.items() for bits in sorted({codec.depth(8), codec.depth(12)})]
+    ("name", "bits"),
+    [(name, bits) for name, codec in CODECS.items() for bits in sorted({codec.depth(8), codec.depth(12)})],
 )
 def test_a_volume_comes_back_at_high_quality(name: str, bits: int) -> None:
     codec = CODECS[name]
@@ -77,9 +78,7 @@ def test_more_bytes_are_less_loss(name: str) -> None:
 
 def test_along_z_a_still_volume_costs_less_than_its_slices_alone() -> None:
     still = np.repeat(volume()[1:2], 12, axis=0)
-    along, alone = (
-        sum(map(len, CODECS[f"hevc_{way}"].encode(still, 8, 30))) for way in ("z", "intra")
-    )
+    along, alone = (sum(map(len, CODECS[f"hevc_{way}"].encode(still, 8, 30))) for way in ("z", "intra"))
     assert along < 0.5 * alone
 
 
@@ -116,7 +115,11 @@ def test_an_unknown_name_has_the_nearest() -> None:
 
 @pytest.mark.parametrize(
     ("name", "module", "package"),
-    [("jpegxl", "imagecodecs", "imagecodecs"), ("hevc_z", "av", "av"), ("libaom_z", "imageio_ffmpeg", "imageio-ffmpeg")],
+    [
+        ("jpegxl", "imagecodecs", "imagecodecs"),
+        ("hevc_z", "av", "av"),
+        ("libaom_z", "imageio_ffmpeg", "imageio-ffmpeg"),
+    ],
 )
 def test_a_missing_package_is_named_with_the_way_to_get_it(
     name: str, module: str, package: str, monkeypatch: pytest.MonkeyPatch

@@ -26,7 +26,8 @@ def _framed(volume: Volume) -> Volume:
     """Repeat the last rows and columns up to an even number, at least 64."""
     wanted = [max(_LEAST, length + length % 2) for length in volume.shape[1:]]
     rows, columns = (w - n for w, n in zip(wanted, volume.shape[1:], strict=True))
-    return np.pad(volume, [(0, 0), (0, rows), (0, columns)], mode="edge").astype(volume.dtype, copy=False)
+    framed: Any = np.pad(volume, [(0, 0), (0, rows), (0, columns)], mode="edge")
+    return framed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,6 +60,11 @@ class Candidate(ABC):
     has_mask: ClassVar[bool] = False
 
     @property
+    def shipped(self) -> int:
+        """Bytes that a decoder needs once, besides the files."""
+        return 0
+
+    @property
     @abstractmethod
     def slices_alone(self) -> bool:
         """Whether each slice is coded without the others."""

@@ -47,14 +47,16 @@ class TokenizerPart(Part):
         name: of its records.
         title: what tables call it.
         checkpoint: of it.
-        coder: of the entropy.
+        coder: of the indices, by its name.
+        coder_model: file that the coder needs besides.
         settings: weights of the code lengths in the choice of codewords, that draw its curve; 0 is the nearest.
     """
 
     name: Name
     title: str = ""
     checkpoint: Path
-    coder: str = "context"
+    coder: str = "adaptive"
+    coder_model: Path | None = None
     settings: Settings = [0.0]
 
 

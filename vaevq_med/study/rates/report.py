@@ -215,6 +215,11 @@ class Report:
         sees = [] if shown is None else [f"LPIPS-style: {shown.network}, {shown.slices} slices of each volume."]
         if self.study.slices is not None:
             sees.append(f"SSIM: {self.study.slices} slices of each volume.")
+        sees += [
+            f"{row.title}: a decoder needs {row.shipped / 1e6:.1f} MB of weights besides, once; they are in no rate."
+            for row in self.rows
+            if row.shipped
+        ]
         blank = "Slices that hold nothing cost one bit each; sizes are those of the bare streams or files together."
         return [background, blank, *sees, *self.study.notes]
 
@@ -242,6 +247,7 @@ class Report:
                 "title": row.title,
                 "slices_alone": row.slices_alone,
                 "made_of": dict(row.made_of()),
+                "shipped_once_bytes": row.shipped,
                 "records": len(self.own[row.name]),
                 "million_voxels_per_second": {"encode": round(encode, 2), "decode": round(decode, 2)},
                 "at": {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +57,8 @@ class ScanFile:
 
     def mark(self) -> str:
         """Hash of its files' names, sizes and times, and of the recipe."""
-        return fingerprint(self.case, self.recipe)
+        own = {self.contrast: self.case.images[self.contrast]}
+        return fingerprint(replace(self.case, images=own), self.recipe)
 
     def read(self) -> Scan:
         """Read it.
@@ -79,7 +80,7 @@ class ScanFile:
 
 
 def find_scans(study: RateDistortionStudy) -> list[ScanFile]:
-    """The volumes of the split's patients, contrast by contrast.
+    """The volumes of the split's patients, case by case.
 
     Raises:
         DataError: there are none, or a contrast or a patient is missing.
@@ -88,15 +89,15 @@ def find_scans(study: RateDistortionStudy) -> list[ScanFile]:
     unknown = [contrast for contrast in study.contrasts if contrast not in recipe.modalities]
     if unknown:
         raise DataError(f"contrasts has {unknown[0]}; expected some of {', '.join(recipe.modalities)}")
+    # A tokenizer's file is of a whole case.
+    modalities = recipe.modalities if study.tokenizers else study.contrasts
     search = (
-        find_cases(study.input, study.contrasts)
-        if study.cases is None
-        else read_cases(study.cases, study.input, study.contrasts)
+        find_cases(study.input, modalities) if study.cases is None else read_cases(study.cases, study.input, modalities)
     )
     cases = _of_split(search.units, study.split_file, study.split)
     if not cases:
         raise DataError(f"input {study.input}: found no case of the split {study.split}, expected at least one")
-    return [ScanFile(case, contrast, recipe) for contrast in study.contrasts for case in cases]
+    return [ScanFile(case, contrast, recipe) for case in cases for contrast in study.contrasts]
 
 
 def _of_split(cases: Sequence[Case], split_file: Path | None, split: str) -> list[Case]:

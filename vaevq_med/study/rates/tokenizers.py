@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
-from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.study.rates.candidates import Candidate, Coded
+import numpy as np
+
+from vaevq_med.codec.case import CompressedCase
+from vaevq_med.codec.coders.base import IndexCoder
+from vaevq_med.codec.coders.registry import make_coder
+from vaevq_med.codec.compress import check_contrasts, compress_case
+from vaevq_med.codec.container import unpack
+from vaevq_med.codec.decompress import restore, window
+from vaevq_med.codec.errors import CodecError
+from vaevq_med.codec.model import Model
+from vaevq_med.core.files import file_sha256
+from vaevq_med.study.rates.candidates import Candidate, Coded, processor_seconds
 from vaevq_med.study.rates.file import TokenizerPart
 from vaevq_med.study.rates.scans import Scan, ScanFile
+from vaevq_med.trained.network import StoredTokenizer
+
+_TOKENS = "tokens/"
 
 
 @dataclass(frozen=True)
 class TokenizerCandidate(Candidate):
     """A checkpoint, an entropy coder, and weights of the code lengths.
 
-    A case is one file of all its contrasts. A contrast is counted with its own parts and its share of what the
-    contrasts have in common: those bytes divided by the number of contrasts.
+    A case is one file of all its contrasts. A contrast is counted with its own stream of tokens and its share of all
+    else (the description, the headers, the masks, the container): those bytes divided by the number of contrasts, as
+    is the stream of a tokenizer that stacks them.
 
     Attributes:
         part: as the study's file says.
@@ -26,6 +41,7 @@ class TokenizerCandidate(Candidate):
     has_mask: ClassVar[bool] = True
 
     part: TokenizerPart
+    _last: dict[tuple[str, float], Mapping[str, Coded]] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, part: TokenizerPart) -> TokenizerCandidate:
@@ -34,15 +50,90 @@ class TokenizerCandidate(Candidate):
 
     @property
     def slices_alone(self) -> bool:
-        """A 2D tokenizer codes each slice by itself; its entropy coder may look at the slice below."""
+        """A tokenizer of slices looks at each by itself; its entropy coder may look at the slice below."""
         return True
+
+    @cached_property
+    def model(self) -> Model:
+        """The tokenizer, on one core."""
+        return Model(StoredTokenizer(self.part.checkpoint), device="cpu")
+
+    @cached_property
+    def coder(self) -> IndexCoder:
+        """Of the indices."""
+        return make_coder(self.part.coder, self.part.coder_model)
+
+    @cached_property
+    def shipped(self) -> int:
+        """Bytes of what a decoder needs besides the files, once: the network's weights, and the coder's model."""
+        state = self.model.network.state_dict().values()
+        own = sum(tensor.numel() * tensor.element_size() for tensor in state)
+        return own + (self.part.coder_model.stat().st_size if self.part.coder_model is not None else 0)
+
+    @cached_property
+    def _made_of(self) -> Mapping[str, Any]:
+        model = self.part.coder_model
+        return {
+            "tokenizer": self.model.description["hash"],
+            "coder": self.part.coder,
+            "coder_model": None if model is None else file_sha256(model),
+        }
 
     def made_of(self) -> Mapping[str, Any]:
         """The checkpoint and the coder."""
-        raise VaevqMedError(
-            f"tokenizers has {self.name}; expected none: this version does not code with tokenizers yet"
-        )
+        if any(setting for setting in self.settings):
+            raise CodecError(f"tokenizers has {self.name} with settings other than 0; expected 0, the nearest codeword")
+        return self._made_of
 
     def code(self, file: ScanFile, scan: Scan, setting: float) -> Coded:
-        """Compress the case, decompress it, and look at the contrast through the scan's window."""
-        raise NotImplementedError
+        """Compress the case, decompress it, and look at the contrast through its window."""
+        key = file.case.name, setting
+        if key not in self._last:
+            self._last.clear()  # the cases come one after the other
+            self._last[key] = self._coded(file)
+        return self._last[key][file.contrast]
+
+    def _coded(self, file: ScanFile) -> Mapping[str, Coded]:
+        """All contrasts of a case."""
+        check_contrasts(self.model, file.recipe.modalities)
+        begun = processor_seconds()
+        content = compress_case(file.case, file.recipe, self.model, self.coder).content
+        encoded = processor_seconds()
+        case = CompressedCase.from_bytes(f"{file.case.name}.vvq", content, model=self.part.coder_model)
+        units = {
+            case.contrasts[number].name: window(case, restored, number).numpy()
+            for restored in restore(case, self.model)
+            for number in restored.contrasts
+        }
+        decoded = processor_seconds()
+        count = len(case.contrasts)
+        found = {}
+        for name, (size, parts) in shares(content, case).items():
+            times = (encoded - begun) / count, (decoded - encoded) / count
+            found[name] = Coded(size, np.ascontiguousarray(units[name], np.float32), *times, parts)
+        return found
+
+
+def shares(content: bytes, case: CompressedCase) -> dict[str, tuple[int, dict[str, int]]]:
+    """Bytes of a file that each of its contrasts takes, rounded up, and what they are made of.
+
+    Args:
+        content: of the file.
+        case: that it holds.
+    """
+    parts = unpack(case.name, content)
+    streams = {
+        number: len(parts[f"{_TOKENS}{place}"]) / len(stream.contrasts)
+        for place, stream in enumerate(case.streams)
+        for number in stream.contrasts
+    }
+    masks = len(parts["masks"]) / len(case.contrasts)
+    common = (len(content) - sum(len(part) for name, part in parts.items() if name.startswith(_TOKENS))) / len(
+        case.contrasts
+    )
+    found = {}
+    for number, contrast in enumerate(case.contrasts):
+        size = int(np.ceil(streams[number] + common))
+        own = {"tokens": int(streams[number]), "masks": int(masks)}
+        found[contrast.name] = size, {**own, "common": size - sum(own.values())}
+    return found
