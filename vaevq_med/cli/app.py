@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from vaevq_med.cli import bundles, makers, prepare, rates, second_stage
+from vaevq_med.cli import bundles, codec, makers, prepare, rates, second_stage
 from vaevq_med.cli import study as studies
 from vaevq_med.cli.demo import demo
 from vaevq_med.cli.overlays import overlays
@@ -62,6 +62,9 @@ app.command()(weights)
 app.command("feature-codebook")(prepare.feature_codebook)
 app.command("encode-tokens")(second_stage.encode_tokens)
 app.command("evaluate-samples")(second_stage.evaluate_samples)
+app.command()(codec.compress)
+app.command()(codec.decompress)
+app.command()(codec.reconstruct)
 app.command()(demo)
 app.command()(overlays)
 app.command("study")(studies.study)

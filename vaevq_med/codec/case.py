@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaevq_med.codec.coders.base import IndexCoder, Layout
-from vaevq_med.codec.coders.registry import make_coder
+from vaevq_med.codec.coders.registry import known_coders, make_coder
 from vaevq_med.codec.container import pack, unpack
 from vaevq_med.codec.errors import CodecError
 from vaevq_med.codec.geometry import Turn, live_positions
@@ -218,7 +218,9 @@ def _layouts(case: CompressedCase, indices: list[NDArray[np.int64]]) -> Any:
 
 def _decoded(name: str, told: Mapping[str, Any], parts: Mapping[str, bytes], model: Path | None) -> CompressedCase:
     try:
-        coder = make_coder(told["coder"]["name"], model, told["coder"]["settings"])
+        coding = told["coder"]
+        coder_model = model if known_coders()[coding["name"]].needs_model else None
+        coder = make_coder(coding["name"], told["tokenizer"], coder_model, settings=coding["settings"])
         turn = Turn(tuple(told["axes"]), tuple(told["flips"]))
         shape = tuple(told["shape"])
         headers, start, files = zlib.decompress(parts[HEADERS]), 0, []
@@ -254,7 +256,8 @@ def _decoded(name: str, told: Mapping[str, Any], parts: Mapping[str, bytes], mod
     except CodecError as error:
         raise CodecError(f"{name}: {error}") from None
     except (KeyError, IndexError, TypeError, ValueError, zlib.error) as error:
-        raise CodecError(f"{name}: found a description that cannot be followed ({error!r}), expected that of a case") from None
+        what = f"found a description that cannot be followed ({error!r}), expected that of a case"
+        raise CodecError(f"{name}: {what}") from None
     return CompressedCase(
         case.name, case.tokenizer, case.interpolation, case.shape, case.turn, case.files, case.contrasts, found
     )

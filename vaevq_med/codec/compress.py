@@ -88,11 +88,12 @@ def check_contrasts(model: Model, contrasts: Sequence[str], *, any_contrast: boo
     checkpoint = model.description["file"]
     if model.stacked and len(contrasts) != model.in_channels:
         raise DataError(
-            f"found {len(contrasts)} contrasts ({', '.join(contrasts)}), expected {model.in_channels}, which {checkpoint} "
-            "takes as one image"
+            f"found {len(contrasts)} contrasts ({', '.join(contrasts)}), expected {model.in_channels}, which "
+            f"{checkpoint} takes as one image"
         )
     if model.contrasts is None:
-        return [f"{checkpoint} does not say for which contrasts it was trained; {', '.join(contrasts)} may not be among them"]
+        names = ", ".join(contrasts)
+        return [f"{checkpoint} does not say for which contrasts it was trained; {names} may not be among them"]
     if model.stacked and tuple(contrasts) != model.contrasts and not any_contrast:
         raise DataError(
             f"found the contrasts {', '.join(contrasts)}, expected {', '.join(model.contrasts)}, in this order, as "
@@ -101,8 +102,8 @@ def check_contrasts(model: Model, contrasts: Sequence[str], *, any_contrast: boo
     others = [name for name in contrasts if name not in model.contrasts]
     if others and not any_contrast:
         raise DataError(
-            f"found the contrast {others[0]}, expected one of {', '.join(model.contrasts)}, which {checkpoint} was trained "
-            "for; --any-contrast goes on"
+            f"found the contrast {others[0]}, expected one of {', '.join(model.contrasts)}, which {checkpoint} was "
+            "trained for; --any-contrast goes on"
         )
     return [f"{checkpoint} was not trained for {', '.join(others)}"] if others else []
 
@@ -171,9 +172,8 @@ def compress_case(
     groups = [tuple(range(len(contrasts)))] if model.stacked else [(number,) for number in range(len(contrasts))]
     streams = [_stream(model, recipe, contrasts, [*read.values()], group, slices) for group in groups]
     size = (shape[0], shape[1], shape[2])
-    made = CompressedCase(
-        case.name, model.description, recipe.interpolation, size, Turn.of(affine, recipe.axis), files, contrasts, streams
-    )
+    turn = Turn.of(affine, recipe.axis)
+    made = CompressedCase(case.name, model.description, recipe.interpolation, size, turn, files, contrasts, streams)
     content, sizes = made.to_bytes(coder)
     coded = sum(int(np.count_nonzero(made.live(group))) for group in groups) * int(model.description["num_codebooks"])
     return Compressed(
@@ -207,8 +207,8 @@ def _check_channels(case: Case, recipe: Recipe, files: Sequence[Original], place
         channels = int(np.prod(file.shape[3:]))
         if channels != taken[number]:
             raise DataError(
-                f"{file.name}: found {channels} channels, of which {taken[number]} would be compressed, expected all of "
-                "them, since the file comes back whole"
+                f"{file.name}: found {channels} channels, of which {taken[number]} would be compressed, expected all "
+                "of them, since the file comes back whole"
             )
 
 

@@ -1,8 +1,8 @@
 """One file a case: named parts in a safetensors file, which is closed by checksums, so that any damage is found.
 
 Every part is a tensor of bytes. The last one, ``verification``, holds the CRC-32 of the file's header and of each part
-before it, by which the damaged one is named, and then the SHA-256 of all the bytes before that, by which every change is
-found. docs/codec.md has the format.
+before it, by which the damaged one is named, and then the SHA-256 of all the bytes before that, by which every change
+is found. docs/codec.md has the format.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The bytes of a compressed case to its volumes: on the original grid, in the original units, in files of the same form."""
+"""The bytes of a compressed case to its volumes: on the original grid, in the original units and kind of file."""
 
 from __future__ import annotations
 

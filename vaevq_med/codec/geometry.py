@@ -183,4 +183,3 @@ def to_pixels(slices: Tensor, recipe: Recipe) -> Tensor:
     from vaevq_med.prepare.volumes.slices import resize_images  # brings MONAI along
 
     return resize_images(slices, recipe)
-

@@ -86,7 +86,7 @@ class Model:
         return found
 
     def decode(self, indices: NDArray[np.int64]) -> Tensor:
-        """Squares ``[N, C, S, S]`` in [0, 1] of indices ``[N, h, w, G]``; of gray images in color, their mean, C = 1."""
+        """Squares ``[N, C, S, S]`` in [0, 1] of indices ``[N, h, w, G]``; C is 1 where contrasts are not stacked."""
         channels = self.in_channels if self.stacked else 1
         found = torch.zeros(len(indices), channels, self.image_size, self.image_size)
 
@@ -142,11 +142,12 @@ def describe(stored: StoredTokenizer, network: VisualTokenizer) -> dict[str, Any
     quantizer, factor = network.quantizer, network.encoder.downsampling_factor
     size = int(stored.value("image_size"))
     if network.encoder.spatial_dims != 2:
-        raise CodecError(f"{stored.path}: found a tokenizer of {network.encoder.spatial_dims} axes, expected one of slices")
+        axes = network.encoder.spatial_dims
+        raise CodecError(f"{stored.path}: found a tokenizer of {axes} axes, expected one of slices")
     if not quantizer.is_discrete:
         raise CodecError(
-            f"{stored.path}: found a {type(quantizer).__name__} whose indices do not decode to its images, expected one "
-            "whose do; --readout hard selects such a read-out"
+            f"{stored.path}: found a {type(quantizer).__name__} whose indices do not decode to its images, expected "
+            "one whose do; --readout hard selects such a read-out"
         )
     if size % factor:
         raise CodecError(f"{stored.path}: found image_size {size}, expected a multiple of {factor}")
@@ -180,7 +181,7 @@ def wanted(described: Mapping[str, Any], checkpoint: Path, name: str) -> StoredT
         other = StoredTokenizer(checkpoint)
         other.check_target()
         raise CodecError(
-            f"{name}: found the tokenizer {other.content_hash} in {checkpoint}, expected {described['hash']}, with which "
-            f"it was made (of a file called {described['file']})"
+            f"{name}: found the tokenizer {other.content_hash} in {checkpoint}, expected {described['hash']}, with "
+            f"which it was made (of a file called {described['file']})"
         )
     return found

@@ -125,7 +125,11 @@ class Original:
         """
         found = self.stored(np.array([value]))
         if self.slope is not None and self.type.kind == "f":  # the quotient may be a rounding beside it
-            near = [found, np.nextafter(found, found.dtype.type(-np.inf)), np.nextafter(found, found.dtype.type(np.inf))]
+            near = [
+                found,
+                np.nextafter(found, found.dtype.type(-np.inf)),
+                np.nextafter(found, found.dtype.type(np.inf)),
+            ]
             found = next((one for one in near if self.values(one)[0] == value), found)
         return found.astype(self.type)[0]
 
@@ -159,7 +163,7 @@ class Original:
 
 
 def _of_nifti(name: str, start: bytes, compressed: bool, note: Callable[[str], None]) -> Original:
-    sizes = {int.from_bytes(start[:4], order) for order in ("little", "big")}  # type: ignore[arg-type]
+    sizes = {int.from_bytes(start[:4], order) for order in ("little", "big")}
     size, kind = (_NIFTI2, nib.Nifti2Header) if _NIFTI2 in sizes else (_NIFTI1, nib.Nifti1Header)
     header = kind(start[:size])
     if len(start) >= size + 1 and start[size] != 0:

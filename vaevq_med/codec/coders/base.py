@@ -5,10 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+from vaevq_med.codec.errors import CodecError
+
+if TYPE_CHECKING:
+    from vaevq_med.networks.tokenizer import VisualTokenizer
 
 
 @dataclass(frozen=True)
@@ -37,9 +43,35 @@ class IndexCoder(ABC):
 
     Attributes:
         name: of the coder, as a file says it.
+        needs_model: whether it takes its probabilities from a file of its own, see :meth:`load`.
     """
 
     name: ClassVar[str]
+    needs_model: ClassVar[bool] = False
+
+    @classmethod
+    def load(
+        cls,
+        model: Path | None,
+        tokenizer: Mapping[str, Any],
+        *,
+        network: VisualTokenizer | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """Make the coder for the indices of a tokenizer.
+
+        Args:
+            model: file of its own, where it needs one.
+            tokenizer: what a compressed file says of the tokenizer; ``hash`` is its content hash.
+            network: the tokenizer, where indices are to be encoded.
+            settings: those of the coder that encoded, where they are to be decoded.
+
+        Raises:
+            CodecError: it needs a file and none is named, or the other way round.
+        """
+        if model is not None:
+            raise CodecError(f"coder {cls.name}: found the model {model}, expected none, since this coder takes none")
+        return cls()
 
     @property
     def settings(self) -> Mapping[str, Any]:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vaevq_med.codec.coders.base import IndexCoder, Layout
-from vaevq_med.codec.coders.context_model import ContextModel, frequencies_of
+from vaevq_med.codec.coders.context_model import ContextModel, frequencies_of, load_context_model, model_hash
 from vaevq_med.codec.coders.neighbors import Neighborhood
 from vaevq_med.codec.coders.range_coder import RangeDecoder, RangeEncoder
 from vaevq_med.codec.coders.streams import check_indices, empty_indices, no_symbols
 from vaevq_med.codec.errors import CodecError
+
+if TYPE_CHECKING:
+    from vaevq_med.networks.tokenizer import VisualTokenizer
 
 _AT_ONCE = 2**23
 """Frequencies that the encoder holds at once: 64 MiB for each of the few arrays."""
@@ -28,6 +32,32 @@ class ContextCoder(IndexCoder):
     """
 
     name: ClassVar[str] = "context"
+    needs_model: ClassVar[bool] = True
+
+    @classmethod
+    def load(
+        cls,
+        model: Path | None,
+        tokenizer: Mapping[str, Any],
+        *,
+        network: VisualTokenizer | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """Make the coder of a file that :meth:`ContextModel.save` wrote.
+
+        Raises:
+            CodecError: no file is named, it is no such model, or it was trained on another tokenizer's indices.
+        """
+        if model is None:
+            wanted = f" ({settings['model']})" if settings else ""
+            raise CodecError(f"coder context: found no model, expected the file of one{wanted}; name it with --model")
+        found = load_context_model(model)
+        if found.tokenizer != tokenizer["hash"]:
+            raise CodecError(
+                f"{model}: found a model of the tokenizer {found.tokenizer or '(unknown)'}, expected "
+                f"{tokenizer['hash']}"
+            )
+        return cls(found, model_hash(model))
 
     def __init__(self, model: ContextModel, model_hash: str = "") -> None:
         self.model = model

@@ -35,7 +35,9 @@ class FixedLength(IndexCoder):
         """
         values = indices[layout.live].reshape(-1)  # [live positions * G]
         if values.size and not 0 <= values.min() <= values.max() < layout.num_embeddings:
-            raise CodecError(f"found indices {values.min()} to {values.max()}, expected 0 to {layout.num_embeddings - 1}")
+            raise CodecError(
+                f"found indices {values.min()} to {values.max()}, expected 0 to {layout.num_embeddings - 1}"
+            )
         bits = bits_of(layout.num_embeddings)
         shifts = np.arange(bits)[::-1]
         return np.packbits((values[:, None] >> shifts & 1).astype(np.uint8)).tobytes()

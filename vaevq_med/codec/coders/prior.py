@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, cast
+from pathlib import Path
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from vaevq_med.codec.errors import CodecError
 from vaevq_med.networks.generators.llama_blocks import LlamaBlock
 from vaevq_med.networks.generators.llamagen import LlamaGen
 from vaevq_med.networks.tokenizer import VisualTokenizer
+from vaevq_med.trained.network import StoredGenerator
 
 DELTA = 2.0**-22
 """Steps of the grid that two machines' values may differ by."""
@@ -62,6 +64,44 @@ class PriorCoder(IndexCoder):
     """
 
     name: ClassVar[str] = "prior"
+    needs_model: ClassVar[bool] = True
+
+    @classmethod
+    def load(
+        cls,
+        model: Path | None,
+        tokenizer: Mapping[str, Any],
+        *,
+        network: VisualTokenizer | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """Make the coder of a generator's checkpoint.
+
+        Raises:
+            CodecError: no checkpoint is named, it is of another kind of generator, or was trained on the tokens of
+                another tokenizer.
+            VaevqMedError: the checkpoint cannot be read.
+        """
+        if model is None:
+            wanted = f" ({settings['generator']})" if settings else ""
+            raise CodecError(
+                f"coder prior: found no model, expected a generator's checkpoint{wanted}; name it with --model"
+            )
+        stored = StoredGenerator(model)
+        trained_on = stored.tokens["tokenizer"]["content_hash"]
+        if trained_on != tokenizer["hash"]:
+            raise CodecError(f"{model}: found a generator of the tokenizer {trained_on}, expected {tokenizer['hash']}")
+        generator = stored.network()
+        if not isinstance(generator, LlamaGen):
+            raise CodecError(f"{model}: found a {type(generator).__name__}, expected a LlamaGen")
+        if settings is not None:
+            background = tuple(settings["background"])
+        elif network is not None:
+            sizes = {name: int(tokenizer[name]) for name in ("image_size", "in_channels")}
+            background = background_indices(network, **sizes)
+        else:
+            background = (0,) * generator.num_codebooks
+        return cls(generator, contrasts=stored.label_names, background=background, generator_hash=stored.content_hash)
 
     def __init__(
         self,

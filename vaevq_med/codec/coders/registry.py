@@ -8,14 +8,14 @@ import inspect
 import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vaevq_med.codec import coders
 from vaevq_med.codec.coders.base import IndexCoder
 from vaevq_med.codec.errors import CodecError
 
-BEST = ("context", "adaptive", "fixed")
-"""Those that need no further file, the best one first."""
+if TYPE_CHECKING:
+    from vaevq_med.networks.tokenizer import VisualTokenizer
 
 
 @functools.cache
@@ -31,28 +31,26 @@ def known_coders() -> Mapping[str, type[IndexCoder]]:
         content = importlib.import_module(f"{coders.__name__}.{module.name}")
         for kind in vars(content).values():
             is_coder = isinstance(kind, type) and issubclass(kind, IndexCoder) and not inspect.isabstract(kind)
-            if is_coder and kind.__module__ == content.__name__ and hasattr(kind, "name"):
+            if is_coder and kind.__module__ == content.__name__:
                 found[kind.name] = kind
     return dict(sorted(found.items()))
 
 
-def default_coder() -> str:
-    """Name of the best coder that needs no further file."""
-    return next(name for name in BEST if name in known_coders())
-
-
-def needs_model(kind: type[IndexCoder]) -> bool:
-    """Whether a coder is made with a file of its own."""
-    parameter = inspect.signature(kind).parameters.get("model")
-    return parameter is not None and parameter.default is inspect.Parameter.empty
-
-
-def make_coder(name: str, model: Path | None = None, settings: Mapping[str, Any] | None = None) -> IndexCoder:
+def make_coder(
+    name: str,
+    tokenizer: Mapping[str, Any],
+    model: Path | None = None,
+    *,
+    network: VisualTokenizer | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> IndexCoder:
     """A coder by its name.
 
     Args:
         name: one of :func:`known_coders`.
+        tokenizer: what a compressed file says of the tokenizer.
         model: file that the coder needs besides.
+        network: the tokenizer, where indices are to be encoded.
         settings: what a compressed file says of the coder that made it, which this one has to have too.
 
     Raises:
@@ -61,16 +59,10 @@ def make_coder(name: str, model: Path | None = None, settings: Mapping[str, Any]
     known = known_coders()
     if name not in known:
         raise CodecError(f"coder: found {name!r}, expected one of {', '.join(known)}")
-    takes = inspect.signature(known[name]).parameters
-    if model is None and needs_model(known[name]):
-        raise CodecError(f"coder {name}: found no file of its model, expected one; name it with --model")
-    if model is not None and "model" not in takes:
-        raise CodecError(f"coder {name}: found --model {model}, expected none, since this coder takes none")
-    make: Any = known[name]
-    coder: IndexCoder = make(model=model) if "model" in takes else make()
+    coder = known[name].load(model, tokenizer, network=network, settings=settings)
     if settings is not None:
         for key in sorted({*settings, *coder.settings}):
             found, expected = coder.settings.get(key), settings.get(key)
             if found != expected:
-                raise CodecError(f"coder {name}: found {key} {found}, expected {expected}, as the file was made with")
+                raise CodecError(f"coder {name}: found the {key} {found}, expected {expected}, with which it was coded")
     return coder

@@ -1,0 +1,146 @@
+"""Commands that turn whole volumes into few bytes and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vaevq_med.cli.flags import with_flags
+from vaevq_med.cli.show import readable_size, watched
+from vaevq_med.codec.options import CompressOptions, DecompressOptions
+
+if TYPE_CHECKING:
+    from vaevq_med.codec.job import Job, Report
+
+_Source = Annotated[
+    Path, typer.Argument(metavar="INPUT", help="A volume, a DICOM series' folder, a case, or a folder of cases.")
+]
+_Preview = Annotated[bool, typer.Option("--preview", help="Add a PNG of three planes: original, result and error.")]
+_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what other settings made.")]
+
+
+@with_flags(CompressOptions)
+def compress(
+    source: _Source,
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="A file *.vvq, or a folder of one for each case.")],
+    options: CompressOptions,
+    preview: _Preview = False,
+    overwrite: _Overwrite = False,
+) -> None:
+    """Compress volumes by a trained tokenizer: one file a case, from which the same grid and header come back.
+
+    Exit code 0: all is done; 1: done, but cases were skipped; 2: nothing could be done; 130: interrupted, the same
+    command goes on.
+    """
+    from vaevq_med.codec import work
+
+    report = _run(work.compress(source, output, options, preview=preview, overwrite=overwrite), "cases")
+    typer.echo(_done(report, "cases compressed"))
+    for line in compressed_lines(report.figures):
+        typer.echo(f"  {line}")
+    _end(report)
+
+
+@with_flags(DecompressOptions)
+def decompress(
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help="A file *.vvq, or a folder of them.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="A folder; of a single volume also its file.")],
+    options: DecompressOptions,
+    overwrite: _Overwrite = False,
+) -> None:
+    """Write the volumes of compressed files: on the original grid, with the original header, in the original units.
+
+    Exit code 0: all is done; 1: done, but files were skipped; 2: nothing could be done; 130: interrupted, the same
+    command goes on.
+    """
+    from vaevq_med.codec import work
+
+    report = _run(work.decompress(source, output, options, overwrite=overwrite), "files")
+    typer.echo(_done(report, "files decompressed"))
+    volumes = sum(found["volumes"] for found in report.figures.values())
+    typer.echo(f"  {volumes} volumes; {_time(report.figures.values(), 'seconds', 'network_seconds')}")
+    _end(report)
+
+
+@with_flags(CompressOptions)
+def reconstruct(
+    source: _Source,
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="A folder, of which each case gets one.")],
+    options: CompressOptions,
+    preview: _Preview = False,
+    overwrite: _Overwrite = False,
+) -> None:
+    """Compress and decompress at once, and report what was lost: PSNR and SSIM in the brain, in report.json.
+
+    Exit code 0: all is done; 1: done, but cases were skipped; 2: nothing could be done; 130: interrupted, the same
+    command goes on.
+    """
+    from vaevq_med.codec import work
+
+    report = _run(work.reconstruct(source, output, options, preview=preview, overwrite=overwrite), "cases")
+    typer.echo(_done(report, "cases reconstructed"))
+    for line in compressed_lines(report.figures):
+        typer.echo(f"  {line}")
+    spent = _time(report.figures.values(), "decompress_seconds", "decompress_network_seconds")
+    typer.echo(f"  and back: {spent}")
+    for line in quality_lines(report.figures):
+        typer.echo(f"  {line}")
+    _end(report)
+
+
+def _run(job: Job, units: str) -> Report:
+    with watched(job.work.kind, units) as (bar, start, skip):
+        return job.run(on_start=start, on_unit=lambda name: bar.advance(bar.task_ids[0]), on_skip=skip)
+
+
+def _done(report: Report, what: str) -> str:
+    return f"{report.output}: {report.written} {what}, {report.reused} were done, {len(report.skipped)} skipped"
+
+
+def _end(report: Report) -> None:
+    for note in report.notes:
+        typer.echo(f"  note: {note}")
+    raise typer.Exit(1 if report.skipped else 0)
+
+
+def compressed_lines(figures: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Bytes, bits a voxel and an index, and time, of all cases together.
+
+    Args:
+        figures: by case, as a report has them.
+    """
+    found = [*figures.values()]
+    size, voxels = sum(one["bytes"] for one in found), sum(one["voxels"] for one in found)
+    tokens, indices = sum(one["parts"]["tokens"] for one in found), sum(one["indices"] for one in found)
+    yield f"{readable_size(size)}, {size:,} bytes: {8 * size / voxels:.4f} bits a voxel of {voxels:,}"
+    if indices:
+        yield f"{indices:,} indices of {8 * tokens / indices:.3f} bits: {readable_size(tokens)}"
+    masks = sum(one["parts"]["masks"] for one in found)
+    yield f"masks {readable_size(masks)}, the rest {readable_size(size - tokens - masks)}"
+    yield _time(found, "seconds", "network_seconds")
+
+
+def _time(found: Any, whole: str, network: str) -> str:
+    found = [*found]
+    seconds = sum(one[whole] for one in found)
+    share = sum(one[network] for one in found) / seconds if seconds else 0.0
+    return f"{seconds:.1f} s of work, {share:.0%} of it in the network"
+
+
+def quality_lines(figures: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """The mean PSNR and SSIM of each contrast over the cases.
+
+    Args:
+        figures: by case, as a report has them.
+    """
+    by_contrast: dict[str, list[Mapping[str, float]]] = {}
+    for one in figures.values():
+        for name, quality in one["quality"].items():
+            by_contrast.setdefault(name, []).append(quality)
+    for name, found in by_contrast.items():
+        ssim: Sequence[float] = [one["ssim_foreground"] for one in found if "ssim_foreground" in one]
+        told = f", SSIM {sum(ssim) / len(ssim):.4f}" if ssim else ""
+        yield f"{name}: PSNR {sum(one['psnr_foreground'] for one in found) / len(found):.2f} dB{told} in the foreground"

@@ -1,0 +1,123 @@
+"""What ``compress`` is given: one volume, a DICOM series, a case or a folder of cases, each as cases to be read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vaevq_med.core.errors import DataError
+
+if TYPE_CHECKING:
+    from vaevq_med.prepare.job import Search
+    from vaevq_med.prepare.recipes import Recipe
+    from vaevq_med.prepare.volumes.find import Case
+
+_OTHER = re.compile(r"[^A-Za-z0-9._-]+")
+
+
+def find_inputs(
+    source: Path, recipe: Recipe, *, modality: Sequence[str] | None, cases: Path | None, exclude: Path
+) -> tuple[Search[Case], Recipe]:
+    """Find what is to be compressed, and the recipe with the contrasts of it.
+
+    Args:
+        source: a volume's file, a folder of a DICOM series, or a folder of cases.
+        recipe: whose contrasts a case must have.
+        modality: contrasts in place of the recipe's, or that of the volume.
+        cases: CSV of paths, for a layout that the search does not know.
+        exclude: a folder to leave out.
+
+    Raises:
+        DataError: there is nothing, or nothing says the contrast of a volume.
+    """
+    from vaevq_med.images.dicom import is_series
+    from vaevq_med.prepare.volumes.find import find_cases, read_cases, strip_suffix
+
+    if cases is not None or (source.is_dir() and not _is_alone(source, is_series)):
+        chosen = recipe.changed(modalities=[*modality]) if modality else recipe
+        if cases is not None:
+            return read_cases(cases, source, chosen.modalities), chosen
+        return find_cases(source, chosen.modalities, exclude=exclude), chosen
+    if not source.exists():
+        raise DataError(f"input {source}: found nothing, expected a volume, a DICOM series or a folder of cases")
+    stem = source.name if source.is_dir() else strip_suffix(source.name)
+    if stem is None:
+        raise DataError(f"input {source}: found a file of another name, expected .nii, .nii.gz, .mha or .nrrd")
+    contrasts = [*modality] if modality else [contrast_of(stem, source)]
+    return _one(source, stem, contrasts), recipe.changed(modalities=contrasts)
+
+
+def _is_alone(folder: Path, is_series: object) -> bool:
+    """Whether a folder holds a DICOM series and no volume."""
+    from vaevq_med.prepare.volumes.find import strip_suffix
+
+    files = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
+    if not files or any(strip_suffix(path.name) is not None for path in files):
+        return False
+    return callable(is_series) and bool(is_series(folder))
+
+
+def contrast_of(stem: str, source: Path) -> str:
+    """The contrast that a volume's name ends with, e.g. ``t1c`` of ``BraTS-GLI-00005-100-t1c``.
+
+    Args:
+        stem: the name without its suffix.
+        source: for the message.
+
+    Raises:
+        DataError: the name says none, or that of a segmentation.
+
+    Examples:
+        >>> contrast_of("Brats18_2013_11_1_flair", Path("x"))
+        't2f'
+    """
+    from vaevq_med.prepare.volumes.find import CONTRAST_ALIASES
+
+    found = CONTRAST_ALIASES.get(re.split(r"[-_.\s]", stem)[-1].lower())
+    if found == "seg":
+        raise DataError(f"input {source}: found a segmentation, expected an image; labels are not compressed")
+    if found is None:
+        raise DataError(
+            f"input {source}: found no contrast in the name, expected one; name it with --modality, e.g. t1c"
+        )
+    return found
+
+
+def _one(source: Path, stem: str, contrasts: Sequence[str]) -> Search[Case]:
+    """A volume as a case of its own; several contrasts are the channels of a 4D file."""
+    from vaevq_med.prepare.job import Search
+    from vaevq_med.prepare.volumes.find import Case, Volume
+    from vaevq_med.prepare.volumes.labels import BRATS2024
+
+    name = _OTHER.sub("_", stem).lstrip("._-")[:128].rstrip(".") or "volume"
+    channels = [None] if len(contrasts) == 1 else [*range(len(contrasts))]
+    images = {contrast: Volume(source, channel) for contrast, channel in zip(contrasts, channels, strict=True)}
+    return Search([Case(name, name, images, None, BRATS2024.name)])
+
+
+def fingerprint(case: Case, contrasts: Sequence[str], settings: Sequence[object]) -> str:
+    """What a finished case depends on: the settings, and names, sizes and times of the input files.
+
+    Args:
+        case: what is read.
+        contrasts: of it.
+        settings: plain values.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    files = []
+    for contrast in contrasts:
+        source = case.images[contrast]
+        paths = sorted(source.path.iterdir()) if source.path.is_dir() else [source.path]
+        for path in paths:
+            try:
+                status = path.stat()
+            except OSError as error:
+                raise DataError(f"{path.name}: found no readable file ({error.strerror}), expected a volume") from None
+            files.append([contrast, path.name, source.channel, status.st_size, status.st_mtime_ns])
+    return hashlib.sha256(json.dumps([case.name, files, *settings]).encode()).hexdigest()

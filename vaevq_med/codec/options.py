@@ -1,0 +1,72 @@
+"""The options of ``vaevq-med compress``, ``decompress`` and ``reconstruct``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from vaevq_med.core.declared import Declared, option
+from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.core.jobs import check_workers
+
+DEFAULT_CODER = "adaptive"
+"""The best one that needs no file of its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine(Declared):
+    """Where and how the network runs; none of it changes a byte on a CPU but ``batch_size``, by rounding."""
+
+    workers: int | None = option(None, "Cores to use; by default all. They share cases, or the slices of one case.")
+    batch_size: int = option(2, "Slices that go through the network at once.")
+    device: str | None = option(None, "By default the GPU, where there is one.")
+
+    def check(self) -> None:
+        """Refuse what nothing could be computed with.
+
+        Raises:
+            VaevqMedError: naming the option.
+        """
+        check_workers(self.workers)
+        if self.batch_size < 1:
+            raise VaevqMedError(f"--batch-size: found {self.batch_size}, expected 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecompressOptions(Machine):
+    """How files are decompressed."""
+
+    checkpoint: Path | None = option(
+        None, "The tokenizer that the files were made with; by default a file of its name beside them."
+    )
+    model: Path | None = option(None, "File of the entropy coder's model, where one was used.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressOptions(Machine):
+    """How volumes are compressed."""
+
+    checkpoint: Path = option(help="Checkpoint of a trained tokenizer.")
+    coder: str = option(
+        DEFAULT_CODER, "Entropy coder: fixed, adaptive, or, with --model, context or prior.", metavar="NAME"
+    )
+    model: Path | None = option(
+        None, "File of the entropy coder's model: a context model, or a generator's checkpoint."
+    )
+    recipe: str = option(
+        "brats24/axial_256", "As in slice-extract; its size becomes the tokenizer's. One that resamples is refused."
+    )
+    modality: list[str] | None = option(
+        None, "Contrast of a single volume, or those of each case; repeat. By default from names, or the recipe's."
+    )
+    cases: Path | None = option(None, "CSV case,t1n,t1c,t2w,t2f of paths, for other layouts.")
+    any_contrast: bool = option(False, "Take contrasts that the tokenizer was not trained for.")
+    assume_orientation: str | None = option(
+        None, "Where the voxels' axes point to in files whose headers do not say it, e.g. RAS or LPS."
+    )
+    accept: list[str] | None = option(
+        None, "Go on although much is lost by background, clipping or saturation.", metavar="LOSS"
+    )
+    weights: Literal["ema", "network"] = option("ema", "The averaged weights, or the last.")
+    readout: str | None = option(None, "Of a quantizer with several: soft or hard.")
