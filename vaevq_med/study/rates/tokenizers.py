@@ -8,6 +8,10 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
 
 from vaevq_med.codec.case import CompressedCase
 from vaevq_med.codec.coders.base import IndexCoder
@@ -15,8 +19,8 @@ from vaevq_med.codec.coders.registry import make_coder
 from vaevq_med.codec.compress import check_contrasts, compress_case
 from vaevq_med.codec.container import unpack
 from vaevq_med.codec.decompress import restore, window
-from vaevq_med.codec.errors import CodecError
 from vaevq_med.codec.model import Model
+from vaevq_med.codec.rate_control import constrained_indices, latents_of
 from vaevq_med.core.files import file_sha256
 from vaevq_med.study.rates.candidates import Candidate, Coded, processor_seconds
 from vaevq_med.study.rates.file import TokenizerPart
@@ -24,6 +28,33 @@ from vaevq_med.study.rates.scans import Scan, ScanFile
 from vaevq_med.trained.network import StoredTokenizer
 
 _TOKENS = "tokens/"
+_SLICES = 16
+
+
+class ConstrainedModel(Model):
+    """A tokenizer whose codewords are chosen by distance plus what they cost, see :mod:`vaevq_med.codec.rate_control`.
+
+    The frequencies are those of the slices that are encoded at once, and of the positions that show something in them:
+    any choice decodes, so the decoder need not know them.
+
+    Attributes:
+        weight: squared distance that a bit is worth; 0 takes the nearest codeword.
+    """
+
+    weight = 0.0
+
+    def encode(self, squares: Tensor) -> NDArray[np.int64]:
+        """Indices ``[N, h, w, G]`` of squares ``[N, C, S, S]`` in [0, 1]."""
+        if not self.weight:
+            return super().encode(squares)
+        found = []
+        for part in squares.split(_SLICES):
+            live = F.max_pool2d(part.amax(dim=1, keepdim=True), self.patch)[:, 0] > 0  # [n, h, w]
+            images = part.mul(2).sub(1).expand(-1, self.in_channels, -1, -1).to(self.device)
+            with torch.inference_mode():
+                latents = latents_of(self.network, images)
+            found.append(constrained_indices(latents, live.numpy(), self.weight))
+        return np.concatenate(found)
 
 
 @dataclass(frozen=True)
@@ -54,14 +85,15 @@ class TokenizerCandidate(Candidate):
         return True
 
     @cached_property
-    def model(self) -> Model:
+    def model(self) -> ConstrainedModel:
         """The tokenizer, on one core."""
-        return Model(StoredTokenizer(self.part.checkpoint), device="cpu")
+        return ConstrainedModel(StoredTokenizer(self.part.checkpoint), device="cpu")
 
     @cached_property
     def coder(self) -> IndexCoder:
         """Of the indices."""
-        return make_coder(self.part.coder, self.part.coder_model)
+        model = self.model
+        return make_coder(self.part.coder, model.description, self.part.coder_model, network=model.network)
 
     @cached_property
     def shipped(self) -> int:
@@ -81,8 +113,6 @@ class TokenizerCandidate(Candidate):
 
     def made_of(self) -> Mapping[str, Any]:
         """The checkpoint and the coder."""
-        if any(setting for setting in self.settings):
-            raise CodecError(f"tokenizers has {self.name} with settings other than 0; expected 0, the nearest codeword")
         return self._made_of
 
     def code(self, file: ScanFile, scan: Scan, setting: float) -> Coded:
@@ -90,19 +120,21 @@ class TokenizerCandidate(Candidate):
         key = file.case.name, setting
         if key not in self._last:
             self._last.clear()  # the cases come one after the other
-            self._last[key] = self._coded(file)
+            self._last[key] = self._coded(file, setting)
         return self._last[key][file.contrast]
 
-    def _coded(self, file: ScanFile) -> Mapping[str, Coded]:
+    def _coded(self, file: ScanFile, setting: float) -> Mapping[str, Coded]:
         """All contrasts of a case."""
-        check_contrasts(self.model, file.recipe.modalities)
+        model, coder, recipe = self.model, self.coder, file.recipe.changed(size=self.model.image_size)
+        check_contrasts(model, recipe.modalities)
+        model.weight = setting
         begun = processor_seconds()
-        content = compress_case(file.case, file.recipe, self.model, self.coder).content
+        content = compress_case(file.case, recipe, model, coder).content
         encoded = processor_seconds()
         case = CompressedCase.from_bytes(f"{file.case.name}.vvq", content, model=self.part.coder_model)
         units = {
             case.contrasts[number].name: window(case, restored, number).numpy()
-            for restored in restore(case, self.model)
+            for restored in restore(case, model)
             for number in restored.contrasts
         }
         decoded = processor_seconds()
