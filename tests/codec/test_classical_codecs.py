@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 
 import numpy as np
 import pytest
@@ -136,3 +137,12 @@ def test_a_missing_package_is_named_with_the_way_to_get_it(
         CODECS[name].encode(volume(), 8, 30)
     line = f'{name} needs {package}, which is not installed; expected it: pip install "vaevq_med[codecs]"'
     assert str(caught.value) == line
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="only Linux has policies of scheduling")
+@pytest.mark.parametrize("name", ["svtav1_z", "svtav1_intra", "hevc_z"])
+def test_no_encoder_raises_the_priority_of_the_process(name: str) -> None:
+    """SVT-AV1 makes itself and its caller real-time where it may, which stops everything else on a core."""
+    before = os.sched_getscheduler(0)
+    CODECS[name].encode(volume(), 8, 40)
+    assert {os.sched_getscheduler(int(thread)) for thread in os.listdir("/proc/self/task")} == {before}

@@ -12,8 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from vaevq_med.codec.classical import ClassicalCodec, codec_named
-from vaevq_med.study.rates.file import CodecPart, RateDistortionStudy
+from vaevq_med.codec.classical import ClassicalCodec
 from vaevq_med.study.rates.scans import Scan, ScanFile
 
 
@@ -127,29 +126,3 @@ class ClassicalCandidate(Candidate):
         unit = found.astype(np.float32) / top
         sizes = {"slices": len(files[0]), "streams": sum(map(len, files[1:]))}
         return Coded(sum(map(len, files)), unit, encoded - begun, decoded - encoded, sizes)
-
-
-def classical(part: CodecPart, study: RateDistortionStudy) -> list[ClassicalCandidate]:
-    """A codec's rows: one a number of bits; two numbers that its library codes alike are one row."""
-    codec = codec_named(part.name)
-    depths = dict.fromkeys(codec.depth(bits) for bits in part.bits or study.bits)
-    title = part.title or codec.title
-    settings = tuple(part.settings or codec.settings)
-    return [
-        ClassicalCandidate(f"{part.name}_{depth}", f"{title}, {depth} bit", settings, codec, depth) for depth in depths
-    ]
-
-
-def candidates(study: RateDistortionStudy) -> list[Candidate]:
-    """All rows of a study, in its order, each checked for what it needs.
-
-    Raises:
-        VaevqMedError: a package or a checkpoint is missing.
-    """
-    from vaevq_med.study.rates.tokenizers import TokenizerCandidate
-
-    found: list[Candidate] = [TokenizerCandidate.of(part) for part in study.tokenizers]
-    found += [row for part in study.codecs for row in classical(part, study)]
-    for row in found:
-        row.made_of()
-    return found

@@ -18,9 +18,10 @@ from vaevq_med.core.files import atomic_write_text
 from vaevq_med.core.folder import BusyError, OutputFolder
 from vaevq_med.evaluation.volumes import VolumeJudge
 from vaevq_med.networks.features import FeatureNetwork, feature_network
-from vaevq_med.study.rates.candidates import Candidate, candidates
+from vaevq_med.study.rates.candidates import Candidate
 from vaevq_med.study.rates.file import RateDistortionStudy
 from vaevq_med.study.rates.report import write_report
+from vaevq_med.study.rates.rows import candidates
 from vaevq_med.study.rates.scans import ScanFile, find_scans
 
 _FORMAT = 1
