@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from vaevq_med.cli import bundles, codec, makers, prepare, second_stage
+from vaevq_med.cli import bundles, codec, makers, prepare, rates, second_stage
 from vaevq_med.cli import study as studies
 from vaevq_med.cli.demo import demo
 from vaevq_med.cli.overlays import overlays
@@ -68,6 +68,7 @@ app.command()(codec.reconstruct)
 app.command()(demo)
 app.command()(overlays)
 app.command("study")(studies.study)
+app.command("rate-distortion")(rates.rate_distortion)
 for _kind in (makers.Compare, makers.Ablate, makers.Sweep, makers.CompareGeneration):
     app.command(_kind.command)(studies.maker(_kind))
 

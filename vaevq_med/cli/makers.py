@@ -51,7 +51,7 @@ class Maker(ABC):
 
     def study(self) -> Study:
         """The study that the flags stand for."""
-        from vaevq_med.study.file import check_study
+        from vaevq_med.study.file import Study, check_study
 
         budget = {"max_epochs": self.max_epochs, "steps": self.steps, "images": self.images}
         optional = {
@@ -72,7 +72,9 @@ class Maker(ABC):
             **own,
             "report": {**own.get("report", {}), **report},
         }
-        return check_study(content, self.command)
+        found = check_study(content, self.command)
+        assert isinstance(found, Study)
+        return found
 
     @abstractmethod
     def content(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vaevq_med.cli import rates
 from vaevq_med.cli.flags import with_flags
 from vaevq_med.cli.makers import Maker
 from vaevq_med.core.errors import VaevqMedError
@@ -41,9 +42,18 @@ def study(
     The same command goes on after an interruption and keeps what is finished. Exit code 0: all rows are there; 1: some
     failed; 2: nothing could be done; 130: interrupted.
     """
-    from vaevq_med.study.file import read_study
+    from vaevq_med.study.file import Study, read_study
 
-    run(read_study(file, assignments or ()), dry_run=dry_run, slurm=slurm, task=task)
+    chosen = read_study(file, assignments or ())
+    if isinstance(chosen, Study):
+        run(chosen, dry_run=dry_run, slurm=slurm, task=task)
+    elif slurm is not None or task is not None:
+        raise VaevqMedError(
+            f"{'--slurm' if slurm is not None else '--task'}: found a study that trains nothing; expected "
+            "neither, since calls side by side share its work"
+        )
+    else:
+        rates.run(chosen, dry_run=dry_run)
 
 
 def maker(kind: type[Maker]) -> Callable[..., Any]:

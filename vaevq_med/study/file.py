@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -13,9 +12,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 import yaml
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     GetPydanticSchema,
     PlainSerializer,
@@ -23,25 +20,14 @@ from pydantic import (
     WrapValidator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from vaevq_med.core.declared import with_lists
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.core.names import in_one_line, nearest
 from vaevq_med.core.resources import study_path
 from vaevq_med.evaluation.options import EvaluateOptions
+from vaevq_med.study.part import AnyStudy, Count, Name, Part, by_name, check_names, each_once, named, refuse
+from vaevq_med.study.rates.file import RateDistortionStudy
 from vaevq_med.tokens.options import EncodeOptions
-
-
-def _refuse(message: str, kind: str = "said") -> PydanticCustomError:
-    return PydanticCustomError(kind, "{said}", {"said": message})
-
-
-def _check_names(found: object, known: Collection[str]) -> None:
-    for name in found if isinstance(found, Mapping) else ():
-        if name not in known:
-            expected = nearest(name, known) or f"one of {', '.join(known)}"
-            raise _refuse(f"{in_one_line(str(name))} is unknown; expected {expected}", "name")
 
 
 def _given(kind: type) -> WrapValidator:
@@ -49,45 +35,13 @@ def _given(kind: type) -> WrapValidator:
 
     def given(value: Any, handler: Callable[[Any], Any]) -> dict[str, Any]:
         options = handler(with_lists(value, get_type_hints(kind)))
-        _check_names(value, [entry.name for entry in fields(options)])
+        check_names(value, [entry.name for entry in fields(options)])
         return {name: getattr(options, name) for name in value}
 
     return WrapValidator(given)
 
 
-_OWN_FILES = re.compile(r"(study|results|comparison|table|run|samples)\.\w+|.*\.(png|log)", re.IGNORECASE)
-"""Names that a study's output has for something else."""
-
-
-def _free(name: str) -> str:
-    if _OWN_FILES.fullmatch(name):
-        raise _refuse(f"{name}, which the output folder has for something else; expected another name")
-    return name
-
-
-def _each_once(values: list[Any]) -> list[Any]:
-    repeated = next((value for value in values if values.count(value) > 1), None)
-    if repeated is not None:
-        raise _refuse(f"{json.dumps(values)}; expected {repeated} once")
-    return values
-
-
-def _named(value: Any) -> Any:
-    """``vqgan`` as ``{name: vqgan}``."""
-    return {"name": value} if isinstance(value, str) else value
-
-
-def _by_name(items: list[Any]) -> list[Any]:
-    names = [item.name for item in items]
-    for name in names:
-        if names.count(name) > 1:
-            raise _refuse(f"a list with {name} more than once; expected each name once")
-    return items
-
-
-Name = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$", max_length=100), AfterValidator(_free)]
-Count = Annotated[int, Field(ge=1)]
-Seeds = Annotated[list[Annotated[int, Field(ge=0, le=2**32 - 1)]], Field(min_length=1), AfterValidator(_each_once)]
+Seeds = Annotated[list[Annotated[int, Field(ge=0, le=2**32 - 1)]], Field(min_length=1), AfterValidator(each_once)]
 Values = dict[str, Any]
 """Overrides by id. A text is read as on MONAI's command line: ``1e-4`` is a number, ``$...`` an expression."""
 _plain = PlainSerializer(lambda given: {k: str(v) if isinstance(v, Path) else v for k, v in given.items()})
@@ -99,17 +53,7 @@ Evaluate = Annotated[
 ]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known(cls, value: Any) -> Any:
-        _check_names(value, [entry.alias or name for name, entry in cls.model_fields.items()])
-        return with_lists(value, {name: entry.annotation for name, entry in cls.model_fields.items()})
-
-
-class Budget(_Part):
+class Budget(Part):
     """How long every row trains; at most one of the three, the bundle's own ``max_epochs`` without any.
 
     Steps and images are spread over epochs of one length, about as long as the data set: a step or so less an epoch
@@ -130,7 +74,7 @@ class Budget(_Part):
     def _one(self) -> Budget:
         given = [*self.model_dump(exclude_none=True)]
         if len(given) > 1:
-            raise _refuse(f"{' and '.join(given)}; expected one of max_epochs, steps, images")
+            raise refuse(f"{' and '.join(given)}; expected one of max_epochs, steps, images")
         return self
 
     def overrides(self) -> dict[str, str]:
@@ -155,7 +99,7 @@ class Budget(_Part):
         return "the bundle's own number of epochs"
 
 
-class _Named(_Part):
+class _Named(Part):
     """What is compared.
 
     Attributes:
@@ -203,7 +147,7 @@ class TokenizerPart(_Stage):
     checkpoint: Path | None = None
 
 
-class TokenizersPart(_Part):
+class TokenizersPart(Part):
     """Trained tokenizers: those that a study trained, seed by seed, or checkpoints.
 
     Attributes:
@@ -213,7 +157,7 @@ class TokenizersPart(_Part):
 
     source: Path | None = Field(None, alias="from")
     methods: Annotated[
-        list[Annotated[TokenizerPart, BeforeValidator(_named)]], Field(min_length=1), AfterValidator(_by_name)
+        list[Annotated[TokenizerPart, BeforeValidator(named)]], Field(min_length=1), AfterValidator(by_name)
     ]
 
     @model_validator(mode="before")
@@ -233,7 +177,7 @@ class TokenizersPart(_Part):
         for part in self.methods:
             if (self.source is None) == (part.checkpoint is None):
                 found = "neither" if self.source is None else "both"
-                raise _refuse(f"{part.name} with {found} of a checkpoint and 'from'; expected one of them")
+                raise refuse(f"{part.name} with {found} of a checkpoint and 'from'; expected one of them")
         return self
 
 
@@ -249,17 +193,17 @@ class GeneratorPart(_Stage):
     overlays: list[str] = []
 
 
-class Sweep(_Part):
+class Sweep(Part):
     """The methods at several sizes of the codebook.
 
     Attributes:
         num_embeddings: values of K.
     """
 
-    num_embeddings: Annotated[list[Annotated[int, Field(ge=2)]], Field(min_length=1), AfterValidator(_each_once)]
+    num_embeddings: Annotated[list[Annotated[int, Field(ge=2)]], Field(min_length=1), AfterValidator(each_once)]
 
 
-class Report(_Part):
+class Report(Part):
     """What is made of the finished rows.
 
     Attributes:
@@ -275,8 +219,8 @@ class Report(_Part):
     notes: list[str] = []
 
 
-class Study(_Part):
-    """What studies of both kinds say.
+class Study(AnyStudy):
+    """What studies say that train.
 
     Attributes:
         name: what MLflow, locks and SLURM call it; see :attr:`label` where empty.
@@ -293,8 +237,6 @@ class Study(_Part):
         report: what is made of the finished rows.
     """
 
-    study: str
-    name: Name = ""
     bundle: str = "brats"
     output: Path
     seeds: Seeds = [0]
@@ -315,19 +257,13 @@ class Study(_Part):
         try:
             return {**value, "launch": shlex.split(typed)} if isinstance(typed, str) else value
         except ValueError:
-            raise _refuse(f"launch is {json.dumps(typed)}; expected words, each quote closed") from None
+            raise refuse(f"launch is {json.dumps(typed)}; expected words, each quote closed") from None
 
     @property
     def label(self) -> str:
         """Its name, or what it does."""
         does = {"generators": "compare-generation"}.get(self.study, "compare")
         return self.name or ("sweep" if getattr(self, "sweep", None) else does)
-
-    def text(self) -> str:
-        """As a file that says the same."""
-        content = self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-        content |= {"report": content.pop("report")} if "report" in content else {}  # last, as what is made last
-        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None)
 
 
 class TokenizerStudy(Study):
@@ -340,7 +276,7 @@ class TokenizerStudy(Study):
 
     study: Literal["tokenizers"]
     methods: Annotated[
-        list[Annotated[MethodPart, BeforeValidator(_named)]], Field(min_length=1), AfterValidator(_by_name)
+        list[Annotated[MethodPart, BeforeValidator(named)]], Field(min_length=1), AfterValidator(by_name)
     ]
     sweep: Sweep | None = None
 
@@ -359,7 +295,7 @@ class GeneratorStudy(Study):
 
     study: Literal["generators"]
     tokenizers: TokenizersPart
-    generators: Annotated[list[GeneratorPart], Field(min_length=1), AfterValidator(_by_name)]
+    generators: Annotated[list[GeneratorPart], Field(min_length=1), AfterValidator(by_name)]
     samples: Count = 5000
     sample: Values = {}
     encode: Encode = {}
@@ -369,11 +305,15 @@ class GeneratorStudy(Study):
     def _names(self) -> GeneratorStudy:
         shared = {part.name for part in self.generators} & {part.name for part in self.tokenizers.methods}
         if shared:
-            raise _refuse(f"tokenizers has {min(shared)}, which is a generator's name; expected another", "name")
+            raise refuse(f"tokenizers has {min(shared)}, which is a generator's name; expected another", "name")
         return self
 
 
-_KINDS: dict[str, type[Study]] = {"tokenizers": TokenizerStudy, "generators": GeneratorStudy}
+_KINDS: dict[str, type[AnyStudy]] = {
+    "tokenizers": TokenizerStudy,
+    "generators": GeneratorStudy,
+    "rate_distortion": RateDistortionStudy,
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -402,7 +342,7 @@ def _parse(path: Path) -> Any:
         raise yaml.YAMLError("found lists too deep to read") from None
 
 
-def read_study(name: str, assignments: Sequence[str] = ()) -> Study:
+def read_study(name: str, assignments: Sequence[str] = ()) -> AnyStudy:
     """A study of ``bundles/studies/`` by its name, or any by its path.
 
     Args:
@@ -438,14 +378,14 @@ def _assign(content: Any, text: str) -> None:
     try:
         for name in way:
             if isinstance(content, list):
-                content[int(name)] = _named(content[int(name)])
+                content[int(name)] = named(content[int(name)])
             content = content[int(name)] if isinstance(content, list) else content.setdefault(name, {})
         content[int(last) if isinstance(content, list) else last] = yaml.load(value, _Loader)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError, yaml.YAMLError):
         raise VaevqMedError(f"set is {text!r}; expected a field of the study and a value in YAML") from None
 
 
-def check_study(content: Any, where: str) -> Study:
+def check_study(content: Any, where: str) -> AnyStudy:
     """A study of plain values.
 
     Args:
@@ -458,7 +398,8 @@ def check_study(content: Any, where: str) -> Study:
     kind = content.get("study") if isinstance(content, dict) else None
     if not isinstance(kind, str) or kind not in _KINDS:
         found = "missing" if kind is None else json.dumps(kind, default=str)
-        raise VaevqMedError(f"{where}: study is {found}; expected {' or '.join(_KINDS)}")
+        *others, last = _KINDS
+        raise VaevqMedError(f"{where}: study is {found}; expected {', '.join(others)} or {last}")
     try:
         # As JSON, so that nothing is converted but texts to paths.
         text = json.dumps(content, default=str)

@@ -1,0 +1,1 @@
+"""Studies of rate against distortion: tokenizers and classical codecs on the same volumes."""

@@ -1,0 +1,54 @@
+"""The curves of a study of rate against distortion, drawn: a panel a figure, a line a row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import colormaps
+from matplotlib.figure import Figure as Canvas
+
+from vaevq_med.evaluation.pictures import save_figure
+from vaevq_med.metrics.figures import Figure
+
+_MARKERS = "osD^v<>pPXh*"
+
+
+def draw_curves(rows: Mapping[str, Sequence[Mapping[str, Any]]], figures: Sequence[Figure], path: Path) -> None:
+    """Draw means over volumes, with intervals over patients.
+
+    Args:
+        rows: title to points, each with ``rate`` and ``figures`` as spreads.
+        figures: a panel each.
+        path: PNG file to write, atomically.
+    """
+    canvas = Canvas(figsize=(5.2 * len(figures), 5.6), layout="constrained")
+    panels = canvas.subplots(1, len(figures), squeeze=False)[0]
+    colors = colormaps["tab20"].colors  # type: ignore[attr-defined]
+    for panel, figure in zip(panels, figures, strict=True):
+        for number, (title, points) in enumerate(rows.items()):
+            own = [(p["rate"].mean, p["figures"][figure.name]) for p in points if figure.name in p["figures"]]
+            below = [spread.mean - min(spread.low, spread.mean) if spread.low == spread.low else 0 for _, spread in own]
+            above = [
+                max(spread.high, spread.mean) - spread.mean if spread.high == spread.high else 0 for _, spread in own
+            ]
+            panel.errorbar(
+                [rate for rate, _ in own],
+                [spread.mean for _, spread in own],
+                yerr=[below, above],
+                marker=_MARKERS[number % len(_MARKERS)],
+                color=colors[number % len(colors)],
+                markersize=4,
+                linewidth=1.3,
+                elinewidth=0.6,
+                capsize=2,
+                label=title,
+            )
+        panel.set_xscale("log")
+        panel.set_xlabel("bits a voxel")
+        panel.set_ylabel(figure.title)
+        panel.grid(alpha=0.3, which="both")
+    handles, labels = panels[0].get_legend_handles_labels()
+    canvas.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    save_figure(canvas, path)

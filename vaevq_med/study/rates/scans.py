@@ -1,0 +1,107 @@
+"""The volumes of a study of rate against distortion: found by patient, read through a recipe's window."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vaevq_med.core.errors import DataError
+from vaevq_med.images.foreground import foreground
+from vaevq_med.images.splits import split_by_file
+from vaevq_med.prepare.recipes import Recipe
+from vaevq_med.prepare.volumes.find import Case, find_cases, read_cases
+from vaevq_med.prepare.volumes.reading import CaseReader
+from vaevq_med.prepare.volumes.slices import fingerprint
+from vaevq_med.study.rates.file import RateDistortionStudy
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A volume as codecs are given it.
+
+    Attributes:
+        unit: intensities through the window, float32 ``[Z, Y, X]`` in [0, 1], the background 0.
+        brain: what is foreground, bool ``[Z, Y, X]``.
+        tumor: what the segmentation marks, bool ``[Z, Y, X]``; None without a segmentation, or where it is empty.
+        window: the intensities of 0 and 1.
+    """
+
+    unit: NDArray[np.float32]
+    brain: NDArray[np.bool_]
+    tumor: NDArray[np.bool_] | None
+    window: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class ScanFile:
+    """Where a volume is.
+
+    Attributes:
+        case: the examination.
+        contrast: which of its volumes.
+        recipe: how it is read.
+    """
+
+    case: Case
+    contrast: str
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        """Of its folder of records."""
+        return f"{self.case.name}_{self.contrast}"
+
+    def mark(self) -> str:
+        """Hash of its files' names, sizes and times, and of the recipe."""
+        own = {self.contrast: self.case.images[self.contrast]}
+        return fingerprint(replace(self.case, images=own), self.recipe)
+
+    def read(self) -> Scan:
+        """Read it.
+
+        Raises:
+            DataError: it is not what the recipe expects.
+        """
+        reader = CaseReader(self.recipe)
+        found = reader.contrast(self.case.images[self.contrast])
+        labels = None
+        if self.case.segmentation is not None:
+            labels = reader.labels(self.case.segmentation, self.case)[0].numpy() > 0
+        reader.close()
+        low, high = found.window
+        brain = foreground(found.stack).numpy()
+        unit = found.stack.float().sub_(low).div_(high - low).clamp_(0, 1).numpy()
+        unit[~brain] = 0
+        return Scan(unit, brain, labels if labels is not None and labels.any() else None, (low, high))
+
+
+def find_scans(study: RateDistortionStudy) -> list[ScanFile]:
+    """The volumes of the split's patients, case by case.
+
+    Raises:
+        DataError: there are none, or a contrast or a patient is missing.
+    """
+    recipe = Recipe.load(study.recipe)
+    unknown = [contrast for contrast in study.contrasts if contrast not in recipe.modalities]
+    if unknown:
+        raise DataError(f"contrasts has {unknown[0]}; expected some of {', '.join(recipe.modalities)}")
+    # A tokenizer's file is of a whole case.
+    modalities = recipe.modalities if study.tokenizers else study.contrasts
+    search = (
+        find_cases(study.input, modalities) if study.cases is None else read_cases(study.cases, study.input, modalities)
+    )
+    cases = _of_split(search.units, study.split_file, study.split)
+    if not cases:
+        raise DataError(f"input {study.input}: found no case of the split {study.split}, expected at least one")
+    return [ScanFile(case, contrast, recipe) for case in cases for contrast in study.contrasts]
+
+
+def _of_split(cases: Sequence[Case], split_file: Path | None, split: str) -> list[Case]:
+    if split_file is None:
+        return list(cases)
+    splits = split_by_file({case.patient for case in cases}, split_file)
+    return [case for case in cases if splits[case.patient] == split]
