@@ -1,16 +1,19 @@
-"""What a tokenizer of slices makes of volumes once it is inflated, before any training, and what tiles along z change.
+"""What a tokenizer of slices makes of volumes once it is inflated; what tiles along z change for one of volumes.
 
     python benchmarks/inflation.py CHECKPOINT DATASET --depth 32 --volumes 2
 
-For the middle slices of the first volumes of the test split it prints PSNR over what is not black, the inter-slice
-error and, against the same in one piece, the share of indices that tiles change and by how much the voxels differ.
+For the middle slices of the first volumes of the test split it prints, of a tokenizer of slices, PSNR over what is not
+black and the inter-slice error of the networks that start from it; of a tokenizer of volumes, against the same in one
+piece, the share of indices that tiles change and by how much windows change the voxels.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from vaevq_med.images.reading import reader
 from vaevq_med.metrics.reconstruction import to_unit
 from vaevq_med.metrics.volumes import inter_slice_error
 from vaevq_med.networks.tokenizer import VisualTokenizer
-from vaevq_med.tokens.volumes import decode_volume, encode_volume
+from vaevq_med.tokens.volumes import decode_volume, encode_volume, factors_of
 from vaevq_med.trained.inflation import inflate
 from vaevq_med.trained.network import StoredTokenizer
 
@@ -63,8 +66,48 @@ def figures(volumes: list[Tensor], through: Callable[[Tensor], Tensor]) -> tuple
     return sum(psnr) / count, sum(flicker) / count, (time.perf_counter() - started) / count
 
 
+def starts(stored: StoredTokenizer, flat: VisualTokenizer, volumes: list[Tensor]) -> None:
+    """Print what inflated networks make of the volumes, before any training."""
+    print("| network | voxels an index | PSNR | inter-slice error | s |\n| --- | --- | --- | --- | --- |", flush=True)
+    networks: dict[str, VisualTokenizer] = {"2D": flat}
+    networks |= {
+        f"3D, z/{2**steps}, {halving}": inflated(stored, flat, steps, halving)
+        for steps in range(len(stored.value("network_def")["encoder"]["channel_mult"]))
+        for halving in (("mean", "center") if steps else ("mean",))
+    }
+    for name, network in networks.items():
+        psnr, flicker, seconds = figures(volumes, partial(through, network))
+        print(f"| {name} | {math.prod(network.factors)} | {psnr:.2f} | {flicker:.5f} | {seconds:.1f} |", flush=True)
+
+
+def seams(network: VisualTokenizer, volume: Tensor) -> None:
+    """Print which indices tiles along z change, and by how much windows change the voxels."""
+    whole = encode_volume(network, volume)
+    decoded = decode_volume(network, whole, size=volume.shape[2:])
+    grid, factor = whole.shape[1:4], factors_of(network)[0]
+    print("| tiles of 2 positions along z, halo | share of indices changed |\n| --- | --- |", flush=True)
+    for halo in (0, 1, 2, 4):
+        found = encode_volume(network, volume, tile=(2, *grid[1:]), halo=(halo, 0, 0))
+        print(f"| {halo} | {float((found != whole).float().mean()):.5f} |", flush=True)
+    print(
+        "\n| windows of 4 positions along z, overlap | mean difference | largest | steps of z at windows over others |"
+    )
+    print("| --- | --- | --- | --- |", flush=True)
+    for overlap in (0.25, 0.5, 0.75):
+        found = decode_volume(network, whole, size=volume.shape[2:], tile=(4, *grid[1:]), overlap=overlap)
+        apart = (found - decoded).abs()
+        steps = found.diff(dim=2).abs().mean(dim=(0, 1, 3, 4)) / decoded.diff(dim=2).abs().mean(dim=(0, 1, 3, 4))
+        places = [factor * first - 1 for first in range(0, grid[0] - 3, int(4 * (1 - overlap))) if first]
+        print(f"| {overlap} | {apart.mean():.5f} | {apart.max():.4f} | {steps[places].mean():.3f} |", flush=True)
+
+
+def through(network: VisualTokenizer, volume: Tensor) -> Tensor:
+    """A volume through the codebook."""
+    return decode_volume(network, encode_volume(network, volume), size=volume.shape[2:])
+
+
 def main() -> None:
-    """Print the tables."""
+    """Print the table of starts of a tokenizer of slices, or that of seams of one of volumes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("dataset", type=Path)
@@ -72,50 +115,14 @@ def main() -> None:
     parser.add_argument("--volumes", type=int, default=2)
     arguments = parser.parse_args()
     stored = StoredTokenizer(arguments.checkpoint)
-    flat = stored.network()
+    network = stored.network()
     volumes = middles(arguments.dataset, stored, arguments.depth, arguments.volumes)
-
-    def through(network: VisualTokenizer, **tiles: Any) -> Callable[[Tensor], Tensor]:
-        return lambda volume: decode_volume(
-            network, encode_volume(network, volume, **tiles), size=volume.shape[2:], **_windows(tiles)
-        )
-
     count = f"{len(volumes)} volumes of {arguments.depth} slices"
-    print(f"{arguments.checkpoint.name} at iteration {stored.iteration}, {count}")
-    print("| network | voxels an index | PSNR | inter-slice error | s |\n| --- | --- | --- | --- | --- |", flush=True)
-    networks: dict[str, VisualTokenizer] = {"2D": flat}
-    networks |= {
-        f"3D, z/{2**steps}, {halving}": inflated(stored, flat, steps, halving)
-        for steps in (0, 1, 2, 3)
-        for halving in (("mean", "center") if steps else ("mean",))
-    }
-    for name, network in networks.items():
-        voxels = torch.tensor(network.factors).prod().item()
-        psnr, flicker, seconds = figures(volumes, through(network))
-        print(f"| {name} | {voxels} | {psnr:.2f} | {flicker:.5f} | {seconds:.1f} |", flush=True)
-    network = networks["3D, z/2, mean"]
-    whole = encode_volume(network, volumes[0])
-    decoded = decode_volume(network, whole, size=volumes[0].shape[2:])
-    grid = whole.shape[1:4]
-    print("\n| z/2 in tiles of 4 positions along z, halo | indices changed |\n| --- | --- |", flush=True)
-    for halo in (0, 1, 2, 4):
-        found = encode_volume(network, volumes[0], tile=(4, *grid[1:]), halo=(halo, 0, 0))
-        print(f"| {halo} | {float((found != whole).float().mean()):.5f} |", flush=True)
-    print(
-        "\n| windows along z, overlap | mean, largest difference, step at windows / elsewhere |\n| --- | --- |",
-        flush=True,
-    )
-    for window, overlap in ((8, 0.25), (8, 0.5), (8, 0.75)):
-        found = decode_volume(network, whole, size=volumes[0].shape[2:], tile=(window, *grid[1:]), overlap=overlap)
-        apart = (found - decoded).abs()
-        steps = found.diff(dim=2).abs().mean(dim=(0, 1, 3, 4)) / decoded.diff(dim=2).abs().mean(dim=(0, 1, 3, 4))
-        starts = [2 * start for start in range(0, grid[0] - window + 1, int(window * (1 - overlap))) if start]
-        at = steps[[start - 1 for start in starts]].mean()
-        print(f"| {window}, {overlap} | {apart.mean():.5f}, {apart.max():.3f}, {at:.3f} |", flush=True)
-
-
-def _windows(tiles: Mapping[str, Any]) -> dict[str, Any]:
-    return {"tile": tiles["tile"]} if "tile" in tiles else {}
+    print(f"{arguments.checkpoint.name} at iteration {stored.iteration}, {count}", flush=True)
+    if network.takes_volumes:
+        seams(network, volumes[0])
+    else:
+        starts(stored, network, volumes)
 
 
 if __name__ == "__main__":

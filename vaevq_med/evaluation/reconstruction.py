@@ -80,8 +80,9 @@ class ReconstructionEvaluation:
         self.volume_metrics = tuple(volume_metrics)
         self.lpips = lpips
         self.fid = fid
-        of_all = [metric.figure for metric in (*self.metrics, *self.volume_metrics)]
-        self.figures = [*of_all, *([figures.LPIPS] if lpips is not None else [])]
+        of_volumes = [metric.figure for metric in self.volume_metrics]
+        of_images = [metric.figure for metric in self.metrics]
+        self.figures = [*of_images, *of_volumes, *([figures.LPIPS] if lpips is not None else [])]
         names = [figure.name for figure in self.figures]
         if len(set(names)) < len(names):
             raise VaevqMedError(f"metrics: found {', '.join(names)}, expected each name once")

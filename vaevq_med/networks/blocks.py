@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,8 @@ def convolution(
     if spatial_dims not in _CONVOLUTIONS:
         raise VaevqMedError(f"spatial_dims is {spatial_dims}; expected 1, 2 or 3")
     padding = kernel_size // 2 if stride == 1 else 0
-    return _CONVOLUTIONS[spatial_dims](in_channels, out_channels, kernel_size, stride=stride, padding=padding)
+    layer: Any = _CONVOLUTIONS[spatial_dims]  # one stride of all axes, or one of each
+    return cast(nn.Module, layer(in_channels, out_channels, kernel_size, stride=stride, padding=padding))
 
 
 def group_norm(num_channels: int, kind: type[nn.GroupNorm] = nn.GroupNorm) -> nn.GroupNorm:
@@ -225,10 +226,11 @@ class MiddleBlocks(ConditionedSequential):
         within_slices: bool = False,
     ) -> None:
         width = {"in_channels": num_channels, "out_channels": num_channels}
-        settings = {"num_channels": num_channels, "norm": norm, "within_slices": within_slices}
         super().__init__(
             ResidualBlock(spatial_dims=spatial_dims, dropout=dropout, norm=norm, **width),
-            AttentionBlock(spatial_dims=spatial_dims, **settings) if attention else nn.Identity(),
+            AttentionBlock(spatial_dims=spatial_dims, num_channels=num_channels, norm=norm, within_slices=within_slices)
+            if attention
+            else nn.Identity(),
             ResidualBlock(spatial_dims=spatial_dims, dropout=dropout, norm=norm, **width),
         )
 

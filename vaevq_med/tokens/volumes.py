@@ -10,7 +10,8 @@ reach; any other one normalizes a tile by the tile.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -86,11 +87,11 @@ def _in_tiles(
         low = [max(0, first - margin) for first, margin in zip(start, halo, strict=True)]
         high = [min(last + margin, size) for last, margin, size in zip(end, halo, grid, strict=True)]
         read = [slice(a * factor, b * factor) for a, b, factor in zip(low, high, factors, strict=True)]
-        found = encode(volume[(..., *read)])
+        found = encode(volume[_box(read)])
         inner = [slice(a - first, b - first) for a, b, first in zip(start, end, low, strict=True)]
         if whole is None:
             whole = found.new_empty(*found.shape[:2], *grid)
-        whole[(..., *(slice(a, b) for a, b in zip(start, end, strict=True)))] = found[(..., *inner)]
+        whole[_box(slice(a, b) for a, b in zip(start, end, strict=True))] = found[_box(inner)]
     assert whole is not None
     return whole
 
@@ -126,5 +127,11 @@ def decode_volume(
         from monai.inferers import SlidingWindowInferer
 
         window = SlidingWindowInferer(list(tile), sw_batch_size=1, overlap=overlap, mode="gaussian")
-        volume = window(network.quantizer.indices_to_codes(indices).contiguous(), network.decode)
-    return volume[(..., *(slice(0, length) for length in size))]
+        codes = network.quantizer.indices_to_codes(indices).contiguous()
+        volume = cast(Tensor, window(codes, network.decode))
+    return volume[_box(slice(0, length) for length in size)]
+
+
+def _box(slices: Iterable[slice]) -> tuple[Any, ...]:
+    """The index of a part of the last axes."""
+    return (..., *slices)
