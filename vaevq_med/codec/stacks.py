@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,7 @@ from torch import Tensor
 
 from vaevq_med.codec.coders.base import Layout
 from vaevq_med.codec.errors import CodecError
-from vaevq_med.images.dataset import SliceDataset
 from vaevq_med.images.manifest import load_manifest
-from vaevq_med.images.reading import reader
 from vaevq_med.networks.tokenizer import VisualTokenizer
 from vaevq_med.trained.network import StoredTokenizer
 
@@ -57,9 +55,8 @@ def encode_stacks(
     *,
     max_cases: int | None = None,
     batch_size: int = 16,
-    on_case: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Stack]:
-    """Every case's contrasts of a split, each with the one before it as its reference.
+) -> Iterator[Stack]:
+    """Every case's contrasts of a split, one after the other, each with the one before it as its reference.
 
     Args:
         dataset: folder of ``dataset.json``.
@@ -67,11 +64,13 @@ def encode_stacks(
         split: ``training``, ``validation`` or ``test``.
         max_cases: the first ones only.
         batch_size: slices that go through the network at once.
-        on_case: called with the number of stacks done and of all.
 
     Raises:
         VaevqMedError: the data set or the checkpoint is not what was expected.
     """
+    from vaevq_med.images.dataset import SliceDataset  # which needs MONAI, as reading does
+    from vaevq_med.images.reading import reader
+
     manifest = load_manifest(dataset)
     network = stored.network()
     stacked = bool(stored.value("stack_modalities", False))
@@ -95,8 +94,8 @@ def encode_stacks(
         (key for key in groups if key[0] in cases),
         key=lambda key: (cases.index(key[0]), order.index(key[1]) if key[1] in order else len(order), key[1]),
     )
-    stacks: list[Stack] = []
-    for done, (case, contrast) in enumerate(names):
+    before: Stack | None = None
+    for case, contrast in names:
         numbers = sorted(groups[case, contrast], key=lambda number: int(images.data[number]["slice"]))
         slices = np.array([int(images.data[number]["slice"]) for number in numbers])
         indices, live = _encode(network, images, numbers, batch_size)
@@ -107,11 +106,10 @@ def encode_stacks(
             num_codebooks=network.quantizer.num_codebooks,
             contrast="" if stacked else contrast,
         )
-        if stacks and stacks[-1].case == case:
-            layout = replace(layout, reference=_reference(stacks[-1], layout))
-        stacks.append(Stack(case, indices, layout))
-        on_case(done + 1, len(names))
-    return stacks
+        if before is not None and before.case == case:
+            layout = replace(layout, reference=_reference(before, layout))
+        before = Stack(case, indices, layout)
+        yield before
 
 
 def _encode(
@@ -134,7 +132,7 @@ def _reference(before: Stack, layout: Layout) -> NDArray[np.int64]:
     return reference
 
 
-def save_stacks(path: Path, stacks: list[Stack]) -> None:
+def save_stacks(path: Path, stacks: Sequence[Stack]) -> None:
     """Keep stacks in a file of numpy arrays, without objects."""
     arrays: dict[str, Any] = {}
     for number, stack in enumerate(stacks):

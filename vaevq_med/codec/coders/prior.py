@@ -5,8 +5,8 @@ library's exponential. So it runs in float64, and what codes is its logits round
 machines can only differ where a logit lies so near to a boundary of that grid that their difference crosses it. The
 encoder lists every value within ``DELTA`` of a boundary, and the side it took; the decoder takes that side there and
 rounds for itself elsewhere. Hence both have the same integers, as long as their values differ by at most ``DELTA``,
-``2^-22`` of the grid's step: 6.5e-10 in a logit. float64 rounds to 1.1e-16 of a value, and what was observed, between
-step by step and all at once, and between numbers of threads, is below 1e-12 (``tests/codec/test_coder_prior.py``).
+``2^-22`` of the grid's step: 6.5e-10 in a logit. float64 rounds to 1.1e-16 of a value; between numbers
+of threads, and between slices alone and together, ``tests/codec/test_coder_prior.py`` allows a difference of 1e-11.
 """
 
 from __future__ import annotations

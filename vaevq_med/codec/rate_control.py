@@ -1,0 +1,181 @@
+"""Rates of one checkpoint: codewords chosen by distance plus what they cost in bits, or fewer of its codebooks.
+
+Entropy-constrained assignment (Chou, Lookabaugh & Gray, IEEE Trans. ASSP 1989): a position takes the codeword with the
+least ``d(z, e_k) + weight * bits_k``. The distance is the quantizer's own: ``sum_i ((e_ki - mu_i) / sigma_i)^2`` where
+it weighs by the posterior, which is what quantizing costs the image to second order, and ``|z - e_k|^2`` elsewhere. A
+larger weight chooses codewords that are expected, and the image pays for it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vaevq_med.codec.coders.base import Layout
+from vaevq_med.codec.coders.context_model import ContextModel, frequencies_of
+from vaevq_med.codec.coders.neighbors import Neighborhood
+from vaevq_med.codec.coders.range_coder import PRECISION
+from vaevq_med.codec.errors import CodecError
+from vaevq_med.networks.outputs import Posterior
+from vaevq_med.networks.posterior import DiagonalGaussian
+from vaevq_med.networks.quantizers.base import CodebookQuantizer, Quantizer, deviations, rows
+from vaevq_med.networks.quantizers.distances import Search
+from vaevq_med.networks.tokenizer import VisualTokenizer
+
+ITERATIONS = 2
+"""Times that the frequencies are counted again and the codewords chosen again."""
+
+_AT_ONCE = 2**22
+
+
+@dataclass(frozen=True)
+class Latents:
+    """What is quantized, and how its distance to a codeword is measured.
+
+    Attributes:
+        grid: ``(B, *grid)``.
+        nearest: int64 ``[N]``, the quantizer's own choice.
+        search: latents and weights in float64, and the codebook.
+    """
+
+    grid: tuple[int, ...]
+    nearest: NDArray[np.int64]
+    search: Search
+
+    def distances(self, part: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Squared distances ``[n, K]`` of some positions, less a number for each position."""
+        chosen = self.search.of(torch.from_numpy(part))
+        return 2 * chosen.scores(self.search.codebook).numpy()
+
+    def chunks(self, positions: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+        """The positions, so many at once that their distances fit the memory."""
+        step = max(1, _AT_ONCE // len(self.search.codebook))
+        return (positions[start : start + step] for start in range(0, len(positions), step))
+
+
+def latents_of(network: VisualTokenizer, images: Tensor) -> Latents:
+    """The latents of images ``[B, C, H, W]`` in [-1, 1].
+
+    Raises:
+        CodecError: the quantizer does not choose the nearest codeword of one explicit codebook.
+    """
+    quantizer = network.quantizer
+    if not isinstance(quantizer, CodebookQuantizer):
+        more = "; its rates come by the number of its codebooks" if num_rates(quantizer) > 1 else ""
+        raise CodecError(
+            f"rate: found {type(quantizer).__name__}, which has no one explicit codebook; expected a quantizer that "
+            f"chooses the nearest codeword of one{more}"
+        )
+    with torch.inference_mode():
+        encoded = network.encode(images)
+        posterior = encoded if isinstance(encoded, DiagonalGaussian) else None
+        latent = encoded.mode() if isinstance(encoded, DiagonalGaussian) else encoded
+        nearest = network.quantize(latent, posterior).indices
+        std = deviations(quantizer.assignment, cast(Posterior | None, posterior))
+        precision = None if std is None else rows(std).double().square().reciprocal()
+        codebook = quantizer.codebook().detach().double()
+        search = Search(rows(latent).double(), codebook, precision, _AT_ONCE)
+    return Latents(tuple(nearest.shape[:-1]), nearest.flatten().cpu().numpy(), search)
+
+
+def constrained_indices(
+    latents: Latents, live: NDArray[np.bool_], weight: float, *, iterations: int = ITERATIONS
+) -> NDArray[np.int64]:
+    """Indices ``[B, *grid, 1]`` by distance and frequency.
+
+    The code length of a codeword is that of how often it was chosen in the live positions before, half a time more.
+
+    Args:
+        latents: of one contrast.
+        live: bool ``[B, *grid]``: what is coded; elsewhere the nearest codeword stays.
+        weight: squared distance that a bit is worth, 0 or more.
+        iterations: how often frequencies and choices follow each other.
+
+    Raises:
+        CodecError: the weight is out of range.
+    """
+    _check(weight)
+    chosen = latents.nearest.copy()
+    places = np.flatnonzero(live.ravel())
+    size = len(latents.search.codebook)
+    for _ in range(iterations if weight and len(places) else 0):
+        counts = np.bincount(chosen[places], minlength=size) + 0.5
+        cost = weight * np.log2(counts.sum() / counts)
+        found = [(latents.distances(part) + cost).argmin(axis=1) for part in latents.chunks(places)]
+        chosen[places] = np.concatenate(found)
+    return chosen.reshape(*latents.grid, 1)
+
+
+def context_constrained_indices(
+    latents: Latents, layout: Layout, model: ContextModel, weight: float
+) -> NDArray[np.int64]:
+    """Indices ``[N, *grid, 1]`` by distance and the context model's own code length, decided in the order of coding.
+
+    Each choice is what the positions after it see; that it makes them cheaper or dearer is not looked at.
+
+    Args:
+        latents: of one contrast.
+        layout: of its stream, with the reference as it will be coded.
+        model: of the tokenizer's indices.
+        weight: squared distance that a bit is worth, 0 or more.
+
+    Raises:
+        CodecError: the weight is out of range, or there are several codebooks.
+    """
+    _check(weight)
+    if layout.num_codebooks != 1 or model.num_codebooks != 1:
+        raise CodecError(f"rate: found {layout.num_codebooks} codebooks, expected 1")
+    chosen = latents.nearest.copy()
+    if not weight:
+        return chosen.reshape(*latents.grid, 1)
+    hood = Neighborhood(layout)
+    places = np.flatnonzero(layout.live.ravel())[hood.source]
+    for start, end in zip(hood.starts[:-1], hood.starts[1:], strict=True):
+        part = slice(int(start), int(end))
+        seen, further = hood.around(part)
+        own = np.zeros((end - start, 1), np.int64)
+        hidden = model.hidden(seen, own, further, contrast=layout.contrast, codebook=0)
+        bits = PRECISION - np.log2(frequencies_of(model.logits(hidden, 0)))
+        found = (latents.distances(places[part]) + weight * bits).argmin(axis=1)
+        chosen[places[part]] = found
+        hood.symbols[hood.where[part], 0] = found
+    return chosen.reshape(*latents.grid, 1)
+
+
+def _check(weight: float) -> None:
+    if not 0 <= weight < float("inf"):
+        raise CodecError(f"weight is {weight}; expected 0 or more")
+
+
+def num_rates(quantizer: Quantizer) -> int:
+    """In how many of its codebooks a quantizer's indices can be cut: G of a residual or a nested one, else 1."""
+    return quantizer.num_codebooks if _argument(quantizer) else 1
+
+
+def partial_codes(quantizer: Quantizer, indices: Tensor) -> Tensor:
+    """Codes ``[B, D, *grid]`` of the first n codebooks' indices ``[B, *grid, n]``.
+
+    Raises:
+        CodecError: the quantizer needs all of its codebooks.
+    """
+    count, books = indices.shape[-1], quantizer.num_codebooks
+    if count == books:
+        return quantizer.indices_to_codes(indices)
+    name = _argument(quantizer)
+    if name is None or not 1 <= count < books:
+        raise CodecError(f"rate: found indices of {count} codebooks of {type(quantizer).__name__}, expected {books}")
+    padding = indices.new_zeros(*indices.shape[:-1], books - count)
+    return quantizer.indices_to_codes(torch.cat([indices, padding], dim=-1), **{name: count})
+
+
+def _argument(quantizer: Quantizer) -> str | None:
+    """By which argument a quantizer decodes the first of its codebooks alone."""
+    known = inspect.signature(quantizer.indices_to_codes).parameters
+    return next((name for name in ("num_stages", "num_active") if name in known), None)
