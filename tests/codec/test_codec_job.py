@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from helpers.index_stacks import random_model
 from helpers.scans import CONTRASTS, write_case, write_nifti
 from helpers.stores import write_checkpoint
 
@@ -312,3 +314,25 @@ def test_models_are_described(checkpoint: Path) -> None:
     assert isinstance(model, Model)
     assert model.description["patch"] == 4
     assert model.description["num_embeddings"] == 32
+
+
+def test_a_coder_with_a_model_of_its_own(cases: Path, small: Path, checkpoint: Path, tmp_path: Path) -> None:
+    described = read_description("", (small / f"{NAMES[0]}.vvq").read_bytes())["tokenizer"]
+    model, other = tmp_path / "context.safetensors", tmp_path / "other.safetensors"
+    replace(random_model(0, 32), tokenizer=described["hash"]).save(model)
+    replace(random_model(1, 32), tokenizer=described["hash"]).save(other)
+    output = tmp_path / "a.vvq"
+    compress(cases / NAMES[0], output, options_of(checkpoint, coder="context", model=model)).run()
+    content = output.read_bytes()
+    expected = CompressedCase.from_bytes("", (small / f"{NAMES[0]}.vvq").read_bytes())
+    found = CompressedCase.from_bytes("a.vvq", content, model=model)
+    for first, second in zip(expected.streams, found.streams, strict=True):
+        assert np.array_equal(first.indices, second.indices)
+    with pytest.raises(CodecError, match=r"a\.vvq: coder context: found no model, expected .*sha256:\w{64}"):
+        CompressedCase.from_bytes("a.vvq", content)
+    with pytest.raises(CodecError, match=r"found the model sha256:\w{64}, expected sha256:\w{64}"):
+        CompressedCase.from_bytes("a.vvq", content, model=other)
+    with pytest.raises(CodecError, match="expected none, since this coder takes none"):
+        compress(cases, tmp_path / "out", options_of(checkpoint, model=model))
+    with pytest.raises(CodecError, match="expected one of adaptive, context, fixed, prior"):
+        compress(cases, tmp_path / "out", options_of(checkpoint, coder="zip"))
