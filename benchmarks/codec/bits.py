@@ -154,6 +154,7 @@ def main() -> None:
     parser.add_argument("--test-cases", type=int, default=1000)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--epochs", type=float, default=4.0)
+    parser.add_argument("--batch-size", type=int, default=2048)
     parser.add_argument("--prior-width", type=int, default=128, help="0 leaves the prior out")
     parser.add_argument("--prior-depth", type=int, default=4)
     parser.add_argument("--prior-epochs", type=float, default=4.0)
@@ -192,7 +193,7 @@ def main() -> None:
     row(measure(AdaptiveCoder(), test, fixed))
     training = stacks_of(args, stored, "training", args.training_cases)
     path = args.work / f"{stored.content_hash[7:19]}-context.safetensors"
-    options = IndexModelOptions(hidden=args.hidden, epochs=args.epochs, seed=args.seed)
+    options = IndexModelOptions(hidden=args.hidden, epochs=args.epochs, batch_size=args.batch_size, seed=args.seed)
     started = time.process_time()
     model = train_context_model(
         training,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,23 +41,20 @@ def restore(case: CompressedCase, model: Model) -> Iterator[Restored]:
         case: as it was read from its file.
         model: the tokenizer that made it.
     """
-    stacked = _stacked(case, model) if model.stacked else None
+    decoded: dict[int, Tensor] = {}
     for number, file in enumerate(case.files):
         members = tuple(place for place, contrast in enumerate(case.contrasts) if contrast.file == number)
         stored = np.empty(file.shape, file.type)
         for member in members:
             contrast = case.contrasts[member]
-            slices = stacked[member] if stacked is not None else next(iter(_decoded(case, model, member).values()))
-            volume = case.turn.volume(_stored(contrast, file, slices, case.slices))
+            if member not in decoded:
+                decoded.update(_decoded(case, model, member))
+            volume = case.turn.volume(_stored(contrast, file, decoded.pop(member), case.slices))
             if contrast.channel is None:
                 stored[...] = volume.reshape(file.shape)
             else:
                 stored[..., contrast.channel] = volume
         yield Restored(file, stored, members)
-
-
-def _stacked(case: CompressedCase, model: Model) -> Mapping[int, Tensor]:
-    return _decoded(case, model, 0)
 
 
 def _decoded(case: CompressedCase, model: Model, contrast: int) -> dict[int, Tensor]:
@@ -67,7 +64,7 @@ def _decoded(case: CompressedCase, model: Model, contrast: int) -> dict[int, Ten
     shape = case.contrasts[contrast].mask.shape[1:]
     parts: dict[int, list[Tensor]] = {number: [] for number in stream.contrasts}
     for start in range(0, len(indices), _BLOCK):
-        squares = model.decode(indices[start : start + _BLOCK])  # [n, C, S, S]
+        squares = model.decode(indices[start : start + _BLOCK], len(stream.contrasts))  # [n, C, S, S]
         for channel, number in enumerate(stream.contrasts):
             parts[number].append(from_squares(squares[:, channel], shape, case.interpolation))
     return {number: torch.cat(slices) for number, slices in parts.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 
 from vaevq_med.codec.coders.context_model import ContextModel, from_floats, num_inputs
 from vaevq_med.codec.coders.neighbors import PLACE_SCALE, Neighborhood
-from vaevq_med.codec.stacks import Stack
+from vaevq_med.codec.stacks import Stack, encode_stacks
 from vaevq_med.core.declared import Declared, option
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.trained.network import StoredTokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,3 +234,76 @@ def _fit(
         optimizer.step()
         schedule.step()
         on_step(step + 1, steps, float(loss.detach()) / math.log(2))
+
+
+@dataclass(frozen=True)
+class IndexModelReport:
+    """What was written.
+
+    Attributes:
+        path: the model's file.
+        stacks: contrasts of cases that it was trained on.
+        positions: live positions of them.
+        bits: an index, the mean over the last twentieth of the steps.
+    """
+
+    path: Path
+    stacks: int
+    positions: int
+    bits: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexModel(IndexModelOptions):
+    """``vaevq-med index-model``: encode the training patients of a data set, and train a context model on them.
+
+    Attributes:
+        dataset: folder of ``dataset.json``.
+        output: file of the model, safetensors.
+        checkpoint: of the tokenizer whose indices it predicts.
+    """
+
+    dataset: Path
+    output: Path
+    checkpoint: Path
+
+    def run(
+        self,
+        *,
+        on_stack: Callable[[int], None] = lambda done: None,
+        on_step: Callable[[int, int, float], None] = lambda step, steps, bits: None,
+    ) -> IndexModelReport:
+        """Train and write the model.
+
+        Args:
+            on_stack: called with the number of stacks that are encoded.
+            on_step: as for :func:`train_context_model`.
+
+        Raises:
+            VaevqMedError: the data set, the checkpoint or an option is not what was expected.
+        """
+        self.check()
+        if not self.output.parent.is_dir():
+            raise VaevqMedError(f"output {self.output}: found no folder {self.output.parent}, expected one")
+        stored = StoredTokenizer(self.checkpoint)
+        stacks: list[Stack] = []
+        for stack in encode_stacks(self.dataset, stored, "training"):
+            stacks.append(stack)
+            on_stack(len(stacks))
+        seen: list[float] = []
+
+        def step(number: int, steps: int, bits: float) -> None:
+            seen.append(bits)
+            on_step(number, steps, bits)
+
+        model = train_context_model(
+            stacks,
+            tokenizer=stored.content_hash,
+            codebook=stored.network().quantizer.codebook(),
+            options=self,
+            on_step=step,
+        )
+        model.save(self.output)
+        last = seen[-max(1, len(seen) // 20) :]
+        positions = sum(int(stack.layout.live.sum()) for stack in stacks)
+        return IndexModelReport(self.output, len(stacks), positions, sum(last) / len(last))

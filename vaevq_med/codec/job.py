@@ -144,8 +144,9 @@ class Job:
         """
         if self.single:
             return self._run_single(on_start, on_unit)
-        problems = dict(self.work.problems)
-        for name, reason in problems.items():
+        problems, units = dict(self.work.problems), self.work.units()
+        alone = len(problems) + len(units) == 1  # what is wrong with it is told once, as the error
+        for name, reason in () if alone else problems.items():
             on_skip(name, reason)
         folder = self._folder
         folder.check()
@@ -154,7 +155,6 @@ class Job:
                 f"output {self.output}: found {folder.kind} made with other settings, expected those of this command; "
                 "choose another folder, or replace them with --overwrite"
             )
-        units = self.work.units()
         with folder.lock():
             folder.begin(self.work.mark)
             todo = [unit for unit in units if not self._finished(unit)]
@@ -165,7 +165,8 @@ class Job:
                 for unit, outcome in outcomes:
                     if isinstance(outcome, Problem):
                         problems[unit] = outcome.reason
-                        on_skip(unit, outcome.reason)
+                        if not alone:
+                            on_skip(unit, outcome.reason)
                     on_unit(unit)
             return self._finish(units, problems, frozenset(todo))
 
@@ -197,8 +198,10 @@ class Job:
     def _finish(self, units: Sequence[str], problems: Mapping[str, str], new: frozenset[str]) -> Report:
         done = [unit for unit in units if unit not in problems]
         if not done:
-            shown = f": {next(iter(problems.items()))[1]}" if len(problems) == 1 else ""
-            raise DataError(f"found no {self.work.kind} that could be done ({len(problems)} skipped){shown}")
+            if len(problems) == 1:
+                ((name, reason),) = problems.items()
+                raise DataError(f"{self.work.kind} {name}: {reason}")
+            raise DataError(f"found no {self.work.kind} that could be done, expected one ({len(problems)} skipped)")
         records = {unit: self._folder.record(unit) or {} for unit in done}
         notes = [*self.work.notes, *_gathered(note for record in records.values() for note in record["notes"])]
         figures = {unit: record["figures"] for unit, record in records.items()}
@@ -232,8 +235,9 @@ class Job:
 
     def _write_single(self, made: Made) -> bool:
         """Write the files of the only unit, the first as the output, others beside it; whether all were there."""
-        first, *others = made.files.items()
-        targets = {self.output: first[1], **{self.output.with_name(name): content for name, content in others}}
+        targets = {self.output: next(iter(made.files.values()))}
+        for name, content in [*made.files.items()][1:]:  # a picture
+            targets[self.output.with_suffix(Path(name).suffix)] = content
         present = {path: path.read_bytes() for path in targets if path.exists()}
         if present == targets:
             return True

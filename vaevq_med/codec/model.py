@@ -85,15 +85,20 @@ class Model:
         self._run(work, len(squares))
         return found
 
-    def decode(self, indices: NDArray[np.int64]) -> Tensor:
-        """Squares ``[N, C, S, S]`` in [0, 1] of indices ``[N, h, w, G]``; C is 1 where contrasts are not stacked."""
-        channels = self.in_channels if self.stacked else 1
-        found = torch.zeros(len(indices), channels, self.image_size, self.image_size)
+    def decode(self, indices: NDArray[np.int64], contrasts: int = 1) -> Tensor:
+        """Squares ``[N, C, S, S]`` in [0, 1] of indices ``[N, h, w, G]``.
+
+        Args:
+            indices: of squares of any number of positions.
+            contrasts: C, that an image has as its channels; of one contrast the channels' mean is taken.
+        """
+        height, width = (length * self.patch for length in indices.shape[1:3])
+        found = torch.zeros(len(indices), contrasts, height, width)
 
         def work(batch: slice) -> None:
             images = self.network.decode_indices(torch.from_numpy(indices[batch]).to(self.device))
             squares = images.float().add(1).div(2).clamp(0, 1)
-            found[batch] = (squares if self.stacked else squares.mean(1, keepdim=True)).cpu()
+            found[batch] = (squares if contrasts > 1 else squares.mean(1, keepdim=True)).cpu()
 
         self._run(work, len(indices))
         return found

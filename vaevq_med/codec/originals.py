@@ -23,6 +23,7 @@ _TEXT_BYTES = 2**16
 _ITK = {"metaimage": "MetaImageIO", "nrrd": "NrrdImageIO"}
 _ITK_SUFFIX = {"metaimage": ".mha", "nrrd": ".nrrd"}
 _COMPRESSED = {"metaimage": rb"^CompressedData\s*=\s*True", "nrrd": rb"^encoding:\s*(gz|gzip|bz2|bzip2)\s*$"}
+_SPACE = re.compile(rb"^(space|space directions|space origin):[^\r\n]*", re.MULTILINE | re.IGNORECASE)
 _NIFTI1, _NIFTI2 = 348, 540
 
 
@@ -41,6 +42,8 @@ class Original:
         intercept: see ``slope``.
         offset: where the voxels of a NIfTI begin.
         geometry: ``spacing``, ``origin`` and ``direction`` of the other kinds, as SimpleITK has them.
+        space: lines of an NRRD's header that say the same. SimpleITK writes products of directions and spacings, of
+            which it reads others back, by a rounding.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Original:
     intercept: float = 0.0
     offset: int = 0
     geometry: Mapping[str, list[float]] | None = None
+    space: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, path: Path, note: Callable[[str], None] = lambda text: None) -> Original:
@@ -81,7 +85,14 @@ class Original:
         """Plain values, but for the header; what is usual is left out."""
         values = {key: value for key, value in asdict(self).items() if key != "header"}
         values["header"] = len(self.header)
-        for key, usual in (("slope", None), ("intercept", 0.0), ("offset", 0), ("geometry", None), ("header", 0)):
+        for key, usual in (
+            ("slope", None),
+            ("intercept", 0.0),
+            ("offset", 0),
+            ("geometry", None),
+            ("header", 0),
+            ("space", ()),
+        ):
             if values[key] == usual:
                 del values[key]
         return {**values, "shape": list(self.shape)}
@@ -89,7 +100,8 @@ class Original:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], header: bytes) -> Original:
         """What :meth:`to_dict` gave, with the header."""
-        return cls(**{**values, "shape": tuple(values["shape"]), "header": header})
+        tuples = {name: tuple(values.get(name, ())) for name in ("shape", "space")}
+        return cls(**{**values, **tuples, "header": header})
 
     @property
     def type(self) -> np.dtype[Any]:
@@ -159,7 +171,12 @@ class Original:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"volume{_ITK_SUFFIX[self.kind]}"
             sitk.WriteImage(image, str(path), useCompression=self.compressed)
-            return path.read_bytes()
+            content = path.read_bytes()
+        if self.kind != "nrrd":
+            return content
+        head, voxels = content.split(b"\n\n", 1)
+        kept = [line for line in head.split(b"\n") if not _SPACE.match(line)]
+        return b"\n".join([*kept, *(line.encode() for line in self.space)]) + b"\n\n" + voxels
 
 
 def _of_nifti(name: str, start: bytes, compressed: bool, note: Callable[[str], None]) -> Original:
@@ -213,7 +230,14 @@ def _of_itk(path: Path, kind: str, note: Callable[[str], None]) -> Original:
             "origin": list(reader.GetOrigin()),
             "direction": list(reader.GetDirection()),
         },
+        space=_space(text) if kind == "nrrd" else (),
     )
+
+
+def _space(text: bytes) -> tuple[str, ...]:
+    """The lines of an NRRD's header that say where its voxels are."""
+    head = re.split(rb"\r?\n\r?\n", text, maxsplit=1)[0]
+    return tuple(match[0].decode("ascii", "replace") for match in _SPACE.finditer(head))
 
 
 def _of_series(folder: Path) -> Original:

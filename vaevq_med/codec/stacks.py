@@ -14,9 +14,7 @@ from torch import Tensor
 
 from vaevq_med.codec.coders.base import Layout
 from vaevq_med.codec.errors import CodecError
-from vaevq_med.images.dataset import SliceDataset
 from vaevq_med.images.manifest import load_manifest
-from vaevq_med.images.reading import reader
 from vaevq_med.networks.tokenizer import VisualTokenizer
 from vaevq_med.trained.network import StoredTokenizer
 
@@ -70,6 +68,9 @@ def encode_stacks(
     Raises:
         VaevqMedError: the data set or the checkpoint is not what was expected.
     """
+    from vaevq_med.images.dataset import SliceDataset  # which needs MONAI, as reading does
+    from vaevq_med.images.reading import reader
+
     manifest = load_manifest(dataset)
     network = stored.network()
     stacked = bool(stored.value("stack_modalities", False))

@@ -52,11 +52,7 @@ class ContextCoder(IndexCoder):
             wanted = f" ({settings['model']})" if settings else ""
             raise CodecError(f"coder context: found no model, expected the file of one{wanted}; name it with --model")
         found = load_context_model(model)
-        if found.tokenizer != tokenizer["hash"]:
-            raise CodecError(
-                f"{model}: found a model of the tokenizer {found.tokenizer or '(unknown)'}, expected "
-                f"{tokenizer['hash']}"
-            )
+        found.check_tokenizer(tokenizer["hash"])
         return cls(found, model_hash(model))
 
     def __init__(self, model: ContextModel, model_hash: str = "") -> None:

@@ -122,6 +122,17 @@ class ContextModel:
         """G."""
         return self.embedding.shape[0]
 
+    def check_tokenizer(self, content_hash: str) -> None:
+        """Refuse another tokenizer than the one whose indices it was trained on.
+
+        Raises:
+            CodecError: naming both.
+        """
+        if self.tokenizer and self.tokenizer != content_hash:
+            raise CodecError(
+                f"context model: found one of the tokenizer {self.tokenizer[:19]}..., expected {content_hash[:19]}..."
+            )
+
     def hidden(
         self,
         seen: NDArray[np.int64],
