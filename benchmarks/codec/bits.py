@@ -139,7 +139,7 @@ def train_prior(args: argparse.Namespace, stacks: Sequence[Stack], background: t
         optimizer.step()
         schedule.step()
         if step % 25 == 0 or step == steps - 1:
-            print(f"prior: step {step + 1}/{steps}, {float(loss) / math.log(2):.3f} bits", flush=True)
+            print(f"prior: step {step + 1}/{steps}, {float(loss.detach()) / math.log(2):.3f} bits", flush=True)
     size = sum(p.numel() for p in network.parameters())
     print(f"prior: {size} weights, {steps} steps, {time.process_time() - started:.0f} s of one core", flush=True)
     return PriorCoder(network.eval(), contrasts=contrasts, background=background)

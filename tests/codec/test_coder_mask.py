@@ -36,7 +36,7 @@ def read_by_the_page(data: bytes, rows: np.ndarray) -> list[int]:
 
 
 @given(seed=st.integers(0, 2**32 - 1), k=st.sampled_from([2, 3, 1024, 16_384]), count=st.integers(0, 200))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_frequencies_are_exact_and_streams_are_read_by_a_second_decoder(seed: int, k: int, count: int) -> None:
     rng = np.random.default_rng(seed)
     weights = rng.integers(0, 2 ** int(rng.integers(1, 37)), (count if k < 2000 else min(count, 5), k))
@@ -74,7 +74,7 @@ def test_symbols_of_one_table_cost_what_those_of_many_equal_rows_cost() -> None:
         hnp.arrays(bool, hnp.array_shapes(min_dims=3, max_dims=3, max_side=6), elements=st.just(True)),
     )
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_masks_come_back(mask: np.ndarray) -> None:
     data = encode_mask(mask)
     back = decode_mask(data, mask.shape)
@@ -100,7 +100,7 @@ def test_no_axis_order_and_no_place_matters_to_losslessness() -> None:
 
 
 @given(place=st.integers(0, 10_000), change=st.integers(1, 255), cut=st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_damage_is_refused_or_gives_another_mask(place: int, change: int, cut: bool) -> None:
     mask = ball((6, 12, 12), 5)
     data = bytearray(encode_mask(mask))

@@ -102,7 +102,7 @@ def test_what_lies_at_dead_positions_changes_no_byte(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(place=st.integers(0, 10_000), change=st.integers(0, 255), cut=st.booleans())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_damaged_bytes_are_refused_or_give_other_indices(kind: str, place: int, change: int, cut: bool) -> None:
     stack = smooth_stack(1, shape=(3, 4, 5))
     coder = coder_of(kind, stack.layout)
