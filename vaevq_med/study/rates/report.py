@@ -132,7 +132,7 @@ class Report:
             f"{len(self.records)} records. Rates are bits a voxel of the whole grid; figures are read off each "
             "volume's curve by a monotone cubic over the logarithm of the rate and then averaged. In [ ] stands the "
             "95 % interval over patients (bootstrap), in ( ) the number of volumes where it is not all of them; a dash "
-            "is a rate that no setting reached.",
+            "is a rate that the settings reached on half of them or fewer.",
             "",
         ]
         for figure in FIGURES:
@@ -157,13 +157,13 @@ class Report:
 
     def _cell(self, name: str, rate: float, figure: Figure, split: Sequence[str]) -> str:
         whole = self.at(name, rate, figure.name)
-        if not whole.n:
+        total = len([c for c in self.curves[name] if figure.name in c.figures])
+        if whole.n <= total / 2:  # a mean over the few that are cheap, or dear, would mislead
             return "–"
         parts = [self.at(name, rate, figure.name, contrast) for contrast in split] or [whole]
         text = " / ".join("–" if not part.n else figure.show(part.mean) for part in parts)
         if not math.isnan(whole.low):
             text += f" [{figure.show(whole.low)}, {figure.show(whole.high)}]"
-        total = len([c for c in self.curves[name] if figure.name in c.figures])
         return text if whole.n == total else f"{text} ({whole.n} of {total})"
 
     def _deltas(self) -> list[str]:
