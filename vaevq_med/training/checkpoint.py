@@ -244,13 +244,7 @@ class TrainingCheckpoint:
         if missing:
             raise CheckpointError(f"{path}: found no {', '.join(missing)}, expected a checkpoint to resume from")
         self._check_same(state, path)
-        now, before = _feature_weights(engine), state.get("feature_weights", {})
-        for name in now.keys() & before.keys():
-            if now[name] != before[name]:
-                raise CheckpointError(
-                    f"feature_weights is a file of {name} of the hash {now[name][:19]}, was {before[name][:19]} in "
-                    f"{path}; expected the same to go on: {_OTHERWISE}"
-                )
+        self._check_feature_weights(_feature_weights(engine), state.get("feature_weights", {}), path)
         if state.get("epoch_length") != engine.state.epoch_length:
             now, before = (config.get("batch_size") for config in (self.config, self._stored(state).config))
             lengths = f"{engine.state.epoch_length} iterations, was {state.get('epoch_length')}"
@@ -300,6 +294,15 @@ class TrainingCheckpoint:
         changed = changes(stored.config, config) if stored.config and config else {}
         if changed:
             self.changes.append({"iteration": state["iteration"], "changed": changed})
+
+    @staticmethod
+    def _check_feature_weights(now: Mapping[str, str], before: Mapping[str, str], path: Path) -> None:
+        for name in now.keys() & before.keys():
+            if now[name] != before[name]:
+                raise CheckpointError(
+                    f"feature_weights is a file of {name} of the hash {now[name][:19]}, was {before[name][:19]} in "
+                    f"{path}; expected the same to go on: {_OTHERWISE}"
+                )
 
     def change_tags(self) -> dict[str, str]:
         """The changes as tags of a tracked run: ``changed.400`` to ``learning_rate 0.0001 -> 1e-06``."""
