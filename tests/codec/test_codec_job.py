@@ -21,6 +21,7 @@ from helpers.stores import write_checkpoint
 
 from vaevq_med.cli import app as cli
 from vaevq_med.codec.case import CompressedCase, read_description
+from vaevq_med.codec.coders.adaptive import AdaptiveCoder
 from vaevq_med.codec.container import pack, unpack
 from vaevq_med.codec.errors import CodecError
 from vaevq_med.codec.model import Model
@@ -336,3 +337,74 @@ def test_a_coder_with_a_model_of_its_own(cases: Path, small: Path, checkpoint: P
         compress(cases, tmp_path / "out", options_of(checkpoint, model=model))
     with pytest.raises(CodecError, match="expected one of adaptive, context, fixed, prior"):
         compress(cases, tmp_path / "out", options_of(checkpoint, coder="zip"))
+
+
+def test_a_bit_that_is_worth_more_makes_a_smaller_file(
+    cases: Path, small: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    def streams(**options: Any) -> tuple[int, list[Any]]:
+        output = tmp_path / f"{len([*tmp_path.iterdir()])}.vvq"
+        compress(cases / NAMES[0], output, options_of(checkpoint, **options)).run()
+        parts = unpack("", output.read_bytes())
+        case = CompressedCase.from_bytes("", output.read_bytes(), model=options.get("model"))
+        return sum(len(part) for name, part in parts.items() if name.startswith("tokens/")), case.streams
+
+    nearest, plain = streams()
+    # So small a weight decides ties alone, of which there are none.
+    same, kept = streams(rate_weight=1e-12)
+    assert same == nearest
+    assert all(np.array_equal(a.indices, b.indices) for a, b in zip(plain, kept, strict=True))
+    sizes = [nearest, *(streams(rate_weight=weight)[0] for weight in (1e-4, 1e-3, 1e-2, 1e9))]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len({*sizes}) > 2
+    # Where bits are all that counts, every position takes the commonest codeword.
+    assert all(np.unique(one.indices).size <= 2 for one in streams(rate_weight=1e9)[1])
+    described = read_description("", (small / f"{NAMES[0]}.vvq").read_bytes())["tokenizer"]
+    model = tmp_path / "context.safetensors"
+    replace(random_model(0, 32), tokenizer=described["hash"]).save(model)
+    by_context = [streams(coder="context", model=model, rate_weight=weight)[0] for weight in (0.0, 1.0)]
+    assert by_context[1] < by_context[0]
+    with pytest.raises(VaevqMedError, match="--rate-weight: found -1"):
+        compress(cases, tmp_path / "out", options_of(checkpoint, rate_weight=-1.0))
+
+
+def test_indices_that_come_out_otherwise_are_refused(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = (small / f"{NAMES[0]}.vvq").read_bytes()
+    decode = AdaptiveCoder.decode
+
+    def elsewhere(self: AdaptiveCoder, data: bytes, layout: Any) -> Any:
+        found = decode(self, data, layout)
+        found[tuple(np.argwhere(layout.live)[-1])] ^= 1
+        return found
+
+    monkeypatch.setattr(AdaptiveCoder, "decode", elsewhere)
+    with pytest.raises(CodecError, match="found the indices of stream 0 other than those that were coded"):
+        CompressedCase.from_bytes("", content)
+
+
+def test_a_context_model_is_trained_and_used_by_the_commands(
+    slice_dataset: Path,
+    cases: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    checkpoint = write_checkpoint(tmp_path / "best.pt")
+
+    def run(*words: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["vaevq-med", *map(str, words)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        return int(exit_.value.code or 0)
+
+    model = tmp_path / "context.safetensors"
+    sizes = ("--hidden", 8, "--width", 4, "--epochs", 1)
+    assert run("index-model", slice_dataset, model, "--checkpoint", checkpoint, *sizes) == 0
+    assert "bits an index" in capsys.readouterr().out
+    words = ("--checkpoint", checkpoint, "--coder", "context", "--model", model, "--workers", 1)
+    assert run("compress", cases / NAMES[0], tmp_path / "a.vvq", *words) == 0
+    decoding = ("--checkpoint", checkpoint, "--model", model, "--workers", 1)
+    assert run("decompress", tmp_path / "a.vvq", tmp_path / "back", *decoding) == 0
+    assert len([*(tmp_path / "back").glob("*.nii.gz")]) == len(CONTRASTS)
+    assert run("index-model", slice_dataset, tmp_path / "none" / "m", "--checkpoint", checkpoint) == 2
+    assert "found no folder" in capsys.readouterr().err

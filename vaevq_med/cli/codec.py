@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vaevq_med.cli.flags import with_flags
-from vaevq_med.cli.show import readable_size, watched
-from vaevq_med.codec.options import CompressOptions, DecompressOptions
+from vaevq_med.cli.show import progress_bar, readable_size, watched
+from vaevq_med.codec.options import CompressOptions, DecompressOptions, IndexModelOptions
 
 if TYPE_CHECKING:
     from vaevq_med.codec.job import Job, Report
@@ -89,6 +89,32 @@ def reconstruct(
     for line in quality_lines(report.figures):
         typer.echo(f"  {line}")
     _end(report)
+
+
+@with_flags(IndexModelOptions)
+def index_model(
+    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Folder of dataset.json, of slice-extract.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="File to write, .safetensors.")],
+    checkpoint: Annotated[Path, typer.Option(help="Checkpoint of the tokenizer whose indices it predicts.")],
+    options: IndexModelOptions,
+) -> None:
+    """Train a context model on the training patients' indices, for compress --coder context --model OUTPUT.
+
+    Exit code 0: it is written; 2: nothing could be done; 130: interrupted, nothing is written.
+    """
+    from vaevq_med.codec.index_model import IndexModel
+
+    with progress_bar() as bar:
+        encoding = bar.add_task("contrasts of cases encoded", total=None)
+        training = bar.add_task("training steps", total=None)
+        report = IndexModel(dataset=dataset, output=output, checkpoint=checkpoint, **vars(options)).run(
+            on_stack=lambda done: bar.update(encoding, completed=done),
+            on_step=lambda step, steps, bits: bar.update(training, completed=step, total=steps),
+        )
+    typer.echo(f"{report.path}: {readable_size(report.path.stat().st_size)}")
+    typer.echo(
+        f"  {report.positions:,} positions of {report.stacks} contrasts of cases: {report.bits:.3f} bits an index"
+    )
 
 
 def _run(job: Job, units: str) -> Report:

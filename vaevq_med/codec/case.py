@@ -113,7 +113,8 @@ class CompressedCase:
         parts, streams = {}, []
         for number, (stream, layout) in enumerate(_layouts(self, [stream.indices for stream in self.streams])):
             parts[f"{_STREAM}/{number}"] = coder.encode(stream.indices, layout)
-            streams.append({"contrasts": list(stream.contrasts), "fill": list(stream.fill)})
+            told_of = {"contrasts": list(stream.contrasts), "fill": list(stream.fill), "crc": _crc(stream.indices)}
+            streams.append(told_of)
         headers = b"".join(file.header for file in self.files)
         description = {
             "case": self.name,
@@ -190,6 +191,37 @@ def live_of(
     )
 
 
+def layout_of(
+    tokenizer: Mapping[str, Any],
+    live: NDArray[np.bool_],
+    slices: NDArray[np.int64],
+    contrasts: Sequence[str],
+    reference: NDArray[np.int64] | None,
+) -> Layout:
+    """What a coder knows of a stream before its first index.
+
+    Args:
+        tokenizer: what a file says of it.
+        live: positions that are coded, ``[n, h, w]``.
+        slices: numbers of the coded slices.
+        contrasts: names of those that the stream shows.
+        reference: indices of the stream before it, ``[n, h, w, G]``, 0 where they are not coded.
+    """
+    return Layout(
+        live=live,
+        slices=slices,
+        num_embeddings=int(tokenizer["num_embeddings"]),
+        num_codebooks=int(tokenizer["num_codebooks"]),
+        contrast=contrasts[0] if len(contrasts) == 1 else "",
+        reference=reference,
+    )
+
+
+def _crc(indices: NDArray[np.int64]) -> int:
+    """CRC-32 of indices, 0 where they are not coded, as 32-bit little-endian integers."""
+    return zlib.crc32(np.ascontiguousarray(indices, "<i4").tobytes())
+
+
 def _opened(name: str, content: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
     parts = unpack(name, content)
     try:
@@ -203,17 +235,9 @@ def _layouts(case: CompressedCase, indices: list[NDArray[np.int64]]) -> Any:
     """Each stream, with what its coder knows before it: of the indices, those before it have to be there by then."""
     slices = case.slices
     for number, stream in enumerate(case.streams):
-        yield (
-            stream,
-            Layout(
-                live=case.live(stream.contrasts),
-                slices=slices,
-                num_embeddings=int(case.tokenizer["num_embeddings"]),
-                num_codebooks=int(case.tokenizer["num_codebooks"]),
-                contrast=case.contrasts[stream.contrasts[0]].name if len(stream.contrasts) == 1 else "",
-                reference=indices[number - 1] if number else None,
-            ),
-        )
+        names = [case.contrasts[contrast].name for contrast in stream.contrasts]
+        reference = indices[number - 1] if number else None
+        yield stream, layout_of(case.tokenizer, case.live(stream.contrasts), slices, names, reference)
 
 
 def _decoded(name: str, told: Mapping[str, Any], parts: Mapping[str, bytes], model: Path | None) -> CompressedCase:
@@ -252,6 +276,11 @@ def _decoded(name: str, told: Mapping[str, Any], parts: Mapping[str, bytes], mod
         found = []
         for number, (stream, layout) in enumerate(_layouts(case, indices)):
             indices.append(coder.decode(parts[f"{_STREAM}/{number}"], layout))
+            if _crc(indices[-1]) != told["streams"][number]["crc"]:
+                raise CodecError(
+                    f"found the indices of stream {number} other than those that were coded, expected the same: the "
+                    f"coder {coder.name} computes otherwise on this machine"
+                )
             found.append(Stream(stream.contrasts, stream.fill, indices[-1]))
     except CodecError as error:
         raise CodecError(f"{name}: {error}") from None

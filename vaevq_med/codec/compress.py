@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vaevq_med.codec.case import CompressedCase, Contrast, Stream, coded_slices, live_of
+from vaevq_med.codec.case import CompressedCase, Contrast, Stream, coded_slices, layout_of, live_of
 from vaevq_med.codec.coders.base import IndexCoder
 from vaevq_med.codec.geometry import Turn, to_pixels
 from vaevq_med.codec.model import Model
 from vaevq_med.codec.originals import Original
+from vaevq_med.codec.rate_control import chosen_indices, joined
 from vaevq_med.core.errors import DataError
 from vaevq_med.core.numbers import percent
 from vaevq_med.images.foreground import foreground
@@ -116,6 +117,7 @@ def compress_case(
     *,
     orientation: str | None = None,
     accept: Collection[str] = (),
+    rate_weight: float = 0.0,
     keep: bool = False,
 ) -> Compressed:
     """Compress the contrasts of a case that a recipe names.
@@ -127,11 +129,13 @@ def compress_case(
         coder: of its indices.
         orientation: of files that state none, e.g. ``RAS``; they are refused where it is None.
         accept: which of :data:`vaevq_med.prepare.volumes.discarded.LIMITS` may be exceeded.
+        rate_weight: squared distance in the latent that a bit is worth in the choice of codewords; 0 takes the nearest.
         keep: keep the originals, for a comparison.
 
     Raises:
         DataError: a volume is not what was expected, too much of it would be lost, or a slice data set would leave the
             case out.
+        CodecError: codewords cannot be chosen by their bits with this quantizer.
     """
     from vaevq_med.prepare.volumes.reading import CaseReader  # brings MONAI along
 
@@ -170,7 +174,11 @@ def compress_case(
         )
     slices = coded_slices([contrast.mask for contrast in contrasts])
     groups = [tuple(range(len(contrasts)))] if model.stacked else [(number,) for number in range(len(contrasts))]
-    streams = [_stream(model, recipe, contrasts, [*read.values()], group, slices) for group in groups]
+    streams: list[Stream] = []
+    for group in groups:
+        reference = streams[-1].indices if streams else None
+        found_of = [*read.values()]
+        streams.append(_stream(model, coder, recipe, contrasts, found_of, group, slices, reference, rate_weight))
     size = (shape[0], shape[1], shape[2])
     turn = Turn.of(affine, recipe.axis)
     made = CompressedCase(case.name, model.description, recipe.interpolation, size, turn, files, contrasts, streams)
@@ -214,20 +222,30 @@ def _check_channels(case: Case, recipe: Recipe, files: Sequence[Original], place
 
 def _stream(
     model: Model,
+    coder: IndexCoder,
     recipe: Recipe,
     contrasts: Sequence[Contrast],
     read: Sequence[ReadContrast],
     group: tuple[int, ...],
     slices: NDArray[np.int64],
+    reference: NDArray[np.int64] | None,
+    rate_weight: float,
 ) -> Stream:
     """The indices of some contrasts, as one image each slice."""
-    found = []
-    for block in np.array_split(slices, -(-len(slices) // _BLOCK)):
-        squares = [to_pixels(windowed(read[number], block), recipe) for number in group]  # each [n, S, S]
-        found.append(model.encode(torch.stack(squares, dim=1)))
-    indices = np.concatenate(found)  # [N, h, w, G]
+
+    def squares() -> Iterator[Tensor]:
+        for block in np.array_split(slices, -(-len(slices) // _BLOCK)):
+            each = [to_pixels(windowed(read[number], block), recipe) for number in group]  # [n, S, S]
+            yield torch.stack(each, dim=1)
+
     masks = [contrasts[number].mask for number in group]
     live = live_of(masks, slices, model.description, recipe.interpolation)
+    if rate_weight:
+        latents = joined([model.latents(block) for block in squares()])
+        layout = layout_of(model.description, live, slices, [contrasts[number].name for number in group], reference)
+        indices = chosen_indices(latents, layout, coder, rate_weight)
+    else:
+        indices = np.concatenate([model.encode(block) for block in squares()])  # [N, h, w, G]
     fill = _most_common(indices[~live]) if not live.all() else (0,) * indices.shape[-1]
     return Stream(group, fill, np.where(live[..., None], indices, 0))
 

@@ -15,40 +15,10 @@ from torch import Tensor, nn
 
 from vaevq_med.codec.coders.context_model import ContextModel, from_floats, num_inputs
 from vaevq_med.codec.coders.neighbors import PLACE_SCALE, Neighborhood
+from vaevq_med.codec.options import IndexModelOptions
 from vaevq_med.codec.stacks import Stack, encode_stacks
-from vaevq_med.core.declared import Declared, option
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.trained.network import StoredTokenizer
-
-
-@dataclass(frozen=True, kw_only=True)
-class IndexModelOptions(Declared):
-    """How a context model is trained."""
-
-    hidden: int = option(256, "Units of each of the two hidden layers.")
-    width: int = option(16, "Channels of a symbol's embedding.")
-    epochs: float = option(4.0, "Times that every position is seen.")
-    batch_size: int = option(2048, "Positions in a step.")
-    learning_rate: float = option(3e-3, "At its highest.")
-    dropout: float = option(0.0, "Share of hidden units dropped.")
-    seed: int = option(0, "Of the start and of the order.")
-
-    def check(self) -> None:
-        """Refuse what no model could be trained with.
-
-        Raises:
-            VaevqMedError: naming the option.
-        """
-        whole = {"hidden": (self.hidden, 4096), "width": (self.width, 128), "batch-size": (self.batch_size, 2**20)}
-        for name, (value, most) in whole.items():
-            if not 1 <= value <= most:
-                raise VaevqMedError(f"--{name}: found {value}, expected 1 to {most}")
-        if not (self.epochs > 0 and self.learning_rate > 0):
-            raise VaevqMedError(
-                f"--epochs, --learning-rate: found {self.epochs}, {self.learning_rate}, expected both above 0"
-            )
-        if not 0 <= self.dropout < 1:
-            raise VaevqMedError(f"--dropout: found {self.dropout}, expected 0 to below 1")
 
 
 class ContextNetwork(nn.Module):

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vaevq_med.codec.errors import CodecError
+from vaevq_med.codec.rate_control import Latents, joined, latents_of
 from vaevq_med.networks.precision import full_precision
 from vaevq_med.networks.tokenizer import VisualTokenizer
 from vaevq_med.trained.device import named_device
@@ -79,11 +80,28 @@ class Model:
         found = np.zeros((len(squares), grid, grid, int(self.description["num_codebooks"])), np.int64)
 
         def work(batch: slice) -> None:
-            images = squares[batch].mul(2).sub_(1).expand(-1, self.in_channels, -1, -1).to(self.device)
-            found[batch] = self.network.encode_indices(images).cpu().numpy()
+            found[batch] = self.network.encode_indices(self._images(squares[batch])).cpu().numpy()
 
         self._run(work, len(squares))
         return found
+
+    def latents(self, squares: Tensor) -> Latents:
+        """What is quantized of squares ``[N, C, S, S]`` in [0, 1], for a choice of codewords by their bits.
+
+        Raises:
+            CodecError: the quantizer does not choose the nearest codeword of one explicit codebook.
+        """
+        found: dict[int, Latents] = {}
+
+        def work(batch: slice) -> None:
+            found[batch.start] = latents_of(self.network, self._images(squares[batch]))
+
+        self._run(work, len(squares))
+        return joined([found[start] for start in sorted(found)])
+
+    def _images(self, squares: Tensor) -> Tensor:
+        """Squares ``[n, C, S, S]`` in [0, 1] as the network takes them."""
+        return squares.mul(2).sub_(1).expand(-1, self.in_channels, -1, -1).to(self.device)
 
     def decode(self, indices: NDArray[np.int64], contrasts: int = 1) -> Tensor:
         """Squares ``[N, C, S, S]`` in [0, 1] of indices ``[N, h, w, G]``.

@@ -1,4 +1,4 @@
-"""The options of ``vaevq-med compress``, ``decompress`` and ``reconstruct``."""
+"""The options of ``vaevq-med compress``, ``decompress``, ``reconstruct`` and ``index-model``."""
 
 from __future__ import annotations
 
@@ -68,5 +68,48 @@ class CompressOptions(Machine):
     accept: list[str] | None = option(
         None, "Go on although much is lost by background, clipping or saturation.", metavar="LOSS"
     )
+    rate_weight: float = option(
+        0.0, "Squared distance in the latent that a bit is worth: above 0, fewer bytes and a coarser image."
+    )
     weights: Literal["ema", "network"] = option("ema", "The averaged weights, or the last.")
     readout: str | None = option(None, "Of a quantizer with several: soft or hard.")
+
+    def check(self) -> None:
+        """Refuse what nothing could be computed with.
+
+        Raises:
+            VaevqMedError: naming the option.
+        """
+        super().check()
+        if not 0 <= self.rate_weight < float("inf"):
+            raise VaevqMedError(f"--rate-weight: found {self.rate_weight}, expected 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexModelOptions(Declared):
+    """How a context model is trained."""
+
+    hidden: int = option(256, "Units of each of the two hidden layers.")
+    width: int = option(16, "Channels of a symbol's embedding.")
+    epochs: float = option(4.0, "Times that every position is seen.")
+    batch_size: int = option(2048, "Positions in a step.")
+    learning_rate: float = option(3e-3, "At its highest.")
+    dropout: float = option(0.0, "Share of hidden units dropped.")
+    seed: int = option(0, "Of the start and of the order.")
+
+    def check(self) -> None:
+        """Refuse what no model could be trained with.
+
+        Raises:
+            VaevqMedError: naming the option.
+        """
+        whole = {"hidden": (self.hidden, 4096), "width": (self.width, 128), "batch-size": (self.batch_size, 2**20)}
+        for name, (value, most) in whole.items():
+            if not 1 <= value <= most:
+                raise VaevqMedError(f"--{name}: found {value}, expected 1 to {most}")
+        if not (self.epochs > 0 and self.learning_rate > 0):
+            raise VaevqMedError(
+                f"--epochs, --learning-rate: found {self.epochs}, {self.learning_rate}, expected both above 0"
+            )
+        if not 0 <= self.dropout < 1:
+            raise VaevqMedError(f"--dropout: found {self.dropout}, expected 0 to below 1")

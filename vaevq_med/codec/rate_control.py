@@ -9,7 +9,7 @@ larger weight chooses codewords that are expected, and the image pays for it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vaevq_med.codec.coders.base import Layout
+from vaevq_med.codec.coders.base import IndexCoder, Layout
 from vaevq_med.codec.coders.context_model import ContextModel, frequencies_of
 from vaevq_med.codec.coders.neighbors import Neighborhood
 from vaevq_med.codec.coders.range_coder import PRECISION
@@ -58,6 +58,44 @@ class Latents:
         """The positions, so many at once that their distances fit the memory."""
         step = max(1, _AT_ONCE // len(self.search.codebook))
         return (positions[start : start + step] for start in range(0, len(positions), step))
+
+
+def joined(parts: Sequence[Latents]) -> Latents:
+    """The latents of several batches as those of one.
+
+    Args:
+        parts: of one network, at least one.
+    """
+    searches = [part.search for part in parts]
+    weighs = [search.precision for search in searches if search.precision is not None]
+    first = searches[0]
+    return Latents(
+        (sum(part.grid[0] for part in parts), *parts[0].grid[1:]),
+        np.concatenate([part.nearest for part in parts]),
+        Search(
+            torch.cat([search.latents for search in searches]),
+            first.codebook,
+            torch.cat(weighs) if weighs else None,
+            first.chunk_size,
+        ),
+    )
+
+
+def chosen_indices(latents: Latents, layout: Layout, coder: IndexCoder, weight: float) -> NDArray[np.int64]:
+    """Indices ``[N, *grid, 1]`` by distance and what a coder makes of them: by its context model, else by frequency.
+
+    Args:
+        latents: of one stream.
+        layout: of it, with the reference as it will be coded.
+        coder: of its indices.
+        weight: squared distance that a bit is worth, 0 or more.
+
+    Raises:
+        CodecError: the weight is out of range, or there are several codebooks.
+    """
+    if coder.context_model is not None:
+        return context_constrained_indices(latents, layout, coder.context_model, weight)
+    return constrained_indices(latents, layout.live, weight)
 
 
 def latents_of(network: VisualTokenizer, images: Tensor) -> Latents:

@@ -115,6 +115,7 @@ class Compress(Work):
             "tokenizer": model.description,
             "recipe": recipe.image_hash,
             "coder": [coder.name, dict(coder.settings)],
+            "rate_weight": options.rate_weight,
             "orientation": options.assume_orientation,
         }
         return cls(
@@ -192,6 +193,7 @@ class Compress(Work):
             coder,
             orientation=options.assume_orientation,
             accept=options.accept or (),
+            rate_weight=options.rate_weight,
             keep=keep,
         )
         return done, model

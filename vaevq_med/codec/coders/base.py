@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from vaevq_med.codec.errors import CodecError
 
 if TYPE_CHECKING:
+    from vaevq_med.codec.coders.context_model import ContextModel
     from vaevq_med.networks.tokenizer import VisualTokenizer
 
 
@@ -44,10 +45,12 @@ class IndexCoder(ABC):
     Attributes:
         name: of the coder, as a file says it.
         needs_model: whether it takes its probabilities from a file of its own, see :meth:`load`.
+        context_model: by which it codes, where it has one that a choice of indices can go by.
     """
 
     name: ClassVar[str]
     needs_model: ClassVar[bool] = False
+    context_model: ContextModel | None = None
 
     @classmethod
     def load(

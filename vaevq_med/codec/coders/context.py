@@ -56,7 +56,7 @@ class ContextCoder(IndexCoder):
         return cls(found, model_hash(model))
 
     def __init__(self, model: ContextModel, model_hash: str = "") -> None:
-        self.model = model
+        self.model = self.context_model = model
         self.model_hash = model_hash
 
     @property

@@ -8,10 +8,6 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from numpy.typing import NDArray
-from torch import Tensor
 
 from vaevq_med.codec.case import CompressedCase
 from vaevq_med.codec.coders.base import IndexCoder
@@ -20,7 +16,6 @@ from vaevq_med.codec.compress import check_contrasts, compress_case
 from vaevq_med.codec.container import unpack
 from vaevq_med.codec.decompress import restore, window
 from vaevq_med.codec.model import Model
-from vaevq_med.codec.rate_control import constrained_indices, latents_of
 from vaevq_med.core.files import file_sha256
 from vaevq_med.study.rates.candidates import Candidate, Coded, processor_seconds
 from vaevq_med.study.rates.file import TokenizerPart
@@ -28,33 +23,6 @@ from vaevq_med.study.rates.scans import Scan, ScanFile
 from vaevq_med.trained.network import StoredTokenizer
 
 _TOKENS = "tokens/"
-_SLICES = 16
-
-
-class ConstrainedModel(Model):
-    """A tokenizer whose codewords are chosen by distance plus what they cost, see :mod:`vaevq_med.codec.rate_control`.
-
-    The frequencies are those of the slices that are encoded at once, and of the positions that show something in them:
-    any choice decodes, so the decoder need not know them.
-
-    Attributes:
-        weight: squared distance that a bit is worth; 0 takes the nearest codeword.
-    """
-
-    weight = 0.0
-
-    def encode(self, squares: Tensor) -> NDArray[np.int64]:
-        """Indices ``[N, h, w, G]`` of squares ``[N, C, S, S]`` in [0, 1]."""
-        if not self.weight:
-            return super().encode(squares)
-        found = []
-        for part in squares.split(_SLICES):
-            live = F.max_pool2d(part.amax(dim=1, keepdim=True), self.patch)[:, 0] > 0  # [n, h, w]
-            images = part.mul(2).sub(1).expand(-1, self.in_channels, -1, -1).to(self.device)
-            with torch.inference_mode():
-                latents = latents_of(self.network, images)
-            found.append(constrained_indices(latents, live.numpy(), self.weight))
-        return np.concatenate(found)
 
 
 @dataclass(frozen=True)
@@ -85,9 +53,9 @@ class TokenizerCandidate(Candidate):
         return True
 
     @cached_property
-    def model(self) -> ConstrainedModel:
+    def model(self) -> Model:
         """The tokenizer, on one core."""
-        return ConstrainedModel(StoredTokenizer(self.part.checkpoint), device="cpu")
+        return Model(StoredTokenizer(self.part.checkpoint), device="cpu")
 
     @cached_property
     def coder(self) -> IndexCoder:
@@ -127,9 +95,8 @@ class TokenizerCandidate(Candidate):
         """All contrasts of a case."""
         model, coder, recipe = self.model, self.coder, file.recipe.changed(size=self.model.image_size)
         check_contrasts(model, recipe.modalities)
-        model.weight = setting
         begun = processor_seconds()
-        content = compress_case(file.case, recipe, model, coder).content
+        content = compress_case(file.case, recipe, model, coder, rate_weight=setting).content
         encoded = processor_seconds()
         case = CompressedCase.from_bytes(f"{file.case.name}.vvq", content, model=self.part.coder_model)
         units = {
