@@ -52,8 +52,7 @@ def test_a_process_that_saw_no_image_takes_part(monkeypatch: pytest.MonkeyPatch)
     def gather(parts: list[Tensor | None], own: Tensor | None) -> None:
         parts[:] = [seen.sums, None]
 
-    monkeypatch.setattr("vaevq_med.metrics.channels.is_distributed", lambda: True)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr("vaevq_med.networks.processes.world_size", lambda: 2)
     monkeypatch.setattr(dist, "all_gather_object", gather)
     unseen.reduce()
     seen.reduce()
