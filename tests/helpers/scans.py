@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import locale
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,7 @@ def write_dicom(folder: Path, *, skip: int | None = None) -> Path:
     image.SetSpacing([1.0, 1.0, 2.0])
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
+    before = locale.setlocale(locale.LC_ALL)
     for z in range(SHAPE[2]):
         if z == skip:
             continue
@@ -131,6 +133,7 @@ def write_dicom(folder: Path, *, skip: int | None = None) -> Path:
             piece.SetMetaData(tag, value)
         writer.SetFileName(str(folder / f"{z:03d}.dcm"))
         writer.Execute(piece)
+    locale.setlocale(locale.LC_ALL, before)  # GDCM's writer leaves the process in the locale C
     return folder
 
 
