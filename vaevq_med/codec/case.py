@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,6 +172,26 @@ def read_description(name: str, content: bytes) -> dict[str, Any]:
         CodecError: it is damaged, of a newer format, or of another kind.
     """
     return _opened(name, content)[0]
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Refuse files that could not stand side by side in a folder, or would lead out of it.
+
+    Args:
+        names: of the files of a case.
+
+    Raises:
+        CodecError: naming the first such one.
+    """
+    seen = set[str]()
+    for name in names:
+        if Path(name).name != name or name.startswith(".") or "\0" in name:
+            raise CodecError(f"found a volume called {name!r}, expected the name of a file that is not hidden")
+        if name in seen:
+            raise CodecError(
+                f"found two volumes called {name!r}, expected each name once, since they come back together"
+            )
+        seen.add(name)
 
 
 def coded_slices(masks: Sequence[NDArray[np.bool_]]) -> NDArray[np.int64]:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vaevq_med.codec.case import CompressedCase, Contrast, Stream, coded_slices, layout_of, live_of
+from vaevq_med.codec.case import CompressedCase, Contrast, Stream, check_names, coded_slices, layout_of, live_of
 from vaevq_med.codec.coders.base import IndexCoder
 from vaevq_med.codec.geometry import Turn, to_pixels
 from vaevq_med.codec.model import Model
@@ -151,6 +151,7 @@ def compress_case(
             files.append(Original.read(source.path, reader.noting(source)))
         read[name] = reader.contrast(source, accept)
     reader.close()
+    check_names(file.name for file in files)
     _check_channels(case, recipe, files, places)
     areas = np.min([contrast.foreground for contrast in read.values()], axis=0)
     if areas.max() < recipe.min_foreground:

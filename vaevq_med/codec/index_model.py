@@ -255,7 +255,9 @@ class IndexModel(IndexModelOptions):
         self.check()
         if not self.output.parent.is_dir():
             raise VaevqMedError(f"output {self.output}: found no folder {self.output.parent}, expected one")
-        stored = StoredTokenizer(self.checkpoint)
+        if self.output.exists() and not (self.overwrite and self.output.is_file()):
+            raise VaevqMedError(f"output {self.output}: found it there, expected nothing; --overwrite replaces a file")
+        stored = StoredTokenizer(self.checkpoint, weights=self.weights, readout=self.readout)
         stacks: list[Stack] = []
         for stack in encode_stacks(self.dataset, stored, "training"):
             stacks.append(stack)

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -159,7 +159,7 @@ class Job:
             folder.begin(self.work.mark)
             todo = [unit for unit in units if not self._finished(unit)]
             processes, threads = self._share(len(todo))
-            jobs = {unit: (self.work, unit, folder, threads) for unit in todo}
+            jobs = {unit: (self.work, unit, folder, threads, self.overwrite) for unit in todo}
             running = run_jobs(_write, jobs, kind=self.work.kind, workers=processes, on_start=on_start)
             with contextlib.closing(running) as outcomes:
                 for unit, outcome in outcomes:
@@ -191,6 +191,7 @@ class Job:
                 record is not None
                 and record["fingerprint"] == mark
                 and all((self.output / name).stat().st_size == size for name, size in record["files"].items())
+                and _digest((self.output / name).read_bytes() for name in record["files"]) == record["digest"]
             )
         except (DataError, OSError, KeyError, TypeError, AttributeError):
             return False
@@ -238,6 +239,9 @@ class Job:
         targets = {self.output: next(iter(made.files.values()))}
         for name, content in [*made.files.items()][1:]:  # a picture
             targets[self.output.with_suffix(Path(name).suffix)] = content
+        for path in targets:
+            if path.exists() and not path.is_file():
+                raise DataError(f"output {path}: found no regular file, expected one or nothing")
         present = {path: path.read_bytes() for path in targets if path.exists()}
         if present == targets:
             return True
@@ -250,7 +254,15 @@ class Job:
         return False
 
 
-def _write(work: Work, unit: str, folder: OutputFolder, threads: int) -> None:
+def _digest(contents: Iterable[bytes]) -> str:
+    """SHA-256 of files, one after the other."""
+    digest = hashlib.sha256()
+    for content in contents:
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def _write(work: Work, unit: str, folder: OutputFolder, threads: int, overwrite: bool) -> None:
     """A job of the pool."""
     try:
         mark = work.fingerprint(unit)
@@ -260,13 +272,17 @@ def _write(work: Work, unit: str, folder: OutputFolder, threads: int) -> None:
     except VaevqMedError as error:  # of this unit alone
         raise DataError(str(error)) from None
     places = {file: work.place(unit, file) for file in made.files}
+    for file, content in made.files.items():
+        target = folder.path / places[file]
+        if not overwrite and target.is_file() and target.read_bytes() != content:
+            raise DataError(f"output {places[file]}: found another file of this name; --overwrite replaces it")
     with folder.unit(unit) as partial:
         for file, content in made.files.items():
             (partial / file).write_bytes(content)
         record = {
             "fingerprint": mark,
             "files": {places[file]: len(content) for file, content in made.files.items()},
-            "digest": hashlib.sha256(b"".join(made.files.values())).hexdigest(),
+            "digest": _digest(made.files.values()),
             "figures": dict(made.figures),
             "notes": [list(note) for note in made.notes],
         }

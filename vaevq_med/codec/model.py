@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vaevq_med.codec.errors import CodecError
-from vaevq_med.codec.rate_control import Latents, joined, latents_of
+from vaevq_med.codec.rate_control import Latents, joined, latents_of, num_rates, partial_codes
 from vaevq_med.networks.precision import full_precision
 from vaevq_med.networks.tokenizer import VisualTokenizer
 from vaevq_med.trained.device import named_device
@@ -33,6 +33,7 @@ class Model:
         device: by name; None takes the GPU where there is one.
         batch_size: squares that go through the network at once.
         threads: batches at once, on a CPU.
+        codebooks: of a residual or nested quantizer, the first codebooks whose indices are coded; None takes all.
 
     Attributes:
         description: what a file says of it, as plain values.
@@ -45,7 +46,13 @@ class Model:
     """
 
     def __init__(
-        self, stored: StoredTokenizer, *, device: str | None = None, batch_size: int = 2, threads: int = 1
+        self,
+        stored: StoredTokenizer,
+        *,
+        device: str | None = None,
+        batch_size: int = 2,
+        threads: int = 1,
+        codebooks: int | None = None,
     ) -> None:
         if batch_size < 1:
             raise CodecError(f"--batch-size: found {batch_size}, expected 1 or more")
@@ -54,6 +61,12 @@ class Model:
         self.batch_size = batch_size
         self.threads = threads if self.device.type == "cpu" else 1
         self.description = describe(stored, self.network)
+        if codebooks is not None:
+            most = num_rates(self.network.quantizer)
+            if not 1 <= codebooks <= most:
+                name = self.description["quantizer"]
+                raise CodecError(f"--codebooks: found {codebooks}, expected 1 to {most} for {name} of {stored.path}")
+            self.description["num_codebooks"] = codebooks
         named = stored.value("modalities", None)
         self.contrasts = None if named is None else tuple(map(str, named))
         self.stacked = bool(stored.value("stack_modalities", False))
@@ -80,7 +93,8 @@ class Model:
         found = np.zeros((len(squares), grid, grid, int(self.description["num_codebooks"])), np.int64)
 
         def work(batch: slice) -> None:
-            found[batch] = self.network.encode_indices(self._images(squares[batch])).cpu().numpy()
+            indices = self.network.encode_indices(self._images(squares[batch]))
+            found[batch] = indices[..., : found.shape[-1]].cpu().numpy()
 
         self._run(work, len(squares))
         return found
@@ -107,14 +121,17 @@ class Model:
         """Squares ``[N, C, S, S]`` in [0, 1] of indices ``[N, h, w, G]``.
 
         Args:
-            indices: of squares of any number of positions.
+            indices: of squares of any number of positions; of all codebooks, or of the first ones of a quantizer that
+                decodes those.
             contrasts: C, that an image has as its channels; of one contrast the channels' mean is taken.
         """
         height, width = (length * self.patch for length in indices.shape[1:3])
         found = torch.zeros(len(indices), contrasts, height, width)
 
         def work(batch: slice) -> None:
-            images = self.network.decode_indices(torch.from_numpy(indices[batch]).to(self.device))
+            chosen = torch.from_numpy(indices[batch]).to(self.device)
+            # As decode_indices does, which takes the indices of all codebooks.
+            images = self.network.decode(partial_codes(self.network.quantizer, chosen).contiguous())
             squares = images.float().add(1).div(2).clamp(0, 1)
             found[batch] = (squares if contrasts > 1 else squares.mean(1, keepdim=True)).cpu()
 
@@ -164,9 +181,9 @@ def describe(stored: StoredTokenizer, network: VisualTokenizer) -> dict[str, Any
     """
     quantizer, factor = network.quantizer, network.encoder.downsampling_factor
     size = int(stored.value("image_size"))
-    if network.encoder.spatial_dims != 2:
-        axes = network.encoder.spatial_dims
-        raise CodecError(f"{stored.path}: found a tokenizer of {axes} axes, expected one of slices")
+    if network.takes_volumes:
+        kind = "of volumes" if network.encoder.spatial_dims == 3 else "whose decoder sees neighboring slices"
+        raise CodecError(f"{stored.path}: found a tokenizer {kind}, expected one of single slices")
     if not quantizer.is_discrete:
         raise CodecError(
             f"{stored.path}: found a {type(quantizer).__name__} whose indices do not decode to its images, expected "
@@ -187,13 +204,12 @@ def describe(stored: StoredTokenizer, network: VisualTokenizer) -> dict[str, Any
     }
 
 
-def wanted(described: Mapping[str, Any], checkpoint: Path, name: str) -> StoredTokenizer:
+def wanted(described: Mapping[str, Any], checkpoint: Path) -> StoredTokenizer:
     """The tokenizer that a file was made with.
 
     Args:
         described: what the file says of it.
         checkpoint: to take it from.
-        name: of the file, for messages.
 
     Raises:
         CodecError: the checkpoint is of another one.
@@ -204,7 +220,7 @@ def wanted(described: Mapping[str, Any], checkpoint: Path, name: str) -> StoredT
         other = StoredTokenizer(checkpoint)
         other.check_target()
         raise CodecError(
-            f"{name}: found the tokenizer {other.content_hash} in {checkpoint}, expected {described['hash']}, with "
-            f"which it was made (of a file called {described['file']})"
+            f"found the tokenizer {other.content_hash} in {checkpoint.name}, expected {described['hash']}, with which "
+            f"it was made (of a file called {described['file']})"
         )
     return found

@@ -71,6 +71,9 @@ class CompressOptions(Machine):
     rate_weight: float = option(
         0.0, "Squared distance in the latent that a bit is worth: above 0, fewer bytes and a coarser image."
     )
+    codebooks: int | None = option(
+        None, "Of a residual or nested quantizer, code the first so many codebooks; by default all."
+    )
     weights: Literal["ema", "network"] = option("ema", "The averaged weights, or the last.")
     readout: str | None = option(None, "Of a quantizer with several: soft or hard.")
 
@@ -96,6 +99,9 @@ class IndexModelOptions(Declared):
     learning_rate: float = option(3e-3, "At its highest.")
     dropout: float = option(0.0, "Share of hidden units dropped.")
     seed: int = option(0, "Of the start and of the order.")
+    weights: Literal["ema", "network"] = option("ema", "The tokenizer's averaged weights, or the last.")
+    readout: str | None = option(None, "Of a quantizer with several: soft or hard.")
+    overwrite: bool = option(False, "Replace OUTPUT, if it is there.")
 
     def check(self) -> None:
         """Refuse what no model could be trained with.

@@ -106,7 +106,7 @@ def latents_of(network: VisualTokenizer, images: Tensor) -> Latents:
     """
     quantizer = network.quantizer
     if not isinstance(quantizer, CodebookQuantizer):
-        more = "; its rates come by the number of its codebooks" if num_rates(quantizer) > 1 else ""
+        more = "; --codebooks gives its rates" if num_rates(quantizer) > 1 else ""
         raise CodecError(
             f"rate: found {type(quantizer).__name__}, which has no one explicit codebook; expected a quantizer that "
             f"chooses the nearest codeword of one{more}"
@@ -119,7 +119,9 @@ def latents_of(network: VisualTokenizer, images: Tensor) -> Latents:
         std = deviations(quantizer.assignment, cast(Posterior | None, posterior))
         precision = None if std is None else rows(std).double().square().reciprocal()
         codebook = quantizer.codebook().detach().double()
-        search = Search(rows(latent).double(), codebook, precision, _AT_ONCE)
+        # Chosen on the CPU, whatever the network runs on.
+        weights = None if precision is None else precision.cpu()
+        search = Search(rows(latent).double().cpu(), codebook.cpu(), weights, _AT_ONCE)
     return Latents(tuple(nearest.shape[:-1]), nearest.flatten().cpu().numpy(), search)
 
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vaevq_med.codec.case import CompressedCase, read_description
+from vaevq_med.codec.case import CompressedCase, check_names, read_description
 from vaevq_med.codec.coders.base import IndexCoder
 from vaevq_med.codec.coders.registry import make_coder
 from vaevq_med.codec.compress import Compressed, check_contrasts, compress_case
 from vaevq_med.codec.container import FORMAT, SUFFIX
-from vaevq_med.codec.decompress import Restored, restore, window
+from vaevq_med.codec.decompress import restore, window
 from vaevq_med.codec.errors import CodecError
 from vaevq_med.codec.geometry import check_invertible
 from vaevq_med.codec.inputs import find_inputs, fingerprint
@@ -35,16 +36,24 @@ if TYPE_CHECKING:
 
 
 @functools.lru_cache(maxsize=1)
-def _model(checkpoint: Path, weights: str, readout: str | None, device: str | None, batch_size: int) -> Model:
+def _model(
+    checkpoint: Path, weights: str, readout: str | None, device: str | None, batch_size: int, codebooks: int | None
+) -> Model:
     """A tokenizer, read once a process."""
     stored = StoredTokenizer(checkpoint, weights=weights, readout=readout)
-    return Model(stored, device=device, batch_size=batch_size)
+    return Model(stored, device=device, batch_size=batch_size, codebooks=codebooks)
+
+
+def _tokenizer_of(options: CompressOptions) -> tuple[Any, ...]:
+    """What :func:`_model` takes."""
+    device = options.device, options.batch_size
+    return options.checkpoint, options.weights, options.readout, *device, options.codebooks
 
 
 @functools.lru_cache(maxsize=1)
-def _model_of(checkpoint: Path, described: str, device: str | None, batch_size: int, name: str) -> Model:
-    """The tokenizer that a file was made with, read once a process."""
-    return Model(wanted(json.loads(described), checkpoint, name), device=device, batch_size=batch_size)
+def _model_of(checkpoint: Path, described: str, device: str | None, batch_size: int) -> Model:
+    """The tokenizer that files were made with, read once a process."""
+    return Model(wanted(json.loads(described), checkpoint), device=device, batch_size=batch_size)
 
 
 @functools.lru_cache(maxsize=1)
@@ -94,6 +103,7 @@ class Compress(Work):
         from vaevq_med.prepare.volumes.discarded import check_accepted
 
         options.check()
+        source = Path(os.path.abspath(source))  # of which "." has a name, and a link keeps its own
         if options.assume_orientation is not None:
             check_orientation(options.assume_orientation)
         check_accepted(options.accept or ())
@@ -102,7 +112,7 @@ class Compress(Work):
         search, recipe = find_inputs(
             source, recipe, modality=options.modality, cases=options.cases, exclude=output.resolve()
         )
-        tokenizer = (options.checkpoint, options.weights, options.readout, options.device, options.batch_size)
+        tokenizer = _tokenizer_of(options)
         model = _model(*tokenizer)
         recipe = recipe.changed(size=model.image_size)
         told = check_contrasts(model, recipe.modalities, any_contrast=options.any_contrast)
@@ -177,8 +187,7 @@ class Compress(Work):
     @property
     def _tokenizer(self) -> tuple[Any, ...]:
         """What it is read by."""
-        options = self.options
-        return options.checkpoint, options.weights, options.readout, options.device, options.batch_size
+        return _tokenizer_of(self.options)
 
     def _compress(self, unit: str, threads: int, *, keep: bool) -> tuple[Compressed, Model]:
         options = self.options
@@ -218,7 +227,7 @@ class Reconstruct(Compress):
         files: dict[str, bytes] = {}
         results, quality, spent = {}, {}, 0.0
         for one in restore(case, model):
-            files[_safe(one)] = one.original.content(one.stored)
+            files[one.original.name] = one.original.content(one.stored)
             paused = time.monotonic()
             for number in one.contrasts:
                 name = case.contrasts[number].name
@@ -308,11 +317,15 @@ class Decompress(Work):
         checkpoint = self._checkpoint(path, described)
         options = self.options
         text = json.dumps(described, sort_keys=True)
-        model = _model_of(checkpoint, text, options.device, options.batch_size, path.name)
+        try:
+            model = _model_of(checkpoint, text, options.device, options.batch_size)
+        except CodecError as error:
+            raise CodecError(f"{path.name}: {error}") from None
         model.threads, before = threads, model.seconds
         case = CompressedCase.from_bytes(path.name, content, model=options.model)
         self._check_output(case)
-        files = {_safe(one): one.original.content(one.stored) for one in restore(case, model)}
+        check_names(file.name for file in case.files)
+        files = {one.original.name: one.original.content(one.stored) for one in restore(case, model)}
         figures = {
             "bytes": len(content),
             "volumes": len(files),
@@ -363,14 +376,6 @@ def is_volume(output: Path) -> bool:
     return strip_suffix(output.name) is not None and not output.is_dir()
 
 
-def _safe(one: Restored) -> str:
-    """A file's name, which must not lead out of its folder."""
-    name = one.original.name
-    if Path(name).name != name or name.startswith(".") or not name:
-        raise CodecError(f"found a volume called {name!r}, expected the name of a file")
-    return name
-
-
 def compress(
     source: Path, output: Path, options: CompressOptions, *, preview: bool = False, overwrite: bool = False
 ) -> Job:
@@ -384,7 +389,7 @@ def compress(
         overwrite: replace what is there.
     """
     work = Compress.of(source, output, options, preview=preview)
-    return Job(work, output, options.workers, overwrite, single=output.suffix == SUFFIX)
+    return Job(work, output, options.workers, overwrite, single=output.suffix.lower() == SUFFIX)
 
 
 def reconstruct(
