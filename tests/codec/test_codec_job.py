@@ -154,8 +154,8 @@ def test_the_network_is_given_batches_and_live_positions_only_are_coded(
     assert (case.streams[0].indices[~live] == 0).all()
     model = _model(checkpoint, "ema", None, None, 3)
     sizes: list[int] = []
-    decode = model.network.decode_indices
-    monkeypatch.setattr(model.network, "decode_indices", lambda x: (sizes.append(len(x)), decode(x))[1])
+    decode = model.network.decode
+    monkeypatch.setattr(model.network, "decode", lambda x: (sizes.append(len(x)), decode(x))[1])
     assert len(model.decode(case.filled(case.streams[0]))) == len(case.slices)
     assert max(sizes) == 3
 
@@ -408,3 +408,61 @@ def test_a_context_model_is_trained_and_used_by_the_commands(
     assert len([*(tmp_path / "back").glob("*.nii.gz")]) == len(CONTRASTS)
     assert run("index-model", slice_dataset, tmp_path / "none" / "m", "--checkpoint", checkpoint) == 2
     assert "found no folder" in capsys.readouterr().err
+
+
+def test_names_that_would_not_come_back_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    rows = ["case,t1n,t1c,t2w,t2f"]
+    for contrast in CONTRASTS:
+        write_nifti(tmp_path / contrast / "vol.nii.gz")
+    rows.append("p1," + ",".join(str(tmp_path / contrast / "vol.nii.gz") for contrast in CONTRASTS))
+    (tmp_path / "cases.csv").write_text("\n".join(rows) + "\n")
+    with pytest.raises(DataError, match=r"found two volumes called 'vol\.nii\.gz', expected other names"):
+        compress(tmp_path, tmp_path / "out", options_of(checkpoint, cases=tmp_path / "cases.csv")).run()
+    hidden = write_nifti(tmp_path / ".hidden-t1c.nii")
+    with pytest.raises(VaevqMedError, match="expected the name of a file that is not hidden"):
+        compress(hidden, tmp_path / "x.vvq", options_of(checkpoint)).run()
+    assert not (tmp_path / "x.vvq").exists()
+
+
+def test_files_of_other_inputs_and_damaged_ones_in_the_output(checkpoint: Path, tmp_path: Path) -> None:
+    for seed, folder in enumerate("ab"):
+        path = write_nifti(tmp_path / folder / "scan-t1c.nii.gz")
+        image = nib.load(path)
+        changed = np.asarray(image.dataobj) * (seed + 1)
+        nib.save(nib.Nifti1Image(changed, image.affine, image.header), path)
+    output = tmp_path / "out"
+    assert compress(tmp_path / "a" / "scan-t1c.nii.gz", output, options_of(checkpoint)).run().written == 1
+    first = (output / "scan-t1c.vvq").read_bytes()
+    with pytest.raises(DataError, match=r"found another file of this name; --overwrite replaces it"):
+        compress(tmp_path / "b" / "scan-t1c.nii.gz", output, options_of(checkpoint)).run()
+    assert (output / "scan-t1c.vvq").read_bytes() == first
+    compress(tmp_path / "b" / "scan-t1c.nii.gz", output, options_of(checkpoint), overwrite=True).run()
+    second = (output / "scan-t1c.vvq").read_bytes()
+    assert second != first
+    # A finished file of which one byte was changed since is not taken for finished.
+    (output / "scan-t1c.vvq").write_bytes(second[:-1] + bytes([second[-1] ^ 1]))
+    with pytest.raises(DataError, match="--overwrite replaces it"):
+        compress(tmp_path / "b" / "scan-t1c.nii.gz", output, options_of(checkpoint)).run()
+
+
+def test_the_first_codebooks_alone(cases: Path, tmp_path: Path) -> None:
+    stage = {"_target_": "vaevq_med.networks.quantizers.VectorQuantizer", "num_embeddings": 32, "embedding_dim": 4}
+    target = "vaevq_med.networks.quantizers.ResidualQuantizer"
+    quantizer = {"_target_": target, "stages": [stage], "num_codebooks": 3}
+
+    def change(network: torch.nn.Module) -> None:
+        torch.nn.init.normal_(next(network.quantizer.parameters()))  # type: ignore[union-attr]
+
+    checkpoint = write_checkpoint(tmp_path / "rvq.pt", quantizer, change=change)
+    streams = {}
+    for count in (1, 2, None):
+        output = tmp_path / f"{count}.vvq"
+        compress(cases / NAMES[0], output, options_of(checkpoint, codebooks=count)).run()
+        case = CompressedCase.from_bytes("", output.read_bytes())
+        streams[count] = case.streams[0].indices
+        options = DecompressOptions(checkpoint=checkpoint, workers=1)
+        assert decompress(output, tmp_path / f"back{count}", options).run().written == 1
+    assert [stream.shape[-1] for stream in streams.values()] == [1, 2, 3]
+    assert np.array_equal(streams[None][..., :2], streams[2])
+    with pytest.raises(CodecError, match="--codebooks: found 4, expected 1 to 3 for ResidualQuantizer"):
+        compress(cases, tmp_path / "out", options_of(checkpoint, codebooks=4))

@@ -42,7 +42,7 @@ def write_checkpoint(
         "encoder": {"_target_": f"{networks}.Encoder", "in_channels": "@in_channels", **SMALL},
         "decoder": {"_target_": f"{networks}.Decoder", "out_channels": "@in_channels", **SMALL},
         "quantizer": quantizer,
-        "embedding_dim": quantizer["embedding_dim"],
+        "embedding_dim": quantizer.get("embedding_dim", SIMVQ["embedding_dim"]),
     }
     config = {"network_def": definition, "image_size": 32, "in_channels": channels, **settings}
     torch.manual_seed(0)

@@ -188,9 +188,7 @@ def check_names(names: Iterable[str]) -> None:
         if Path(name).name != name or name.startswith(".") or "\0" in name:
             raise CodecError(f"found a volume called {name!r}, expected the name of a file that is not hidden")
         if name in seen:
-            raise CodecError(
-                f"found two volumes called {name!r}, expected each name once, since they come back together"
-            )
+            raise CodecError(f"found two volumes called {name!r}, expected other names: they come back side by side")
         seen.add(name)
 
 

@@ -37,7 +37,12 @@ if TYPE_CHECKING:
 
 @functools.lru_cache(maxsize=1)
 def _model(
-    checkpoint: Path, weights: str, readout: str | None, device: str | None, batch_size: int, codebooks: int | None
+    checkpoint: Path,
+    weights: str,
+    readout: str | None,
+    device: str | None,
+    batch_size: int,
+    codebooks: int | None = None,
 ) -> Model:
     """A tokenizer, read once a process."""
     stored = StoredTokenizer(checkpoint, weights=weights, readout=readout)
