@@ -146,10 +146,10 @@ def compress_case(
     places: dict[Path, int] = {}
     for name in recipe.modalities:
         source = case.images[name]
+        read[name] = reader.contrast(source, accept)  # first, since it says what is wrong with a file
         if source.path not in places:
             places[source.path] = len(files)
             files.append(Original.read(source.path, reader.noting(source)))
-        read[name] = reader.contrast(source, accept)
     reader.close()
     _check_channels(case, recipe, files, places)
     areas = np.min([contrast.foreground for contrast in read.values()], axis=0)
@@ -162,13 +162,15 @@ def compress_case(
     contrasts = []
     for name, found in read.items():
         source, (low, high) = case.images[name], found.window
+        background = 0.0 if found.discarded.background is None else found.discarded.background
+        files[places[source.path]].check_background(background)
         contrasts.append(
             Contrast(
                 name=name,
                 file=places[source.path],
                 channel=source.channel,
                 window=(low - found.offset, high - found.offset),
-                background=found.discarded.background or 0.0,
+                background=background,
                 mask=foreground(found.stack).numpy(),
             )
         )
