@@ -162,15 +162,16 @@ def compress_case(
     contrasts = []
     for name, found in read.items():
         source, (low, high) = case.images[name], found.window
-        background = 0.0 if found.discarded.background is None else found.discarded.background
-        files[places[source.path]].check_background(background)
+        background = found.discarded.background
+        if background is not None:
+            files[places[source.path]].check_background(background)
         contrasts.append(
             Contrast(
                 name=name,
                 file=places[source.path],
                 channel=source.channel,
                 window=(low - found.offset, high - found.offset),
-                background=background,
+                background=0.0 if background is None else background,
                 mask=foreground(found.stack).numpy(),
             )
         )

@@ -156,7 +156,7 @@ class Original:
         return found.astype(self.type)[0]
 
     def check_background(self, value: float) -> None:
-        """Refuse a background that would not come back exactly: several stored integers are read as the same number.
+        """Refuse a background that would not come back exactly, as several stored integers are read as that number.
 
         Args:
             value: as it was read, scaling applied.
@@ -169,11 +169,10 @@ class Original:
         number = int(self.stored_exactly(value))
         limits = np.iinfo(self.type)
         near = [one for one in range(number - 1, number + 2) if limits.min <= one <= limits.max]
-        same = [one for one in near if self.values(np.array([one], self.type))[0] == value]
-        if same != [number]:
+        if len(np.unique(self.values(np.array(near, self.type)))) != len(near):
             raise DataError(
-                f"{self.name}: found a background of {value!r}, which is no number or that of several stored ones, "
-                "expected one whose stored integer is certain, as those up to 2^53 are"
+                f"{self.name}: found a background of {value!r}, as which several stored integers are read, expected "
+                "one that can be told from its neighbors, as integers below 2^53 can"
             )
 
     def content(self, stored: NDArray) -> bytes:
@@ -261,7 +260,7 @@ def _of_nifti(name: str, start: bytes, compressed: bool, note: Callable[[str], N
 
 
 def _information(path: Path, kind: str) -> tuple[tuple[int, ...], dict[str, list[float]], np.dtype[Any]]:
-    """Size, geometry and type of the voxels of a MetaImage or NRRD file, by its header; a RuntimeError where ITK fails."""
+    """Size, geometry and type of the voxels of a MetaImage or NRRD; a RuntimeError where ITK cannot read the header."""
     import SimpleITK as sitk  # noqa: N813
 
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
