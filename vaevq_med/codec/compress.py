@@ -146,10 +146,10 @@ def compress_case(
     places: dict[Path, int] = {}
     for name in recipe.modalities:
         source = case.images[name]
+        read[name] = reader.contrast(source, accept)  # first, since it says what is wrong with a file
         if source.path not in places:
             places[source.path] = len(files)
             files.append(Original.read(source.path, reader.noting(source)))
-        read[name] = reader.contrast(source, accept)
     reader.close()
     check_names(file.name for file in files)
     _check_channels(case, recipe, files, places)
@@ -163,13 +163,16 @@ def compress_case(
     contrasts = []
     for name, found in read.items():
         source, (low, high) = case.images[name], found.window
+        background = found.discarded.background
+        if background is not None:
+            files[places[source.path]].check_background(background)
         contrasts.append(
             Contrast(
                 name=name,
                 file=places[source.path],
                 channel=source.channel,
                 window=(low - found.offset, high - found.offset),
-                background=found.discarded.background or 0.0,
+                background=0.0 if background is None else background,
                 mask=foreground(found.stack).numpy(),
             )
         )

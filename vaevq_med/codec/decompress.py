@@ -66,7 +66,8 @@ def _decoded(case: CompressedCase, model: Model, contrast: int) -> dict[int, Ten
     for start in range(0, len(indices), _BLOCK):
         squares = model.decode(indices[start : start + _BLOCK], len(stream.contrasts))  # [n, C, S, S]
         for channel, number in enumerate(stream.contrasts):
-            parts[number].append(from_squares(squares[:, channel], shape, case.interpolation))
+            resized = from_squares(squares[:, channel], shape, case.interpolation)
+            parts[number].append(resized.clamp(0, 1))  # bicubic interpolation goes beyond
     return {number: torch.cat(slices) for number, slices in parts.items()}
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import gzip
-import re
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,16 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
+from vaevq_med.codec.itk_headers import TEXT_BYTES, changes, header_of, is_compressed, kept_fields, nrrd_header
 from vaevq_med.core.errors import DataError
 from vaevq_med.images.dicom import read_series
-from vaevq_med.images.nifti import GZIP, HEADER_BYTES, gunzip, is_nifti
+from vaevq_med.images.nifti import GZIP, HEADER_BYTES, gunzip, is_nifti, repairs
+from vaevq_med.images.quiet import quiet_stderr
 
 _GZIP_LEVEL = 3
-_TEXT_BYTES = 2**16
 _ITK = {"metaimage": "MetaImageIO", "nrrd": "NrrdImageIO"}
+_ITK_NAME = {"metaimage": "MetaImage", "nrrd": "NRRD"}
 _ITK_SUFFIX = {"metaimage": ".mha", "nrrd": ".nrrd"}
-_COMPRESSED = {"metaimage": rb"^CompressedData\s*=\s*True", "nrrd": rb"^encoding:\s*(gz|gzip|bz2|bzip2)\s*$"}
-_SPACE = re.compile(rb"^(space|space directions|space origin):[^\r\n]*", re.MULTILINE | re.IGNORECASE)
 _NIFTI1, _NIFTI2 = 348, 540
 
 
@@ -42,8 +41,7 @@ class Original:
         intercept: see ``slope``.
         offset: where the voxels of a NIfTI begin.
         geometry: ``spacing``, ``origin`` and ``direction`` of the other kinds, as SimpleITK has them.
-        space: lines of an NRRD's header that say the same. SimpleITK writes products of directions and spacings, of
-            which it reads others back, by a rounding.
+        fields: of an NRRD's header, which say the same and its size.
     """
 
     name: str
@@ -56,7 +54,7 @@ class Original:
     intercept: float = 0.0
     offset: int = 0
     geometry: Mapping[str, list[float]] | None = None
-    space: tuple[str, ...] = ()
+    fields: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, path: Path, note: Callable[[str], None] = lambda text: None) -> Original:
@@ -67,8 +65,20 @@ class Original:
             note: called with what will be otherwise in the file that is written.
 
         Raises:
-            DataError: the file cannot be read.
+            DataError: the file cannot be read, or its header cannot be written back.
         """
+        try:
+            return cls._read(path, note)
+        except DataError:
+            raise
+        except Exception as error:  # whatever the readers raise on a header that is not what it says
+            what = " ".join(str(error).split())[-160:] or type(error).__name__
+            raise DataError(
+                f"{path.name}: found an unreadable header ({what}), expected that of NIfTI, MetaImage or NRRD"
+            ) from None
+
+    @classmethod
+    def _read(cls, path: Path, note: Callable[[str], None]) -> Original:
         if path.is_dir():
             note("a DICOM series comes back as NIfTI")
             return _of_series(path)
@@ -91,7 +101,7 @@ class Original:
             ("offset", 0),
             ("geometry", None),
             ("header", 0),
-            ("space", ()),
+            ("fields", ()),
         ):
             if values[key] == usual:
                 del values[key]
@@ -100,7 +110,7 @@ class Original:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], header: bytes) -> Original:
         """What :meth:`to_dict` gave, with the header."""
-        tuples = {name: tuple(values.get(name, ())) for name in ("shape", "space")}
+        tuples = {name: tuple(values.get(name, ())) for name in ("shape", "fields")}
         return cls(**{**values, **tuples, "header": header})
 
     @property
@@ -145,6 +155,26 @@ class Original:
             found = next((one for one in near if self.values(one)[0] == value), found)
         return found.astype(self.type)[0]
 
+    def check_background(self, value: float) -> None:
+        """Refuse a background that would not come back exactly, as several stored integers are read as that number.
+
+        Args:
+            value: as it was read, scaling applied.
+
+        Raises:
+            DataError: it is such a one.
+        """
+        if self.type.kind not in "iu":
+            return
+        number = int(self.stored_exactly(value))
+        limits = np.iinfo(self.type)
+        near = [one for one in range(number - 1, number + 2) if limits.min <= one <= limits.max]
+        if len(np.unique(self.values(np.array(near, self.type)))) != len(near):
+            raise DataError(
+                f"{self.name}: found a background of {value!r}, as which several stored integers are read, expected "
+                "one that can be told from its neighbors, as integers below 2^53 can"
+            )
+
     def content(self, stored: NDArray) -> bytes:
         """The bytes of a file of this form.
 
@@ -153,14 +183,18 @@ class Original:
         """
         if stored.shape != self.shape or stored.dtype != self.type:
             raise ValueError(f"voxels of {stored.shape} and {stored.dtype}, expected {self.shape} and {self.type}")
-        if self.kind != "nifti":
-            return self._itk_content(stored)
+        if self.kind == "nrrd":
+            voxels = stored.tobytes(order="F")
+            head = nrrd_header(self.type, self.fields, compressed=self.compressed)
+            return head + (gzip.compress(voxels, _GZIP_LEVEL, mtime=0) if self.compressed else voxels)
+        if self.kind == "metaimage":
+            return self._metaimage(stored)
         # No extension follows the header, whatever did in the original.
         start = self.header + bytes(max(self.offset, len(self.header) + 4) - len(self.header))
         content = start + stored.tobytes(order="F")
         return gzip.compress(content, _GZIP_LEVEL, mtime=0) if self.compressed else content
 
-    def _itk_content(self, stored: NDArray) -> bytes:
+    def _metaimage(self, stored: NDArray) -> bytes:
         import SimpleITK as sitk  # noqa: N813
 
         assert self.geometry is not None
@@ -169,20 +203,45 @@ class Original:
         image.SetOrigin(self.geometry["origin"])
         image.SetDirection(self.geometry["direction"])
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / f"volume{_ITK_SUFFIX[self.kind]}"
+            path = Path(folder) / "volume.mha"
             sitk.WriteImage(image, str(path), useCompression=self.compressed)
-            content = path.read_bytes()
-        if self.kind != "nrrd":
-            return content
-        head, voxels = content.split(b"\n\n", 1)
-        kept = [line for line in head.split(b"\n") if not _SPACE.match(line)]
-        return b"\n".join([*kept, *(line.encode() for line in self.space)]) + b"\n\n" + voxels
+            return path.read_bytes()
+
+    def check_header(self) -> None:
+        """Refuse a MetaImage or NRRD whose header, once it is written back, SimpleITK would read otherwise.
+
+        The header is read back without voxels: a MetaImage's, of which SimpleITK writes the size, with one alone.
+
+        Raises:
+            DataError: it is such a one.
+        """
+        assert self.geometry is not None
+        if self.kind == "nrrd":
+            form, head = self, nrrd_header(self.type, self.fields, compressed=self.compressed)
+        else:
+            form = replace(self, shape=(1,) * len(self.shape))
+            head = form._metaimage(np.zeros(form.shape, form.type))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"volume{_ITK_SUFFIX[self.kind]}"
+            path.write_bytes(head)
+            try:
+                size, geometry, dtype = _information(path, self.kind)
+            except RuntimeError:
+                size, geometry, dtype = (), {}, self.type
+        near = [geometry and np.allclose(geometry[name], self.geometry[name], 1e-12, 1e-12) for name in self.geometry]
+        if size != form.shape or dtype != self.type or not all(near):
+            name = _ITK_NAME[self.kind]
+            raise DataError(
+                f"{self.name}: found an {name} header that cannot be written back as it is read, expected one of the "
+                "usual fields; convert it to NIfTI"
+            )
 
 
 def _of_nifti(name: str, start: bytes, compressed: bool, note: Callable[[str], None]) -> Original:
     sizes = {int.from_bytes(start[:4], order) for order in ("little", "big")}
     size, kind = (_NIFTI2, nib.Nifti2Header) if _NIFTI2 in sizes else (_NIFTI1, nib.Nifti1Header)
-    header = kind(start[:size])
+    with repairs(lambda repair: None):  # the reader of the voxels notes them
+        header = kind(start[:size])
     if len(start) >= size + 1 and start[size] != 0:
         note("the extensions of its header are left out, since they may hold a patient's name")
     slope, intercept = header.get_slope_inter()
@@ -200,44 +259,46 @@ def _of_nifti(name: str, start: bytes, compressed: bool, note: Callable[[str], N
     )
 
 
-def _of_itk(path: Path, kind: str, note: Callable[[str], None]) -> Original:
+def _information(path: Path, kind: str) -> tuple[tuple[int, ...], dict[str, list[float]], np.dtype[Any]]:
+    """Size, geometry and type of the voxels of a MetaImage or NRRD; a RuntimeError where ITK cannot read the header."""
     import SimpleITK as sitk  # noqa: N813
 
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     reader = sitk.ImageFileReader()
     reader.SetImageIO(_ITK[kind])
     reader.SetFileName(str(path))
-    try:
+    with quiet_stderr():
         reader.ReadImageInformation()
+    size = reader.GetSize()
+    geometry = {
+        "spacing": list(reader.GetSpacing()),
+        "origin": list(reader.GetOrigin()),
+        "direction": list(reader.GetDirection()),
+    }
+    empty = sitk.Image([1] * len(size), reader.GetPixelID())
+    return tuple(size), geometry, sitk.GetArrayViewFromImage(empty).dtype
+
+
+def _of_itk(path: Path, kind: str, note: Callable[[str], None]) -> Original:
+    try:
+        size, geometry, dtype = _information(path, kind)
     except RuntimeError:
         raise DataError(f"{path.name}: found a file of no known format, expected MetaImage or NRRD") from None
-    if set(reader.GetMetaDataKeys()) - {"NRRD_space", "ITK_InputFilterName"} and any(
-        not key.startswith(("NRRD_", "ITK_")) for key in reader.GetMetaDataKeys()
-    ):
-        note("the further fields of its header are left out, since they may hold a patient's name")
     with path.open("rb") as file:
-        text = file.read(_TEXT_BYTES)
-    size = reader.GetSize()
-    empty = sitk.Image([1] * len(size), reader.GetPixelID())
-    return Original(
+        header = header_of(kind, file.read(TEXT_BYTES))
+    for change in changes(kind, header, dtype):
+        note(change)
+    found = Original(
         name=path.name,
         kind=kind,
-        shape=tuple(size),
-        dtype=sitk.GetArrayViewFromImage(empty).dtype.str,
-        compressed=re.search(_COMPRESSED[kind], text, re.MULTILINE | re.IGNORECASE) is not None,
-        geometry={
-            "spacing": list(reader.GetSpacing()),
-            "origin": list(reader.GetOrigin()),
-            "direction": list(reader.GetDirection()),
-        },
-        space=_space(text) if kind == "nrrd" else (),
+        shape=size,
+        dtype=dtype.str,
+        compressed=is_compressed(kind, header),
+        geometry=geometry,
+        fields=kept_fields(header) if kind == "nrrd" else (),
     )
-
-
-def _space(text: bytes) -> tuple[str, ...]:
-    """The lines of an NRRD's header that say where its voxels are."""
-    head = re.split(rb"\r?\n\r?\n", text, maxsplit=1)[0]
-    return tuple(match[0].decode("ascii", "replace") for match in _SPACE.finditer(head))
+    found.check_header()
+    return found
 
 
 def _of_series(folder: Path) -> Original:

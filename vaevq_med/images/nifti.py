@@ -50,7 +50,7 @@ def read_nifti(
     kind = _kind(start)
     if kind is None:
         raise DataError(f"{name}: found a file that is no NIfTI, expected one")
-    with _repairs(lambda repair: note(f"nibabel says of its header: {repair}")):
+    with repairs(lambda repair: note(f"nibabel says of its header: {repair}")):
         header = kind.header_class(start[: kind.header_class.sizeof_hdr])
         check_size(name, header.get_data_shape())
         if header["vox_offset"] > _MAX_OFFSET:
@@ -153,8 +153,12 @@ def assumed_affine(
 
 
 @contextlib.contextmanager
-def _repairs(note: Callable[[str], None]) -> Iterator[None]:
-    """Take in, each once, what nibabel mends in a header, which it says by its logger or as a warning."""
+def repairs(note: Callable[[str], None]) -> Iterator[None]:
+    """Take in, each once, what nibabel mends in a header, which it says by its logger or as a warning.
+
+    Args:
+        note: called with each, once nothing more is mended.
+    """
     logger = imageglobals.logger
     told: dict[str, None] = {}
 

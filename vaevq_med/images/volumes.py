@@ -14,6 +14,7 @@ from vaevq_med.core.errors import DataError
 from vaevq_med.core.numbers import told_apart
 from vaevq_med.images.dicom import read_series
 from vaevq_med.images.nifti import GZIP, HEADER_BYTES, assumed_affine, check_size, is_nifti, read_nifti
+from vaevq_med.images.quiet import quiet_stderr
 
 _SUFFIXES = {"NIfTI": ".nii", "NIfTI in gzip": ".nii.gz", "NRRD": ".nrrd", "MetaImage": ".mha"}
 
@@ -66,7 +67,8 @@ def read_volume(
         if kind is not None and kind.startswith("NIfTI"):
             voxels, affine = read_nifti(name, path.read_bytes(), orientation=orientation, note=note)
         else:
-            voxels, affine = _read_itk(path, kind, orientation, note)
+            with quiet_stderr():
+                voxels, affine = _read_itk(path, kind, orientation, note)
     except DataError:
         raise
     except Exception as error:  # whatever the readers raise on a file that is not what it says
