@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from vaevq_med.codec.errors import CodecError
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.core.names import in_one_line, nearest
+from vaevq_med.core.names import nearest
 
 Volume = NDArray[np.uint8] | NDArray[np.uint16]
 EXTRA = 'pip install "vaevq_med[codecs]"'
@@ -139,10 +139,8 @@ class ClassicalCodec(ABC):
         except (VaevqMedError, MemoryError):
             raise
         except Exception as error:
-            said = f"{type(error).__name__}: {error}".rstrip(": ")
-            raise CodecError(
-                f"{self.name}: found that its library failed to {way} ({in_one_line(said)[:200]})"
-            ) from error
+            said = " ".join(f"{type(error).__name__}: {error}".rstrip(": ").split())[:200]
+            raise CodecError(f"{self.name}: found that its library failed to {way} ({said})") from error
 
     def versions(self) -> Mapping[str, str]:
         """What made the files, for a record.

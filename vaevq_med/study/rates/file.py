@@ -16,6 +16,7 @@ from vaevq_med.study.part import AnyStudy, Count, Name, Part, by_name, each_once
 
 Bits = Annotated[list[Annotated[int, Field(ge=8, le=16)]], Field(min_length=1), AfterValidator(each_once)]
 Setting = int | float
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 def _finite(values: list[Setting]) -> list[Setting]:
@@ -30,7 +31,8 @@ Settings = Annotated[list[Setting], Field(min_length=1), AfterValidator(_finite)
 
 def _known(name: str, known: Collection[str]) -> str:
     if name not in known:
-        raise refuse(f"{name}; expected {nearest(name, known) or f'one of {", ".join(sorted(known))}'}")
+        expected = nearest(name, known) or f"one of {', '.join(sorted(known))}"
+        raise refuse(f"{name}; expected {expected}")
     return name
 
 
@@ -159,14 +161,7 @@ class RateDistortionStudy(AnyStudy):
     background: Literal["decoded", "masked"] = "decoded"
     lossless: bool = True
     slices: Count | None = None
-    rates: Annotated[list[Annotated[float, Field(gt=0, allow_inf_nan=False)]], Field(min_length=1)] = [
-        0.012,
-        0.02,
-        0.041,
-        0.05,
-        0.1,
-        0.2,
-    ]
+    rates: Annotated[list[Rate], Field(min_length=1)] = [0.012, 0.02, 0.041, 0.05, 0.1, 0.2]
     anchors: list[str] = []
     perceptual: Perceptual | None = Perceptual()
     notes: list[str] = []

@@ -180,18 +180,16 @@ class Report:
             lines += [
                 f"## BD-rate against {self.titles[anchor]}",
                 "",
-                "Percent more (+) or fewer (−) bytes for the same figure, over the range that both reach, of the volumes "
-                "where that is a quarter of this row's range or more; a dash where those are half of them or fewer.",
+                "Percent more (+) or fewer (−) bytes for the same figure, over the range that both reach, of the "
+                "volumes where that is at least a quarter of the anchor's; a dash where those are half or fewer.",
                 "",
                 f"| row | {' | '.join(f.title for f in figures)} |",
                 f"| --- |{' ---: |' * len(figures)}",
             ]
             for name in self.curves:
                 if name != anchor:
-                    cells = [
-                        _percent(self.delta(name, anchor, figure), self.volumes(name, figure.name))
-                        for figure in figures
-                    ]
+                    found = [(self.delta(name, anchor, f), self.volumes(name, f.name)) for f in figures]
+                    cells = [_percent(spread, total) for spread, total in found]
                     lines.append(f"| {self.titles[name]} | {' | '.join(cells)} |")
             lines.append("")
         return lines
