@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 
 import numpy as np
@@ -63,6 +64,7 @@ def test_a_volume_comes_back_at_high_quality(name: str, bits: int) -> None:
 @pytest.mark.parametrize("bits", [8, 12])
 def test_without_loss_every_voxel_comes_back(name: str, bits: int) -> None:
     codec, noise = CODECS[name], np.random.default_rng(0)
+    bits = codec.depth(bits)
     original = volume(bits)
     original[original > 0] -= noise.integers(0, 9, original.shape).astype(original.dtype)[original > 0]
     assert codec.lossless is not None
@@ -107,6 +109,55 @@ def test_bits_are_the_most_that_the_library_codes() -> None:
 def test_another_kind_of_volume_is_refused() -> None:
     with pytest.raises(CodecError, match=r"jpeg2000: the volume is float64 \[6, 70, 90\] at 8 bits; expected uint8"):
         CODECS["jpeg2000"].encode(volume().astype(float), 8, 30)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        *(("sperr", 500), ("sperr", 0), ("sperr", -1), ("sperr", math.nan), ("jpegls", 128), ("jpegls", 1.5)),
+        *(("jpeg", 0), ("jpeg2000", 0.5), ("jpeg2000", math.inf), ("jpegxl", 26)),
+        *(("hevc_z", 52), ("svtav1_z", 0), ("libaom_z", 64)),
+    ],
+)
+def test_a_setting_that_the_library_does_not_take_never_reaches_it(
+    name: str, setting: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(CODECS[name]), "_encode", lambda *_: pytest.fail("it would end the process"))
+    with pytest.raises(CodecError, match=rf"{name}: .* is {setting}; expected (whole )?numbers from "):
+        CODECS[name].encode(volume(), 8, setting)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_both_ends_of_the_range_are_taken(name: str) -> None:
+    codec = CODECS[name]
+    for setting in codec.range:
+        coded(codec, volume(shape=(5, 64, 66)), 8, setting)
+    assert all(map(codec.takes, codec.settings))
+
+
+@pytest.mark.parametrize("name", ["jpegls", "jpeg2000", "jpegxl", "jpeg", "sperr", "hevc_z"])
+def test_what_a_library_raises_is_an_error_of_the_codec(name: str) -> None:
+    codec = CODECS[name]
+    blank = codec.encode(volume(), 8, codec.settings[0])[0]
+    with pytest.raises(CodecError, match=f"{name}: found that its library failed to decode") as caught:
+        codec.decode([blank, *[b"no such file" * 9] * 3], volume().shape, 8)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_library_raises_at_encoding_is_an_error_of_the_codec(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(ClassicalCodec, "takes", lambda *_: True, raising=False)
+        with pytest.raises(CodecError, match=r"jpegls: found that its library failed to encode \(JpeglsError"):
+            CODECS["jpegls"].encode(volume(), 8, 256)
+        with pytest.raises(CodecError, match="hevc_z: found that its library failed to encode"):
+            CODECS["hevc_z"].encode(volume(), 8, 52)
+
+
+def test_the_setting_of_jpeg_ls_is_the_largest_error_of_a_voxel() -> None:
+    codec = CODECS["jpegls"]
+    assert codec.depth(12) == codec.depth(16) == 8
+    original = volume()
+    assert 0 < abs(coded(codec, original, 8, 12)[2].astype(int) - original).max() <= 12
 
 
 def test_an_unknown_name_has_the_nearest() -> None:

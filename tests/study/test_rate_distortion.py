@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +24,11 @@ from vaevq_med.codec.classical import codec_named
 from vaevq_med.codec.classical.images import SliceCodec
 from vaevq_med.codec.coders.mask import encode_mask
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.evaluation.volumes import FIGURES
 from vaevq_med.study.file import check_study, read_study
 from vaevq_med.study.rates.curves import Curve, Spread, curves_of, delta_rate
 from vaevq_med.study.rates.file import RateDistortionStudy
+from vaevq_med.study.rates.report import Report
 from vaevq_med.study.rates.run import RunRates
 
 pytest.importorskip("imagecodecs")
@@ -193,11 +199,13 @@ def test_a_codec_that_fails_is_a_line_and_the_others_go_on(
     assert [where for where, _ in report.problems] == [f"BraTS-GLI-0000{n}-000_t1c jpeg_8@90" for n in (0, 1)]
 
 
-CURVE = Curve("a", "t1c", (1, 2, 3, 4), np.array([0.02, 0.05, 0.1, 0.3]), {"psnr_brain": np.array([26, 30, 33, 39.0])})
+CURVE = Curve(
+    "a", "a-0", "t1c", (1, 2, 3, 4), np.array([0.02, 0.05, 0.1, 0.3]), {"psnr_brain": np.array([26, 30, 33, 39.0])}
+)
 
 
 def scaled(factor: float, sign: int = 1) -> Curve:
-    return Curve("a", "t1c", CURVE.settings, CURVE.rates * factor, {"psnr_brain": sign * CURVE.figures["psnr_brain"]})
+    return replace(CURVE, rates=CURVE.rates * factor, figures={"psnr_brain": sign * CURVE.figures["psnr_brain"]})
 
 
 @given(factor=st.floats(0.2, 5))
@@ -209,15 +217,15 @@ def test_a_curve_of_a_multiple_of_the_bytes_has_that_delta_rate(factor: float) -
 def test_a_delta_rate_by_hand() -> None:
     # Straight lines over log10 of the rate: 30 dB at 0.1 and 40 dB at 1; 30 dB at 0.2 and 40 dB at 4. The mean of the
     # difference log10(2) + log10(2) (q - 30) / 10 over q is 1.5 log10(2): 2 ** 1.5 = 2.828 times the bytes.
-    anchor = Curve("a", "t1c", (1, 2), np.array([0.1, 1.0]), {"q": np.array([30.0, 40.0])})
-    other = Curve("a", "t1c", (1, 2), np.array([0.2, 4.0]), {"q": np.array([30.0, 40.0])})
+    anchor = Curve("a", "a-0", "t1c", (1, 2), np.array([0.1, 1.0]), {"q": np.array([30.0, 40.0])})
+    other = Curve("a", "a-0", "t1c", (1, 2), np.array([0.2, 4.0]), {"q": np.array([30.0, 40.0])})
     assert delta_rate(anchor, other, "q") == pytest.approx(100 * (2**1.5 - 1))
 
 
 def test_delta_rates_where_lower_is_better_and_where_nothing_is_shared() -> None:
     worse = delta_rate(scaled(1, -1), scaled(2, -1), "psnr_brain", higher_is_better=False)
     assert worse == pytest.approx(100)
-    far = Curve("a", "t1c", (1, 2), np.array([0.1, 1.0]), {"psnr_brain": np.array([50.0, 60.0])})
+    far = Curve("a", "a-0", "t1c", (1, 2), np.array([0.1, 1.0]), {"psnr_brain": np.array([50.0, 60.0])})
     assert np.isnan(delta_rate(CURVE, far, "psnr_brain"))
     assert np.isnan(delta_rate(CURVE, far, "ssim"))
 
@@ -242,11 +250,78 @@ def test_points_of_one_size_are_one_and_figures_that_some_lack_are_left_out() ->
     assert list(curve.figures) == ["psnr_brain"]
 
 
+def made_up(row: str, case: str, points: Sequence[tuple[int, float]]) -> list[dict[str, Any]]:
+    """Records of a row on a case of the patient whose name the case begins with: bytes and PSNR of each setting."""
+    times = {"encode_seconds": 1.0, "decode_seconds": 1.0}
+    shared = {"row": row, "patient": case[:1], "case": case, "contrast": "t1c", "voxels": 8000, "brain_voxels": 10}
+    return [
+        {**shared, **times, "setting": n, "bytes": size, "figures": {"psnr_brain": psnr}}
+        for n, (size, psnr) in enumerate(points, 30)
+    ]
+
+
+SMALL, LARGE = [(100, 26.0), (300, 31.0), (900, 38.0)], [(400, 26.0), (1200, 31.0), (3600, 38.0)]
+
+
+def test_two_examinations_of_a_patient_are_two_volumes(cases: Path, tmp_path: Path) -> None:
+    command = RunRates(study_of(cases, tmp_path / "out"))
+    own = {name: made_up(name, "a-0", SMALL) + made_up(name, "a-1", LARGE) for name in ("jpeg2000_8", "jpeg_8")}
+    report = Report(command.study, command.rows, [*own["jpeg2000_8"], *own["jpeg_8"]])
+    found = report.delta("jpeg_8", "jpeg2000_8", FIGURES[0])
+    assert found.n == 2
+    assert found.mean == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize(("reached", "cell"), [(4, "+300 [+300, +300]"), (3, "+300 [+300, +300] (3 of 4)"), (2, "–")])
+def test_a_delta_rate_says_of_how_many_volumes_it_is(cases: Path, tmp_path: Path, reached: int, cell: str) -> None:
+    command = RunRates(study_of(cases, tmp_path / "out"))
+    far = [(size, psnr + 40) for size, psnr in LARGE]  # shares no figure with the anchor
+    records = [record for case in "abcd" for record in made_up("jpeg2000_8", case, SMALL)]
+    for number, case in enumerate("abcd"):
+        records += made_up("jpeg_8", case, LARGE if number < reached else far)
+    table = Report(command.study, command.rows, records).markdown()
+    own = table.partition("## BD-rate")[2].partition("## Time")[0].splitlines()
+    assert [line for line in own if line.startswith("| JPEG")] == [f"| JPEG, one mosaic, 8 bit | {cell} |"]
+
+
+def test_rows_of_one_title_are_two_lines(cases: Path, tmp_path: Path) -> None:
+    codecs = [{"name": name, "title": "JPEG"} for name in ("jpeg", "jpeg2000")]
+    command = RunRates(study_of(cases, tmp_path / "out", codecs=codecs))
+    records = made_up("jpeg2000_8", "a-0", SMALL) + made_up("jpeg_8", "a-0", LARGE)
+    points = Report(command.study, command.rows, records).points()
+    assert sorted(points) == ["jpeg2000_8", "jpeg_8"]
+
+
+def test_settings_alike_to_six_digits_have_records_of_their_own(cases: Path, tmp_path: Path) -> None:
+    codecs = [{"name": "jpeg2000", "settings": [30, 30.0000001]}]
+    command = RunRates(study_of(cases, tmp_path / "out", codecs=codecs, lossless=False))
+    assert command.run().missing == 0
+    names = sorted(path.name for path in (tmp_path / "out" / "records" / "BraTS-GLI-00000-000_t1c").glob("*@*"))
+    assert names == ["jpeg2000_8@30.0000001.json", "jpeg2000_8@30.json"]
+
+
+def test_without_the_package_of_delta_rates_nothing_is_coded(
+    cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bjontegaard", None)
+    with pytest.raises(VaevqMedError, match="a delta rate needs bjontegaard, which is not installed"):
+        RunRates(study_of(cases, tmp_path / "out")).dry_run()
+    RunRates(study_of(cases, tmp_path / "out", anchors=[])).dry_run()
+
+
 def test_intervals_are_over_patients() -> None:
     alike = Spread.of([1.0, 1.0, 3.0, 3.0], ["a", "a", "b", "b"])
     assert (alike.mean, alike.low, alike.high, alike.n) == (2.0, 1.0, 3.0, 4)
     assert np.isnan(Spread.of([1.0, 2.0], ["a", "a"]).low)
     assert Spread.of([float("nan")], ["a"]).to_json() == {"mean": None, "low": None, "high": None, "n": 0}
+
+
+def of_codec(name: str, values: list[float]) -> dict[str, Any]:
+    return {"codecs": [{"name": name, "settings": values}], "anchors": []}
+
+
+def tokenizer(**fields: Any) -> dict[str, Any]:
+    return {"tokenizers": [{"name": "toy", "checkpoint": "none.pt", **fields}]}
 
 
 def test_what_the_file_may_not_say(cases: Path, tmp_path: Path) -> None:
@@ -256,10 +331,29 @@ def test_what_the_file_may_not_say(cases: Path, tmp_path: Path) -> None:
         ({"anchors": ["hevc"]}, "anchors has hevc; expected some of jpeg2000_8, jpeg_8"),
         ({"contrasts": ["t3"]}, "contrasts has t3; expected some of t1n, t1c, t2w, t2f"),
         ({"codec": []}, "codec is unknown; expected codecs"),
+        (
+            of_codec("sperr", [500]),
+            "settings is a list with 500; expected numbers from 0.1 to 150 (PSNR (dB))",
+        ),
+        (of_codec("sperr", [0]), "codecs[0].settings is a list with 0; expected numbers from 0.1 to 150"),
+        (of_codec("jpegls", [12.5]), "codecs[0].settings is a list with 12.5; expected whole numbers from 0 to 127"),
+        (of_codec("jpeg2000", [0.5]), "list with 0.5; expected numbers from 1 to 120, or 0 for no loss"),
+        (of_codec("hevc_z", [math.nan]), "codecs[0].settings is a list with nan; expected finite numbers"),
+        (of_codec("hevc_z", [52]), "codecs[0].settings is a list with 52; expected numbers from 0 to 51 (crf)"),
+        (tokenizer(settings=[0, -1]), "tokenizers[0].settings is a list with -1; expected weights of 0 or more"),
+        (tokenizer(settings=[math.inf]), "tokenizers[0].settings is a list with inf; expected finite numbers"),
+        (tokenizer(coder="adaptiv"), "tokenizers[0].coder is adaptiv; expected adaptive"),
+        (
+            tokenizer(coder="context"),
+            "coder_model is null; expected the file that the coder context needs",
+        ),
+        (tokenizer(coder_model="m.pt"), "tokenizers[0].coder_model is m.pt; expected none, since the coder adaptive"),
+        (tokenizer(name="jpeg_8"), "tokenizers has jpeg_8, which is the row of a codec; expected another name"),
+        ({"rates": [math.inf]}, "rates[0] is"),
         ({"split": "validation"}, "found no case of the split validation"),
     ):
         with pytest.raises(VaevqMedError) as caught:
-            RunRates(study_of(cases, tmp_path / "out", **fields)).run()
+            RunRates(study_of(cases, tmp_path / "out", **fields)).dry_run()
         assert message in str(caught.value)
         assert "\n" not in str(caught.value)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaevq_med.codec.errors import CodecError
+from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.names import nearest
 
 Volume = NDArray[np.uint8] | NDArray[np.uint16]
@@ -41,7 +44,9 @@ class ClassicalCodec(ABC):
         depths: bits a sample that it can code.
         setting: what its setting is called, e.g. ``crf``.
         settings: that draw its curve, from the smallest files to the largest.
-        lossless: the setting without loss, where it has one.
+        range: the lowest and the highest setting that its library takes.
+        whole: whether only whole numbers are settings.
+        lossless: the setting without loss, where it has one; it may lie beside the range.
     """
 
     name: str
@@ -51,6 +56,8 @@ class ClassicalCodec(ABC):
     depths: tuple[int, ...]
     setting: str
     settings: tuple[float, ...]
+    range: tuple[float, float]
+    whole: bool = False
     lossless: float | None = None
     notes: str = field(default="")
 
@@ -60,6 +67,21 @@ class ClassicalCodec(ABC):
         if not fitting:
             raise CodecError(f"{self.name}: bits is {bits}; expected one of {', '.join(map(str, self.depths))}")
         return max(fitting)
+
+    def takes(self, setting: float) -> bool:
+        """Whether its library takes a setting; some of the others end the process."""
+        if setting == self.lossless:
+            return True
+        low, high = self.range
+        return math.isfinite(setting) and low <= setting <= high and (not self.whole or setting == int(setting))
+
+    @property
+    def expected(self) -> str:
+        """Which settings it takes, in words."""
+        low, high = self.range
+        beside = self.lossless is not None and not low <= self.lossless <= high
+        numbers = f"{'whole numbers' if self.whole else 'numbers'} from {low:g} to {high:g}"
+        return f"{numbers}{f', or {self.lossless:g} for no loss' if beside else ''}"
 
     def encode(self, volume: Volume, bits: int, setting: float) -> list[bytes]:
         """The files of a volume.
@@ -73,7 +95,8 @@ class ClassicalCodec(ABC):
             First that of one bit a slice, then those of the codec.
 
         Raises:
-            CodecError: its package is missing, or the volume is of another kind.
+            CodecError: its package is missing, the volume is of another kind, or it takes no such setting; or its
+                library failed.
         """
         self.check()
         expected = np.uint8 if bits <= 8 else np.uint16
@@ -82,9 +105,12 @@ class ClassicalCodec(ABC):
                 f"{self.name}: the volume is {volume.dtype} {list(volume.shape)} at {bits} bits; expected "
                 f"{np.dtype(expected)} [Z, Y, X] at {' or '.join(map(str, self.depths))} bits"
             )
+        if not self.takes(setting):
+            raise CodecError(f"{self.name}: {self.setting} is {setting}; expected {self.expected}")
         live = volume.any(axis=(1, 2))  # [Z]
         found: Volume = volume[live]
-        files = self._encode(found, bits, setting) if live.any() else []
+        with self._own_errors("encode"):
+            files = self._encode(found, bits, setting) if live.any() else []
         return [np.packbits(live).tobytes(), *files]
 
     def decode(self, files: Sequence[bytes], shape: tuple[int, int, int], bits: int) -> Volume:
@@ -94,12 +120,27 @@ class ClassicalCodec(ABC):
             files: all of them.
             shape: of the volume.
             bits: as it was encoded with.
+
+        Raises:
+            CodecError: its package is missing, or its library failed.
         """
         live = np.unpackbits(np.frombuffer(files[0], np.uint8))[: shape[0]].astype(bool)
         volume = np.zeros(shape, np.uint8 if bits <= 8 else np.uint16)
         if live.any():
-            volume[live] = self._decode(files[1:], (int(live.sum()), *shape[1:]), bits)
+            with self._own_errors("decode"):
+                volume[live] = self._decode(files[1:], (int(live.sum()), *shape[1:]), bits)
         return volume
+
+    @contextmanager
+    def _own_errors(self, way: str) -> Iterator[None]:
+        """Whatever a library raises inside is told as an error of this codec, since each has kinds of its own."""
+        try:
+            yield
+        except (VaevqMedError, MemoryError):
+            raise
+        except Exception as error:
+            said = " ".join(f"{type(error).__name__}: {error}".rstrip(": ").split())[:200]
+            raise CodecError(f"{self.name}: found that its library failed to {way} ({said})") from error
 
     def versions(self) -> Mapping[str, str]:
         """What made the files, for a record.

@@ -89,6 +89,7 @@ CODECS = (
         depths=(8, 10, 12, 16),
         setting="PSNR (dB)",
         settings=(24, 28, 33, 38),
+        range=(1, 120),
         lossless=0,
     ),
     SliceCodec(
@@ -99,6 +100,7 @@ CODECS = (
         depths=(8, 10, 12, 16),
         setting="distance",
         settings=(20, 10, 5),
+        range=(0.01, 25),
         lossless=0,
     ),
     SliceCodec(
@@ -106,9 +108,12 @@ CODECS = (
         title="JPEG-LS, slices",
         coding=lambda library, image, bits, setting: library.jpegls_encode(image, level=int(setting)),
         decoding="jpegls_decode",
-        depths=(8, 12, 16),
+        # imagecodecs writes whatever has more than 8 bits as 16, where the standard's largest error is 255 of 65,535.
+        depths=(8,),
         setting="near",
         settings=(60, 30, 12),
+        range=(0, 127),
+        whole=True,
         lossless=0,
     ),
     MosaicCodec(
@@ -119,5 +124,7 @@ CODECS = (
         depths=(8,),
         setting="quality",
         settings=(1, 5, 14, 36),
+        range=(1, 100),
+        whole=True,
     ),
 )

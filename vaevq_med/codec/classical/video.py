@@ -161,15 +161,15 @@ class ProgramCodec(VideoCodec):
 def _x265(setting: float, group: int) -> dict[str, str]:
     # Without its text of options in the stream, and tuned to PSNR as the others are by default.
     params = f"pools=none:frame-threads=1:wpp=0:info=0:log-level=none:keyint={group}:min-keyint={group}:scenecut=0"
-    return {"preset": "slow", "tune": "psnr", "crf": f"{setting:g}", "x265-params": params}
+    return {"preset": "slow", "tune": "psnr", "crf": f"{setting}", "x265-params": params}
 
 
 def _svt(setting: float, group: int) -> dict[str, str]:
-    return {"preset": "4", "crf": f"{setting:g}", "svtav1-params": f"lp=1:keyint={group}:scd=0"}
+    return {"preset": "4", "crf": f"{setting}", "svtav1-params": f"lp=1:keyint={group}:scd=0"}
 
 
 def _aom(setting: float, group: int) -> list[str]:
-    words = ["-c:v", "libaom-av1", "-crf", f"{setting:g}", "-b:v", "0", "-cpu-used", "4", "-g", str(group)]
+    words = ["-c:v", "libaom-av1", "-crf", f"{setting}", "-b:v", "0", "-cpu-used", "4", "-g", str(group)]
     return [*words, "-keyint_min", str(group), "-lag-in-frames", "35" if group > 1 else "0", "-row-mt", "0"]
 
 
@@ -191,6 +191,7 @@ CODECS = (
         encoder="libx265",
         muxer="hevc",
         gray=True,
+        range=(0, 51),
         options=_x265,
         depths=(8, 10, 12),
     ),
@@ -203,6 +204,7 @@ CODECS = (
         encoder="libsvtav1",
         muxer="obu",
         gray=False,
+        range=(1, 63),  # 0 is its default
         options=_svt,
         depths=(8, 10),
     ),
@@ -214,6 +216,7 @@ CODECS = (
         (63, 55, 44, 30),
         muxer="obu",
         gray=True,
+        range=(0, 63),
         words=_aom,
         depths=(8, 10, 12),
     ),

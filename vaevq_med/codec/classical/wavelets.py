@@ -34,5 +34,6 @@ CODECS = (
         depths=(8, 10, 12, 16),
         setting="PSNR (dB)",
         settings=(10, 15, 21, 28, 34),
+        range=(0.1, 150),
     ),
 )

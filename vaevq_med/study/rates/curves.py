@@ -6,6 +6,7 @@ over volumes, with an interval over patients.
 
 from __future__ import annotations
 
+import importlib
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -29,13 +30,15 @@ class Curve:
 
     Attributes:
         patient: whose volume.
-        contrast: which.
+        case: which examination of the patient.
+        contrast: which of its volumes.
         settings: of each point.
         rates: bits a voxel of each point, rising.
         figures: by name, one of each point.
     """
 
     patient: str
+    case: str
     contrast: str
     settings: tuple[float, ...]
     rates: Array
@@ -45,7 +48,7 @@ class Curve:
         """A figure at a rate; NaN outside of the curve, which is not continued.
 
         Example:
-            >>> curve = Curve("a", "t1c", (1.0, 2.0), np.array([0.01, 1.0]), {"psnr_brain": np.array([20.0, 40.0])})
+            >>> curve = Curve("a", "a-0", "t1c", (1.0, 2.0), np.array([0.01, 1]), {"psnr_brain": np.array([20, 40])})
             >>> round(curve.at(0.1, "psnr_brain"), 6), curve.at(2.0, "psnr_brain")
             (30.0, nan)
         """
@@ -65,13 +68,29 @@ def curves_of(records: Sequence[Mapping[str, Any]]) -> list[Curve]:
     for record in records:
         volumes.setdefault((record["contrast"], record["patient"], record["case"]), []).append(record)
     found = []
-    for (contrast, patient, _), own in sorted(volumes.items()):
+    for (contrast, patient, case), own in sorted(volumes.items()):
         points = list({record["bytes"]: record for record in sorted(own, key=lambda r: -r["bytes"])}.values())[::-1]
         rates = np.array([8 * record["bytes"] / record["voxels"] for record in points])
         names = set.intersection(*(set(record["figures"]) for record in points))
         figures = {name: np.array([record["figures"][name] for record in points]) for name in sorted(names)}
-        found.append(Curve(patient, contrast, tuple(record["setting"] for record in points), rates, figures))
+        found.append(Curve(patient, case, contrast, tuple(record["setting"] for record in points), rates, figures))
     return found
+
+
+def check_delta_rates() -> Any:
+    """The package of delta rates.
+
+    Raises:
+        VaevqMedError: it is not installed.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module("bjontegaard")
+    except ImportError:
+        raise VaevqMedError(
+            'a delta rate needs bjontegaard, which is not installed; expected it: pip install "vaevq_med[codecs]"'
+        ) from None
 
 
 def delta_rate(anchor: Curve, curve: Curve, figure: str, *, higher_is_better: bool = True) -> float:
@@ -89,14 +108,7 @@ def delta_rate(anchor: Curve, curve: Curve, figure: str, *, higher_is_better: bo
     Raises:
         VaevqMedError: the package is not installed.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import bjontegaard
-    except ImportError:
-        raise VaevqMedError(
-            'a delta rate needs bjontegaard, which is not installed; expected it: pip install "vaevq_med[codecs]"'
-        ) from None
+    bjontegaard = check_delta_rates()
     sides = [_rising(c, figure, higher_is_better) for c in (anchor, curve)]
     (first_rates, first), (rates, values) = sides
     if len(first) < 2 or len(values) < 2:

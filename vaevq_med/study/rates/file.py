@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
-from vaevq_med.codec.classical import find_codecs
+from vaevq_med.codec.classical import codec_named, find_codecs
+from vaevq_med.codec.coders.registry import known_coders
 from vaevq_med.core.names import nearest
 from vaevq_med.study.part import AnyStudy, Count, Name, Part, by_name, each_once, named, refuse
 
 Bits = Annotated[list[Annotated[int, Field(ge=8, le=16)]], Field(min_length=1), AfterValidator(each_once)]
 Setting = int | float
-Settings = Annotated[list[Setting], Field(min_length=1), AfterValidator(each_once)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _finite(values: list[Setting]) -> list[Setting]:
+    wrong = next((value for value in values if not math.isfinite(value)), None)
+    if wrong is not None:
+        raise refuse(f"a list with {wrong}; expected finite numbers")
+    return values
+
+
+Settings = Annotated[list[Setting], Field(min_length=1), AfterValidator(_finite), AfterValidator(each_once)]
+
+
+def _known(name: str, known: Collection[str]) -> str:
+    if name not in known:
+        expected = nearest(name, known) or f"one of {', '.join(sorted(known))}"
+        raise refuse(f"{name}; expected {expected}")
+    return name
 
 
 def _known_codec(name: str) -> str:
-    if name not in find_codecs():
-        expected = nearest(name, find_codecs()) or f"one of {', '.join(sorted(find_codecs()))}"
-        raise refuse(f"{name}; expected {expected}")
-    return name
+    return _known(name, find_codecs())
+
+
+def _known_coder(name: str) -> str:
+    return _known(name, known_coders())
 
 
 class CodecPart(Part):
@@ -39,6 +60,16 @@ class CodecPart(Part):
     bits: Bits | None = None
     settings: Settings | None = None
 
+    @field_validator("settings")
+    @classmethod
+    def _taken(cls, settings: list[Setting] | None, info: ValidationInfo) -> list[Setting] | None:
+        if settings is not None and "name" in info.data:  # otherwise the name is what is wrong
+            codec = codec_named(info.data["name"])
+            wrong = next((setting for setting in settings if not codec.takes(setting)), None)
+            if wrong is not None:
+                raise refuse(f"a list with {wrong}; expected {codec.expected} ({codec.setting})")
+        return settings
+
 
 class TokenizerPart(Part):
     """A trained tokenizer as a codec.
@@ -55,9 +86,27 @@ class TokenizerPart(Part):
     name: Name
     title: str = ""
     checkpoint: Path
-    coder: str = "adaptive"
-    coder_model: Path | None = None
+    coder: Annotated[str, AfterValidator(_known_coder)] = "adaptive"
+    coder_model: Annotated[Path | None, Field(validate_default=True)] = None
     settings: Settings = [0.0]
+
+    @field_validator("coder_model")
+    @classmethod
+    def _needed(cls, model: Path | None, info: ValidationInfo) -> Path | None:
+        coder = info.data.get("coder")  # missing where the name is what is wrong
+        if coder is not None and known_coders()[coder].needs_model != (model is not None):
+            if model is None:
+                raise refuse(f"null; expected the file that the coder {coder} needs")
+            raise refuse(f"{model}; expected none, since the coder {coder} takes none")
+        return model
+
+    @field_validator("settings")
+    @classmethod
+    def _weights(cls, settings: list[Setting]) -> list[Setting]:
+        wrong = next((setting for setting in settings if setting < 0), None)
+        if wrong is not None:
+            raise refuse(f"a list with {wrong}; expected weights of 0 or more")
+        return settings
 
 
 class Perceptual(Part):
@@ -112,7 +161,7 @@ class RateDistortionStudy(AnyStudy):
     background: Literal["decoded", "masked"] = "decoded"
     lossless: bool = True
     slices: Count | None = None
-    rates: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] = [0.012, 0.02, 0.041, 0.05, 0.1, 0.2]
+    rates: Annotated[list[Rate], Field(min_length=1)] = [0.012, 0.02, 0.041, 0.05, 0.1, 0.2]
     anchors: list[str] = []
     perceptual: Perceptual | None = Perceptual()
     notes: list[str] = []

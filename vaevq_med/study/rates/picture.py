@@ -15,11 +15,11 @@ from vaevq_med.metrics.figures import Figure
 _MARKERS = "osD^v<>pPXh*"
 
 
-def draw_curves(rows: Mapping[str, Sequence[Mapping[str, Any]]], figures: Sequence[Figure], path: Path) -> None:
+def draw_curves(rows: Sequence[tuple[str, Sequence[Mapping[str, Any]]]], figures: Sequence[Figure], path: Path) -> None:
     """Draw means over volumes, with intervals over patients.
 
     Args:
-        rows: title to points, each with ``rate`` and ``figures`` as spreads.
+        rows: a title and points, each with ``rate`` and ``figures`` as spreads.
         figures: a panel each.
         path: PNG file to write, atomically.
     """
@@ -27,7 +27,7 @@ def draw_curves(rows: Mapping[str, Sequence[Mapping[str, Any]]], figures: Sequen
     panels = canvas.subplots(1, len(figures), squeeze=False)[0]
     colors = colormaps["tab20"].colors  # type: ignore[attr-defined]
     for panel, figure in zip(panels, figures, strict=True):
-        for number, (title, points) in enumerate(rows.items()):
+        for number, (title, points) in enumerate(rows):
             own = [(p["rate"].mean, p["figures"][figure.name]) for p in points if figure.name in p["figures"]]
             below = [spread.mean - min(spread.low, spread.mean) if spread.low == spread.low else 0 for _, spread in own]
             above = [

@@ -48,7 +48,8 @@ def write_report(study: RateDistortionStudy, rows: Sequence[Candidate], records:
         atomic_write_text(output / name, text)
     from vaevq_med.study.rates.picture import draw_curves
 
-    draw_curves(report.points(), [_KNOWN[name] for name in _COMPARED if report.has(name)], output / "curves.png")
+    lines = [(report.titles[name], points) for name, points in report.points().items()]
+    draw_curves(lines, [_KNOWN[name] for name in _COMPARED if report.has(name)], output / "curves.png")
     return [*(output / name for name in texts), output / "curves.png"], table
 
 
@@ -79,6 +80,10 @@ class Report:
         """Whether some record has a figure."""
         return any(figure in record["figures"] for record in self.records)
 
+    def volumes(self, name: str, figure: str) -> int:
+        """How many of a row's volumes have a figure."""
+        return sum(figure in curve.figures for curve in self.curves[name])
+
     def at(self, name: str, rate: float, figure: str, contrast: str | None = None) -> Spread:
         """A row's figure at a rate, of one contrast or of all."""
         curves = [c for c in self.curves.get(name, []) if contrast in (None, c.contrast)]
@@ -86,14 +91,14 @@ class Report:
 
     def delta(self, name: str, anchor: str, figure: Figure) -> Spread:
         """A row's delta rate against another, in percent."""
-        others = {(c.patient, c.contrast): c for c in self.curves.get(anchor, [])}
-        pairs = [(others.get((c.patient, c.contrast)), c) for c in self.curves.get(name, [])]
+        others = {(c.case, c.contrast): c for c in self.curves.get(anchor, [])}
+        pairs = [(others.get((c.case, c.contrast)), c) for c in self.curves.get(name, [])]
         up = figure.higher_is_better is not False
         values = [math.nan if a is None else delta_rate(a, c, figure.name, higher_is_better=up) for a, c in pairs]
         return Spread.of(values, [c.patient for _, c in pairs])
 
     def points(self) -> dict[str, list[dict[str, Any]]]:
-        """By title of a row its settings with a lossy result: mean rate and the spread of each figure over volumes."""
+        """By name of a row its settings with a lossy result: mean rate and the spread of each figure over volumes."""
         found: dict[str, list[dict[str, Any]]] = {}
         for name in self.curves:
             by_setting: dict[float, list[Mapping[str, Any]]] = {}
@@ -113,7 +118,7 @@ class Report:
                     if self.has(f.name)
                 }
                 points.append({"setting": setting, "rate": rate, "figures": figures})
-            found[self.titles[name]] = sorted(points, key=lambda point: point["rate"].mean)
+            found[name] = sorted(points, key=lambda point: point["rate"].mean)
         return found
 
     def speed(self, name: str) -> tuple[float, float]:
@@ -132,7 +137,7 @@ class Report:
             f"{len(self.records)} records. Rates are bits a voxel of the whole grid; figures are read off each "
             "volume's curve by a monotone cubic over the logarithm of the rate and then averaged. In [ ] stands the "
             "95 % interval over patients (bootstrap), in ( ) the number of volumes where it is not all of them; a dash "
-            "is a rate that the settings reached on half of them or fewer.",
+            "is a rate that the settings reached on half of them or fewer, or a BD-rate that no more of them have.",
             "",
         ]
         for figure in FIGURES:
@@ -157,7 +162,7 @@ class Report:
 
     def _cell(self, name: str, rate: float, figure: Figure, split: Sequence[str]) -> str:
         whole = self.at(name, rate, figure.name)
-        total = len([c for c in self.curves[name] if figure.name in c.figures])
+        total = self.volumes(name, figure.name)
         if whole.n <= total / 2:  # a mean over the few that are cheap, or dear, would mislead
             return "–"
         parts = [self.at(name, rate, figure.name, contrast) for contrast in split] or [whole]
@@ -175,16 +180,17 @@ class Report:
             lines += [
                 f"## BD-rate against {self.titles[anchor]}",
                 "",
-                "Percent more (+) or fewer (−) bytes for the same figure, over the range that both reach; a dash where "
-                "they share less than a quarter of it.",
+                "Percent more (+) or fewer (−) bytes for the same figure, over the range that both reach, of the "
+                "volumes where that is at least a quarter of the anchor's; a dash where those are half or fewer.",
                 "",
                 f"| row | {' | '.join(f.title for f in figures)} |",
                 f"| --- |{' ---: |' * len(figures)}",
             ]
             for name in self.curves:
                 if name != anchor:
-                    cells = [self.delta(name, anchor, figure) for figure in figures]
-                    lines.append(f"| {self.titles[name]} | {' | '.join(map(_percent, cells))} |")
+                    found = [(self.delta(name, anchor, f), self.volumes(name, f.name)) for f in figures]
+                    cells = [_percent(spread, total) for spread, total in found]
+                    lines.append(f"| {self.titles[name]} | {' | '.join(cells)} |")
             lines.append("")
         return lines
 
@@ -282,11 +288,13 @@ class Report:
         }
 
 
-def _percent(found: Spread) -> str:
-    if not found.n:
+def _percent(found: Spread, total: int) -> str:
+    if found.n <= total / 2:
         return "–"
     text = f"{found.mean:+.0f}"
-    return text if math.isnan(found.low) else f"{text} [{found.low:+.0f}, {found.high:+.0f}]"
+    if not math.isnan(found.low):
+        text += f" [{found.low:+.0f}, {found.high:+.0f}]"
+    return text if found.n == total else f"{text} ({found.n} of {total})"
 
 
 def _processor() -> str:

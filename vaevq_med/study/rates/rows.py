@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vaevq_med.codec.classical import codec_named
+from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.study.rates.candidates import Candidate, ClassicalCandidate
 from vaevq_med.study.rates.file import CodecPart, RateDistortionStudy
 from vaevq_med.study.rates.tokenizers import TokenizerCandidate
@@ -23,10 +24,14 @@ def candidates(study: RateDistortionStudy) -> list[Candidate]:
     """All rows of a study, in its order, each checked for what it needs.
 
     Raises:
-        VaevqMedError: a package or a checkpoint is missing.
+        VaevqMedError: two rows have one name, or a package or a checkpoint is missing.
     """
     found: list[Candidate] = [TokenizerCandidate.of(part) for part in study.tokenizers]
     found += [row for part in study.codecs for row in classical(part, study)]
+    names = [row.name for row in found]
+    for name in names:
+        if names.count(name) > 1:  # of a tokenizer, since those of codecs differ
+            raise VaevqMedError(f"tokenizers has {name}, which is the row of a codec; expected another name")
     for row in found:
         row.made_of()
     return found

@@ -19,6 +19,7 @@ from vaevq_med.core.folder import BusyError, OutputFolder
 from vaevq_med.evaluation.volumes import VolumeJudge
 from vaevq_med.networks.features import FeatureNetwork, feature_network
 from vaevq_med.study.rates.candidates import Candidate
+from vaevq_med.study.rates.curves import check_delta_rates
 from vaevq_med.study.rates.file import RateDistortionStudy
 from vaevq_med.study.rates.report import write_report
 from vaevq_med.study.rates.rows import candidates
@@ -77,6 +78,8 @@ class RunRates:
                 if not rows
                 else f"anchors has {wrong}; expected some of {', '.join(names)}"
             )
+        if self.study.anchors:
+            check_delta_rates()  # or hours of coding would end without a table
         return rows
 
     @cached_property
@@ -227,8 +230,8 @@ class RunRates:
 
 
 def _unit(row: Candidate, setting: float) -> str:
-    """Name of a record."""
-    return f"{row.name}@{setting:g}"
+    """Name of a record; settings that differ have names that differ, and 32.0 has that of 32."""
+    return f"{row.name}@{repr(float(setting)).removesuffix('.0')}"
 
 
 @contextmanager
