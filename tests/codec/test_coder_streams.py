@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vaevq_med.codec.coders.adaptive import AdaptiveCoder
-from vaevq_med.codec.coders.base import IndexCoder, Layout
+from vaevq_med.codec.coders.base import IndexCoder
 from vaevq_med.codec.coders.context import ContextCoder
+from vaevq_med.codec.coders.layout import Layout
 from vaevq_med.codec.errors import CodecError
 
 KINDS = ("adaptive", "context", "prior")

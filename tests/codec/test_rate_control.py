@@ -6,8 +6,8 @@ import torch
 from helpers.index_stacks import random_model
 from helpers.toy_networks import tokenizer
 
-from vaevq_med.codec.coders.base import Layout
 from vaevq_med.codec.coders.context import ContextCoder
+from vaevq_med.codec.coders.layout import Layout
 from vaevq_med.codec.errors import CodecError
 from vaevq_med.codec.rate_control import (
     Latents,

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from vaevq_med.codec.coders.base import Layout
 from vaevq_med.codec.coders.context_model import ContextModel
+from vaevq_med.codec.coders.layout import Layout
 from vaevq_med.codec.coders.prior import PriorCoder
 from vaevq_med.codec.index_model import IndexModelOptions, train_context_model
 from vaevq_med.codec.stacks import Stack

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vaevq_med.codec.coders.base import IndexCoder, Layout
+from vaevq_med.codec.coders.base import IndexCoder
+from vaevq_med.codec.coders.layout import Layout
 from vaevq_med.codec.coders.registry import known_coders, make_coder
 from vaevq_med.codec.container import pack, unpack
 from vaevq_med.codec.errors import CodecError

@@ -18,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vaevq_med.codec.coders.base import IndexCoder, Layout
+from vaevq_med.codec.coders.base import IndexCoder
 from vaevq_med.codec.coders.context_model import ContextModel, frequencies_of
+from vaevq_med.codec.coders.layout import Layout
 from vaevq_med.codec.coders.neighbors import Neighborhood
 from vaevq_med.codec.coders.range_coder import PRECISION
 from vaevq_med.codec.errors import CodecError

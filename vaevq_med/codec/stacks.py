@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vaevq_med.codec.coders.base import Layout
+from vaevq_med.codec.coders.layout import Layout
 from vaevq_med.codec.errors import CodecError
 from vaevq_med.images.manifest import load_manifest
 from vaevq_med.networks.tokenizer import VisualTokenizer

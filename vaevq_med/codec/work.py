@@ -189,14 +189,10 @@ class Compress(Work):
             files[f"{unit}.png"] = preview(done.originals, results)
         return Made(files, done.figures, done.notes)
 
-    @property
-    def _tokenizer(self) -> tuple[Any, ...]:
-        """What it is read by."""
-        return _tokenizer_of(self.options)
-
     def _compress(self, unit: str, threads: int, *, keep: bool) -> tuple[Compressed, Model]:
         options = self.options
-        model, coder = _model(*self._tokenizer), _coder(options.coder, options.model, *self._tokenizer)
+        tokenizer = _tokenizer_of(options)
+        model, coder = _model(*tokenizer), _coder(options.coder, options.model, *tokenizer)
         model.threads = threads
         if model.description != self.settings["tokenizer"]:
             raise DataError(f"{options.checkpoint}: found it changed while this ran, expected it to stay as it is")

@@ -7,7 +7,8 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from vaevq_med.codec.coders.base import IndexCoder, Layout
+from vaevq_med.codec.coders.base import IndexCoder
+from vaevq_med.codec.coders.layout import Layout
 from vaevq_med.codec.coders.range_coder import RangeDecoder, RangeEncoder, to_frequencies
 from vaevq_med.codec.coders.streams import check_indices, empty_indices, no_symbols
 from vaevq_med.codec.errors import CodecError

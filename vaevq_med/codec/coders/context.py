@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from vaevq_med.codec.coders.base import IndexCoder, Layout
+from vaevq_med.codec.coders.base import IndexCoder
 from vaevq_med.codec.coders.context_model import ContextModel, frequencies_of, load_context_model, model_hash
+from vaevq_med.codec.coders.layout import Layout
 from vaevq_med.codec.coders.neighbors import Neighborhood
 from vaevq_med.codec.coders.range_coder import RangeDecoder, RangeEncoder
 from vaevq_med.codec.coders.streams import check_indices, empty_indices, no_symbols

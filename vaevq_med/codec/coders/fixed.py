@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from vaevq_med.codec.coders.base import IndexCoder, Layout
+from vaevq_med.codec.coders.base import IndexCoder
+from vaevq_med.codec.coders.layout import Layout
 from vaevq_med.codec.errors import CodecError
 
 

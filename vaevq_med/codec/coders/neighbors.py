@@ -16,7 +16,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from vaevq_med.codec.coders.base import Layout
+from vaevq_med.codec.coders.layout import Layout
 from vaevq_med.codec.errors import CodecError
 
 STEP = (5, 2, 1)

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vaevq_med.codec.coders.base import IndexCoder, Layout
+from vaevq_med.codec.coders.base import IndexCoder
 from vaevq_med.codec.coders.context_model import VALUE_BITS, frequencies_of
+from vaevq_med.codec.coders.layout import Layout
 from vaevq_med.codec.coders.range_coder import RangeDecoder, RangeEncoder
 from vaevq_med.codec.coders.streams import check_indices, empty_indices, no_symbols
 from vaevq_med.codec.errors import CodecError

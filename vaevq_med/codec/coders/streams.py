@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from vaevq_med.codec.coders.base import Layout
+from vaevq_med.codec.coders.layout import Layout
 from vaevq_med.codec.coders.range_coder import TOTAL
 from vaevq_med.codec.errors import CodecError
 
