@@ -19,9 +19,10 @@ from vaevq_med.evaluation.pictures import comparison_grid, save_figure
 from vaevq_med.images.generated import LIST_NAME, find_samples
 from vaevq_med.metrics import figures
 from vaevq_med.study.generation import GenerationPlan
+from vaevq_med.study.over_seeds import MethodResult
 from vaevq_med.study.plan import Plan, Row
 from vaevq_med.study.rows import RowResult
-from vaevq_med.study.tables import MethodResult, Table
+from vaevq_med.study.tables import Table
 
 _SWEPT = (figures.UTILIZATION, figures.RFID, figures.PSNR)
 

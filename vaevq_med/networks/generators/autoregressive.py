@@ -1,4 +1,4 @@
-"""Sampling a tokenizer's indices from :class:`LlamaGen` (arXiv 2406.06525), one after the other in raster order.
+"""Sampling a tokenizer's indices, one after the other in raster order, as LlamaGen does (arXiv 2406.06525).
 
 Keys and values of the places so far are kept in memory that is taken once; on a GPU the step of a token is replayed as
 a CUDA graph (see :mod:`vaevq_med.networks.generators.static_steps`). Classifier-free guidance (arXiv 2207.12598),
@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,16 +28,14 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.generators.base import Draw, Wanted
 from vaevq_med.networks.generators.drawing import RandomSource, TokenRule, draw_indices
 from vaevq_med.networks.generators.static_steps import Kept, StepStore
+from vaevq_med.networks.generators.stepwise import StepwiseGenerator
 from vaevq_med.networks.ranges import check_range
 from vaevq_med.networks.tokenizer import VisualTokenizer
-
-if TYPE_CHECKING:
-    from vaevq_med.networks.generators.llamagen import LlamaGen
 
 
 @torch.no_grad()
 def generate_indices(
-    network: LlamaGen,
+    network: StepwiseGenerator,
     *,
     labels: Tensor | None = None,
     num_samples: int | None = None,
@@ -103,7 +101,7 @@ def generate_indices(
 
 
 @contextmanager
-def _evaluating(network: LlamaGen) -> Iterator[None]:
+def _evaluating(network: StepwiseGenerator) -> Iterator[None]:
     """In evaluation mode; afterwards in the one that it was in."""
     training = network.training
     network.eval()
@@ -114,7 +112,7 @@ def _evaluating(network: LlamaGen) -> Iterator[None]:
 
 
 def _grown(
-    network: LlamaGen,
+    network: StepwiseGenerator,
     classes: Tensor,
     rule: TokenRule,
     kept: Kept | None,
@@ -149,7 +147,7 @@ def _batch_size(labels: Tensor | None, num_samples: int | None) -> int:
     return len(labels)
 
 
-def _kept(network: LlamaGen, known: Tensor | None, mask: Tensor | None, batch: int) -> Kept | None:
+def _kept(network: StepwiseGenerator, known: Tensor | None, mask: Tensor | None, batch: int) -> Kept | None:
     """Mask and values of the known tokens, ``[B, h w G]`` each on the network's device."""
     if known is None and mask is None:
         return None
@@ -170,7 +168,7 @@ def _kept(network: LlamaGen, known: Tensor | None, mask: Tensor | None, batch: i
 
 
 def autoregressive_draws(
-    network: LlamaGen, tokenizer: VisualTokenizer, settings: Mapping[str, Any], store: StepStore | None = None
+    network: StepwiseGenerator, tokenizer: VisualTokenizer, settings: Mapping[str, Any], store: StepStore | None = None
 ) -> Draw:
     """What draws indices and decodes them; the graphs of a GPU serve every batch of the same size.
 

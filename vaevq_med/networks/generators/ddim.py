@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from monai.networks.schedulers import DDIMScheduler
 from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.networks.generators.base import Draw, Wanted
+from vaevq_med.networks.generators.base import Draw, Generator, Wanted
 from vaevq_med.networks.generators.captured import CudaGraphs, Graphs, Replayed
 from vaevq_med.networks.generators.drawing import check_guidance, guided_logits
 from vaevq_med.networks.tokenizer import VisualTokenizer
-
-if TYPE_CHECKING:
-    from vaevq_med.networks.generators.latent_diffusion import LatentDiffusionUNet
 
 
 def ldm_scheduler(num_train_timesteps: int = 1000) -> DDIMScheduler:
@@ -82,6 +80,29 @@ def set_ddim_steps(scheduler: DDIMScheduler, num_steps: int) -> None:
     scheduler.timesteps = (torch.arange(num_steps) * interval).flip(0) + scheduler.steps_offset
 
 
+class NoisePredictor(Generator):
+    """A generator of latents that predicts the noise in them, called with ``x``, ``timesteps`` and ``context``.
+
+    Attributes:
+        in_channels: D, channels of the latent.
+    """
+
+    kind = "latents"
+    in_channels: int
+
+    @abstractmethod
+    def measured_scale_factor(self) -> float:
+        """What training multiplied the latents by, above 0.
+
+        Raises:
+            VaevqMedError: it was not measured.
+        """
+
+    def check_ready(self) -> None:
+        """Refuse a network without a scale factor."""
+        self.measured_scale_factor()
+
+
 class StaticPredictor:
     """The network over static memory, so that a GPU replays its pass at each step as a CUDA graph.
 
@@ -121,7 +142,7 @@ class StaticPredictor:
 
 
 def _predictor(
-    network: LatentDiffusionUNet, device: torch.device, dtype: torch.dtype | None, graphs: Graphs | None
+    network: NoisePredictor, device: torch.device, dtype: torch.dtype | None, graphs: Graphs | None
 ) -> Callable[..., Tensor]:
     """The network, under autocast where a type is given, its output then in fp32; captured where graphs are used."""
 
@@ -137,7 +158,7 @@ def _predictor(
 
 @torch.no_grad()
 def generate_images(
-    network: LatentDiffusionUNet,
+    network: NoisePredictor,
     tokenizer: VisualTokenizer,
     labels: Tensor | None = None,
     *,
@@ -208,7 +229,7 @@ def _noise(count: int, shape: Sequence[int], generator: torch.Generator | Sequen
 
 
 def diffusion_draws(
-    network: LatentDiffusionUNet,
+    network: NoisePredictor,
     tokenizer: VisualTokenizer,
     *,
     grid: tuple[int, ...],

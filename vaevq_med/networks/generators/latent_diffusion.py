@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.options import is_int
-from vaevq_med.networks.generators.base import Draw, Generator, Setting
-from vaevq_med.networks.generators.ddim import diffusion_draws
+from vaevq_med.networks.generators.base import Draw, Setting
+from vaevq_med.networks.generators.ddim import NoisePredictor, diffusion_draws
 from vaevq_med.networks.generators.drawing import GUIDANCE_SCALE
 from vaevq_med.networks.ranges import check_range, check_sizes
 from vaevq_med.networks.tokenizer import VisualTokenizer
 
 
-class LatentDiffusionUNet(Generator):
+class LatentDiffusionUNet(NoisePredictor):
     """Predicts the noise in a latent ``[B, D, h, w]`` at a time, given a class.
 
     One index more than the classes is the *null class*, which stands for no class: training puts it in place of a share
@@ -51,7 +51,6 @@ class LatentDiffusionUNet(Generator):
         torch.Size([2, 4, 8, 8])
     """
 
-    kind = "latents"
     settings = MappingProxyType(
         {
             "guidance_scale": Setting(1.5, *GUIDANCE_SCALE),
@@ -131,10 +130,6 @@ class LatentDiffusionUNet(Generator):
     def prepare(self, values: Callable[[], Tensor]) -> None:
         """Measure the scale factor."""
         self.set_scale_factor(values())
-
-    def check_ready(self) -> None:
-        """Refuse a network without a scale factor."""
-        self.measured_scale_factor()
 
     def set_scale_factor(self, latents: Tensor) -> float:
         """Measure what latents are multiplied by before diffusion, ``1 / std`` of some of them (Sec. 4.3.2 there).

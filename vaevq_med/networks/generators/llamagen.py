@@ -13,7 +13,6 @@ codebook, and the rotation of the position's row and column for all G. The table
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -27,9 +26,10 @@ from torch.utils.checkpoint import checkpoint
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.options import is_int, is_number
 from vaevq_med.networks.generators.autoregressive import autoregressive_draws
-from vaevq_med.networks.generators.base import Draw, Generator, Setting
+from vaevq_med.networks.generators.base import Draw, Setting
 from vaevq_med.networks.generators.drawing import GUIDANCE_SCALE, MIN_TEMPERATURE
 from vaevq_med.networks.generators.llama_blocks import KeyValueCache, LlamaBlock, StaticCache, axial_rotations
+from vaevq_med.networks.generators.stepwise import StepwiseGenerator
 from vaevq_med.networks.ranges import check_range, check_sizes
 from vaevq_med.networks.tokenizer import VisualTokenizer
 
@@ -49,7 +49,7 @@ PRESETS: Mapping[str, Mapping[str, int]] = MappingProxyType(
 _LOSS_CHUNK = 2**24
 
 
-class LlamaGen(Generator):
+class LlamaGen(StepwiseGenerator):
     """An autoregressive transformer over a tokenizer's indices, conditioned by a class.
 
     Weights start as N(0, 0.02^2), the heads as zero, so that an untrained network gives every index the same
@@ -80,8 +80,6 @@ class LlamaGen(Generator):
     """
 
     presets: ClassVar[tuple[str, ...]] = ("preset",)
-    kind = "indices"
-    inpaints = True
     settings = MappingProxyType(
         {
             "guidance_scale": Setting(2.0, *GUIDANCE_SCALE),
@@ -175,16 +173,6 @@ class LlamaGen(Generator):
                 )
         return cls(**{**options, **PRESETS[name]})
 
-    def sizes(self, tokens: Mapping[str, Any], where: str) -> dict[str, tuple[Any, Any]]:
-        """Codewords, codebooks and the grid, whose rows and columns the heads' channels turn with."""
-        self.check_plane(tokens, where)
-        tokenizer = tokens["tokenizer"]
-        return {
-            "num_embeddings": (tokenizer["num_embeddings"], self.num_embeddings),
-            "num_codebooks": (tokenizer["num_codebooks"], self.num_codebooks),
-            "grid": (list(tokens["grid"]), list(self.grid_size)),
-        }
-
     def draws(
         self,
         tokenizer: VisualTokenizer,
@@ -196,22 +184,17 @@ class LlamaGen(Generator):
         """Draws token by token."""
         return autoregressive_draws(self, tokenizer, settings)
 
-    @property
-    def sequence_length(self) -> int:
-        """Tokens of an image, ``h w G``."""
-        return math.prod(self.grid_size) * self.num_codebooks
-
     def rotations(self, device: torch.device) -> Tensor:
         """:func:`axial_rotations` of the sequence, ``[h w G, head_dim / 2, 2]``; fp32 whatever the weights' type."""
         table = axial_rotations(*self.grid_size, self.head_dim, num_codebooks=self.num_codebooks, device=device)
         return table[: self.sequence_length]
 
     def new_cache(self, batch_size: int) -> KeyValueCache:
-        """An empty cache for so many images, in the weights' type and on their device."""
+        """See the base class."""
         return KeyValueCache(**self._cache_options(batch_size))
 
     def new_static_cache(self, batch_size: int) -> StaticCache:
-        """The same for :meth:`static_step`."""
+        """See the base class."""
         return StaticCache(**self._cache_options(batch_size))
 
     def _cache_options(self, batch_size: int) -> dict[str, Any]:
@@ -290,13 +273,7 @@ class LlamaGen(Generator):
         return total / tokens.numel()
 
     def step(self, inputs: Tensor, cache: KeyValueCache) -> Tensor:
-        """Logits ``[B, K]`` of the next token; ``inputs`` ``[B]`` are the labels at first, then the last tokens.
-
-        For evaluation mode without gradients; neither labels nor tokens are checked here.
-
-        Raises:
-            VaevqMedError: the cache is full.
-        """
+        """See the base class."""
         place = cache.length
         if place == cache.capacity:
             raise VaevqMedError(f"the cache holds {place} places; expected fewer than the sequence's {cache.capacity}")
@@ -312,20 +289,7 @@ class LlamaGen(Generator):
         return self.heads[place % self.num_codebooks](self.norm(x[:, 0]))
 
     def static_step(self, inputs: Tensor, cache: StaticCache, *, codebook: int, end: int, first: bool) -> Tensor:
-        """:meth:`step` at the place that the cache holds on the device, which stays as it is.
-
-        The operations are the same at every place of a codebook below ``end``, and none of them waits for the device.
-
-        Args:
-            inputs: ``[B]``, as for :meth:`step`.
-            cache: where the step writes.
-            codebook: that of the token to predict, the place modulo G.
-            end: places that attention reads, more than the place.
-            first: whether the place is 0, so that the inputs are labels.
-
-        Returns:
-            Logits ``[B, K]``.
-        """
+        """See the base class."""
         if first:
             x = self.class_embedding(inputs)
         else:
@@ -335,20 +299,6 @@ class LlamaGen(Generator):
         for layer, block in enumerate(self.blocks):
             x = block(x, turns, cache, layer)
         return self.heads[codebook](self.norm(x[:, 0]))
-
-    def check_labels(self, labels: Tensor | None, batch_size: int) -> Tensor:
-        """Labels int64 ``[B]`` on the network's device, the null class where there are none.
-
-        Raises:
-            VaevqMedError: their shape is another, or one is out of range.
-        """
-        device = self.class_embedding.weight.device
-        if labels is None:
-            return torch.full((batch_size,), self.null_class, device=device)
-        if labels.shape != (batch_size,):
-            raise VaevqMedError(f"labels have shape {tuple(labels.shape)}; expected [{batch_size}]")
-        check_range("labels", labels, self.null_class)
-        return labels.to(device=device, dtype=torch.int64)
 
     def _tokens(self, indices: Tensor) -> Tensor:
         height, width = self.grid_size

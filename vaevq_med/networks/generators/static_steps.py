@@ -1,4 +1,4 @@
-"""Tokens of :class:`LlamaGen` by steps over static memory, which a GPU replays as CUDA graphs.
+"""Tokens drawn by steps over static memory, which a GPU replays as CUDA graphs.
 
 A step takes a token to the next one: network, guidance, filters, draw and the known tokens of an inpainting. It reads
 the place from the device and leaves everything there, so that the host does nothing for a token but launch a graph. The
@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,9 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vaevq_med.networks.generators.captured import CudaGraphs, Graphs, Replayed
 from vaevq_med.networks.generators.drawing import RandomSource, TokenRule, fill_waits, soonest
-
-if TYPE_CHECKING:
-    from vaevq_med.networks.generators.llamagen import LlamaGen
+from vaevq_med.networks.generators.stepwise import StepwiseGenerator
 
 Kept = tuple[Tensor, Tensor]
 """Where tokens are known, and their values; ``[B, h w G]`` each."""
@@ -55,7 +52,7 @@ class StaticSteps:
 
     def __init__(
         self,
-        network: LlamaGen,
+        network: StepwiseGenerator,
         rule: TokenRule,
         *,
         batch: int,
@@ -166,10 +163,10 @@ class StepStore:
         self.last: StaticSteps | None = None
         self._graphs = graphs
         self._eager = eager
-        self._made_for: tuple[LlamaGen, Hashable] | None = None
+        self._made_for: tuple[StepwiseGenerator, Hashable] | None = None
 
     def steps(
-        self, network: LlamaGen, rule: TokenRule, *, batch: int, dtype: torch.dtype | None, inpaint: bool
+        self, network: StepwiseGenerator, rule: TokenRule, *, batch: int, dtype: torch.dtype | None, inpaint: bool
     ) -> StaticSteps:
         """Steps of a network in evaluation mode; the arguments are those of :class:`StaticSteps`.
 
