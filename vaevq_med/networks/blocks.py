@@ -235,6 +235,34 @@ class MiddleBlocks(ConditionedSequential):
         )
 
 
+def level_blocks(
+    num_blocks: int,
+    *,
+    spatial_dims: int,
+    in_channels: int,
+    out_channels: int,
+    dropout: float,
+    norm: NormFactory,
+    attention: bool,
+    within_slices: bool,
+) -> list[nn.Module]:
+    """The blocks of a level: residual ones, the first of which changes the width, each followed by attention or not."""
+    blocks: list[nn.Module] = []
+    for width in [in_channels, *[out_channels] * num_blocks][:num_blocks]:
+        blocks.append(
+            ResidualBlock(
+                spatial_dims=spatial_dims, in_channels=width, out_channels=out_channels, dropout=dropout, norm=norm
+            )
+        )
+        if attention:
+            blocks.append(
+                AttentionBlock(
+                    spatial_dims=spatial_dims, num_channels=out_channels, norm=norm, within_slices=within_slices
+                )
+            )
+    return blocks
+
+
 def recompute_levels(levels: Sequence[Sequence[nn.Module]], chosen: Sequence[int]) -> None:
     """Let the residual blocks of some levels be computed again in the backward pass, and those of the others not.
 

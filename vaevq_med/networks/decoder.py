@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.blocks import (
-    AttentionBlock,
     Conditioned,
     ConditionedSequential,
     MiddleBlocks,
     NormFactory,
     OutputHead,
-    ResidualBlock,
     Upsample,
     check_channels,
     convolution,
     group_norm,
+    level_blocks,
     recompute_levels,
     slice_norm,
 )
@@ -101,40 +100,25 @@ class Decoder(nn.Module):
         self.upsampling_factors = total_factors(spatial_dims, steps)
         self.upsampling_factor = self.upsampling_factors[-1]
 
+        shared: dict[str, Any] = {
+            "spatial_dims": spatial_dims,
+            "dropout": dropout,
+            "norm": norm,
+            "within_slices": within_slices,
+        }
         width = plan[-1][0]
         layers: list[nn.Module] = [
             convolution(spatial_dims, z_channels, width, 3),
-            MiddleBlocks(
-                spatial_dims=spatial_dims,
-                num_channels=width,
-                dropout=dropout,
-                norm=norm,
-                attention=middle_attention,
-                within_slices=within_slices,
-            ),
+            MiddleBlocks(num_channels=width, attention=middle_attention, **shared),
         ]
         self._levels: list[list[nn.Module]] = [[] for _ in plan]
         for level in reversed(range(len(plan))):
             level_width, has_attention = plan[level]
-            first = len(layers)
-            for _ in range(num_res_blocks + 1):
-                layers.append(
-                    ResidualBlock(
-                        spatial_dims=spatial_dims,
-                        in_channels=width,
-                        out_channels=level_width,
-                        dropout=dropout,
-                        norm=norm,
-                    )
-                )
-                width = level_width
-                if has_attention:
-                    layers.append(
-                        AttentionBlock(
-                            spatial_dims=spatial_dims, num_channels=width, norm=norm, within_slices=within_slices
-                        )
-                    )
-            self._levels[level] = layers[first:]
+            self._levels[level] = level_blocks(
+                num_res_blocks + 1, in_channels=width, out_channels=level_width, attention=has_attention, **shared
+            )
+            width = level_width
+            layers += self._levels[level]
             if level > 0:
                 layers.append(Upsample(spatial_dims=spatial_dims, num_channels=width, factors=steps[level - 1]))
         self.layers = ConditionedSequential(*layers)

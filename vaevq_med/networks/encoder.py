@@ -10,15 +10,14 @@ from torch import Tensor, nn
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.blocks import (
-    AttentionBlock,
     Downsample,
     MiddleBlocks,
     NormFactory,
     OutputHead,
-    ResidualBlock,
     check_channels,
     convolution,
     group_norm,
+    level_blocks,
     recompute_levels,
     slice_norm,
 )
@@ -193,41 +192,25 @@ class Encoder(nn.Module):
         self.downsampling_factors = total_factors(spatial_dims, steps)
         self.downsampling_factor = self.downsampling_factors[-1]
 
+        shared: dict[str, Any] = {
+            "spatial_dims": spatial_dims,
+            "dropout": dropout,
+            "norm": norm,
+            "within_slices": within_slices,
+        }
         layers: list[nn.Module] = [convolution(spatial_dims, in_channels, num_channels, 3)]
         width = num_channels
         self._levels: list[list[nn.Module]] = []
         for level, (level_width, has_attention) in enumerate(plan):
-            first = len(layers)
-            for _ in range(num_res_blocks):
-                layers.append(
-                    ResidualBlock(
-                        spatial_dims=spatial_dims,
-                        in_channels=width,
-                        out_channels=level_width,
-                        dropout=dropout,
-                        norm=norm,
-                    )
-                )
-                width = level_width
-                if has_attention:
-                    layers.append(
-                        AttentionBlock(
-                            spatial_dims=spatial_dims, num_channels=width, norm=norm, within_slices=within_slices
-                        )
-                    )
-            self._levels.append(layers[first:])
+            blocks = level_blocks(
+                num_res_blocks, in_channels=width, out_channels=level_width, attention=has_attention, **shared
+            )
+            width = level_width if blocks else width
+            layers += blocks
+            self._levels.append(blocks)
             if level < len(plan) - 1:
                 layers.append(Downsample(spatial_dims=spatial_dims, num_channels=width, factors=steps[level]))
-        layers.append(
-            MiddleBlocks(
-                spatial_dims=spatial_dims,
-                num_channels=width,
-                dropout=dropout,
-                norm=norm,
-                attention=middle_attention,
-                within_slices=within_slices,
-            )
-        )
+        layers.append(MiddleBlocks(num_channels=width, attention=middle_attention, **shared))
         layers.append(OutputHead(spatial_dims=spatial_dims, in_channels=width, out_channels=z_channels, norm=norm))
         self.layers = nn.Sequential(*layers)
 

@@ -37,6 +37,15 @@ def sum_in_place(own: Tensor) -> Tensor:
     return own
 
 
+def least_of_processes(own: int, device: torch.device) -> int:
+    """The least of every process's number; to know it, this one waits."""
+    if not is_distributed():
+        return own
+    least = torch.tensor(own, device=device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return int(least)
+
+
 def mean_without_gradient(own: Tensor) -> Tensor:
     """Mean of every process's ``own``."""
     own = own.detach()

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks.processes import least_of_processes
 from vaevq_med.training import distributed
 from vaevq_med.training.events import RunEvents
 from vaevq_med.training.micro_batches import AUTO, Snapshot, check_micro_batch_size, is_out_of_memory, planned
@@ -188,12 +189,8 @@ class BaseTrainer(SupervisedTrainer):
             size = 1  # not even two items fit
         finally:
             before.restore()
-        if distributed.world_size() > 1:
-            # All processes cut alike: the one with the least memory decides.
-            least = torch.tensor(size, device=device)
-            torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
-            size = int(least)
-        self.micro_batch_size = size
+        # All processes cut alike: the one with the least memory decides.
+        self.micro_batch_size = size = least_of_processes(size, device)
         if size < batch_size:
             self.logger.warning("%d of %d items of a batch go through the network at once", size, batch_size)
 
