@@ -17,6 +17,7 @@ from vaevq_med.networks.generators.losses import GeneratorLoss
 from vaevq_med.training.base import BaseTrainer
 from vaevq_med.training.distributed import require_ddp, unwrapped
 from vaevq_med.training.micro_batches import AUTO
+from vaevq_med.training.optim import check_trained_parts
 
 
 class GeneratorTrainer(BaseTrainer):
@@ -45,7 +46,8 @@ class GeneratorTrainer(BaseTrainer):
         **kwargs: passed on to ``SupervisedTrainer``.
 
     Raises:
-        VaevqMedError: there are several processes, and ``loss`` is not wrapped.
+        VaevqMedError: there are several processes, and ``loss`` is not wrapped; or there are trained parts outside the
+            network.
         TrainingError: while running, the loss or gradient norm is not finite; no parameter has been changed by that
             iteration.
     """
@@ -70,6 +72,7 @@ class GeneratorTrainer(BaseTrainer):
         **kwargs: Any,
     ) -> None:
         require_ddp(loss, "loss", "generator_multi_gpu")
+        check_trained_parts(network, optimizer, loss, "loss_def")
         super().__init__(
             device=device,
             max_epochs=max_epochs,

@@ -1,4 +1,4 @@
-"""What an optimizer is given: its rate and schedule, and which parameters it decays."""
+"""What an optimizer is given: its rate and schedule, which parameters it decays, and whose they are."""
 
 from __future__ import annotations
 
@@ -72,3 +72,31 @@ def decay_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]
     matrices, vectors = ([p for p in trained if (p.ndim >= 2) is large] for large in (True, False))
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def check_trained_parts(network: nn.Module, optimizer: Optimizer, loss: nn.Module, name: str) -> None:
+    """Refuse trained parts outside the network: checkpoints, averages, clipping and processes follow the network alone.
+
+    Args:
+        network: what is stored and averaged.
+        optimizer: whose parameters have to be the network's.
+        loss: whose parameters have to be the network's or frozen.
+        name: its id in the configuration.
+
+    Raises:
+        VaevqMedError: a parameter would be trained and lost with the run, or take gradients and never a step.
+    """
+    own = {id(parameter) for parameter in network.parameters()}
+    given = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    foreign = sum(id(parameter) not in own for parameter in given)
+    if foreign:
+        raise VaevqMedError(
+            f"optimizer: found {foreign} of {len(given)} parameters outside of the network, expected its own alone, "
+            "since checkpoints keep no others; make what is trained a part of network_def"
+        )
+    lost = [key for key, one in loss.named_parameters() if one.requires_grad and id(one) not in own]
+    if lost:
+        raise VaevqMedError(
+            f"{name}: found the trained parameter {lost[0]}, expected none outside of the network, since the optimizer "
+            "takes no others; freeze it, or make it a part of network_def"
+        )

@@ -22,6 +22,7 @@ from vaevq_med.networks.tokenizer import TrainingForward, VisualTokenizer
 from vaevq_med.training.base import BaseTrainer
 from vaevq_med.training.distributed import require_ddp, unwrapped
 from vaevq_med.training.micro_batches import AUTO
+from vaevq_med.training.optim import check_trained_parts
 
 
 class TokenizerTrainer(BaseTrainer):
@@ -60,7 +61,8 @@ class TokenizerTrainer(BaseTrainer):
         **kwargs: passed on to ``SupervisedTrainer``.
 
     Raises:
-        VaevqMedError: an adversarial objective without a discriminator, or several processes without DDP.
+        VaevqMedError: an adversarial objective without a discriminator, several processes without DDP, or trained
+            parts outside the network.
         TrainingError: while running, a loss term or gradient norm is not finite; no parameter has been changed
             by that iteration (a codebook of moving averages has: it moves before the step).
     """
@@ -96,6 +98,7 @@ class TokenizerTrainer(BaseTrainer):
         require_ddp(training_network, "training_network", "multi_gpu")
         if objective.adversarial is not None and discriminator is not None:
             require_ddp(discriminator, "discriminator", "multi_gpu")
+        check_trained_parts(network, optimizer, objective, "objective")
         super().__init__(
             device=device,
             max_epochs=max_epochs,
