@@ -31,6 +31,7 @@ from vaevq_med.codec.errors import CodecError
 from vaevq_med.networks.generators.llama_blocks import LlamaBlock
 from vaevq_med.networks.generators.llamagen import LlamaGen
 from vaevq_med.networks.tokenizer import VisualTokenizer
+from vaevq_med.tokens.volumes import window_of
 from vaevq_med.trained.network import StoredGenerator
 
 DELTA = 2.0**-22
@@ -42,7 +43,13 @@ _CACHE_BYTES = 2**28
 def background_indices(tokenizer: VisualTokenizer, *, image_size: int, in_channels: int) -> tuple[int, ...]:
     """The index of each codebook that most positions of an image without content have, the lowest of several."""
     parameter = next(tokenizer.parameters())
-    blank = torch.full((1, in_channels, *[image_size] * tokenizer.encoder.spatial_dims), -1.0).to(parameter)
+    size: tuple[int, ...] = (image_size, image_size)
+    if tokenizer.takes_volumes:
+        # One layer, and of a volume as much of it as memory is sure to hold.
+        grid = tokenizer.grid_of((tokenizer.factors[0], *size))
+        window = grid if tokenizer.slice_context else window_of(tokenizer, grid)
+        size = tuple(length * factor for length, factor in zip(window, tokenizer.factors, strict=True))
+    blank = torch.full((1, in_channels, *size), -1.0).to(parameter)
     with torch.inference_mode():
         indices = tokenizer.encode_indices(blank).flatten(0, -2).cpu()  # [positions, G]
     return tuple(int(torch.bincount(column).argmax()) for column in indices.T)
