@@ -172,12 +172,11 @@ class Model:
         volume = self._images(squares).transpose(0, 1).unsqueeze(0)  # [1, C, N, S, S]
         depth, side = self.description.get("patch_depth", 1), self.image_size // self.patch
         grid = -(-len(squares) // depth), side, side
-        if not self.of_volumes:
-            tile, halo = (self.batch_size, side, side), (0, 0, 0)
-        else:
+        tile, halo = [self.batch_size, side, side], [0, 0, 0]
+        if self.of_volumes:
             window = window_of(self.network, grid)
-            halo = tuple(int(part < size) for part, size in zip(window, grid, strict=True))
-            tile = tuple(part - 2 * margin for part, margin in zip(window, halo, strict=True))
+            halo = [int(part < size) for part, size in zip(window, grid, strict=True)]
+            tile = [part - 2 * margin for part, margin in zip(window, halo, strict=True)]
         return encode_latents(self.network, volume, tile=tile, halo=halo, mapped=mapped)
 
     def decode(self, indices: NDArray[np.int64], contrasts: int = 1) -> Tensor:
