@@ -49,7 +49,14 @@ def random_model(seed: int, num_embeddings: int, num_codebooks: int = 1) -> Cont
     return train_context_model([stack], tokenizer="sha256:0", codebook=None, options=options)
 
 
-def random_prior(seed: int, num_embeddings: int, grid: tuple[int, int] = (4, 5), num_codebooks: int = 1) -> PriorCoder:
+def random_prior(
+    seed: int,
+    num_embeddings: int,
+    grid: tuple[int, int] = (4, 5),
+    num_codebooks: int = 1,
+    *,
+    sees_below: bool = False,
+) -> PriorCoder:
     """A coder of an untrained generator whose frequencies are far from even."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -61,6 +68,7 @@ def random_prior(seed: int, num_embeddings: int, grid: tuple[int, int] = (4, 5),
             num_heads=2,
             num_classes=2,
             num_codebooks=num_codebooks,
+            sees_below=sees_below,
         ).eval()
         for parameter in network.parameters():
             nn.init.normal_(parameter, std=0.3)

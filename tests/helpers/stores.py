@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,17 +33,30 @@ def write_checkpoint(
     *,
     change: Callable[[VisualTokenizer], None] = lambda network: None,
     trained_on: str = "sha256:another",
+    both: Mapping[str, Any] = MappingProxyType({}),
+    whole: Mapping[str, Any] = MappingProxyType({}),
     **settings: Any,
 ) -> Path:
-    """An untrained tokenizer in the form of a training checkpoint."""
+    """An untrained tokenizer in the form of a training checkpoint.
+
+    Args:
+        path: to write.
+        quantizer: its definition.
+        change: what is done to the network before it is written.
+        trained_on: content hash of its data.
+        both: further arguments of encoder and decoder.
+        whole: further arguments of the tokenizer.
+        **settings: of the training run.
+    """
     channels = settings.get("in_channels", 1)
     networks = "vaevq_med.networks"
     definition = {
         "_target_": f"{networks}.VisualTokenizer",
-        "encoder": {"_target_": f"{networks}.Encoder", "in_channels": "@in_channels", **SMALL},
-        "decoder": {"_target_": f"{networks}.Decoder", "out_channels": "@in_channels", **SMALL},
+        "encoder": {"_target_": f"{networks}.Encoder", "in_channels": "@in_channels", **SMALL, **both},
+        "decoder": {"_target_": f"{networks}.Decoder", "out_channels": "@in_channels", **SMALL, **both},
         "quantizer": quantizer,
         "embedding_dim": quantizer.get("embedding_dim", SIMVQ["embedding_dim"]),
+        **whole,
     }
     config = {"network_def": definition, "image_size": 32, "in_channels": channels, **settings}
     torch.manual_seed(0)

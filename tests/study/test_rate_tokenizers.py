@@ -8,6 +8,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from helpers.stores import write_checkpoint
 
 from vaevq_med.codec.case import CompressedCase
 from vaevq_med.codec.compress import compress_case
@@ -63,6 +64,15 @@ def test_a_contrast_pays_its_share_of_the_file(cases: Path, tmp_path: Path) -> N
     assert [record["bytes"] for record in command.records()] == [found["t1c"][0], found["t2f"][0]]
     assert f"{row.shipped / 1e6:.1f} MB of weights" in report.table
     assert row.shipped >= sum(4 * p.numel() for p in row.model.network.parameters())
+
+
+def test_a_tokenizer_of_volumes_is_a_row_that_does_not_look_at_slices_alone(cases: Path, tmp_path: Path) -> None:
+    deep = write_checkpoint(tmp_path / "deep.pt", both={"spatial_dims": 3, "within_slices": True})
+    command = run_of(cases, tmp_path / "out", checkpoint=str(deep))
+    assert (command.run().missing, len(command.records())) == (0, 2)
+    assert not command.rows[0].slices_alone
+    flat = run_of(cases, tmp_path / "flat").rows[0]
+    assert flat.slices_alone
 
 
 def test_the_background_comes_back_as_nothing_and_the_grid_is_the_same(cases: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from vaevq_med.codec.coders.layout import Layout
 from vaevq_med.codec.coders.registry import known_coders, make_coder
 from vaevq_med.codec.container import pack, unpack
 from vaevq_med.codec.errors import CodecError
-from vaevq_med.codec.geometry import Turn, live_positions
+from vaevq_med.codec.geometry import Turn, live_layers, live_positions
 from vaevq_med.codec.masks import decode_masks, encode_masks
 from vaevq_med.codec.originals import Original
 
@@ -57,7 +57,8 @@ class Stream:
     Attributes:
         contrasts: numbers of them.
         fill: index of each codebook at the positions that are not coded, ``[G]``.
-        indices: int64 ``[slices that are coded, h, w, G]``, 0 at those positions.
+        indices: int64 ``[slices that are coded, h, w, G]``, of a tokenizer of volumes ``[1, d, h, w, G]``; 0 at those
+            positions.
     """
 
     contrasts: tuple[int, ...]
@@ -91,16 +92,16 @@ class CompressedCase:
 
     @property
     def slices(self) -> NDArray[np.int64]:
-        """Numbers of the slices that are coded: those with any foreground in any contrast."""
-        return coded_slices([contrast.mask for contrast in self.contrasts])
+        """Numbers of the slices that are coded, see :func:`coded_slices`."""
+        return coded_slices([contrast.mask for contrast in self.contrasts], self.tokenizer)
 
     def live(self, contrasts: Sequence[int]) -> NDArray[np.bool_]:
-        """Which positions of the coded slices show foreground of one of some contrasts, ``[n, h, w]``."""
+        """Which positions show foreground of one of some contrasts, see :func:`live_of`."""
         masks = [self.contrasts[number].mask for number in contrasts]
         return live_of(masks, self.slices, self.tokenizer, self.interpolation)
 
     def filled(self, stream: Stream) -> NDArray[np.int64]:
-        """Indices of a stream as the decoder is given them, ``[n, h, w, G]``."""
+        """Indices of a stream as the decoder is given them, of the shape that the stream's have."""
         live = self.live(stream.contrasts)[..., None]
         return np.where(live, stream.indices, np.asarray(stream.fill, np.int64))
 
@@ -141,7 +142,7 @@ class CompressedCase:
         }
         text = json.dumps(description, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
         parts |= {DESCRIPTION: zlib.compress(text, _LEVEL), HEADERS: zlib.compress(headers, _LEVEL), MASKS: masks}
-        content = pack(parts)
+        content = pack(parts, format_of(self.tokenizer))
         sizes = {name: len(part) for name, part in parts.items() if not name.startswith(_STREAM)}
         tokens = sum(len(part) for name, part in parts.items() if name.startswith(_STREAM))
         own = len(content) - sum(map(len, parts.values()))
@@ -193,21 +194,71 @@ def check_names(names: Iterable[str]) -> None:
         seen.add(name)
 
 
-def coded_slices(masks: Sequence[NDArray[np.bool_]]) -> NDArray[np.int64]:
-    """Numbers of the slices that have foreground in any of some masks ``[N, rows, columns]``."""
-    return np.flatnonzero(np.any([mask.any(axis=(1, 2)) for mask in masks], axis=0))
+def format_of(tokenizer: Mapping[str, Any]) -> int:
+    """Version of the format that a file of a tokenizer needs: 1 of slices, 2 of volumes.
+
+    Args:
+        tokenizer: what a file says of it.
+    """
+    return 1 if "patch_depth" not in tokenizer else 2
+
+
+def coded_slices(masks: Sequence[NDArray[np.bool_]], tokenizer: Mapping[str, Any]) -> NDArray[np.int64]:
+    """Numbers of the slices that are coded: those with any foreground; for volumes also all between them.
+
+    Args:
+        masks: of all contrasts, ``[N, rows, columns]`` each.
+        tokenizer: what a file says of it.
+    """
+    found = np.flatnonzero(np.any([mask.any(axis=(1, 2)) for mask in masks], axis=0))
+    return np.arange(found[0], found[-1] + 1) if "patch_depth" in tokenizer and len(found) else found
 
 
 def live_of(
     masks: Sequence[NDArray[np.bool_]], slices: NDArray[np.int64], tokenizer: Mapping[str, Any], interpolation: str
 ) -> NDArray[np.bool_]:
-    """Which positions of some slices show foreground of any of some masks, ``[n, h, w]``."""
+    """Which positions of some slices show foreground of any of some masks.
+
+    Args:
+        masks: ``[N, rows, columns]`` each.
+        slices: numbers of the coded slices.
+        tokenizer: what a file says of it.
+        interpolation: by which slices are resized.
+
+    Returns:
+        ``[n, h, w]``; of a tokenizer of volumes ``[1, d, h, w]``.
+
+    Raises:
+        CodecError: a position has no slices.
+    """
     union = masks[0][slices]
     for mask in masks[1:]:
         union = union | mask[slices]
-    return live_positions(
+    live = live_positions(
         union, size=int(tokenizer["image_size"]), patch=int(tokenizer["patch"]), interpolation=interpolation
     )
+    return on_grid(live, tokenizer)
+
+
+def on_grid(live: NDArray[np.bool_], tokenizer: Mapping[str, Any]) -> NDArray[np.bool_]:
+    """Which positions of a tokenizer's grid are live.
+
+    Args:
+        live: those of each coded slice, ``[n, h, w]``.
+        tokenizer: what a file says of it.
+
+    Returns:
+        The same; of a tokenizer of volumes ``[1, d, h, w]``.
+
+    Raises:
+        CodecError: a position has no slices.
+    """
+    depth = tokenizer.get("patch_depth")
+    if depth is None:
+        return live
+    if depth < 1:
+        raise CodecError(f"found positions of {depth} slices, expected 1 or more")
+    return live_layers(live, int(depth))[None]
 
 
 def layout_of(
@@ -221,14 +272,14 @@ def layout_of(
 
     Args:
         tokenizer: what a file says of it.
-        live: positions that are coded, ``[n, h, w]``.
-        slices: numbers of the coded slices.
+        live: positions that are coded, see :func:`live_of`.
+        slices: numbers of the coded slices; a volume goes by that of its first.
         contrasts: names of those that the stream shows.
-        reference: indices of the stream before it, ``[n, h, w, G]``, 0 where they are not coded.
+        reference: indices of the stream before it, 0 where they are not coded.
     """
     return Layout(
         live=live,
-        slices=slices,
+        slices=slices[: len(live)],
         num_embeddings=int(tokenizer["num_embeddings"]),
         num_codebooks=int(tokenizer["num_codebooks"]),
         contrast=contrasts[0] if len(contrasts) == 1 else "",

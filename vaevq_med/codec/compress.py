@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from vaevq_med.prepare.volumes.find import Case
     from vaevq_med.prepare.volumes.reading import Contrast as ReadContrast
 
-_BLOCK = 64
-"""Slices that are resized at once."""
-
 
 @dataclass(frozen=True)
 class Compressed:
@@ -176,7 +173,7 @@ def compress_case(
                 mask=foreground(found.stack).numpy(),
             )
         )
-    slices = coded_slices([contrast.mask for contrast in contrasts])
+    slices = coded_slices([contrast.mask for contrast in contrasts], model.description)
     groups = [tuple(range(len(contrasts)))] if model.stacked else [(number,) for number in range(len(contrasts))]
     streams: list[Stream] = []
     for group in groups:
@@ -238,8 +235,8 @@ def _stream(
     """The indices of some contrasts, as one image each slice."""
 
     def squares() -> Iterator[Tensor]:
-        for block in np.array_split(slices, -(-len(slices) // _BLOCK)):
-            each = [to_pixels(windowed(read[number], block), recipe) for number in group]  # [n, S, S]
+        for piece in model.pieces(slices):
+            each = [to_pixels(windowed(read[number], slices[piece]), recipe) for number in group]  # [n, S, S]
             yield torch.stack(each, dim=1)
 
     masks = [contrasts[number].mask for number in group]

@@ -19,8 +19,8 @@ import numpy as np
 from vaevq_med.codec.errors import CodecError
 
 SUFFIX = ".vvq"
-FORMAT = 1
-"""Version of the format; a file of a higher one is refused."""
+FORMAT = 2
+"""The newest version of the format; a file of a higher one is refused."""
 KEY = "vaevq_med_codec"
 """The one entry of the file's ``__metadata__``; its value is the version."""
 SEAL = "verification"
@@ -29,7 +29,7 @@ _LENGTH = 8
 _MOST_HEADER = 2**20
 
 
-def pack(parts: Mapping[str, bytes], version: int = FORMAT) -> bytes:
+def pack(parts: Mapping[str, bytes], version: int = 1) -> bytes:
     """The bytes of a file.
 
     Args:

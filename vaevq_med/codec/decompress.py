@@ -15,9 +15,6 @@ from vaevq_med.codec.geometry import from_squares
 from vaevq_med.codec.model import Model
 from vaevq_med.codec.originals import Original
 
-_BLOCK = 64
-"""Slices that are decoded and resized at once."""
-
 
 @dataclass(frozen=True)
 class Restored:
@@ -63,10 +60,12 @@ def _decoded(case: CompressedCase, model: Model, contrast: int) -> dict[int, Ten
     indices = case.filled(stream)
     shape = case.contrasts[contrast].mask.shape[1:]
     parts: dict[int, list[Tensor]] = {number: [] for number in stream.contrasts}
-    for start in range(0, len(indices), _BLOCK):
-        squares = model.decode(indices[start : start + _BLOCK], len(stream.contrasts))  # [n, C, S, S]
+    slices = case.slices
+    for piece in model.pieces(slices):
+        squares = model.decode(indices[piece], len(stream.contrasts))  # [n, C, S, S]
+        shown = squares[: len(slices[piece])]  # a volume's last layer may be of more slices than there are
         for channel, number in enumerate(stream.contrasts):
-            resized = from_squares(squares[:, channel], shape, case.interpolation)
+            resized = from_squares(shown[:, channel], shape, case.interpolation)
             parts[number].append(resized.clamp(0, 1))  # bicubic interpolation goes beyond
     return {number: torch.cat(slices) for number, slices in parts.items()}
 

@@ -146,6 +146,23 @@ def live_positions(mask: NDArray[np.bool_], *, size: int, patch: int, interpolat
     return np.stack([by_row[:, :, span].any(axis=2) for span in columns], axis=2)  # [N, h, w]
 
 
+def live_layers(live: NDArray[np.bool_], depth: int) -> NDArray[np.bool_]:
+    """Which positions of a volume's grid show anything of the foreground: those that any slice under them does.
+
+    Args:
+        live: of each slice, ``[N, h, w]``.
+        depth: slices of a position; where it does not divide N, the last layer is of fewer.
+
+    Returns:
+        ``[ceil(N / depth), h, w]``.
+
+    Examples:
+        >>> live_layers(np.eye(5, dtype=bool)[:, None], 2)[:, 0].astype(int).tolist()
+        [[1, 1, 0, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
+    """
+    return np.logical_or.reduceat(live, np.arange(0, len(live), depth), axis=0)
+
+
 def from_squares(squares: Tensor, shape: Sequence[int], interpolation: str) -> Tensor:
     """Resize squares back and cut the padding off.
 

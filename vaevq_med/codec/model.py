@@ -1,14 +1,17 @@
 """A trained tokenizer as the codec uses it: squares to indices and back, in batches of one size on several threads.
 
-Each batch is computed by one thread, so that the number of threads changes no rounding, and with it no byte.
+Each batch, and each window of a volume, is computed by one thread, so that the number of threads changes no rounding,
+and with it no byte.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +21,32 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vaevq_med.codec.errors import CodecError
-from vaevq_med.codec.rate_control import Latents, joined, latents_of, num_rates, partial_codes
+from vaevq_med.codec.rate_control import Latents, joined, latents_from, latents_of, num_rates, partial_codes
+from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.precision import full_precision
+from vaevq_med.networks.slices import slices_of
 from vaevq_med.networks.tokenizer import VisualTokenizer
+from vaevq_med.tokens.volumes import Mapped, decode_codes, encode_latents, quantized, window_of
 from vaevq_med.trained.device import named_device
 from vaevq_med.trained.network import StoredTokenizer
+
+_BLOCK = 64
+"""Slices that are resized at once, where each is encoded by itself."""
+
+_OVERLAP = (0.5, 0.25, 0.25)
+"""Share of a window of codes that the next one along each axis covers as well."""
 
 
 class Model:
     """A tokenizer with what a file says of it.
 
+    Squares are the slices of a case in order. A tokenizer of single slices takes any of them; one whose decoder sees
+    neighbors takes a run without a gap, and one of volumes all of them, see :meth:`pieces`.
+
     Args:
         stored: the checkpoint.
         device: by name; None takes the GPU where there is one.
-        batch_size: squares that go through the network at once.
+        batch_size: squares that go through the network at once; volumes go by windows of their own.
         threads: batches at once, on a CPU.
         codebooks: of a residual or nested quantizer, the first codebooks whose indices are coded; None takes all.
 
@@ -42,7 +57,7 @@ class Model:
         seconds: that its network took so far.
 
     Raises:
-        VaevqMedError: the checkpoint is no tokenizer's of slices, or has no indices that decode to its images.
+        VaevqMedError: the checkpoint is no tokenizer's, or has no indices that decode to its images.
     """
 
     def __init__(
@@ -87,8 +102,39 @@ class Model:
         """Pixels of a position of the token grid along each axis."""
         return int(self.description["patch"])
 
+    @property
+    def of_volumes(self) -> bool:
+        """Whether a position stands for a piece of a volume, and indices are a grid of three axes."""
+        return "patch_depth" in self.description
+
+    def pieces(self, slices: NDArray[np.int64]) -> list[slice]:
+        """Which of the coded slices are encoded and decoded together.
+
+        Args:
+            slices: their numbers, rising.
+        """
+        if self.of_volumes:
+            return [slice(0, len(slices))]
+        if self.network.takes_volumes:
+            bounds = np.r_[0, 1 + np.flatnonzero(np.diff(slices) != 1), len(slices)]
+        else:
+            bounds = np.r_[0, np.cumsum([len(part) for part in np.array_split(slices, -(-len(slices) // _BLOCK))])]
+        return [slice(int(start), int(end)) for start, end in pairwise(bounds)]
+
     def encode(self, squares: Tensor) -> NDArray[np.int64]:
-        """Indices ``[N, h, w, G]`` of squares ``[N, C, S, S]`` in [0, 1]; C is 1 or ``in_channels``."""
+        """Indices of squares in [0, 1].
+
+        Args:
+            squares: ``[N, C, S, S]``; C is 1 or ``in_channels``.
+
+        Returns:
+            ``[N, h, w, G]``; of a tokenizer of volumes ``[1, d, h, w, G]``.
+        """
+        if self.network.takes_volumes:
+            with self._running() as mapped, torch.inference_mode():
+                indices = quantized(self.network, self._encoded(squares, mapped))
+                found = indices[..., : int(self.description["num_codebooks"])].cpu().numpy()
+            return found if self.of_volumes else found[0]
         grid = self.image_size // self.patch
         found = np.zeros((len(squares), grid, grid, int(self.description["num_codebooks"])), np.int64)
 
@@ -105,6 +151,10 @@ class Model:
         Raises:
             CodecError: the quantizer does not choose the nearest codeword of one explicit codebook.
         """
+        if self.network.takes_volumes:
+            with self._running() as mapped, torch.inference_mode():
+                whole = latents_from(self.network, self._encoded(squares, mapped))
+            return whole if self.of_volumes else replace(whole, grid=whole.grid[1:])
         found: dict[int, Latents] = {}
 
         def work(batch: slice) -> None:
@@ -117,14 +167,28 @@ class Model:
         """Squares ``[n, C, S, S]`` in [0, 1] as the network takes them."""
         return squares.mul(2).sub_(1).expand(-1, self.in_channels, -1, -1).to(self.device)
 
+    def _encoded(self, squares: Tensor, mapped: Mapped) -> DiagonalGaussian | Tensor:
+        """What a tokenizer that takes volumes makes of squares ``[N, C, S, S]`` in [0, 1] before it quantizes."""
+        volume = self._images(squares).transpose(0, 1).unsqueeze(0)  # [1, C, N, S, S]
+        depth, side = self.description.get("patch_depth", 1), self.image_size // self.patch
+        grid = -(-len(squares) // depth), side, side
+        tile, halo = [self.batch_size, side, side], [0, 0, 0]
+        if self.of_volumes:
+            window = window_of(self.network, grid)
+            halo = [int(part < size) for part, size in zip(window, grid, strict=True)]
+            tile = [part - 2 * margin for part, margin in zip(window, halo, strict=True)]
+        return encode_latents(self.network, volume, tile=tile, halo=halo, mapped=mapped)
+
     def decode(self, indices: NDArray[np.int64], contrasts: int = 1) -> Tensor:
-        """Squares ``[N, C, S, S]`` in [0, 1] of indices ``[N, h, w, G]``.
+        """Squares ``[N, C, S, S]`` in [0, 1] of indices as :meth:`encode` gives them; of volumes, of all their slices.
 
         Args:
             indices: of squares of any number of positions; of all codebooks, or of the first ones of a quantizer that
                 decodes those.
             contrasts: C, that an image has as its channels; of one contrast the channels' mean is taken.
         """
+        if self.network.takes_volumes:
+            return self._decoded_volume(indices if self.of_volumes else indices[None], contrasts)
         height, width = (length * self.patch for length in indices.shape[1:3])
         found = torch.zeros(len(indices), contrasts, height, width)
 
@@ -132,30 +196,56 @@ class Model:
             chosen = torch.from_numpy(indices[batch]).to(self.device)
             # As decode_indices does, which takes the indices of all codebooks.
             images = self.network.decode(partial_codes(self.network.quantizer, chosen).contiguous())
-            squares = images.float().add(1).div(2).clamp(0, 1)
-            found[batch] = (squares if contrasts > 1 else squares.mean(1, keepdim=True)).cpu()
+            found[batch] = _as_squares(images, contrasts)
 
         self._run(work, len(indices))
         return found
 
+    def _decoded_volume(self, indices: NDArray[np.int64], contrasts: int) -> Tensor:
+        """Squares ``[N, C, S, S]`` of indices ``[1, d, h, w, G]``; see :meth:`decode`."""
+        grid, network = indices.shape[1:4], self.network
+        tile = window_of(network, grid) if self.of_volumes else (self.batch_size, *grid[1:])
+        size = [length * factor for length, factor in zip(grid, network.factors, strict=True)]
+        with self._running() as mapped, torch.inference_mode():
+            codes = partial_codes(network.quantizer, torch.from_numpy(indices).to(self.device))
+            volume = decode_codes(
+                network, codes, size=size, tile=tile, overlap=_OVERLAP, mapped=mapped, at_once=self.threads
+            )
+            return _as_squares(slices_of(volume), contrasts)
+
     def _run(self, work: Callable[[slice], None], count: int) -> None:
         """Do a work for each batch of ``count`` squares."""
-        batches = [slice(start, start + self.batch_size) for start in range(0, count, self.batch_size)]
+        with self._running() as mapped:
+            for _ in mapped(
+                work, [slice(start, start + self.batch_size) for start in range(0, count, self.batch_size)]
+            ):
+                pass
 
-        def one(batch: slice) -> None:
-            with torch.inference_mode():
-                work(batch)
+    @contextmanager
+    def _running(self) -> Iterator[Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]]:
+        """A ``map`` that does each work by one thread of its own, so many at once as there are; time is taken."""
+
+        def alone(work: Callable[[Any], Any]) -> Callable[[Any], Any]:
+            def done(item: Any) -> Any:
+                with torch.inference_mode():
+                    return work(item)
+
+            return done
 
         start = time.monotonic()
         with full_precision(self.device.type, convolutions=True), _one_thread(self.device.type):
-            if self.threads > 1 and len(batches) > 1:
+            if self.threads > 1:
                 with ThreadPoolExecutor(self.threads, initializer=lambda: torch.set_num_threads(1)) as pool:
-                    for _ in pool.map(one, batches):
-                        pass
+                    yield lambda work, items: pool.map(alone(work), items)
             else:
-                for batch in batches:
-                    one(batch)
+                yield lambda work, items: map(alone(work), items)
         self.seconds += time.monotonic() - start
+
+
+def _as_squares(images: Tensor, contrasts: int) -> Tensor:
+    """Squares ``[N, C, S, S]`` in [0, 1] on the CPU of a network's images; of one contrast the channels' mean."""
+    squares = images.float().add(1).div(2).clamp(0, 1)
+    return (squares if contrasts > 1 else squares.mean(1, keepdim=True)).cpu()
 
 
 @contextmanager
@@ -177,13 +267,13 @@ def describe(stored: StoredTokenizer, network: VisualTokenizer) -> dict[str, Any
         network: of it.
 
     Raises:
-        CodecError: it is no tokenizer of slices whose indices decode to its images.
+        CodecError: it is no tokenizer whose indices decode to its images, or not one of square positions.
     """
     quantizer, factor = network.quantizer, network.encoder.downsampling_factor
     size = int(stored.value("image_size"))
-    if network.takes_volumes:
-        kind = "of volumes" if network.encoder.spatial_dims == 3 else "whose decoder sees neighboring slices"
-        raise CodecError(f"{stored.path}: found a tokenizer {kind}, expected one of single slices")
+    factors = network.encoder.downsampling_factors
+    if len(set(factors[-2:])) > 1:
+        raise CodecError(f"{stored.path}: found positions of {factors} pixels, expected as many rows as columns")
     if not quantizer.is_discrete:
         raise CodecError(
             f"{stored.path}: found a {type(quantizer).__name__} whose indices do not decode to its images, expected "
@@ -201,6 +291,7 @@ def describe(stored: StoredTokenizer, network: VisualTokenizer) -> dict[str, Any
         "image_size": size,
         "in_channels": int(stored.value("in_channels")),
         "patch": int(factor),
+        **({"patch_depth": int(factors[0])} if network.encoder.spatial_dims == 3 else {}),
     }
 
 

@@ -19,7 +19,7 @@ class Machine(Declared):
     """Where and how the network runs; none of it changes a byte on a CPU but ``batch_size``, by rounding."""
 
     workers: int | None = option(None, "Cores to use; by default all. They share cases, or the slices of one case.")
-    batch_size: int = option(2, "Slices that go through the network at once.")
+    batch_size: int = option(2, "Slices that go through the network at once; volumes go by windows of their own.")
     device: str | None = option(None, "By default the GPU, where there is one.")
 
     def check(self) -> None:

@@ -103,6 +103,20 @@ def latents_of(network: VisualTokenizer, images: Tensor) -> Latents:
     """The latents of images ``[B, C, H, W]`` in [-1, 1].
 
     Raises:
+        CodecError: as for :func:`latents_from`.
+    """
+    with torch.inference_mode():
+        return latents_from(network, network.encode(images))
+
+
+def latents_from(network: VisualTokenizer, encoded: DiagonalGaussian | Tensor) -> Latents:
+    """The latents of what an encoder gives.
+
+    Args:
+        network: that it is of.
+        encoded: the posterior, or, without one, the latent ``[B, D, *grid]``.
+
+    Raises:
         CodecError: the quantizer does not choose the nearest codeword of one explicit codebook.
     """
     quantizer = network.quantizer
@@ -113,7 +127,6 @@ def latents_of(network: VisualTokenizer, images: Tensor) -> Latents:
             f"chooses the nearest codeword of one{more}"
         )
     with torch.inference_mode():
-        encoded = network.encode(images)
         posterior = encoded if isinstance(encoded, DiagonalGaussian) else None
         latent = encoded.mode() if isinstance(encoded, DiagonalGaussian) else encoded
         nearest = network.quantize(latent, posterior).indices

@@ -12,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vaevq_med.codec.case import on_grid
 from vaevq_med.codec.coders.layout import Layout
 from vaevq_med.codec.errors import CodecError
+from vaevq_med.codec.model import Model
 from vaevq_med.images.manifest import load_manifest
-from vaevq_med.networks.tokenizer import VisualTokenizer
 from vaevq_med.trained.network import StoredTokenizer
 
 
@@ -58,6 +59,9 @@ def encode_stacks(
 ) -> Iterator[Stack]:
     """Every case's contrasts of a split, one after the other, each with the one before it as its reference.
 
+    A tokenizer of volumes is given the run from the first to the last slice that the data set has of the case in any
+    contrast; what is missing in it is black, as slices without foreground are in a compressed case.
+
     Args:
         dataset: folder of ``dataset.json``.
         stored: the tokenizer.
@@ -72,7 +76,7 @@ def encode_stacks(
     from vaevq_med.images.reading import reader
 
     manifest = load_manifest(dataset)
-    network = stored.network()
+    model = Model(stored, device="cpu", batch_size=batch_size)
     stacked = bool(stored.value("stack_modalities", False))
     images = SliceDataset(
         dataset_dir=dataset,
@@ -94,34 +98,32 @@ def encode_stacks(
         (key for key in groups if key[0] in cases),
         key=lambda key: (cases.index(key[0]), order.index(key[1]) if key[1] in order else len(order), key[1]),
     )
+    of_case: dict[str, list[int]] = {}
+    for entry in images.data:
+        of_case.setdefault(str(entry["case"]), []).append(int(entry["slice"]))
     before: Stack | None = None
     for case, contrast in names:
         numbers = sorted(groups[case, contrast], key=lambda number: int(images.data[number]["slice"]))
         slices = np.array([int(images.data[number]["slice"]) for number in numbers])
-        indices, live = _encode(network, images, numbers, batch_size)
+        pixels = torch.stack([torch.as_tensor(images[number]["image"]) for number in numbers])  # [N, C, S, S]
+        if model.of_volumes:
+            first, last = min(of_case[case]), max(of_case[case])
+            run = pixels.new_full((last - first + 1, *pixels.shape[1:]), -1.0)
+            run[torch.from_numpy(slices - first)] = pixels
+            pixels, slices = run, np.arange(first, last + 1)
+        indices = np.concatenate([model.encode(pixels[piece].add(1).div(2)) for piece in model.pieces(slices)])
+        live = on_grid(live_positions(pixels, model.patch), model.description)
         layout = Layout(
             live=live,
-            slices=slices,
-            num_embeddings=network.quantizer.num_embeddings,
-            num_codebooks=network.quantizer.num_codebooks,
+            slices=slices[: len(live)],
+            num_embeddings=int(model.description["num_embeddings"]),
+            num_codebooks=int(model.description["num_codebooks"]),
             contrast="" if stacked else contrast,
         )
         if before is not None and before.case == case:
             layout = replace(layout, reference=_reference(before, layout))
         before = Stack(case, indices, layout)
         yield before
-
-
-def _encode(
-    network: VisualTokenizer, images: Any, numbers: list[int], batch_size: int
-) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    found, live = [], []
-    with torch.inference_mode():
-        for start in range(0, len(numbers), batch_size):
-            batch = torch.stack([torch.as_tensor(images[n]["image"]) for n in numbers[start : start + batch_size]])
-            found.append(network.encode_indices(batch).numpy())
-            live.append(live_positions(batch, network.encoder.downsampling_factor))
-    return np.concatenate(found), np.concatenate(live)
 
 
 def _reference(before: Stack, layout: Layout) -> NDArray[np.int64]:

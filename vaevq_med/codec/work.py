@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vaevq_med.codec.case import CompressedCase, check_names, read_description
+from vaevq_med.codec.case import CompressedCase, check_names, format_of, read_description
 from vaevq_med.codec.coders.base import IndexCoder
 from vaevq_med.codec.coders.registry import make_coder
 from vaevq_med.codec.compress import Compressed, check_contrasts, compress_case
-from vaevq_med.codec.container import FORMAT, SUFFIX
+from vaevq_med.codec.container import SUFFIX
 from vaevq_med.codec.decompress import restore, window
 from vaevq_med.codec.errors import CodecError
 from vaevq_med.codec.geometry import check_invertible
@@ -126,7 +126,7 @@ class Compress(Work):
         if segmented:
             told.append(f"segmentations are not compressed; {segmented} of {len(search.units)} cases have one")
         settings = {
-            "format": FORMAT,
+            "format": format_of(model.description),
             "tokenizer": model.description,
             "recipe": recipe.image_hash,
             "coder": [coder.name, dict(coder.settings)],

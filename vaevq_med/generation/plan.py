@@ -123,6 +123,8 @@ class SamplePlan(Dataset[dict[str, Any]]):
         tokens = self.stored.tokens
         if tokens["kind"] != "indices":
             raise VaevqMedError("inpaint_tokens: found a diffusion model, expected an autoregressive generator")
+        if len(tokens["grid"]) != 2:
+            raise VaevqMedError("inpaint_tokens: found a generator of layers of volumes, expected one of images")
         return TokenDataset(
             tokens_dir=tokens_dir,
             split=split,

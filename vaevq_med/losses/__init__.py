@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = lazy(
         "QuantizerLoss": "quantizer",
         "RCSLoss": "rcs",
         "ReconstructionLoss": "reconstruction",
+        "LayerTokenLoss": "vaevq_med.networks.generators.losses",
         "TokenLoss": "vaevq_med.networks.generators.losses",
         "TokenizerObjective": "objective",
         "adaptive_weight": "adversarial",

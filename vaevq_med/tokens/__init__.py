@@ -5,6 +5,7 @@ from vaevq_med.core.lazy import lazy
 __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
+        "LayerDataset": "layers",
         "TokenDataset": "store",
         "TokenStore": "store",
         "decode_volume": "volumes",

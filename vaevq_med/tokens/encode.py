@@ -227,6 +227,7 @@ class EncodeTokens(EncodeOptions):
             "kind": self.kind,
             "tokenizer": describe_tokenizer(network, stored.content_hash),
             "grid": grid,
+            **({} if depth is None else {"depth": int(depth)}),
             "dtype": index_type(quantizer.num_embeddings) if self.kind == "indices" else self.dtype or "float16",
             "image_size": image_size,
             "in_channels": int(stored.value("in_channels")),

@@ -285,10 +285,21 @@ class TokenDataset(Dataset[dict[str, Any]]):
         """
         if index < 0:
             raise IndexError(index)
+        return self.item(index % len(self), self.view(index))
+
+    def view(self, index: int) -> int:
+        """Number of the view that is drawn for an index."""
+        return mix_seeds(self.seed, index) % self.num_views
+
+    def item(self, number: int, view: int) -> dict[str, Any]:
+        """An image in a view, both by number.
+
+        Raises:
+            ItemError: an index is not below K.
+        """
         if self._array is None:
             self._array = self.store.array(self.split)
-        number = index % len(self)
-        values = self._array[number, mix_seeds(self.seed, index) % self.num_views]
+        values = self._array[number, view]
         item: dict[str, Any] = {"label": self.labels[number], "id": str(self.items[number]["id"])}
         if self.store.kind == "latents":
             return {KEYS["latents"]: torch.from_numpy(values.astype(np.float32)), **item}

@@ -10,6 +10,7 @@ reach; any other one normalizes a tile by the tile.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
@@ -19,8 +20,17 @@ from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.posterior import DiagonalGaussian
-from vaevq_med.networks.slices import slices_of
+from vaevq_med.networks.slices import slices_of, stacked
 from vaevq_med.networks.tokenizer import VisualTokenizer
+
+Mapped = Callable[[Callable[[Any], Tensor], Iterable[Any]], Iterable[Tensor]]
+"""What does a work for each item and gives the results in order: ``map``, or that of a pool of threads."""
+
+MOST_NUMBERS = 2**23
+"""Of the finest feature map of a window; the published sizes then take half a GiB for all that they hold at once."""
+
+LEAST_WINDOW = (4, 8, 8)
+"""Positions of the smallest window; of a smaller one most would be margin."""
 
 
 def factors_of(network: VisualTokenizer) -> tuple[int, ...]:
@@ -34,6 +44,25 @@ def padded(volume: Tensor, factors: Sequence[int]) -> Tensor:
     if not any(ends):
         return volume
     return F.pad(volume, [size for end in reversed(ends) for size in (0, end)], mode="replicate")
+
+
+def window_of(network: VisualTokenizer, grid: Sequence[int]) -> tuple[int, int, int]:
+    """Positions along each axis that go through a tokenizer of volumes at once.
+
+    Whole planes where they fit, since what is normalized within slices sees another slice in a part of it. It depends
+    on the network and the grid alone, so that every machine does the same.
+
+    Args:
+        network: of volumes.
+        grid: positions of the whole volume along each axis.
+    """
+    depth, height, width = grid
+    positions = MOST_NUMBERS // (network.decoder.last_layer.shape[1] * math.prod(network.factors))
+    deep, rows, columns = (min(least, size) for least, size in zip(LEAST_WINDOW, grid, strict=True))
+    if positions >= deep * height * width:
+        return min(depth, positions // (height * width)), height, width
+    side = math.isqrt(positions // deep)
+    return deep, min(height, max(rows, side)), min(width, max(columns, side))
 
 
 @torch.inference_mode()
@@ -51,23 +80,50 @@ def encode_volume(
     Returns:
         int64 ``[1, *grid, G]``.
     """
-    volume = padded(volume, factors_of(network))
     if not network.takes_volumes:
         step = 16 if tile is None else int(tile[0])
-        parts = [network.encode_indices(part) for part in slices_of(volume).split(step)]
+        parts = [network.encode_indices(part) for part in slices_of(padded(volume, factors_of(network))).split(step)]
         return torch.cat(parts).unsqueeze(0)  # [d, h, w, G] -> [1, d, h, w, G]
+    return quantized(network, encode_latents(network, volume, tile=tile, halo=halo))
+
+
+def quantized(network: VisualTokenizer, encoded: DiagonalGaussian | Tensor) -> Tensor:
+    """The indices of what :func:`encode_latents` gives, int64 ``[1, *grid, G]``."""
+    if isinstance(encoded, DiagonalGaussian):
+        return network.quantize(encoded.mode(), encoded).indices
+    return network.quantize(encoded).indices
+
+
+@torch.inference_mode()
+def encode_latents(
+    network: VisualTokenizer,
+    volume: Tensor,
+    *,
+    tile: Sequence[int] | None = None,
+    halo: Sequence[int] = (1, 1, 1),
+    mapped: Mapped = map,
+) -> DiagonalGaussian | Tensor:
+    """The posterior of a whole volume, or, without one, its latent; what is quantized.
+
+    Args:
+        network: of volumes, in evaluation mode.
+        volume: ``[1, C, d, H, W]`` in [-1, 1], of any size; it is padded to multiples of the factors.
+        tile: as for :func:`encode_volume`.
+        halo: likewise.
+        mapped: by which the tiles are gone through.
+    """
+    volume = padded(volume, factors_of(network))
 
     def latents(part: Tensor) -> Tensor:
         """Means and log variances, or latents, as one tensor."""
         found = network.encode(part)
         return torch.cat([found.mean, found.logvar], dim=1) if isinstance(found, DiagonalGaussian) else found
 
-    whole = latents(volume) if tile is None else _in_tiles(latents, volume, network.factors, tile, halo)
-    if not network.variational:
-        return network.quantize(whole).indices
-    mean, logvar = whole.chunk(2, dim=1)
-    posterior = DiagonalGaussian(mean, logvar)
-    return network.quantize(posterior.mode(), posterior).indices
+    if tile is None:
+        (whole,) = mapped(latents, [volume])
+    else:
+        whole = _in_tiles(latents, volume, network.factors, tile, halo, mapped)
+    return DiagonalGaussian(*whole.chunk(2, dim=1)) if network.variational else whole
 
 
 def _in_tiles(
@@ -76,22 +132,29 @@ def _in_tiles(
     factors: Sequence[int],
     tile: Sequence[int],
     halo: Sequence[int],
+    mapped: Mapped,
 ) -> Tensor:
     """``encode(volume)`` of tiles, whose inner parts are put together."""
     grid = [size // factor for size, factor in zip(volume.shape[2:], factors, strict=True)]
     if len(tile) != 3 or len(halo) != 3 or min(tile) < 1 or min(halo) < 0:
         raise VaevqMedError(f"found tiles of {list(tile)} and a halo of {list(halo)}, expected three positions each")
-    whole: Tensor | None = None
-    for start in itertools.product(*(range(0, size, step) for size, step in zip(grid, tile, strict=True))):
-        end = [min(first + step, size) for first, step, size in zip(start, tile, grid, strict=True)]
+    starts = [*itertools.product(*(range(0, size, step) for size, step in zip(grid, tile, strict=True)))]
+
+    def inner(start: tuple[int, ...]) -> Tensor:
         low = [max(0, first - margin) for first, margin in zip(start, halo, strict=True)]
-        high = [min(last + margin, size) for last, margin, size in zip(end, halo, grid, strict=True)]
+        high = [
+            min(first + step + margin, size) for first, step, margin, size in zip(start, tile, halo, grid, strict=True)
+        ]
         read = [slice(a * factor, b * factor) for a, b, factor in zip(low, high, factors, strict=True)]
-        found = encode(volume[_box(read)])
-        inner = [slice(a - first, b - first) for a, b, first in zip(start, end, low, strict=True)]
+        kept = [slice(a - first, a - first + step) for a, first, step in zip(start, low, tile, strict=True)]
+        ends = [size - first for size, first in zip(grid, low, strict=True)]
+        return encode(volume[_box(read)])[_box(slice(k.start, min(k.stop, e)) for k, e in zip(kept, ends, strict=True))]
+
+    whole: Tensor | None = None
+    for start, found in zip(starts, mapped(inner, starts), strict=True):
         if whole is None:
             whole = found.new_empty(*found.shape[:2], *grid)
-        whole[_box(slice(a, b) for a, b in zip(start, end, strict=True))] = found[_box(inner)]
+        whole[_box(slice(a, a + size) for a, size in zip(start, found.shape[2:], strict=True))] = found
     assert whole is not None
     return whole
 
@@ -120,15 +183,56 @@ def decode_volume(
     if not network.takes_volumes:
         step = 16 if tile is None else int(tile[0])
         parts = [network.decode_indices(part) for part in indices[0].split(step)]  # [d, h, w, G] -> [d, C, H, W]
-        volume = torch.cat(parts).transpose(0, 1).unsqueeze(0)
-    elif tile is None:
-        volume = network.decode_indices(indices)
+        return torch.cat(parts).transpose(0, 1).unsqueeze(0)[_box(slice(0, length) for length in size)]
+    codes = network.quantizer.indices_to_codes(indices)
+    return decode_codes(network, codes, size=size, tile=tile, overlap=overlap)
+
+
+@torch.inference_mode()
+def decode_codes(
+    network: VisualTokenizer,
+    codes: Tensor,
+    *,
+    size: Sequence[int],
+    tile: Sequence[int] | None = None,
+    overlap: float | Sequence[float] = 0.5,
+    mapped: Mapped = map,
+    at_once: int = 1,
+) -> Tensor:
+    """The volume of codes.
+
+    Of a tokenizer of slices with a context, tiles are so many slices as ``tile`` says first, each of which sees all the
+    codes that it saw in one piece.
+
+    Args:
+        network: of volumes, in evaluation mode.
+        codes: ``[1, D, *grid]``.
+        size: as for :func:`decode_volume`.
+        tile: likewise.
+        overlap: likewise, or of each axis.
+        mapped: by which the tiles are gone through.
+        at_once: windows that it is given together.
+
+    Returns:
+        ``[1, C, *size]``, nominally in [-1, 1].
+    """
+    codes = codes.contiguous()
+    if tile is None:
+        (volume,) = mapped(network.decode, [codes])
+    elif network.slice_context:
+        seen = slices_of(network.post_quant_conv(codes)), slices_of(codes)
+        parts = zip(*(features.split(int(tile[0])) for features in seen), strict=True)
+        volume = stacked(torch.cat([*mapped(lambda part: network.decoder(*part), parts)]), 1)
+    elif all(length <= window for length, window in zip(codes.shape[2:], tile, strict=True)):
+        (volume,) = mapped(network.decode, [codes])
     else:
         from monai.inferers import SlidingWindowInferer
 
-        window = SlidingWindowInferer(list(tile), sw_batch_size=1, overlap=overlap, mode="gaussian")
-        codes = network.quantizer.indices_to_codes(indices).contiguous()
-        volume = cast(Tensor, window(codes, network.decode))
+        def windows(batch: Tensor) -> Tensor:
+            return torch.cat([*mapped(network.decode, batch.split(1))])
+
+        window = SlidingWindowInferer(list(tile), sw_batch_size=at_once, overlap=overlap, mode="gaussian")
+        volume = cast(Tensor, window(codes, windows))
     return volume[_box(slice(0, length) for length in size)]
 
 

@@ -61,7 +61,7 @@ class Neighborhood:
     """
 
     def __init__(self, layout: Layout) -> None:
-        live, numbers = _as_slices(layout)
+        live, numbers = as_slices(layout)
         count, height, width = live.shape
         if len(numbers) > 1 and (np.diff(numbers) < 1).any():
             raise CodecError("slices: found numbers that do not rise, expected rising ones")
@@ -119,7 +119,7 @@ def _extent(numbers: NDArray[np.int64]) -> int:
     return int(numbers[-1] - numbers[0]) + 1 if len(numbers) else 1
 
 
-def _as_slices(layout: Layout) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+def as_slices(layout: Layout) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     """Live positions ``[N, h, w]`` and the numbers of their slices, whatever the grid."""
     live, numbers = layout.live, np.asarray(layout.slices, np.int64)
     if live.shape[0] != len(numbers):

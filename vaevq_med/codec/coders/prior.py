@@ -25,12 +25,14 @@ from torch import Tensor
 from vaevq_med.codec.coders.base import IndexCoder
 from vaevq_med.codec.coders.context_model import VALUE_BITS, frequencies_of
 from vaevq_med.codec.coders.layout import Layout
+from vaevq_med.codec.coders.neighbors import as_slices
 from vaevq_med.codec.coders.range_coder import RangeDecoder, RangeEncoder
 from vaevq_med.codec.coders.streams import check_indices, empty_indices, no_symbols
 from vaevq_med.codec.errors import CodecError
 from vaevq_med.networks.generators.llama_blocks import LlamaBlock
-from vaevq_med.networks.generators.llamagen import LlamaGen
+from vaevq_med.networks.generators.llamagen import BELOW, LlamaGen
 from vaevq_med.networks.tokenizer import VisualTokenizer
+from vaevq_med.tokens.volumes import window_of
 from vaevq_med.trained.network import StoredGenerator
 
 DELTA = 2.0**-22
@@ -42,7 +44,13 @@ _CACHE_BYTES = 2**28
 def background_indices(tokenizer: VisualTokenizer, *, image_size: int, in_channels: int) -> tuple[int, ...]:
     """The index of each codebook that most positions of an image without content have, the lowest of several."""
     parameter = next(tokenizer.parameters())
-    blank = torch.full((1, in_channels, *[image_size] * tokenizer.encoder.spatial_dims), -1.0).to(parameter)
+    size: tuple[int, ...] = (image_size, image_size)
+    if tokenizer.takes_volumes:
+        # One layer, and of a volume as much of it as memory is sure to hold.
+        grid = tokenizer.grid_of((tokenizer.factors[0], *size))
+        window = grid if tokenizer.slice_context else window_of(tokenizer, grid)
+        size = tuple(length * factor for length, factor in zip(window, tokenizer.factors, strict=True))
+    blank = torch.full((1, in_channels, *size), -1.0).to(parameter)
     with torch.inference_mode():
         indices = tokenizer.encode_indices(blank).flatten(0, -2).cpu()  # [positions, G]
     return tuple(int(torch.bincount(column).argmax()) for column in indices.T)
@@ -51,8 +59,9 @@ def background_indices(tokenizer: VisualTokenizer, *, image_size: int, in_channe
 class PriorCoder(IndexCoder):
     """Frequencies by a trained LlamaGen, whose class is the contrast.
 
-    A slice is predicted from what lies before in it alone: the network has no input for the slice below. Positions that
-    are not live are fed as background and not coded.
+    A slice is predicted from what lies before in it alone, or, by a network that sees it, from the slice below too,
+    which has to be decoded by then: slices then go one by one. A grid of three axes is coded layer by layer. Positions
+    that are not live are fed as background and not coded.
 
     Args:
         network: the generator.
@@ -137,9 +146,10 @@ class PriorCoder(IndexCoder):
         if self._nothing(layout):
             return b""
         coder, near = RangeEncoder(), _Near()
-        filled = np.where(layout.live[..., None], indices, np.array(self.background))
-        for part in self._parts(layout):
-            walk = _Walk(self.network, self._label(layout), layout.live[part])
+        live, numbers = as_slices(layout)
+        filled = np.where(live[..., None], indices.reshape(*live.shape, -1), np.array(self.background))
+        for part in self._parts(live):
+            walk = _Walk(self.network, self._label(layout), live[part], self._below(filled, numbers, part))
             truth = filled[part].reshape(len(part), -1)  # [n, h w G]
             for place, rows, logits in walk.places():
                 coder.encode(truth[rows, place], frequencies_of(near.note(logits)))
@@ -159,27 +169,37 @@ class PriorCoder(IndexCoder):
             return indices
         near, rest = _Told.read(data)
         coder = RangeDecoder(rest)
-        for part in self._parts(layout):
-            walk = _Walk(self.network, self._label(layout), layout.live[part])
-            found = np.tile(np.array(self.background), (len(part), walk.positions))  # [n, h w G]
+        live, numbers = as_slices(layout)
+        filled = np.tile(np.array(self.background), (*live.shape, 1))  # [N, h, w, G]
+        for part in self._parts(live):
+            walk = _Walk(self.network, self._label(layout), live[part], self._below(filled, numbers, part))
+            found = filled[part].reshape(len(part), -1)  # [n, h w G]
             for place, rows, logits in walk.places():
                 found[rows, place] = coder.decode(frequencies_of(near.settle(logits)))
                 walk.feed(found[:, place])
-            indices[part] = found.reshape(len(part), *layout.live.shape[1:], -1)
+            filled[part] = found.reshape(len(part), *live.shape[1:], -1)
         near.finish()
         coder.finish()
-        indices[~layout.live] = 0
-        return indices
+        return np.where(layout.live[..., None], filled.reshape(indices.shape), 0)
 
     def _label(self, layout: Layout) -> int:
         known = layout.contrast in self.contrasts
         return self.contrasts.index(layout.contrast) if known else self.network.num_classes
 
-    def _parts(self, layout: Layout) -> list[NDArray[np.int64]]:
-        """Numbers of the slices with something live, so many at once as the cache has room for."""
-        numbers = np.flatnonzero(layout.live.reshape(len(layout.live), -1).any(axis=1))
+    def _parts(self, live: NDArray[np.bool_]) -> list[NDArray[np.int64]]:
+        """Places of the slices with something live, so many at once as the cache has room for."""
+        numbers = np.flatnonzero(live.any(axis=(1, 2)))
         at_once = slices_at_once(self.network)
         return [numbers[start : start + at_once] for start in range(0, len(numbers), at_once)]
+
+    def _below(
+        self, filled: NDArray[np.int64], numbers: NDArray[np.int64], part: NDArray[np.int64]
+    ) -> NDArray[np.int64] | None:
+        """Indices ``[n, h, w, G]`` of the slices below some, -1 where there is none; None where they are not seen."""
+        if not self.network.sees_below:
+            return None
+        beside = np.r_[False, np.diff(numbers) == 1][part]
+        return np.where(beside[:, None, None, None], filled[part - 1], -1)
 
     def _nothing(self, layout: Layout) -> bool:
         """Whether nothing is coded; the layout is checked too."""
@@ -187,7 +207,7 @@ class PriorCoder(IndexCoder):
         sizes = {
             "num_embeddings": (network.num_embeddings, layout.num_embeddings),
             "num_codebooks": (network.num_codebooks, layout.num_codebooks),
-            "grid": (list(network.grid_size), list(layout.live.shape[1:])),
+            "grid": (list(network.grid_size), list(layout.live.shape[1:][-2:])),
         }
         for name, (has, expected) in sizes.items():
             if has != expected:
@@ -196,7 +216,12 @@ class PriorCoder(IndexCoder):
 
 
 def slices_at_once(network: LlamaGen) -> int:
-    """Slices whose keys and values take at most 256 MiB in float64, at least 1; part of the stream's definition."""
+    """Slices that are coded at once, part of the stream's definition.
+
+    As many as have keys and values of at most 256 MiB in float64, at least 1; 1 of a network that sees the slice below.
+    """
+    if network.sees_below:
+        return 1
     numbers = 2 * len(network.blocks) * (network.sequence_length + 1) * network.num_heads * network.head_dim
     return max(1, _CACHE_BYTES // (8 * numbers))
 
@@ -208,16 +233,16 @@ class _Walk:
         network: the generator.
         label: class of the slices.
         live: bool ``[n, h, w]``.
-
-    Attributes:
-        positions: of a slice.
+        below: indices ``[n, h, w, G]`` of the slices below them, -1 for none; None where the network does not see them.
     """
 
-    def __init__(self, network: LlamaGen, label: int, live: NDArray[np.bool_]) -> None:
+    def __init__(
+        self, network: LlamaGen, label: int, live: NDArray[np.bool_], below: NDArray[np.int64] | None = None
+    ) -> None:
         self.network = network
-        self.positions = math.prod(live.shape[1:])
         self.live = live.reshape(len(live), -1).repeat(network.num_codebooks, axis=1)  # [n, h w G]
-        self.steps = DoubleSteps(network, torch.full((len(live),), label))
+        labels = torch.full((len(live),), label)
+        self.steps = DoubleSteps(network, labels, None if below is None else torch.from_numpy(below))
 
     def places(self) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.float64]]]:
         """Each place up to the last live one: which slices are live, and their logits ``[m, K]`` in steps of the grid.
@@ -243,9 +268,10 @@ class DoubleSteps:
     Args:
         network: in any type; its weights are read at that.
         labels: ``[B]``.
+        below: indices ``[B, h, w, G]`` of the slices below, -1 for none; None where there are none.
     """
 
-    def __init__(self, network: LlamaGen, labels: Tensor) -> None:
+    def __init__(self, network: LlamaGen, labels: Tensor, below: Tensor | None = None) -> None:
         self.network = network
         self.weights = {name: value.detach().cpu().double() for name, value in network.state_dict().items()}
         self.heads, self.head_dim = network.num_heads, network.head_dim
@@ -264,10 +290,31 @@ class DoubleSteps:
         self.values = torch.zeros(shape, dtype=torch.float64)
         self.place = 0
         self.inputs = self.weights["class_embedding.weight"][labels]
+        self.condition = self._condition(len(labels), below) if network.sees_below else None  # [B, h w, width]
+
+    def _condition(self, count: int, below: Tensor | None) -> Tensor:
+        """What the slices below add to the inputs of each position; as ``LlamaGen.below_condition``, in float64."""
+        (height, width), books = self.network.grid_size, self.network.num_codebooks
+        none = self.network.num_embeddings
+        if below is None:
+            below = torch.full((count, height, width, books), -1)
+        table = self.weights["below_embedding.weight"].unflatten(0, (books, none + 1))
+        seen = sum(
+            (table[g][torch.where(below[..., g] < 0, none, below[..., g])] for g in range(books)), torch.zeros(())
+        )
+        whole = table[:, none].sum(dim=0).expand(count, height + 1, width + 1, -1).clone()
+        whole[:, :height, :width] = seen
+        found = torch.zeros(count, height, width, whole.shape[-1], dtype=torch.float64)
+        for number, (row, column) in enumerate(BELOW):
+            matrix = self.weights[f"below_mixing.{number}.weight"]
+            found += whole[:, row : row + height, column : column + width] @ matrix.T
+        return found.flatten(1, 2)
 
     def hidden(self) -> Tensor:
         """What the head is given of the token that comes next, ``[B, width]``."""
         x = self.inputs
+        if self.condition is not None:
+            x = x + self.condition[:, self.place // self.network.num_codebooks]
         for layer in range(len(self.network.blocks)):
             x = self._block(x, layer)
         self.place += 1

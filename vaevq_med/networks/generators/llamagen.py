@@ -9,6 +9,11 @@ token gives it the logit 0, and it conditions the others through its value alone
 Tokenizers with several codebooks (G > 1) are not in the publication. Here the G indices of a position are G tokens of
 one sequence of ``h w G``, predicted in turn, each from all before it: a table of embeddings and a head for each
 codebook, and the rotation of the position's row and column for all G. The tables tell the codebooks apart.
+
+Of slices of volumes it may see the slice below (``sees_below``), which is not in the publication either: to what is fed
+where a position's token is to be predicted, the tokens of the slice below at that position, the next one in the row and
+the one in the next row are added, each through a matrix of its own. A learned null token stands for what lies outside
+of the grid, and for all of it where there is no slice below.
 """
 
 from __future__ import annotations
@@ -45,6 +50,9 @@ PRESETS: Mapping[str, Mapping[str, int]] = MappingProxyType(
 )
 """Published sizes, and S, which is ours: the depth of B at half its width, for a few thousand images."""
 
+BELOW = ((0, 0), (0, 1), (1, 0))
+"""Rows and columns further at which a token sees those of the slice below."""
+
 # Logits that the loss holds at once: 64 MiB in fp32.
 _LOSS_CHUNK = 2**24
 
@@ -69,6 +77,7 @@ class LlamaGen(StepwiseGenerator):
         residual_dropout: of each attention's output.
         ffn_dropout: of each perceptron's output.
         label_dropout: share of the labels that :meth:`loss` replaces by the null class in training, for guidance.
+        sees_below: whether it is given the indices of the slice below; drawn from, it has none.
 
     Raises:
         VaevqMedError: a number is out of its range, or sizes do not fit together.
@@ -110,6 +119,7 @@ class LlamaGen(StepwiseGenerator):
         residual_dropout: float = 0.1,
         ffn_dropout: float = 0.1,
         label_dropout: float = 0.1,
+        sees_below: bool = False,
     ) -> None:
         super().__init__()
         self.grid_size = (grid_size, grid_size) if isinstance(grid_size, int) else _pair(grid_size)
@@ -133,6 +143,10 @@ class LlamaGen(StepwiseGenerator):
         self.label_dropout = label_dropout
         self.class_embedding = nn.Embedding(num_classes + 1, width)
         self.token_embedding = nn.Embedding(num_codebooks * num_embeddings, width)
+        self.sees_below = sees_below
+        if sees_below:
+            self.below_embedding = nn.Embedding(num_codebooks * (num_embeddings + 1), width)
+            self.below_mixing = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in BELOW)
         self.token_dropout = nn.Dropout(token_dropout)
         self.blocks = nn.ModuleList(
             LlamaBlock(
@@ -173,6 +187,12 @@ class LlamaGen(StepwiseGenerator):
                 )
         return cls(**{**options, **PRESETS[name]})
 
+    def sizes(self, tokens: Mapping[str, Any], where: str) -> dict[str, tuple[Any, Any]]:
+        """See the base class. Where it sees the slice below, a volume's grid is taken layer by layer."""
+        if self.sees_below and len(tokens["grid"]) == 3:
+            tokens = {**tokens, "grid": list(tokens["grid"])[1:]}
+        return super().sizes(tokens, where)
+
     def draws(
         self,
         tokenizer: VisualTokenizer,
@@ -181,7 +201,16 @@ class LlamaGen(StepwiseGenerator):
         settings: Mapping[str, Any],
         trained_with: Callable[[str], Any],
     ) -> Draw:
-        """Draws token by token."""
+        """Draws token by token, of a network that sees the slice below as where there is none.
+
+        Raises:
+            VaevqMedError: the tokens are a volume's, of which it predicts layers and draws nothing.
+        """
+        if len(grid) != 2:
+            raise VaevqMedError(
+                f"found a LlamaGen of the layers of a grid {'x'.join(map(str, grid))}, expected one of images: it "
+                "serves the codec and draws no volume"
+            )
         return autoregressive_draws(self, tokenizer, settings)
 
     def rotations(self, device: torch.device) -> Tensor:
@@ -207,13 +236,14 @@ class LlamaGen(StepwiseGenerator):
             "dtype": weight.dtype,
         }
 
-    def forward(self, indices: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits of every index, each from the label and the indices before it.
+    def forward(self, indices: Tensor, labels: Tensor | None = None, below: Tensor | None = None) -> Tensor:
+        """Logits of every index, each from the label and the indices before it, and from the slice below.
 
         Args:
             indices: integers ``[B, n]`` with one codebook, ``[B, n, G]``, or the grid ``[B, h, w, G]``; ``n`` is at
                 most ``h w``. The last one is predicted but not looked at.
             labels: integers ``[B]``, from 0 to ``num_classes``; the null class when absent.
+            below: see :meth:`below_condition`.
 
         Returns:
             The indices' shape with K at its end.
@@ -221,26 +251,72 @@ class LlamaGen(StepwiseGenerator):
         Raises:
             VaevqMedError: a shape does not fit, or an index or a label is out of range.
         """
-        hidden = self.features(indices, labels)
+        hidden = self.features(indices, labels, below)
         parts = [head(hidden[:, g :: self.num_codebooks]) for g, head in enumerate(self.heads)]
         logits = parts[0] if len(parts) == 1 else torch.stack(parts, dim=2)
         return logits.reshape(*indices.shape, self.num_embeddings)
 
-    def features(self, indices: Tensor, labels: Tensor | None = None) -> Tensor:
+    def below_condition(self, below: Tensor | None, batch_size: int) -> Tensor:
+        """What is added to the inputs by the slice below, ``[B, h w G, width]``.
+
+        Args:
+            below: indices ``[B, h, w, G]`` of the slice below, -1 for none; None where no slice has one.
+            batch_size: B.
+
+        Raises:
+            VaevqMedError: the network does not see it, its shape is another, or an index is out of range.
+        """
+        shape = (batch_size, *self.grid_size, self.num_codebooks)
+        if not self.sees_below:
+            raise VaevqMedError("found the indices of a slice below, expected none, as sees_below is false")
+        device, none = self.below_embedding.weight.device, self.num_embeddings
+        if below is None:
+            below = torch.full(shape, -1, device=device)
+        if below.shape != shape:
+            raise VaevqMedError(f"the slice below has shape {tuple(below.shape)}; expected {list(shape)}")
+        check_range("indices of the slice below", below + 1, none)
+        rows = torch.where(below < 0, none, below).to(device)
+        # A row and a column of the null token beyond the grid.
+        rows = F.pad(rows, (0, 0, 0, 1, 0, 1), value=none)
+        tables = torch.arange(self.num_codebooks, device=device) * (none + 1)
+        seen = self.below_embedding(rows + tables).sum(dim=3)  # [B, h + 1, w + 1, width]
+        height, width = self.grid_size
+        mixed = [
+            matrix(seen[:, row : row + height, column : column + width])
+            for matrix, (row, column) in zip(self.below_mixing, BELOW, strict=True)
+        ]
+        return torch.stack(mixed).sum(dim=0).flatten(1, 2).repeat_interleave(self.num_codebooks, dim=1)
+
+    def _alone(self, x: Tensor) -> Tensor:
+        """The inputs ``[B, 1, width]`` of a place of a slice with none below it."""
+        if not self.sees_below:
+            return x
+        null = self.below_embedding.weight.unflatten(0, (self.num_codebooks, -1))[:, -1].sum(dim=0)
+        return x + torch.stack([matrix(null) for matrix in self.below_mixing]).sum(dim=0)
+
+    def features(self, indices: Tensor, labels: Tensor | None = None, below: Tensor | None = None) -> Tensor:
         """What the heads are given, ``[B, n G, width]``; arguments and errors as for calling the network."""
         tokens = self._tokens(indices)
         labels = self.check_labels(labels, len(tokens))
         count = tokens.shape[1]
         codebook = torch.arange(count - 1, device=tokens.device) % self.num_codebooks
         embedded = self.token_embedding(tokens[:, :-1] + codebook * self.num_embeddings)
-        x = self.token_dropout(torch.cat([self.class_embedding(labels).unsqueeze(1), embedded], dim=1))
+        x = torch.cat([self.class_embedding(labels).unsqueeze(1), embedded], dim=1)
+        if self.sees_below or below is not None:
+            x = x + self.below_condition(below, len(tokens))[:, :count]
+        x = self.token_dropout(x)
         rotations = self.rotations(x.device)[:count]
         for block in self.blocks:
             x = block(x, rotations)
         return self.norm(x)
 
     def loss(
-        self, indices: Tensor, labels: Tensor | None = None, *, generator: torch.Generator | None = None
+        self,
+        indices: Tensor,
+        labels: Tensor | None = None,
+        *,
+        below: Tensor | None = None,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Mean cross-entropy of all indices with the true ones before them (teacher forcing), in nats a token.
 
@@ -250,6 +326,7 @@ class LlamaGen(StepwiseGenerator):
         Args:
             indices: as for calling the network.
             labels: likewise.
+            below: likewise.
             generator: of the label dropout's draws; the global one when absent.
 
         Raises:
@@ -259,7 +336,7 @@ class LlamaGen(StepwiseGenerator):
             device = labels.device if generator is None else generator.device
             dropped = torch.rand(len(labels), generator=generator, device=device) < self.label_dropout
             labels = labels.masked_fill(dropped.to(labels.device), self.null_class)
-        hidden = self.features(indices, labels)
+        hidden = self.features(indices, labels, below)
         tokens = indices.flatten(1).long()
         step = max(1, _LOSS_CHUNK // self.num_embeddings)
         total = torch.zeros((), device=hidden.device)
@@ -273,7 +350,7 @@ class LlamaGen(StepwiseGenerator):
         return total / tokens.numel()
 
     def step(self, inputs: Tensor, cache: KeyValueCache) -> Tensor:
-        """See the base class."""
+        """See the base class. There is no slice below."""
         place = cache.length
         if place == cache.capacity:
             raise VaevqMedError(f"the cache holds {place} places; expected fewer than the sequence's {cache.capacity}")
@@ -281,7 +358,7 @@ class LlamaGen(StepwiseGenerator):
             x = self.class_embedding(inputs)
         else:
             x = self.token_embedding(inputs + (place - 1) % self.num_codebooks * self.num_embeddings)
-        x = x.unsqueeze(1)
+        x = self._alone(x.unsqueeze(1))
         rotations = cache.rotations[place : place + 1]
         for layer, block in enumerate(self.blocks):
             x = block(x, rotations, cache, layer)
@@ -294,7 +371,7 @@ class LlamaGen(StepwiseGenerator):
             x = self.class_embedding(inputs)
         else:
             x = self.token_embedding(inputs + (codebook - 1) % self.num_codebooks * self.num_embeddings)
-        x = x.unsqueeze(1)
+        x = self._alone(x.unsqueeze(1))
         turns = cache.open(end)
         for layer, block in enumerate(self.blocks):
             x = block(x, turns, cache, layer)

@@ -65,8 +65,46 @@ class TokenLoss(GeneratorLoss):
         return self.network.loss(values, labels, generator=generator)
 
     def figures(self, loss: float) -> dict[str, float]:
-        """The loss, and the perplexity of a token, ``exp(loss)``: K where nothing has been learned."""
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        """The loss, and the perplexity of a token."""
+        return token_figures(loss)
+
+
+def token_figures(loss: float) -> dict[str, float]:
+    """A loss in nats a token, and its perplexity ``exp(loss)``: K where nothing has been learned."""
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+
+
+class LayerTokenLoss(GeneratorLoss):
+    """Cross-entropy of a :class:`LlamaGen` that sees the slice below, in nats a token.
+
+    Args:
+        network: with ``sees_below``; in training mode it drops labels.
+
+    Raises:
+        VaevqMedError: it does not see the slice below.
+    """
+
+    key = "layers"
+
+    def __init__(self, *, network: LlamaGen) -> None:
+        super().__init__()
+        if not network.sees_below:
+            raise VaevqMedError("sees_below is false; expected true for the loss of layers, or TokenLoss")
+        self.network = network
+
+    def forward(self, values: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The mean over all tokens.
+
+        Args:
+            values: ``[B, 2, h, w, G]``: the slice below, -1 where there is none, and the slice.
+            labels: ``[B]``.
+            generator: as for :class:`GeneratorLoss`.
+        """
+        return self.network.loss(values[:, 1], labels, below=values[:, 0], generator=generator)
+
+    def figures(self, loss: float) -> dict[str, float]:
+        """As of :class:`TokenLoss`."""
+        return token_figures(loss)
 
 
 class DenoisingLoss:

@@ -49,8 +49,8 @@ class TokenizerCandidate(Candidate):
 
     @property
     def slices_alone(self) -> bool:
-        """A tokenizer of slices looks at each by itself; its entropy coder may look at the slice below."""
-        return True
+        """A tokenizer of single slices looks at each by itself; its entropy coder may look at the slice below."""
+        return not self.model.network.takes_volumes
 
     @cached_property
     def model(self) -> Model:
