@@ -18,6 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -66,6 +68,8 @@ class MGVQ(FollowsLatents, GroupedQuantizer):
         >>> quantizer.indices_to_codes(indices, num_active=1)[:, 2:].abs().sum().item()
         0.0
     """
+
+    first_argument: ClassVar[str | None] = "num_active"
 
     usage: Tensor
 
