@@ -87,7 +87,7 @@ class Quantizer(nn.Module, ABC):
             return self.codes_of(indices)
 
     def first_codes(self, indices: Tensor) -> Tensor:
-        """Codes ``[B, D, *grid]`` of int64 indices ``[B, *grid, n]`` of the first n codebooks, of all of them where n is G.
+        """Codes ``[B, D, *grid]`` of int64 indices ``[B, *grid, n]`` of the first n codebooks, or of all G.
 
         Raises:
             VaevqMedError: as :meth:`indices_to_codes`, or n is below G and all codebooks are needed.

@@ -17,7 +17,6 @@ The method's grouped 1x1 convolutions are contained in the tokenizer's full ones
 from __future__ import annotations
 
 from collections.abc import Sequence
-
 from typing import ClassVar
 
 import torch
