@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from vaevq_med.images.foreground import foreground
 from vaevq_med.prepare.recipes import Recipe
 
 if TYPE_CHECKING:
-    from vaevq_med.prepare.volumes.find import Case
+    from vaevq_med.prepare.volumes.find import Case, Volume
     from vaevq_med.prepare.volumes.reading import Contrast as ReadContrast
 
 _BLOCK = 64
@@ -143,13 +142,14 @@ def compress_case(
     reader = CaseReader(recipe, orientation)
     read: dict[str, ReadContrast] = {}
     files: list[Original] = []
-    places: dict[Path, int] = {}
+    places: dict[Volume, int] = {}
     for name in recipe.modalities:
         source = case.images[name]
         read[name] = reader.contrast(source, accept)  # first, since it says what is wrong with a file
-        if source.path not in places:
-            places[source.path] = len(files)
-            files.append(Original.read(source.path, reader.noting(source)))
+        if _whole(source) not in places:
+            places[_whole(source)] = len(files)
+            note = reader.noting(source)
+            files.append(Original.read(source.path, note, series=source.series, title=source.title))
     reader.close()
     check_names(file.name for file in files)
     _check_channels(case, recipe, files, places)
@@ -165,11 +165,11 @@ def compress_case(
         source, (low, high) = case.images[name], found.window
         background = found.discarded.background
         if background is not None:
-            files[places[source.path]].check_background(background)
+            files[places[_whole(source)]].check_background(background)
         contrasts.append(
             Contrast(
                 name=name,
-                file=places[source.path],
+                file=places[_whole(source)],
                 channel=source.channel,
                 window=(low - found.offset, high - found.offset),
                 background=0.0 if background is None else background,
@@ -212,9 +212,14 @@ def windowed(contrast: ReadContrast, slices: NDArray[np.int64] | None = None) ->
     return stack.to(torch.float32, copy=True).sub_(low).div_(high - low).clamp_(0, 1)
 
 
-def _check_channels(case: Case, recipe: Recipe, files: Sequence[Original], places: Mapping[Path, int]) -> None:
+def _whole(source: Volume) -> Volume:
+    """The file, or the series, that a volume is in."""
+    return replace(source, channel=None)
+
+
+def _check_channels(case: Case, recipe: Recipe, files: Sequence[Original], places: Mapping[Volume, int]) -> None:
     """Refuse a file of several channels of which some would be missing in what comes back."""
-    taken = Counter(places[case.images[name].path] for name in recipe.modalities)
+    taken = Counter(places[_whole(case.images[name])] for name in recipe.modalities)
     for number, file in enumerate(files):
         channels = int(np.prod(file.shape[3:]))
         if channels != taken[number]:

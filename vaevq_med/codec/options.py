@@ -61,6 +61,11 @@ class CompressOptions(Machine):
         None, "Contrast of a single volume, or those of each case; repeat. By default from names, or the recipe's."
     )
     cases: Path | None = option(None, "CSV case,t1n,t1c,t2w,t2f of paths, for other layouts.")
+    series: list[str] | None = option(
+        None,
+        "Which DICOM series is a contrast, by its description or number; repeat. By default by the usual words.",
+        metavar="CONTRAST=PATTERN",
+    )
     any_contrast: bool = option(False, "Take contrasts that the tokenizer was not trained for.")
     assume_orientation: str | None = option(
         None, "Where the voxels' axes point to in files whose headers do not say it, e.g. RAS or LPS."

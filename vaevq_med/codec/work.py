@@ -115,7 +115,12 @@ class Compress(Work):
         recipe = Recipe.load(options.recipe)
         check_invertible(recipe)
         search, recipe = find_inputs(
-            source, recipe, modality=options.modality, cases=options.cases, exclude=output.resolve()
+            source,
+            recipe,
+            modality=options.modality,
+            cases=options.cases,
+            series=options.series,
+            exclude=output.resolve(),
         )
         tokenizer = _tokenizer_of(options)
         model = _model(*tokenizer)
