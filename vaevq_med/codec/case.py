@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ class CompressedCase:
         files: that the contrasts came from.
         contrasts: in the order of the recipe.
         streams: in the order in which they are coded.
+        cell: side of the cells that the masks are made of, see :func:`vaevq_med.codec.masks.covering`.
     """
 
     name: str
@@ -88,6 +89,7 @@ class CompressedCase:
     files: Sequence[Original]
     contrasts: Sequence[Contrast]
     streams: Sequence[Stream]
+    cell: int = 1
 
     @property
     def slices(self) -> NDArray[np.int64]:
@@ -110,7 +112,7 @@ class CompressedCase:
         Args:
             coder: of the indices.
         """
-        masks, told = encode_masks([contrast.mask for contrast in self.contrasts])
+        masks, told = encode_masks([contrast.mask for contrast in self.contrasts], self.cell)
         parts, streams = {}, []
         for number, (stream, layout) in enumerate(_layouts(self, [stream.indices for stream in self.streams])):
             parts[f"{_STREAM}/{number}"] = coder.encode(stream.indices, layout)
@@ -125,6 +127,7 @@ class CompressedCase:
             "axes": list(self.turn.axes),
             "flips": list(self.turn.flips),
             "interpolation": self.interpolation,
+            **({} if self.cell == 1 else {"cell": self.cell}),
             "files": [file.to_dict() for file in self.files],
             "contrasts": [
                 {
@@ -141,7 +144,7 @@ class CompressedCase:
         }
         text = json.dumps(description, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
         parts |= {DESCRIPTION: zlib.compress(text, _LEVEL), HEADERS: zlib.compress(headers, _LEVEL), MASKS: masks}
-        content = pack(parts)
+        content = pack(parts, format_of(self.cell))
         sizes = {name: len(part) for name, part in parts.items() if not name.startswith(_STREAM)}
         tokens = sum(len(part) for name, part in parts.items() if name.startswith(_STREAM))
         own = len(content) - sum(map(len, parts.values()))
@@ -173,6 +176,11 @@ def read_description(name: str, content: bytes) -> dict[str, Any]:
         CodecError: it is damaged, of a newer format, or of another kind.
     """
     return _opened(name, content)[0]
+
+
+def format_of(cell: int) -> int:
+    """The lowest version of the format that has masks of such cells."""
+    return 1 if cell == 1 else 2
 
 
 def check_names(names: Iterable[str]) -> None:
@@ -272,9 +280,9 @@ def _decoded(name: str, told: Mapping[str, Any], parts: Mapping[str, bytes], mod
             files.append(Original.from_dict(file, headers[start : start + length]))
             start += length
         stacked = [shape[axis] for axis in turn.axes]
-        masks = decode_masks(
-            parts[MASKS], [contrast["mask"] for contrast in told["contrasts"]], (stacked[0], stacked[1], stacked[2])
-        )
+        cell = told.get("cell", 1)
+        entries = [contrast["mask"] for contrast in told["contrasts"]]
+        masks = decode_masks(parts[MASKS], entries, (stacked[0], stacked[1], stacked[2]), cell)
         contrasts = [
             Contrast(
                 name=contrast["name"],
@@ -289,7 +297,7 @@ def _decoded(name: str, told: Mapping[str, Any], parts: Mapping[str, bytes], mod
         empty = np.zeros(0, np.int64)
         streams = [Stream(tuple(one["contrasts"]), tuple(one["fill"]), empty) for one in told["streams"]]
         case = CompressedCase(
-            told["case"], told["tokenizer"], told["interpolation"], shape, turn, files, contrasts, streams
+            told["case"], told["tokenizer"], told["interpolation"], shape, turn, files, contrasts, streams, cell
         )
         indices: list[NDArray[np.int64]] = []
         found = []
@@ -306,6 +314,4 @@ def _decoded(name: str, told: Mapping[str, Any], parts: Mapping[str, bytes], mod
     except (KeyError, IndexError, TypeError, ValueError, zlib.error) as error:
         what = f"found a description that cannot be followed ({error!r}), expected that of a case"
         raise CodecError(f"{name}: {what}") from None
-    return CompressedCase(
-        case.name, case.tokenizer, case.interpolation, case.shape, case.turn, case.files, case.contrasts, found
-    )
+    return replace(case, streams=found)

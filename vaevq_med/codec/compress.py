@@ -16,6 +16,7 @@ from torch import Tensor
 from vaevq_med.codec.case import CompressedCase, Contrast, Stream, check_names, coded_slices, layout_of, live_of
 from vaevq_med.codec.coders.base import IndexCoder
 from vaevq_med.codec.geometry import Turn, to_pixels
+from vaevq_med.codec.masks import covering
 from vaevq_med.codec.model import Model
 from vaevq_med.codec.originals import Original
 from vaevq_med.codec.rate_control import chosen_indices, joined
@@ -45,6 +46,7 @@ class Compressed:
         network: seconds of these that the network took.
         notes: names of files, and what a user should know of them.
         originals: of each contrast the upright slices ``[N, rows, columns]``, black at 0 and white at 1.
+        foregrounds: of each contrast, bool ``[N, rows, columns]``.
     """
 
     content: bytes
@@ -55,6 +57,7 @@ class Compressed:
     network: float
     notes: Sequence[Sequence[str]]
     originals: Mapping[str, Tensor] = field(default_factory=dict)
+    foregrounds: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -117,6 +120,7 @@ def compress_case(
     orientation: str | None = None,
     accept: Collection[str] = (),
     rate_weight: float = 0.0,
+    cell: int = 1,
     keep: bool = False,
 ) -> Compressed:
     """Compress the contrasts of a case that a recipe names.
@@ -129,7 +133,8 @@ def compress_case(
         orientation: of files that state none, e.g. ``RAS``; they are refused where it is None.
         accept: which of :data:`vaevq_med.prepare.volumes.discarded.LIMITS` may be exceeded.
         rate_weight: squared distance in the latent that a bit is worth in the choice of codewords; 0 takes the nearest.
-        keep: keep the originals, for a comparison.
+        cell: side of the cells that the masks are made of, see :func:`vaevq_med.codec.masks.covering`.
+        keep: keep the originals and their foreground, for a comparison.
 
     Raises:
         DataError: a volume is not what was expected, too much of it would be lost, or a slice data set would leave the
@@ -161,6 +166,7 @@ def compress_case(
         )
     shape, affine = reader.grid
     contrasts = []
+    foregrounds = {name: foreground(found.stack).numpy() for name, found in read.items()}
     for name, found in read.items():
         source, (low, high) = case.images[name], found.window
         background = found.discarded.background
@@ -173,7 +179,7 @@ def compress_case(
                 channel=source.channel,
                 window=(low - found.offset, high - found.offset),
                 background=0.0 if background is None else background,
-                mask=foreground(found.stack).numpy(),
+                mask=covering(foregrounds[name], cell),
             )
         )
     slices = coded_slices([contrast.mask for contrast in contrasts])
@@ -185,7 +191,9 @@ def compress_case(
         streams.append(_stream(model, coder, recipe, contrasts, found_of, group, slices, reference, rate_weight))
     size = (shape[0], shape[1], shape[2])
     turn = Turn.of(affine, recipe.axis)
-    made = CompressedCase(case.name, model.description, recipe.interpolation, size, turn, files, contrasts, streams)
+    made = CompressedCase(
+        case.name, model.description, recipe.interpolation, size, turn, files, contrasts, streams, cell
+    )
     content, sizes = made.to_bytes(coder)
     coded = sum(int(np.count_nonzero(made.live(group))) for group in groups) * int(model.description["num_codebooks"])
     return Compressed(
@@ -197,6 +205,7 @@ def compress_case(
         network=model.seconds - before,
         notes=tuple(dict.fromkeys(map(tuple, reader.notes))),
         originals={name: windowed(found) for name, found in read.items()} if keep else {},
+        foregrounds=foregrounds if keep else {},
     )
 
 

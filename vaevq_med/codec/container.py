@@ -19,8 +19,8 @@ import numpy as np
 from vaevq_med.codec.errors import CodecError
 
 SUFFIX = ".vvq"
-FORMAT = 1
-"""Version of the format; a file of a higher one is refused."""
+FORMAT = 2
+"""Highest version of the format that is read; a file of a higher one is refused."""
 KEY = "vaevq_med_codec"
 """The one entry of the file's ``__metadata__``; its value is the version."""
 SEAL = "verification"

@@ -76,6 +76,11 @@ class CompressOptions(Machine):
     rate_weight: float = option(
         0.0, "Squared distance in the latent that a bit is worth: above 0, fewer bytes and a coarser image."
     )
+    mask: Literal["exact", "coarse"] = option(
+        "exact",
+        "coarse: at half the resolution, for fewer bytes; of the background, voxels beside the foreground are then "
+        "what the tokenizer draws there.",
+    )
     codebooks: int | None = option(
         None, "Of a residual or nested quantizer, code the first so many codebooks; by default all."
     )

@@ -12,16 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vaevq_med.codec.case import CompressedCase, check_names, read_description
+from vaevq_med.codec.case import CompressedCase, check_names, format_of, read_description
 from vaevq_med.codec.coders.base import IndexCoder
 from vaevq_med.codec.coders.registry import make_coder
 from vaevq_med.codec.compress import Compressed, check_contrasts, compress_case
-from vaevq_med.codec.container import FORMAT, SUFFIX
+from vaevq_med.codec.container import SUFFIX
 from vaevq_med.codec.decompress import restore, window
 from vaevq_med.codec.errors import CodecError
 from vaevq_med.codec.geometry import check_invertible
 from vaevq_med.codec.inputs import find_inputs, fingerprint
 from vaevq_med.codec.job import Job, Made, Work
+from vaevq_med.codec.masks import CELLS
 from vaevq_med.codec.model import Model, wanted
 from vaevq_med.codec.options import CompressOptions, DecompressOptions
 from vaevq_med.codec.preview import preview
@@ -131,7 +132,7 @@ class Compress(Work):
         if segmented:
             told.append(f"segmentations are not compressed; {segmented} of {len(search.units)} cases have one")
         settings = {
-            "format": FORMAT,
+            "format": format_of(CELLS[options.mask]),
             "tokenizer": model.description,
             "recipe": recipe.image_hash,
             "coder": [coder.name, dict(coder.settings)],
@@ -209,6 +210,7 @@ class Compress(Work):
             orientation=options.assume_orientation,
             accept=options.accept or (),
             rate_weight=options.rate_weight,
+            cell=CELLS[options.mask],
             keep=keep,
         )
         return done, model
@@ -238,7 +240,7 @@ class Reconstruct(Compress):
             for number in one.contrasts:
                 name = case.contrasts[number].name
                 result = window(case, one, number)
-                quality[name] = compare(done.originals[name], result, case.contrasts[number].mask)
+                quality[name] = compare(done.originals[name], result, done.foregrounds[name])
                 if self.preview:
                     results[name] = result
             spent += time.monotonic() - paused
