@@ -311,9 +311,13 @@ def test_a_run_that_finished_nothing_leaves_nothing(folder: OutputFolder, there:
         raise DataError("nothing could be done")
     assert folder.path.exists() == there
     assert not folder.records.exists()
-    with pytest.raises(KeyboardInterrupt), folder.begun("first"):
+
+    def interrupted() -> None:
         make(folder, "a", "x")
         raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), folder.begun("first"):
+        interrupted()
     assert folder.units() == {"a"}
     assert (folder.holds_other("first"), folder.holds_other("second")) == (False, True)
     with folder.begun("second"), pytest.raises(BusyError), folder.begun("second"):

@@ -18,6 +18,9 @@ _ALIKE = 0.02
 CELLS = {"exact": 1, "coarse": 2}
 """Side, in voxels of a slice, of the cells that a mask is made of, by what the command line calls it."""
 
+_MOST_CELL = 64
+"""A larger one would be no mask, and take memory far beyond the volume's."""
+
 
 def covering(mask: NDArray[np.bool_], cell: int) -> NDArray[np.bool_]:
     """The cells of a grid over each slice that hold any foreground, whole.
@@ -84,8 +87,8 @@ def decode_masks(
     Raises:
         CodecError: the bytes are not those of such masks.
     """
-    if not isinstance(cell, int) or cell < 1:
-        raise CodecError(f"found masks of cells of {cell!r} voxels, expected 1 or more")
+    if not isinstance(cell, int) or not 1 <= cell <= _MOST_CELL:
+        raise CodecError(f"found masks of cells of {cell!r} voxels, expected 1 to {_MOST_CELL}")
     grid = (shape[0], -(-shape[1] // cell), -(-shape[2] // cell))
     masks: list[NDArray[np.bool_]] = []
     start = 0

@@ -20,12 +20,12 @@ _T1 = re.compile(r"t1|mprage|mp2rage|bravo|spgr")
 _T2 = re.compile(r"t2")
 _FLAIR = re.compile(r"flair|dark_?fluid|tirm|t2f")
 _OTHERS = re.compile(
-    r"t2_?(?:\*|star)|loc(?:_|$|al)|scout|survey|dwi|adc|dti|diff|trace|perf|dsc|dce|swi|swan|mip|map|subtr|tof|angio"
-    r"|spectro|(?:^|_)(?:asl|sub)(?:_|$)"
+    r"t2_?(?:\*|star)|loc(?:_|$|al)|scout|survey|diff|trace|perf|map|subtr|angio|spectro"
+    r"|(?:^|_)(?:adc|asl|dce|dsc|dti|dwi|mip|sub|swan|swi|tof)(?:_|$)"
 )
 _BEFORE = re.compile(r"(?:^|_)(?:pre|nati[fv]e?|wo|without|non|t1n)(?:_|$)")
 _AFTER = re.compile(
-    r"(?:^|_)(?:post[a-z]*|gd|gad|gado[a-z]*|ce|km|contrast|enh|enhanced)(?:_|$)|\+(?:c|gd|km)(?:_|$)|c\+(?:_|$)"
+    r"(?:^|_)(?:post(?!_?op)[a-z]*|gd|gad|gado[a-z]*|ce|km|contrast|enh|enhanced)(?:_|$)|\+(?:c|gd|km)(?:_|$)|c\+(?:_|$)"
     r"|t1w?(?:ce|c|gd|gad|post|km)(?:_|$)"
 )
 
