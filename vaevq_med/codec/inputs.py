@@ -59,7 +59,7 @@ def find_inputs(
     stem = source.name if source.is_dir() else strip_suffix(source.name)
     if stem is None:
         raise DataError(f"input {source}: found a file of another name, expected .nii, .nii.gz, .mha or .nrrd")
-    contrasts = [*modality] if modality else [_told(found) or contrast_of(stem, source)]
+    contrasts = [*modality] if modality else [contrast_of(stem, source, _told(found))]
     return _one(source, stem, contrasts), recipe.changed(modalities=contrasts)
 
 
@@ -70,15 +70,16 @@ def _told(found: Sequence[Series]) -> str | None:
     return contrast_of_series(found[0].description, enhanced=found[0].enhanced) if found else None
 
 
-def contrast_of(stem: str, source: Path) -> str:
+def contrast_of(stem: str, source: Path, described: str | None = None) -> str:
     """The contrast that a volume's name ends with, e.g. ``t1c`` of ``BraTS-GLI-00005-100-t1c``.
 
     Args:
         stem: the name without its suffix.
         source: for the message.
+        described: the contrast where the name says none, or None.
 
     Raises:
-        DataError: the name says none, or that of a segmentation.
+        DataError: nothing says one, or that of a segmentation.
 
     Examples:
         >>> contrast_of("Brats18_2013_11_1_flair", Path("x"))
@@ -89,6 +90,7 @@ def contrast_of(stem: str, source: Path) -> str:
     found = CONTRAST_ALIASES.get(re.split(r"[-_.\s]", stem)[-1].lower())
     if found == "seg":
         raise DataError(f"input {source}: found a segmentation, expected an image; labels are not compressed")
+    found = found or described
     if found is None:
         raise DataError(
             f"input {source}: found no contrast in the name, expected one; name it with --modality, e.g. t1c"
