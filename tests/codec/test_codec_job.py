@@ -18,6 +18,7 @@ import torch
 from helpers.index_stacks import random_model
 from helpers.scans import CONTRASTS, write_case, write_nifti
 from helpers.stores import write_checkpoint
+from scipy.ndimage import maximum_filter
 
 from vaevq_med.cli import app as cli
 from vaevq_med.codec.case import CompressedCase, read_description
@@ -466,3 +467,76 @@ def test_the_first_codebooks_alone(cases: Path, tmp_path: Path) -> None:
     assert np.array_equal(streams[None][..., :2], streams[2])
     with pytest.raises(CodecError, match="--codebooks: found 4, expected 1 to 3 for ResidualQuantizer"):
         compress(cases, tmp_path / "out", options_of(checkpoint, codebooks=4))
+
+
+def test_a_refused_case_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    source = tmp_path / "noise-t1c.nii"
+    nib.save(nib.Nifti1Image(rng.integers(1, 1000, (28, 36, 6)).astype(np.int16), np.diag([-1, -1, 1, 1])), source)
+    (tmp_path / "own").mkdir()
+    for output in ("new", "own"):
+        with pytest.raises(DataError, match="found no background"):
+            compress(source, tmp_path / output, options_of(checkpoint)).run()
+    assert not (tmp_path / "new").exists()
+    assert [*(tmp_path / "own").iterdir()] == []  # a folder that was there stays
+
+
+def test_the_report_tells_of_all_that_is_there(checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+
+    def told() -> dict[str, Any]:
+        return json.loads((output / "report.json").read_text())
+
+    for name in ("a-t1c", "b-t1c"):
+        source = write_nifti(tmp_path / name / f"{name}.nii", extension=True)
+        report = compress(source, output, options_of(checkpoint)).run()
+        assert [*report.figures] == [name]
+    assert [*told()["units"]] == ["a-t1c", "b-t1c"]
+    assert any(note.startswith("a-t1c.nii and 1 more: the extensions") for note in told()["notes"])
+    (output / "a-t1c.vvq").unlink()
+    compress(source, output, options_of(checkpoint)).run()
+    assert [*told()["units"]] == ["b-t1c"]
+    compress(source, output, options_of(checkpoint, coder="fixed"), overwrite=True).run()
+    compress(write_nifti(tmp_path / "c-t1c.nii"), output, options_of(checkpoint), overwrite=True).run()
+    assert [*told()["units"]] == ["c-t1c"]  # files of other settings are not its own
+
+
+def test_the_report_keeps_what_an_earlier_command_skipped(small: Path, checkpoint: Path, tmp_path: Path) -> None:
+    whole, output = (small / f"{NAMES[0]}.vvq").read_bytes(), tmp_path / "out"
+    options = DecompressOptions(checkpoint=checkpoint, workers=1)
+    for folder, damaged in (("first", "a"), ("second", "c"), ("third", "")):
+        (tmp_path / folder).mkdir()
+        for name in ("a", "b") if folder != "second" else ("c", "d"):
+            (tmp_path / folder / f"{name}.vvq").write_bytes(whole[:-1] if name == damaged else whole)
+        decompress(tmp_path / folder, output, options).run()
+        told = json.loads((output / "report.json").read_text())
+        expected = {"first": ["a"], "second": ["a", "c"], "third": ["c"]}[folder]
+        assert [one["file"] for one in told["skipped"]] == expected
+    assert [*told["units"]] == ["a", "b", "d"]
+
+
+def test_a_coarse_mask_takes_fewer_bytes_and_loses_no_foreground(
+    cases: Path, small: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    options = options_of(checkpoint, mask="coarse")
+    reconstruct(cases / NAMES[0], tmp_path / "out", options).run()
+    content = (tmp_path / "out" / NAMES[0] / f"{NAMES[0]}.vvq").read_bytes()
+    exact = (small / f"{NAMES[0]}.vvq").read_bytes()
+    assert len(unpack("", content)["masks"]) < 0.6 * len(unpack("", exact)["masks"])
+    assert (b'"vaevq_med_codec":"1"' in exact, b'"vaevq_med_codec":"2"' in content) == (True, True)
+    assert "cell" not in read_description("", exact)
+    name = f"{NAMES[0]}-t1c.nii.gz"
+    before = np.asarray(nib.load(cases / NAMES[0] / name).dataobj)
+    after = np.asarray(nib.load(tmp_path / "out" / NAMES[0] / name).dataobj)
+    inside = before != 0
+    # A voxel keeps the background where no foreground lies in the 3 x 3 voxels around it in its slice.
+    reach = maximum_filter(inside, (3, 3, 1))
+    assert not after[~reach].any()
+    assert after[inside].all()
+    assert after[reach & ~inside].any()
+    told = json.loads((tmp_path / "out" / "report.json").read_text())["units"][NAMES[0]]["quality"]["t1c"]
+    low, high = read_description("", content)["contrasts"][1]["window"]
+    pixels = [np.clip((volume[inside] - low) / (high - low), 0, 1) for volume in (before, after.astype(float))]
+    assert told["psnr_foreground"] == pytest.approx(-10 * np.log10(np.mean((pixels[0] - pixels[1]) ** 2)), abs=0.01)
+    with pytest.raises(DataError, match="made with other settings"):
+        reconstruct(cases / NAMES[0], tmp_path / "out", options_of(checkpoint)).run()

@@ -5,10 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scipy.ndimage import maximum_filter
 
 from vaevq_med.codec.coders.mask import decode_mask, encode_mask
 from vaevq_med.codec.coders.range_coder import TOTAL, RangeDecoder, RangeEncoder, to_frequencies
 from vaevq_med.codec.errors import CodecError
+from vaevq_med.codec.masks import covering, decode_masks, encode_masks
 
 
 def ball(shape: tuple[int, ...], radius: float) -> np.ndarray:
@@ -122,3 +124,28 @@ def test_a_box_outside_the_volume_is_refused() -> None:
         decode_mask(data, (4, 4, 3))
     with pytest.raises(CodecError, match="expected at least the 12"):
         decode_mask(data[:7], (4, 4, 4))
+
+
+@given(
+    masks=hnp.arrays(bool, st.tuples(st.just(2), st.integers(1, 4), st.integers(1, 9), st.integers(1, 9))),
+    cell=st.sampled_from([1, 2, 3]),
+)
+@settings(max_examples=25, deadline=None)
+def test_a_coarse_mask_covers_the_foreground_and_little_more(masks: np.ndarray, cell: int) -> None:
+    coarse = [covering(mask, cell) for mask in masks]
+    for mask, cover in zip(masks, coarse, strict=True):
+        assert not (mask & ~cover).any()
+        # Nothing of it is further away, along a row or a column, than the other end of its cell.
+        near = np.stack([maximum_filter(one, 2 * cell - 1, mode="constant") for one in mask])
+        assert not (cover & ~near).any()
+        assert np.array_equal(covering(cover, cell), cover)
+    assert cell > 1 or np.array_equal(coarse, masks)
+    data, entries = encode_masks(coarse, cell)
+    assert np.array_equal(decode_masks(data, entries, masks.shape[1:], cell), coarse)
+
+
+def test_cells_that_cannot_be_are_refused() -> None:
+    data, entries = encode_masks([ball((4, 9, 9), 3)], 1)
+    for cell in (0, 2.0, None, 65):
+        with pytest.raises(CodecError, match=r"found masks of cells of .* voxels, expected 1 to 64"):
+            decode_masks(data, entries, (4, 9, 9), cell)  # type: ignore[arg-type]

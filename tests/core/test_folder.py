@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from vaevq_med.core.errors import DataError
 from vaevq_med.core.files import atomic_binary_writer, atomic_write_text
 from vaevq_med.core.folder import BusyError, OutputFolder, difference
+from vaevq_med.core.jobs import do_jobs
 
 values = st.integers() | st.text(max_size=5)
 settings = st.dictionaries(st.sampled_from("abc"), values)
@@ -300,3 +301,50 @@ def test_a_file_of_a_users_own_is_neither_taken_for_ours_nor_removed(name: str, 
     folder.check()
     folder.begin("mark")
     assert sorted(path.name for path in folder.path.iterdir()) == sorted([name, ".state"])
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_run_that_finished_nothing_leaves_nothing(folder: OutputFolder, there: bool) -> None:
+    if there:
+        folder.path.mkdir()
+    with pytest.raises(DataError), folder.begun("first"):
+        raise DataError("nothing could be done")
+    assert folder.path.exists() == there
+    assert not folder.records.exists()
+
+    def interrupted() -> None:
+        make(folder, "a", "x")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), folder.begun("first"):
+        interrupted()
+    assert folder.units() == {"a"}
+    assert (folder.holds_other("first"), folder.holds_other("second")) == (False, True)
+    with folder.begun("second"), pytest.raises(BusyError), folder.begun("second"):
+        pass
+    shutil.rmtree(folder.records)
+    (folder.path / "own.txt").write_text("of somebody else")
+    with folder.begun("first"):
+        pass
+    assert (folder.path / "own.txt").exists()
+
+
+def test_jobs_that_fail_are_skipped_and_told() -> None:
+    def work(number: int) -> int:
+        if number == 2:
+            raise DataError("two is refused")
+        return number
+
+    seen: list[object] = []
+    skipped = do_jobs(
+        work,
+        {name: (number,) for number, name in enumerate("abcd")},
+        kind="letter",
+        workers=1,
+        lost=lambda number: [("d/part", "left out")] if number == 3 else [],
+        on_start=seen.append,
+        on_unit=seen.append,
+        on_skip=lambda name, reason: seen.append((name, reason)),
+    )
+    assert skipped == {"c": "two is refused", "d/part": "left out"}
+    assert seen == [4, "a", "b", ("c", "two is refused"), "c", ("d/part", "left out"), "d"]

@@ -101,15 +101,28 @@ def write_itk(path: Path, *, pixel: Any = np.int16, compressed: bool = True) -> 
     return path
 
 
-def write_dicom(folder: Path, *, skip: int | None = None) -> Path:
-    """A DICOM series of the body, a file a slice.
+def write_dicom(
+    folder: Path,
+    *,
+    skip: int | None = None,
+    study: int = 2,
+    series: int = 1,
+    description: str = "",
+    agent: str = "",
+) -> Path:
+    """A DICOM series of the body, a file a slice; several may lie in one folder.
 
     Args:
         folder: that is made.
         skip: number of a slice that is left out.
+        study: which examination.
+        series: its number in the study, by which its intensities grow.
+        description: of the series.
+        agent: for contrast.
     """
-    folder.mkdir(parents=True)
-    image = sitk.GetImageFromArray(body().astype(np.int16).T)
+    folder.mkdir(parents=True, exist_ok=True)
+    root = "1.2.826.0.1.3680043.2.1125"
+    image = sitk.GetImageFromArray((body() * (1 + 0.1 * (series - 1))).astype(np.int16).T)
     image.SetSpacing([1.0, 1.0, 2.0])
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
@@ -120,18 +133,21 @@ def write_dicom(folder: Path, *, skip: int | None = None) -> Path:
         piece = image[:, :, z]
         tags = {
             "0008|0060": "MR",
-            "0020|000e": "1.2.826.0.1.3680043.2.1125.1",
-            "0020|000d": "1.2.826.0.1.3680043.2.1125.2",
-            "0008|0018": f"1.2.826.0.1.3680043.2.1125.3.{z + 1}",
+            "0020|000e": f"{root}.1.{study}.{series}",
+            "0020|000d": f"{root}.{study}",
+            "0008|0018": f"{root}.3.{study}.{series}.{z + 1}",
+            "0020|0011": str(series),
+            "0008|103e": description,
+            "0018|0010": agent,
             "0020|0032": f"-10\\-20\\{5 + 2 * z}",
             "0020|0037": "1\\0\\0\\0\\1\\0",
             "0020|0013": str(z),
             "0018|0050": "2",
             "0010|0010": "Doe^Jane",
         }
-        for tag, value in tags.items():
+        for tag, value in ((tag, value) for tag, value in tags.items() if value):
             piece.SetMetaData(tag, value)
-        writer.SetFileName(str(folder / f"{z:03d}.dcm"))
+        writer.SetFileName(str(folder / f"{series}-{z:03d}.dcm"))
         writer.Execute(piece)
     locale.setlocale(locale.LC_ALL, before)  # GDCM's writer leaves the process in the locale C
     return folder

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vaevq_med.codec.job import Job, Report
 
 _Source = Annotated[
-    Path, typer.Argument(metavar="INPUT", help="A volume, a DICOM series' folder, a case, or a folder of cases.")
+    Path, typer.Argument(metavar="INPUT", help="A volume, a case, or a folder of cases, as volumes or DICOM series.")
 ]
 _Preview = Annotated[bool, typer.Option("--preview", help="Add a PNG of three planes: original, result and error.")]
 _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what other settings made.")]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,7 @@ class CompressedCase:
         files: that the contrasts came from.
         contrasts: in the order of the recipe.
         streams: in the order in which they are coded.
+        cell: side of the cells that the masks are made of, see :func:`vaevq_med.codec.masks.covering`.
     """
 
     name: str
@@ -89,6 +90,7 @@ class CompressedCase:
     files: Sequence[Original]
     contrasts: Sequence[Contrast]
     streams: Sequence[Stream]
+    cell: int = 1
 
     @property
     def slices(self) -> NDArray[np.int64]:
@@ -111,7 +113,7 @@ class CompressedCase:
         Args:
             coder: of the indices.
         """
-        masks, told = encode_masks([contrast.mask for contrast in self.contrasts])
+        masks, told = encode_masks([contrast.mask for contrast in self.contrasts], self.cell)
         parts, streams = {}, []
         for number, (stream, layout) in enumerate(_layouts(self, [stream.indices for stream in self.streams])):
             parts[f"{_STREAM}/{number}"] = coder.encode(stream.indices, layout)
@@ -126,6 +128,7 @@ class CompressedCase:
             "axes": list(self.turn.axes),
             "flips": list(self.turn.flips),
             "interpolation": self.interpolation,
+            **({} if self.cell == 1 else {"cell": self.cell}),
             "files": [file.to_dict() for file in self.files],
             "contrasts": [
                 {
@@ -142,7 +145,7 @@ class CompressedCase:
         }
         text = json.dumps(description, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
         parts |= {DESCRIPTION: zlib.compress(text, _LEVEL), HEADERS: zlib.compress(headers, _LEVEL), MASKS: masks}
-        content = pack(parts, format_of(self.tokenizer))
+        content = pack(parts, format_of(self.tokenizer, self.cell))
         sizes = {name: len(part) for name, part in parts.items() if not name.startswith(_STREAM)}
         tokens = sum(len(part) for name, part in parts.items() if name.startswith(_STREAM))
         own = len(content) - sum(map(len, parts.values()))
@@ -194,13 +197,14 @@ def check_names(names: Iterable[str]) -> None:
         seen.add(name)
 
 
-def format_of(tokenizer: Mapping[str, Any]) -> int:
-    """Version of the format that a file of a tokenizer needs: 1 of slices, 2 of volumes.
+def format_of(tokenizer: Mapping[str, Any], cell: int) -> int:
+    """The lowest version of the format that a file needs: 2 of a tokenizer of volumes or of coarse masks, else 1.
 
     Args:
         tokenizer: what a file says of it.
+        cell: side of the cells that masks are made of.
     """
-    return 1 if "patch_depth" not in tokenizer else 2
+    return 1 if "patch_depth" not in tokenizer and cell == 1 else 2
 
 
 def coded_slices(masks: Sequence[NDArray[np.bool_]], tokenizer: Mapping[str, Any]) -> NDArray[np.int64]:
@@ -323,9 +327,9 @@ def _decoded(name: str, told: Mapping[str, Any], parts: Mapping[str, bytes], mod
             files.append(Original.from_dict(file, headers[start : start + length]))
             start += length
         stacked = [shape[axis] for axis in turn.axes]
-        masks = decode_masks(
-            parts[MASKS], [contrast["mask"] for contrast in told["contrasts"]], (stacked[0], stacked[1], stacked[2])
-        )
+        cell = told.get("cell", 1)
+        entries = [contrast["mask"] for contrast in told["contrasts"]]
+        masks = decode_masks(parts[MASKS], entries, (stacked[0], stacked[1], stacked[2]), cell)
         contrasts = [
             Contrast(
                 name=contrast["name"],
@@ -340,7 +344,7 @@ def _decoded(name: str, told: Mapping[str, Any], parts: Mapping[str, bytes], mod
         empty = np.zeros(0, np.int64)
         streams = [Stream(tuple(one["contrasts"]), tuple(one["fill"]), empty) for one in told["streams"]]
         case = CompressedCase(
-            told["case"], told["tokenizer"], told["interpolation"], shape, turn, files, contrasts, streams
+            told["case"], told["tokenizer"], told["interpolation"], shape, turn, files, contrasts, streams, cell
         )
         indices: list[NDArray[np.int64]] = []
         found = []
@@ -357,6 +361,4 @@ def _decoded(name: str, told: Mapping[str, Any], parts: Mapping[str, bytes], mod
     except (KeyError, IndexError, TypeError, ValueError, zlib.error) as error:
         what = f"found a description that cannot be followed ({error!r}), expected that of a case"
         raise CodecError(f"{name}: {what}") from None
-    return CompressedCase(
-        case.name, case.tokenizer, case.interpolation, case.shape, case.turn, case.files, case.contrasts, found
-    )
+    return replace(case, streams=found)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch import Tensor
 from vaevq_med.codec.case import CompressedCase, Contrast, Stream, check_names, coded_slices, layout_of, live_of
 from vaevq_med.codec.coders.base import IndexCoder
 from vaevq_med.codec.geometry import Turn, to_pixels
+from vaevq_med.codec.masks import covering
 from vaevq_med.codec.model import Model
 from vaevq_med.codec.originals import Original
 from vaevq_med.codec.rate_control import chosen_indices, joined
@@ -26,7 +26,7 @@ from vaevq_med.images.foreground import foreground
 from vaevq_med.prepare.recipes import Recipe
 
 if TYPE_CHECKING:
-    from vaevq_med.prepare.volumes.find import Case
+    from vaevq_med.prepare.volumes.find import Case, Volume
     from vaevq_med.prepare.volumes.reading import Contrast as ReadContrast
 
 
@@ -43,6 +43,7 @@ class Compressed:
         network: seconds of these that the network took.
         notes: names of files, and what a user should know of them.
         originals: of each contrast the upright slices ``[N, rows, columns]``, black at 0 and white at 1.
+        foregrounds: of each contrast, bool ``[N, rows, columns]``.
     """
 
     content: bytes
@@ -53,6 +54,7 @@ class Compressed:
     network: float
     notes: Sequence[Sequence[str]]
     originals: Mapping[str, Tensor] = field(default_factory=dict)
+    foregrounds: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -115,6 +117,7 @@ def compress_case(
     orientation: str | None = None,
     accept: Collection[str] = (),
     rate_weight: float = 0.0,
+    cell: int = 1,
     keep: bool = False,
 ) -> Compressed:
     """Compress the contrasts of a case that a recipe names.
@@ -127,7 +130,8 @@ def compress_case(
         orientation: of files that state none, e.g. ``RAS``; they are refused where it is None.
         accept: which of :data:`vaevq_med.prepare.volumes.discarded.LIMITS` may be exceeded.
         rate_weight: squared distance in the latent that a bit is worth in the choice of codewords; 0 takes the nearest.
-        keep: keep the originals, for a comparison.
+        cell: side of the cells that the masks are made of, see :func:`vaevq_med.codec.masks.covering`.
+        keep: keep the originals and their foreground, for a comparison.
 
     Raises:
         DataError: a volume is not what was expected, too much of it would be lost, or a slice data set would leave the
@@ -140,13 +144,14 @@ def compress_case(
     reader = CaseReader(recipe, orientation)
     read: dict[str, ReadContrast] = {}
     files: list[Original] = []
-    places: dict[Path, int] = {}
+    places: dict[Volume, int] = {}
     for name in recipe.modalities:
         source = case.images[name]
         read[name] = reader.contrast(source, accept)  # first, since it says what is wrong with a file
-        if source.path not in places:
-            places[source.path] = len(files)
-            files.append(Original.read(source.path, reader.noting(source)))
+        if _whole(source) not in places:
+            places[_whole(source)] = len(files)
+            note = reader.noting(source)
+            files.append(Original.read(source.path, note, series=source.series, title=source.title))
     reader.close()
     check_names(file.name for file in files)
     _check_channels(case, recipe, files, places)
@@ -158,19 +163,20 @@ def compress_case(
         )
     shape, affine = reader.grid
     contrasts = []
+    foregrounds = {name: foreground(found.stack).numpy() for name, found in read.items()}
     for name, found in read.items():
         source, (low, high) = case.images[name], found.window
         background = found.discarded.background
         if background is not None:
-            files[places[source.path]].check_background(background)
+            files[places[_whole(source)]].check_background(background)
         contrasts.append(
             Contrast(
                 name=name,
-                file=places[source.path],
+                file=places[_whole(source)],
                 channel=source.channel,
                 window=(low - found.offset, high - found.offset),
                 background=0.0 if background is None else background,
-                mask=foreground(found.stack).numpy(),
+                mask=covering(foregrounds[name], cell),
             )
         )
     slices = coded_slices([contrast.mask for contrast in contrasts], model.description)
@@ -182,7 +188,9 @@ def compress_case(
         streams.append(_stream(model, coder, recipe, contrasts, found_of, group, slices, reference, rate_weight))
     size = (shape[0], shape[1], shape[2])
     turn = Turn.of(affine, recipe.axis)
-    made = CompressedCase(case.name, model.description, recipe.interpolation, size, turn, files, contrasts, streams)
+    made = CompressedCase(
+        case.name, model.description, recipe.interpolation, size, turn, files, contrasts, streams, cell
+    )
     content, sizes = made.to_bytes(coder)
     coded = sum(int(np.count_nonzero(made.live(group))) for group in groups) * int(model.description["num_codebooks"])
     return Compressed(
@@ -194,6 +202,7 @@ def compress_case(
         network=model.seconds - before,
         notes=tuple(dict.fromkeys(map(tuple, reader.notes))),
         originals={name: windowed(found) for name, found in read.items()} if keep else {},
+        foregrounds=foregrounds if keep else {},
     )
 
 
@@ -209,9 +218,14 @@ def windowed(contrast: ReadContrast, slices: NDArray[np.int64] | None = None) ->
     return stack.to(torch.float32, copy=True).sub_(low).div_(high - low).clamp_(0, 1)
 
 
-def _check_channels(case: Case, recipe: Recipe, files: Sequence[Original], places: Mapping[Path, int]) -> None:
+def _whole(source: Volume) -> Volume:
+    """The file, or the series, that a volume is in."""
+    return replace(source, channel=None)
+
+
+def _check_channels(case: Case, recipe: Recipe, files: Sequence[Original], places: Mapping[Volume, int]) -> None:
     """Refuse a file of several channels of which some would be missing in what comes back."""
-    taken = Counter(places[case.images[name].path] for name in recipe.modalities)
+    taken = Counter(places[_whole(case.images[name])] for name in recipe.modalities)
     for number, file in enumerate(files):
         channels = int(np.prod(file.shape[3:]))
         if channels != taken[number]:

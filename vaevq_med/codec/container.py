@@ -20,7 +20,7 @@ from vaevq_med.codec.errors import CodecError
 
 SUFFIX = ".vvq"
 FORMAT = 2
-"""The newest version of the format; a file of a higher one is refused."""
+"""Highest version of the format that is read; a file of a higher one is refused."""
 KEY = "vaevq_med_codec"
 """The one entry of the file's ``__metadata__``; its value is the version."""
 SEAL = "verification"

@@ -12,64 +12,74 @@ from typing import TYPE_CHECKING
 from vaevq_med.core.errors import DataError
 
 if TYPE_CHECKING:
+    from vaevq_med.images.dicom import Series
     from vaevq_med.prepare.job import Search
     from vaevq_med.prepare.recipes import Recipe
     from vaevq_med.prepare.volumes.find import Case
 
-_OTHER = re.compile(r"[^A-Za-z0-9._-]+")
-
 
 def find_inputs(
-    source: Path, recipe: Recipe, *, modality: Sequence[str] | None, cases: Path | None, exclude: Path
+    source: Path,
+    recipe: Recipe,
+    *,
+    modality: Sequence[str] | None,
+    cases: Path | None,
+    series: Sequence[str] | None = None,
+    exclude: Path,
 ) -> tuple[Search[Case], Recipe]:
     """Find what is to be compressed, and the recipe with the contrasts of it.
 
     Args:
-        source: a volume's file, a folder of a DICOM series, or a folder of cases.
+        source: a volume's file, a folder of one DICOM series, or a folder of cases, of volumes or of DICOM series.
         recipe: whose contrasts a case must have.
         modality: contrasts in place of the recipe's, or that of the volume.
         cases: CSV of paths, for a layout that the search does not know.
+        series: ``CONTRAST=PATTERN``, for DICOM series whose descriptions do not say it by the usual words.
         exclude: a folder to leave out.
 
     Raises:
         DataError: there is nothing, or nothing says the contrast of a volume.
     """
-    from vaevq_med.images.dicom import is_series
     from vaevq_med.prepare.volumes.find import find_cases, read_cases, strip_suffix
+    from vaevq_med.prepare.volumes.series import find_studies, read_patterns, series_below
 
-    if cases is not None or (source.is_dir() and not _is_alone(source, is_series)):
-        chosen = recipe.changed(modalities=[*modality]) if modality else recipe
-        if cases is not None:
-            return read_cases(cases, source, chosen.modalities), chosen
+    chosen = recipe.changed(modalities=[*modality]) if modality else recipe
+    patterns = read_patterns(series or (), chosen.modalities)
+    found = series_below(source, exclude=exclude) if cases is None and source.is_dir() else []
+    if patterns and not found:
+        raise DataError(f"input {source}: found no DICOM series, expected some for --series")
+    if cases is not None:
+        return read_cases(cases, source, chosen.modalities), chosen
+    if source.is_dir() and not (len(found) == 1 and found[0].folder == source and not patterns):
+        if found:
+            return find_studies(source, found, chosen.modalities, patterns), chosen
         return find_cases(source, chosen.modalities, exclude=exclude), chosen
     if not source.exists():
         raise DataError(f"input {source}: found nothing, expected a volume, a DICOM series or a folder of cases")
     stem = source.name if source.is_dir() else strip_suffix(source.name)
     if stem is None:
         raise DataError(f"input {source}: found a file of another name, expected .nii, .nii.gz, .mha or .nrrd")
-    contrasts = [*modality] if modality else [contrast_of(stem, source)]
+    contrasts = [*modality] if modality else [contrast_of(stem, source, _told(found))]
     return _one(source, stem, contrasts), recipe.changed(modalities=contrasts)
 
 
-def _is_alone(folder: Path, is_series: object) -> bool:
-    """Whether a folder holds a DICOM series and no volume."""
-    from vaevq_med.prepare.volumes.find import strip_suffix
+def _told(found: Sequence[Series]) -> str | None:
+    """The contrast that the description of an only DICOM series says."""
+    from vaevq_med.prepare.volumes.series import contrast_of_series
 
-    files = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
-    if not files or any(strip_suffix(path.name) is not None for path in files):
-        return False
-    return callable(is_series) and bool(is_series(folder))
+    return contrast_of_series(found[0].description, enhanced=found[0].enhanced) if found else None
 
 
-def contrast_of(stem: str, source: Path) -> str:
+def contrast_of(stem: str, source: Path, described: str | None = None) -> str:
     """The contrast that a volume's name ends with, e.g. ``t1c`` of ``BraTS-GLI-00005-100-t1c``.
 
     Args:
         stem: the name without its suffix.
         source: for the message.
+        described: the contrast where the name says none, or None.
 
     Raises:
-        DataError: the name says none, or that of a segmentation.
+        DataError: nothing says one, or that of a segmentation.
 
     Examples:
         >>> contrast_of("Brats18_2013_11_1_flair", Path("x"))
@@ -80,6 +90,7 @@ def contrast_of(stem: str, source: Path) -> str:
     found = CONTRAST_ALIASES.get(re.split(r"[-_.\s]", stem)[-1].lower())
     if found == "seg":
         raise DataError(f"input {source}: found a segmentation, expected an image; labels are not compressed")
+    found = found or described
     if found is None:
         raise DataError(
             f"input {source}: found no contrast in the name, expected one; name it with --modality, e.g. t1c"
@@ -92,8 +103,9 @@ def _one(source: Path, stem: str, contrasts: Sequence[str]) -> Search[Case]:
     from vaevq_med.prepare.job import Search
     from vaevq_med.prepare.volumes.find import Case, Volume
     from vaevq_med.prepare.volumes.labels import BRATS2024
+    from vaevq_med.prepare.volumes.series import safe_name
 
-    name = _OTHER.sub("_", stem).lstrip("._-")[:128].rstrip(".") or "volume"
+    name = safe_name(stem)
     channels = [None] if len(contrasts) == 1 else [*range(len(contrasts))]
     images = {contrast: Volume(source, channel) for contrast, channel in zip(contrasts, channels, strict=True)}
     return Search([Case(name, name, images, None, BRATS2024.name)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from abc import ABC, abstractmethod
@@ -14,7 +13,7 @@ from typing import Any, ClassVar
 from vaevq_med.core.errors import DataError, VaevqMedError
 from vaevq_med.core.files import atomic_write_bytes, atomic_write_text
 from vaevq_med.core.folder import REPORT, OutputFolder
-from vaevq_med.core.jobs import Problem, run_jobs, usable_cores
+from vaevq_med.core.jobs import do_jobs, usable_cores
 
 
 @dataclass(frozen=True)
@@ -150,25 +149,24 @@ class Job:
             on_skip(name, reason)
         folder = self._folder
         folder.check()
-        if folder.units() and folder.is_of_another(self.work.mark) and not self.overwrite:
+        if folder.holds_other(self.work.mark) and not self.overwrite:
             raise DataError(
                 f"output {self.output}: found {folder.kind} made with other settings, expected those of this command; "
                 "choose another folder, or replace them with --overwrite"
             )
-        with folder.lock():
-            folder.begin(self.work.mark)
+        with folder.begun(self.work.mark):
             todo = [unit for unit in units if not self._finished(unit)]
             processes, threads = self._share(len(todo))
-            jobs = {unit: (self.work, unit, folder, threads, self.overwrite) for unit in todo}
-            running = run_jobs(_write, jobs, kind=self.work.kind, workers=processes, on_start=on_start)
-            with contextlib.closing(running) as outcomes:
-                for unit, outcome in outcomes:
-                    if isinstance(outcome, Problem):
-                        problems[unit] = outcome.reason
-                        if not alone:
-                            on_skip(unit, outcome.reason)
-                    on_unit(unit)
-            return self._finish(units, problems, frozenset(todo))
+            skipped = do_jobs(
+                _write,
+                {unit: (self.work, unit, folder, threads, self.overwrite) for unit in todo},
+                kind=self.work.kind,
+                workers=processes,
+                on_start=on_start,
+                on_unit=on_unit,
+                on_skip=(lambda name, reason: None) if alone else on_skip,
+            )
+            return self._finish(units, {**problems, **skipped}, frozenset(todo))
 
     @property
     def _folder(self) -> OutputFolder:
@@ -204,19 +202,40 @@ class Job:
                 raise DataError(f"{self.work.kind} {name}: {reason}")
             raise DataError(f"found no {self.work.kind} that could be done, expected one ({len(problems)} skipped)")
         records = {unit: self._folder.record(unit) or {} for unit in done}
-        notes = [*self.work.notes, *_gathered(note for record in records.values() for note in record["notes"])]
-        figures = {unit: record["figures"] for unit, record in records.items()}
         skipped = tuple(sorted(problems.items()))
+        self._tell({**self._before(units), **records}, skipped)
+        notes = [*self.work.notes, *_notes_of(records)]
+        figures = {unit: record["figures"] for unit, record in records.items()}
+        written = sum(unit in new for unit in done)
+        return Report(self.output, written, len(done) - written, skipped, notes, figures)
+
+    def _before(self, units: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Records of what earlier commands made with the same settings of other units, and is still there."""
+        found = {unit: self._folder.record(unit) or {} for unit in sorted(self._folder.units().difference(units))}
+        return {
+            unit: record
+            for unit, record in found.items()
+            if record.get("mark") == self.work.mark and all((self.output / name).is_file() for name in record["files"])
+        }
+
+    def _tell(self, records: Mapping[str, Mapping[str, Any]], skipped: Sequence[tuple[str, str]]) -> None:
+        """Write the report of all that is in the folder, and of what this command or one before skipped."""
+        kind = self.work.kind
+        try:
+            before = json.loads((self.output / REPORT).read_text(encoding="utf-8"))
+            left = {str(one[kind]): str(one["reason"]) for one in before["skipped"]}
+        except (OSError, ValueError, KeyError, TypeError):
+            left = {}
+        known = {*records, *self.work.units()}
+        left = {name: reason for name, reason in left.items() if name not in known}
         told = {
             "command": self.work.command,
-            "units": figures,
-            "skipped": [{self.work.kind: name, "reason": reason} for name, reason in skipped],
-            "notes": notes,
+            "units": {unit: records[unit]["figures"] for unit in sorted(records)},
+            "skipped": [{kind: name, "reason": reason} for name, reason in sorted({**left, **dict(skipped)}.items())],
+            "notes": [*self.work.notes, *_notes_of(records)],
         }
         with self._folder.writing():
             atomic_write_text(self.output / REPORT, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
-        written = sum(unit in new for unit in done)
-        return Report(self.output, written, len(done) - written, skipped, notes, figures)
 
     def _run_single(self, on_start: Callable[[int], None], on_unit: Callable[[str], None]) -> Report:
         units = self.work.units()
@@ -231,7 +250,7 @@ class Job:
         made = self.work.make(units[0], cores if self.work.device_type == "cpu" else 1)
         reused = self._write_single(made)
         on_unit(units[0])
-        notes = [*self.work.notes, *_gathered(made.notes)]
+        notes = [*self.work.notes, *_notes_of({units[0]: {"notes": made.notes}})]
         return Report(self.output, int(not reused), int(reused), (), notes, {units[0]: made.figures})
 
     def _write_single(self, made: Made) -> bool:
@@ -281,6 +300,7 @@ def _write(work: Work, unit: str, folder: OutputFolder, threads: int, overwrite:
             (partial / file).write_bytes(content)
         record = {
             "fingerprint": mark,
+            "mark": work.mark,
             "files": {places[file]: len(content) for file, content in made.files.items()},
             "digest": _digest(made.files.values()),
             "figures": dict(made.figures),
@@ -289,9 +309,9 @@ def _write(work: Work, unit: str, folder: OutputFolder, threads: int, overwrite:
         folder.commit(unit, record, places)
 
 
-def _gathered(notes: Any) -> list[str]:
-    """Notes on files, those that say the same as one."""
+def _notes_of(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Notes on files of some units, those that say the same as one."""
     files: dict[str, list[str]] = {}
-    for name, text in notes:
+    for name, text in (note for record in records.values() for note in record["notes"]):
         files.setdefault(text, []).append(name)
     return [f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {text}" for text, names in files.items()]

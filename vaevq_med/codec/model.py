@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vaevq_med.codec.errors import CodecError
-from vaevq_med.codec.rate_control import Latents, joined, latents_from, latents_of, num_rates, partial_codes
+from vaevq_med.codec.rate_control import Latents, joined, latents_from, latents_of, num_rates
 from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.precision import full_precision
 from vaevq_med.networks.slices import slices_of
@@ -193,9 +193,7 @@ class Model:
         found = torch.zeros(len(indices), contrasts, height, width)
 
         def work(batch: slice) -> None:
-            chosen = torch.from_numpy(indices[batch]).to(self.device)
-            # As decode_indices does, which takes the indices of all codebooks.
-            images = self.network.decode(partial_codes(self.network.quantizer, chosen).contiguous())
+            images = self.network.decode_indices(torch.from_numpy(indices[batch]).to(self.device))
             found[batch] = _as_squares(images, contrasts)
 
         self._run(work, len(indices))
@@ -207,7 +205,7 @@ class Model:
         tile = window_of(network, grid) if self.of_volumes else (self.batch_size, *grid[1:])
         size = [length * factor for length, factor in zip(grid, network.factors, strict=True)]
         with self._running() as mapped, torch.inference_mode():
-            codes = partial_codes(network.quantizer, torch.from_numpy(indices).to(self.device))
+            codes = network.quantizer.first_codes(torch.from_numpy(indices).to(self.device))
             volume = decode_codes(
                 network, codes, size=size, tile=tile, overlap=_OVERLAP, mapped=mapped, at_once=self.threads
             )

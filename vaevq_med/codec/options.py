@@ -61,6 +61,11 @@ class CompressOptions(Machine):
         None, "Contrast of a single volume, or those of each case; repeat. By default from names, or the recipe's."
     )
     cases: Path | None = option(None, "CSV case,t1n,t1c,t2w,t2f of paths, for other layouts.")
+    series: list[str] | None = option(
+        None,
+        "Which DICOM series is a contrast, by its description or number; repeat. By default by the usual words.",
+        metavar="CONTRAST=PATTERN",
+    )
     any_contrast: bool = option(False, "Take contrasts that the tokenizer was not trained for.")
     assume_orientation: str | None = option(
         None, "Where the voxels' axes point to in files whose headers do not say it, e.g. RAS or LPS."
@@ -70,6 +75,11 @@ class CompressOptions(Machine):
     )
     rate_weight: float = option(
         0.0, "Squared distance in the latent that a bit is worth: above 0, fewer bytes and a coarser image."
+    )
+    mask: Literal["exact", "coarse"] = option(
+        "exact",
+        "coarse: at half the resolution, for fewer bytes; of the background, voxels beside the foreground are then "
+        "what the tokenizer draws there.",
     )
     codebooks: int | None = option(
         None, "Of a residual or nested quantizer, code the first so many codebooks; by default all."

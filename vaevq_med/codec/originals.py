@@ -31,7 +31,7 @@ class Original:
     """A volume's file but for its voxels.
 
     Attributes:
-        name: of the file; of a DICOM series that of its folder, as a NIfTI.
+        name: of the file; of a DICOM series that of its folder or contrast, as a NIfTI.
         kind: ``nifti``, ``metaimage`` or ``nrrd``.
         shape: of its voxels, as the file has it.
         dtype: of its voxels, with the order of bytes where there is one, e.g. ``>i2``.
@@ -57,18 +57,27 @@ class Original:
     fields: tuple[str, ...] = ()
 
     @classmethod
-    def read(cls, path: Path, note: Callable[[str], None] = lambda text: None) -> Original:
+    def read(
+        cls,
+        path: Path,
+        note: Callable[[str], None] = lambda text: None,
+        *,
+        series: str | None = None,
+        title: str | None = None,
+    ) -> Original:
         """Read what is kept of a file that :func:`vaevq_med.images.volumes.read_volume` reads.
 
         Args:
             path: a volume, or a folder of a DICOM series.
             note: called with what will be otherwise in the file that is written.
+            series: SeriesInstanceUID, where that folder holds several.
+            title: name of the series' file, without its suffix; None takes the folder's.
 
         Raises:
             DataError: the file cannot be read, or its header cannot be written back.
         """
         try:
-            return cls._read(path, note)
+            return cls._read(path, note, series, title)
         except DataError:
             raise
         except Exception as error:  # whatever the readers raise on a header that is not what it says
@@ -78,10 +87,10 @@ class Original:
             ) from None
 
     @classmethod
-    def _read(cls, path: Path, note: Callable[[str], None]) -> Original:
+    def _read(cls, path: Path, note: Callable[[str], None], series: str | None, title: str | None) -> Original:
         if path.is_dir():
             note("a DICOM series comes back as NIfTI")
-            return _of_series(path)
+            return _of_series(path, series, title or path.name)
         with path.open("rb") as file:
             start = file.read(HEADER_BYTES)
         compressed = start.startswith(GZIP)
@@ -301,8 +310,8 @@ def _of_itk(path: Path, kind: str, note: Callable[[str], None]) -> Original:
     return found
 
 
-def _of_series(folder: Path) -> Original:
-    voxels, affine = read_series(folder)
+def _of_series(folder: Path, series: str | None, title: str) -> Original:
+    voxels, affine = read_series(folder, series)
     image = nib.Nifti1Image(np.empty(voxels.shape, voxels.dtype), affine, dtype=voxels.dtype)
     header = image.header
     header.set_sform(affine, code=1)
@@ -311,7 +320,7 @@ def _of_series(folder: Path) -> Original:
     header["vox_offset"] = _NIFTI1 + 4
     header["scl_slope"], header["scl_inter"] = 1.0, 0.0
     return Original(
-        name=f"{folder.name}.nii.gz",
+        name=f"{title}.nii.gz",
         kind="nifti",
         shape=voxels.shape,
         dtype=header.get_data_dtype().str,

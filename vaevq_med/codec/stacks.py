@@ -15,6 +15,7 @@ from torch import Tensor
 from vaevq_med.codec.case import on_grid
 from vaevq_med.codec.coders.layout import Layout
 from vaevq_med.codec.errors import CodecError
+from vaevq_med.codec.geometry import live_positions
 from vaevq_med.codec.model import Model
 from vaevq_med.images.manifest import load_manifest
 from vaevq_med.trained.network import StoredTokenizer
@@ -35,18 +36,19 @@ class Stack:
     layout: Layout
 
 
-def live_positions(images: Tensor, factor: int) -> NDArray[np.bool_]:
-    """Positions of the grid under which something is shown.
+def shown_positions(images: Tensor, factor: int, interpolation: str) -> NDArray[np.bool_]:
+    """Positions of the grid that the codec would code of slices which a data set holds.
 
     Args:
-        images: ``[B, C, H, W]`` in [-1, 1], whose background is exactly -1.
+        images: ``[B, C, S, S]`` in [-1, 1], whose background is exactly -1.
         factor: pixels of a position along each axis.
+        interpolation: by which the slices were resized, ``bilinear`` or ``bicubic``.
 
     Returns:
         bool ``[B, h, w]``.
     """
-    shown = (images > -1).any(dim=1, keepdim=True).float()
-    return torch.nn.functional.max_pool2d(shown, factor)[:, 0].bool().numpy()
+    shown = (images > -1).any(dim=1).numpy()
+    return live_positions(shown, size=shown.shape[-1], patch=factor, interpolation=interpolation, resized=True)
 
 
 def encode_stacks(
@@ -89,6 +91,7 @@ def encode_stacks(
             in_channels=int(stored.value("in_channels")),
         ),
     )
+    interpolation = str(manifest.content.get("recipe", {}).get("interpolation", "bilinear"))
     order = [str(name) for name in manifest.content.get("modality", {}).values()]
     groups: dict[tuple[str, str], list[int]] = {}
     for number, entry in enumerate(images.data):
@@ -112,7 +115,7 @@ def encode_stacks(
             run[torch.from_numpy(slices - first)] = pixels
             pixels, slices = run, np.arange(first, last + 1)
         indices = np.concatenate([model.encode(pixels[piece].add(1).div(2)) for piece in model.pieces(slices)])
-        live = on_grid(live_positions(pixels, model.patch), model.description)
+        live = on_grid(shown_positions(pixels, model.patch, interpolation), model.description)
         layout = Layout(
             live=live,
             slices=slices[: len(live)],

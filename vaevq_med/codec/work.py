@@ -22,6 +22,7 @@ from vaevq_med.codec.errors import CodecError
 from vaevq_med.codec.geometry import check_invertible
 from vaevq_med.codec.inputs import find_inputs, fingerprint
 from vaevq_med.codec.job import Job, Made, Work
+from vaevq_med.codec.masks import CELLS
 from vaevq_med.codec.model import Model, wanted
 from vaevq_med.codec.options import CompressOptions, DecompressOptions
 from vaevq_med.codec.preview import preview
@@ -115,7 +116,12 @@ class Compress(Work):
         recipe = Recipe.load(options.recipe)
         check_invertible(recipe)
         search, recipe = find_inputs(
-            source, recipe, modality=options.modality, cases=options.cases, exclude=output.resolve()
+            source,
+            recipe,
+            modality=options.modality,
+            cases=options.cases,
+            series=options.series,
+            exclude=output.resolve(),
         )
         tokenizer = _tokenizer_of(options)
         model = _model(*tokenizer)
@@ -126,7 +132,7 @@ class Compress(Work):
         if segmented:
             told.append(f"segmentations are not compressed; {segmented} of {len(search.units)} cases have one")
         settings = {
-            "format": format_of(model.description),
+            "format": format_of(model.description, CELLS[options.mask]),
             "tokenizer": model.description,
             "recipe": recipe.image_hash,
             "coder": [coder.name, dict(coder.settings)],
@@ -204,6 +210,7 @@ class Compress(Work):
             orientation=options.assume_orientation,
             accept=options.accept or (),
             rate_weight=options.rate_weight,
+            cell=CELLS[options.mask],
             keep=keep,
         )
         return done, model
@@ -233,7 +240,7 @@ class Reconstruct(Compress):
             for number in one.contrasts:
                 name = case.contrasts[number].name
                 result = window(case, one, number)
-                quality[name] = compare(done.originals[name], result, case.contrasts[number].mask)
+                quality[name] = compare(done.originals[name], result, done.foregrounds[name])
                 if self.preview:
                     results[name] = result
             spent += time.monotonic() - paused

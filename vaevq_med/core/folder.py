@@ -79,6 +79,33 @@ class OutputFolder:
         with self.writing():
             return file.is_file() and file.read_bytes().strip() != mark.encode()
 
+    def holds_other(self, mark: str) -> bool:
+        """Whether something was finished in it with settings of another hash."""
+        return bool(self.units() or (self.path / self.result).exists()) and self.is_of_another(mark)
+
+    @contextlib.contextmanager
+    def begun(self, mark: str) -> Iterator[None]:
+        """One run at a time, on settings of a hash; where nothing was finished, nothing is left of it.
+
+        Args:
+            mark: the hash.
+
+        Raises:
+            BusyError: another run is at work in it.
+            DataError: it cannot be written.
+        """
+        is_new = not self.path.exists()
+        with self.lock():
+            self.begin(mark)
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):
+                    if not self.units() and [*self.path.iterdir()] == [self.records]:
+                        shutil.rmtree(self.records)
+                        if is_new:
+                            self.path.rmdir()
+
     def begin(self, mark: str | None = None) -> None:
         """Remove what a killed run left, and note the settings before anything is made with them.
 

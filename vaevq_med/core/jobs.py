@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import multiprocessing
@@ -10,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -131,6 +132,45 @@ def run_jobs(
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def do_jobs(
+    work: Callable[..., T],
+    jobs: Mapping[str, tuple[Any, ...]],
+    *,
+    kind: str,
+    workers: int | None,
+    lost: Callable[[T], Iterable[tuple[str, str]]] = lambda result: (),
+    on_start: Callable[[int], None] = lambda total: None,
+    on_unit: Callable[[str], None] = lambda name: None,
+    on_skip: Callable[[str, str], None] = lambda name, reason: None,
+) -> dict[str, str]:
+    """Run jobs that write what they make; what cannot be done is skipped, the others go on.
+
+    Args:
+        work: see :func:`run_jobs`.
+        jobs: likewise.
+        kind: likewise.
+        workers: likewise.
+        lost: of a result, the names of what of it was left out, and why.
+        on_start: see :func:`run_jobs`.
+        on_unit: called with the name of each job that is done with.
+        on_skip: called with the name of what is skipped, and the reason.
+
+    Returns:
+        Names of what was skipped, and why.
+
+    Raises:
+        DataError: as :func:`run_jobs`.
+    """
+    skipped: dict[str, str] = {}
+    with contextlib.closing(run_jobs(work, jobs, kind=kind, workers=workers, on_start=on_start)) as outcomes:
+        for name, outcome in outcomes:
+            for item, reason in [(name, outcome.reason)] if isinstance(outcome, Problem) else lost(outcome):
+                skipped[item] = reason
+                on_skip(item, reason)
+            on_unit(name)
+    return skipped
 
 
 def _plural(kind: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +14,42 @@ from vaevq_med.core.errors import DataError
 _UNEVEN = 0.01
 """Share of the distance between two slices by which it may differ from the others'."""
 _POSITION = "0020|0032"
+_STUDY, _NUMBER, _DESCRIPTION, _PROTOCOL, _AGENT = "0020|000d", "0020|0011", "0008|103e", "0018|1030", "0018|0010"
 
 
-def is_series(folder: Path) -> bool:
-    """Whether a folder holds DICOM files of a series, itself and not below.
+@dataclass(frozen=True)
+class Series:
+    """A series as its first file describes it.
+
+    Attributes:
+        folder: of its files.
+        uid: SeriesInstanceUID.
+        study: StudyInstanceUID, or nothing.
+        number: SeriesNumber, or nothing.
+        description: SeriesDescription, or else ProtocolName, or else the folder's name.
+        enhanced: whether a contrast agent is named.
+        files: how many there are.
+        is_image: whether the first of them is an image, and not a report, say.
+    """
+
+    folder: Path
+    uid: str
+    study: str
+    number: str
+    description: str
+    enhanced: bool
+    files: int
+    is_image: bool
+
+
+def find_series(folder: Path) -> list[Series]:
+    """The series of the DICOM files of a folder, itself and not below, by their numbers.
 
     Args:
         folder: any folder.
     """
-    return bool(_series(folder))
+    found = [_described(folder, uid) for uid in _series(folder)]
+    return sorted(found, key=lambda one: (int(one.number) if one.number.isdecimal() else 0, one.description, one.uid))
 
 
 def _series(folder: Path) -> tuple[str, ...]:
@@ -31,11 +59,46 @@ def _series(folder: Path) -> tuple[str, ...]:
     return tuple(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)))
 
 
-def read_series(folder: Path) -> tuple[NDArray, NDArray[np.float64]]:
-    """Read the only series of a folder.
+def _described(folder: Path, uid: str) -> Series:
+    import SimpleITK as sitk  # noqa: N813
+
+    names = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), uid)
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO("GDCMImageIO")
+    reader.SetFileName(names[0])
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError:
+        told = None
+    else:
+        told = {key: _tag(reader, key) for key in (_STUDY, _NUMBER, _DESCRIPTION, _PROTOCOL, _AGENT)}
+    is_image, told = told is not None, told or {}
+    description = told.get(_DESCRIPTION) or told.get(_PROTOCOL) or folder.name
+    return Series(
+        folder=folder,
+        uid=uid,
+        study=told.get(_STUDY, ""),
+        number=told.get(_NUMBER, ""),
+        description=description,
+        enhanced=bool(told.get(_AGENT)),
+        files=len(names),
+        is_image=is_image,
+    )
+
+
+def _tag(reader: object, key: str) -> str:
+    try:
+        return str(reader.GetMetaData(key)).strip() if reader.HasMetaDataKey(key) else ""  # type: ignore[attr-defined]
+    except UnicodeDecodeError:  # of another character set
+        return ""
+
+
+def read_series(folder: Path, uid: str | None = None) -> tuple[NDArray, NDArray[np.float64]]:
+    """Read a series of a folder.
 
     Args:
         folder: of DICOM files.
+        uid: SeriesInstanceUID; None takes the only one that there is.
 
     Returns:
         Voxels ``[X, Y, Z]``, with the files' rescaling applied, and the 4×4 affine from voxels to millimeters in RAS+
@@ -47,10 +110,12 @@ def read_series(folder: Path) -> tuple[NDArray, NDArray[np.float64]]:
     import SimpleITK as sitk  # noqa: N813
 
     found = _series(folder)
-    if len(found) != 1:
+    if uid is None and len(found) != 1:
         raise DataError(f"{folder.name}: found {len(found) or 'no'} DICOM series in the folder, expected one")
+    if uid is not None and uid not in found:
+        raise DataError(f"{folder.name}: found no DICOM series {uid}, expected it to stay there")
     reader = sitk.ImageSeriesReader()
-    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder), found[0]))
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder), uid or found[0]))
     reader.MetaDataDictionaryArrayUpdateOn()
     try:
         image = reader.Execute()

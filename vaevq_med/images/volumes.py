@@ -36,12 +36,17 @@ def _nothing(text: str) -> None:
 
 
 def read_volume(
-    path: Path, *, orientation: str | None = None, note: Callable[[str], None] = _nothing
+    path: Path,
+    *,
+    series: str | None = None,
+    orientation: str | None = None,
+    note: Callable[[str], None] = _nothing,
 ) -> tuple[NDArray, NDArray[np.float64]]:
     """Read a volume whole. Its first bytes say what it is; where its name says something else, that is noted.
 
     Args:
         path: NIfTI (``.nii``, ``.nii.gz``), MetaImage (``.mha``) or NRRD (``.nrrd``), or a folder of DICOM files.
+        series: SeriesInstanceUID, where that folder holds several.
         orientation: where the voxels' axes point to if the header does not say it, e.g. ``RAS`` for right, anterior,
             superior.
         note: called with what a user should know: a wrong suffix, a repair to the header, an assumed orientation.
@@ -55,7 +60,7 @@ def read_volume(
     """
     name = path.name
     if path.is_dir():
-        return read_series(path)
+        return read_series(path, series)
     try:
         with path.open("rb") as file:
             start = file.read(HEADER_BYTES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import tempfile
@@ -15,7 +14,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 from vaevq_med.core.errors import DataError
 from vaevq_med.core.files import atomic_write_text
 from vaevq_med.core.folder import RECIPE, REPORT, OutputFolder, difference
-from vaevq_med.core.jobs import Problem, check_workers, run_jobs
+from vaevq_med.core.jobs import check_workers, do_jobs
 from vaevq_med.images.manifest import write_manifest
 from vaevq_med.images.splits import SPLIT_FILE
 from vaevq_med.prepare.recipes import AnyRecipe
@@ -248,20 +247,19 @@ class Prepare(Generic[U, R]):
         for name, reason in search.problems:
             on_skip(name, reason)
         self._check()
-        with self.folder.lock():
-            self.folder.begin(self.source.recipe.image_hash)
+        with self.folder.begun(self.source.recipe.image_hash):
             todo = {unit.name: unit for unit in search.units if not self._finished(unit)}
-            problems = dict(search.problems)
-            jobs = {name: (self.source, unit, self.folder) for name, unit in todo.items()}
-            running = run_jobs(_write, jobs, kind=self.source.unit, workers=self.workers, on_start=on_start)
-            with contextlib.closing(running) as outcomes:
-                for name, outcome in outcomes:
-                    lost = [(name, outcome.reason)] if isinstance(outcome, Problem) else outcome.lost
-                    for item, reason in lost:
-                        problems[item] = reason
-                        on_skip(item, reason)
-                    on_unit(name)
-            return self._finish(search, problems, frozenset(todo))
+            skipped = do_jobs(
+                _write,
+                {name: (self.source, unit, self.folder) for name, unit in todo.items()},
+                kind=self.source.unit,
+                workers=self.workers,
+                lost=lambda record: record.lost,
+                on_start=on_start,
+                on_unit=on_unit,
+                on_skip=on_skip,
+            )
+            return self._finish(search, {**dict(search.problems), **skipped}, frozenset(todo))
 
     @property
     def folder(self) -> OutputFolder:
@@ -274,9 +272,7 @@ class Prepare(Generic[U, R]):
 
     def _check(self) -> None:
         self.folder.check()
-        if not (self.folder.units() or (self.output / self.folder.result).exists()):
-            return  # a run that was begun with another recipe finished nothing
-        if self.folder.is_of_another(self.source.recipe.image_hash) and not self.overwrite:
+        if self.folder.holds_other(self.source.recipe.image_hash) and not self.overwrite:
             raise DataError(
                 f"output {self.output}: found {self.folder.kind} made by another recipe{self._otherwise()}, expected "
                 f"those of {self.source.recipe.summary()}; choose another folder, or replace them with --overwrite"

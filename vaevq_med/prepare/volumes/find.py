@@ -53,12 +53,21 @@ class Volume:
     """Where a volume is.
 
     Attributes:
-        path: its file.
+        path: its file, or the folder of a DICOM series.
         channel: index along the fourth axis of a 4D file, or None for a 3D one.
+        series: SeriesInstanceUID of a DICOM series; None where it is the only one of its folder.
+        title: what a series is called.
     """
 
     path: Path
     channel: int | None = None
+    series: str | None = None
+    title: str | None = None
+
+    @property
+    def name(self) -> str:
+        """For messages, and of what is written of it."""
+        return self.title or self.path.name
 
 
 @dataclass(frozen=True)
@@ -133,7 +142,7 @@ def find_cases(
     files: dict[str, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
     maps: dict[str, str] = {}
     strangers: list[Path] = []
-    for path in _walk(root, search, exclude):
+    for path in walk(root, search, exclude):
         stem = strip_suffix(path.name)
         if stem is None:
             continue
@@ -206,7 +215,7 @@ def read_cases(table: Path, root: Path, modalities: Sequence[str], *, label_map:
     unsaid = [row["case"] for row in rows if row.get("seg") and not (row.get("label_map") or label_map)]
     if unsaid:
         raise DataError(
-            f"cases {table}: found a seg without its map ({_listed(unsaid)}), expected a column label_map, or "
+            f"cases {table}: found a seg without its map ({listed(unsaid)}), expected a column label_map, or "
             f"--label-map, with one of {', '.join(LABEL_MAPS)}"
         )
     search = Search[Case]()
@@ -225,14 +234,14 @@ def read_cases(table: Path, root: Path, modalities: Sequence[str], *, label_map:
             check_case_name(name)
             kind = known_map(kind).name if kind else BRATS2024.name
         except DataError as error:
-            search.problems.append((_printable(name) or "(no name)", str(error)))
+            search.problems.append((printable(name) or "(no name)", str(error)))
             continue
         if counts[name] > 1:
             if all(problem[0] != name for problem in search.problems):
                 search.problems.append((name, f"found {counts[name]} rows of this name in {table.name}, expected one"))
             continue
         if absent:
-            search.problems.append((name, f"found no file {_printable(absent[0])}, expected one as {table.name} says"))
+            search.problems.append((name, f"found no file {printable(absent[0])}, expected one as {table.name} says"))
             continue
         patient = row.get("patient") or patient_of(name)
         made = _assemble(name, patient, volumes, modalities, kind, True, root)
@@ -266,12 +275,12 @@ def read_patients(table: Path) -> dict[str, str]:
         if not case or not patient:
             raise DataError(
                 f"patients {table}: found a row without a {'patient' if case else 'case'} "
-                f"({_printable(case or patient)}), expected both"
+                f"({printable(case or patient)}), expected both"
             )
         if patients.setdefault(case, patient) != patient:
             raise DataError(
-                f"patients {table}: found {_printable(patients[case])} and {_printable(patient)} for case "
-                f"{_printable(case)}, expected one patient"
+                f"patients {table}: found {printable(patients[case])} and {printable(patient)} for case "
+                f"{printable(case)}, expected one patient"
             )
     return patients
 
@@ -288,12 +297,18 @@ def _read_table(table: Path, kind: str) -> tuple[list[str], list[str], list[dict
     return header, columns, [row for row in rows if any(row.values())]
 
 
-def _walk(root: Path, search: Search[Case], exclude: Path | None) -> Iterator[Path]:
-    """Files below a folder, in order; links are followed, once each, and hidden names left out."""
+def walk(root: Path, search: Search[Case], exclude: Path | None) -> Iterator[Path]:
+    """Files below a folder, in order; links are followed, once each, and hidden names left out.
+
+    Args:
+        root: the folder.
+        search: that takes note of folders which cannot be read.
+        exclude: a folder to leave out.
+    """
 
     def unreadable(error: OSError) -> None:
         search.problems.append(
-            (_printable(error.filename), f"found an unreadable folder ({error.strerror}), expected to read it")
+            (printable(error.filename), f"found an unreadable folder ({error.strerror}), expected to read it")
         )
 
     excluded = exclude.resolve() if exclude is not None else None
@@ -348,11 +363,15 @@ def _assemble(
 
 
 def _relative(path: Path, root: Path) -> str:
-    return _printable(path.relative_to(root).as_posix() if path.is_relative_to(root) else path)
+    return printable(path.relative_to(root).as_posix() if path.is_relative_to(root) else path)
 
 
-def _printable(text: object) -> str:
-    """One line that any stream can encode, whatever bytes a file's name is made of."""
+def printable(text: object) -> str:
+    """One line that any stream can encode, whatever bytes a file's name is made of.
+
+    Args:
+        text: the name.
+    """
     return "".join(c if c.isprintable() else "?" for c in str(text))
 
 
@@ -391,16 +410,21 @@ def _note_missing_masks(search: Search[Case], strangers: Sequence[Path], root: P
                     alike.setdefault(name, path)
     if bare and (alike or len(bare) < len(search.units)):
         search.notes.append(
-            f"{len(bare)} of {len(search.units)} cases have no segmentation: {_listed([c.name for c in bare])}"
+            f"{len(bare)} of {len(search.units)} cases have no segmentation: {listed([c.name for c in bare])}"
         )
     if alike:
-        shown = _listed([_relative(path, root) for path in alike.values()])
+        shown = listed([_relative(path, root) for path in alike.values()])
         search.notes.append(f"files beside cases without a segmentation look like one: {shown}; name them with --cases")
 
 
-def _listed(names: Sequence[str], most: int = 5) -> str:
-    """Names for a reader, the first ones and how many more."""
-    shown = ", ".join(_printable(name) for name in names[:most])
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """Names for a reader, the first ones and how many more.
+
+    Args:
+        names: what is listed.
+        most: how many are shown.
+    """
+    shown = ", ".join(printable(name) for name in names[:most])
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 

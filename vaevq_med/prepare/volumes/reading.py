@@ -119,7 +119,7 @@ class CaseReader:
         Args:
             source: the volume.
         """
-        return lambda text: self.notes.append((source.path.name, text))
+        return lambda text: self.notes.append((source.name, text))
 
     @property
     def grid(self) -> tuple[tuple[int, ...], NDArray[np.float64]]:
@@ -128,11 +128,13 @@ class CaseReader:
         return self._grid[1], self._grid[2]
 
     def _read(self, source: Volume) -> tuple[NDArray, NDArray[np.float64]]:
-        name = source.path.name
+        name = source.name
         if source.path in self._files:
             voxels, affine = self._files.pop(source.path)
         else:
-            voxels, affine = read_volume(source.path, orientation=self.orientation, note=self.noting(source))
+            voxels, affine = read_volume(
+                source.path, series=source.series, orientation=self.orientation, note=self.noting(source)
+            )
         if source.channel is not None:
             self._files[source.path] = voxels, affine
             if voxels.ndim != 4 or voxels.shape[3] <= source.channel:
@@ -190,11 +192,11 @@ class CaseReader:
         """
         with _tracked_meta():
             contrast = self._contrast(source, accept)
-        check_discarded(source.path.name, contrast.discarded, self.recipe, accept=accept, note=self.noting(source))
+        check_discarded(source.name, contrast.discarded, self.recipe, accept=accept, note=self.noting(source))
         return contrast
 
     def _contrast(self, source: Volume, accept: Collection[str]) -> Contrast:
-        recipe, name = self.recipe, source.path.name
+        recipe, name = self.recipe, source.name
         voxels, affine = self._read(source)
         found = find_background(voxels)
         background = found or BLACK
@@ -216,7 +218,7 @@ class CaseReader:
         # What is lost already is refused before a window is sought in what is left; it is noted once, with the rest.
         check_discarded(name, discarded, recipe, accept=accept, note=lambda text: None)
         if not background.is_black:
-            self.noting(source)("its background is not 0 and was made that; the report has its value")
+            self.noting(source)("its background is not 0; slices show it as black")
         elif found is None:
             self.noting(source)("no value holds most of its border; 0 was taken for the background")
         black, offset = blacken(voxels, background, keep_negatives=not recipe.clip_negatives)
@@ -250,7 +252,7 @@ class CaseReader:
         Raises:
             DataError: it is not what was expected, or has other values than whole labels of its map.
         """
-        name = source.path.name
+        name = source.name
         voxels, affine = self._read(source)
         values = distinct(voxels)
         whole = np.rint(values)

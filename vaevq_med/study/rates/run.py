@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from vaevq_med.study.rates.curves import check_delta_rates
 from vaevq_med.study.rates.file import RateDistortionStudy
 from vaevq_med.study.rates.report import write_report
 from vaevq_med.study.rates.rows import candidates
-from vaevq_med.study.rates.scans import ScanFile, find_scans
+from vaevq_med.study.rates.scans import Scan, ScanFile, find_scans
 
 _FORMAT = 1
 """Part of a record's key; a change of what the same study measures raises it."""
@@ -53,10 +54,21 @@ class RatesReport:
 
 
 @dataclass(frozen=True)
+class _Volume:
+    """A volume that is being measured: where it is and what is in it, what is to be made of it, with the keys."""
+
+    scan: ScanFile
+    content: Scan
+    judge: VolumeJudge
+    mask_bytes: int
+    todo: Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
 class RunRates:
     """All rows of a study on all of its volumes.
 
-    Two calls side by side share the work: each takes volumes that the other is not at.
+    Two calls side by side share the work: each takes cases that the other is not at.
 
     Args:
         study: as its file says.
@@ -155,26 +167,47 @@ class RunRates:
     def _make(self) -> tuple[list[tuple[str, str]], list[str]]:
         problems: list[tuple[str, str]] = []
         busy = []
-        for scan in self.scans:
-            if next(self.work(scan), None) is None:
-                continue
-            try:
-                with self.folder(scan).lock():
-                    problems += self._measure(scan)
-            except BusyError:
-                busy.append(scan.name)
+        for _, scans in groupby(self.scans, key=lambda scan: scan.case.name):
+            with ExitStack() as locks:
+                own = []
+                for scan in scans:
+                    if next(self.work(scan), None) is None:
+                        continue
+                    try:
+                        locks.enter_context(self.folder(scan).lock())
+                    except BusyError:
+                        busy.append(scan.name)
+                    else:
+                        own.append(scan)
+                problems += self._measure(own)
         return problems, busy
 
-    def _measure(self, scan: ScanFile) -> list[tuple[str, str]]:
+    def _measure(self, scans: Sequence[ScanFile]) -> list[tuple[str, str]]:
+        """Setting by setting on all contrasts of a case, as a tokenizer codes them together."""
+        problems: list[tuple[str, str]] = []
+        volumes = []
+        for scan in scans:
+            todo = {_unit(row, setting): key for row, setting, key in self.work(scan)}
+            if not todo:  # another call has made them meanwhile
+                continue
+            try:
+                volumes.append(self._read(scan, todo))
+            except VaevqMedError as error:
+                problems.append((scan.name, str(error)))
+        for row, setting in self._points():
+            for volume in volumes:
+                unit = _unit(row, setting)
+                if unit in volume.todo:
+                    try:
+                        self._record(volume, row, setting, unit)
+                    except VaevqMedError as error:
+                        problems.append((f"{volume.scan.name} {unit}", str(error)))
+        return problems
+
+    def _read(self, scan: ScanFile, todo: Mapping[str, Mapping[str, Any]]) -> _Volume:
         from vaevq_med.codec.coders.mask import encode_mask
 
-        todo = [*self.work(scan)]  # another call may have made some meanwhile
-        if not todo:
-            return []
-        try:
-            content = scan.read()
-        except VaevqMedError as error:
-            return [(scan.name, str(error))]
+        content = scan.read()
         judge = VolumeJudge(
             content.unit,
             content.brain,
@@ -183,39 +216,35 @@ class RunRates:
             slices=self.study.slices,
             seen=None if self.study.perceptual is None else self.study.perceptual.slices,
         )
+        mask_bytes = len(encode_mask(content.brain)) if self.study.background == "masked" else 0
+        return _Volume(scan, content, judge, mask_bytes, todo)
+
+    def _record(self, volume: _Volume, row: Candidate, setting: float, unit: str) -> None:
+        """Code a volume by a row at a setting, and note what came of it."""
+        scan, content = volume.scan, volume.content
         masked = self.study.background == "masked"
-        mask_bytes = len(encode_mask(content.brain)) if masked else 0
-        problems = []
-        for row, setting, key in todo:
-            unit = _unit(row, setting)
-            try:
-                coded = row.code(scan, content, setting)
-            except VaevqMedError as error:
-                problems.append((f"{scan.name} {unit}", str(error)))
-                continue
-            size = coded.size + (0 if row.has_mask else mask_bytes)
-            result = coded.unit * content.brain if masked else coded.unit
-            record = {
-                "key": key,
-                "row": row.name,
-                "setting": setting,
-                "patient": scan.case.patient,
-                "case": scan.case.name,
-                "contrast": scan.contrast,
-                "voxels": content.unit.size,
-                "brain_voxels": int(content.brain.sum()),
-                "bytes": size,
-                "parts": {**coded.parts, **({"mask": mask_bytes} if masked and not row.has_mask else {})},
-                "encode_seconds": round(coded.encode_seconds, 3),
-                "decode_seconds": round(coded.decode_seconds, 3),
-                "figures": judge.figures(result),
-            }
-            folder = self.folder(scan)
-            with folder.writing():
-                atomic_write_text(folder.records / f"{unit}.json", json.dumps(record, ensure_ascii=False) + "\n")
-            rate, psnr = 8 * size / content.unit.size, record["figures"]["psnr_brain"]  # type: ignore[index]
-            self.on_record(f"{scan.name} {unit}: {rate:.4f} bits a voxel, {psnr:.2f} dB in the brain")
-        return problems
+        coded = row.code(scan, content, setting)
+        size = coded.size + (0 if row.has_mask else volume.mask_bytes)
+        record = {
+            "key": volume.todo[unit],
+            "row": row.name,
+            "setting": setting,
+            "patient": scan.case.patient,
+            "case": scan.case.name,
+            "contrast": scan.contrast,
+            "voxels": content.unit.size,
+            "brain_voxels": int(content.brain.sum()),
+            "bytes": size,
+            "parts": {**coded.parts, **({"mask": volume.mask_bytes} if masked and not row.has_mask else {})},
+            "encode_seconds": round(coded.encode_seconds, 3),
+            "decode_seconds": round(coded.decode_seconds, 3),
+            "figures": volume.judge.figures(coded.unit * content.brain if masked else coded.unit),
+        }
+        folder = self.folder(scan)
+        with folder.writing():
+            atomic_write_text(folder.records / f"{unit}.json", json.dumps(record, ensure_ascii=False) + "\n")
+        rate, psnr = 8 * size / content.unit.size, record["figures"]["psnr_brain"]  # type: ignore[index]
+        self.on_record(f"{scan.name} {unit}: {rate:.4f} bits a voxel, {psnr:.2f} dB in the brain")
 
     def records(self) -> list[Mapping[str, Any]]:
         """Those that are there, of this study's rows, settings and volumes."""
