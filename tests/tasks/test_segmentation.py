@@ -59,14 +59,14 @@ def test_padding_is_undone(segmenter: Segmenter) -> None:
 
 
 def test_a_place_stays_where_it_is(tmp_path: Path) -> None:
-    """A bright spot in a large slice changes the probabilities around it the most."""
+    """A bright spot in a large slice changes the probabilities at its place the most."""
     large = load_segmenter(write_segmenter(tmp_path / "best.pt", seed=3), "cpu")
     dark, lit = torch.full((4, 3, 96, 64), 0.3), torch.full((4, 3, 96, 64), 0.3)
     lit[:, :, 60:72, 10:22] = 1.0
     change = (large.segment(lit) - large.segment(dark)).abs().sum(dim=(0, 1))
-    rows, columns = torch.meshgrid(torch.arange(96.0), torch.arange(64.0), indexing="ij")
-    center = [float((change * axis).sum() / change.sum()) for axis in (rows, columns)]
-    assert center == pytest.approx([65.5, 15.5], abs=4)
+    row, column = divmod(int(change.argmax()), 64)
+    assert 54 <= row <= 77
+    assert 4 <= column <= 27
 
 
 def test_runs_of_a_volume_are_averaged(tmp_path: Path) -> None:

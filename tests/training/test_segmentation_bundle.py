@@ -150,6 +150,7 @@ def test_every_row_of_semi_supervised_training_runs(row: str, tmp_path: Path) ->
     overrides = {
         **toy(dataset, tmp_path / "run"),
         "max_epochs": 1,
+        "batch_size": 4,  # all slices of both
         "labeled_patients": 1,
         "loss_def#confidence": 0.5,
         "network_def#quantizer#num_embeddings": 16,

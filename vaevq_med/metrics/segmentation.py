@@ -168,17 +168,20 @@ def lesion_scores(
         least_ml: smaller parts, in either mask, are left out.
     """
     _check(prediction, reference)
+    either = prediction | reference
+    if either.any():
+        box = _box(either)
+        prediction, reference = prediction[box], reference[box]
     voxel_ml = _voxel_ml(spacing)
     found, found_sizes = _lesions(prediction, least_ml / voxel_ml)
     there, sizes = _lesions(reference, least_ml / voxel_ml)
-    table = np.zeros((len(sizes), len(found_sizes)), np.int64)
-    np.add.at(table, (there.ravel(), found.ravel()), 1)
-    overlaps = table[1:, 1:]
+    counts = np.bincount((there * len(found_sizes) + found).ravel(), minlength=len(sizes) * len(found_sizes))
+    overlaps = counts.reshape(len(sizes), len(found_sizes))[1:, 1:]
     union = sizes[1:, None] + found_sizes[None, 1:] - overlaps
     iou = overlaps / np.maximum(union, 1)
     matched = iou[iou > 0.5]
     total = len(sizes) - 1 + len(found_sizes) - 1
-    kept = np.array([int(prediction[there == number].sum()) for number in range(1, len(sizes))])
+    kept = np.bincount(there[prediction], minlength=len(sizes))[1:]
     f1 = 2 * len(matched) / total if total else 1.0
     quality = (float(matched.mean()) if len(matched) else 0.0) if total else 1.0
     return LesionScores(

@@ -93,10 +93,10 @@ def perturb_indices(
     replaced = torch.rand(flat.shape, device=flat.device, generator=generator) < epsilon
     found, places = flat[replaced].unique(return_inverse=True)
     drawn = torch.empty_like(places)
-    for part in torch.arange(len(found), device=flat.device).split(_ROWS):
-        pi = replacement_probabilities(codebook, found[part], temperature=temperature, nearest=nearest)
-        inside = (places >= part[0]) & (places <= part[-1])
-        drawn[inside] = torch.multinomial(pi[places[inside] - part[0]], 1, generator=generator).squeeze(1)
+    for start in range(0, len(found), _ROWS):
+        pi = replacement_probabilities(codebook, found[start : start + _ROWS], temperature=temperature, nearest=nearest)
+        inside = (places >= start) & (places < start + _ROWS)
+        drawn[inside] = torch.multinomial(pi[places[inside] - start], 1, generator=generator).squeeze(1)
     return flat.masked_scatter(replaced, drawn).view_as(indices)
 
 
