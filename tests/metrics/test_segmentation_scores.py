@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import ndimage
@@ -39,6 +39,7 @@ def box(*ends: tuple[int, int], shape: tuple[int, int, int] = SHAPE) -> NDArray[
 EMPTY, LESION = np.zeros(SHAPE, bool), box((1, 4), (2, 6), (3, 9))
 
 
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.floats(0.05, 0.9), st.floats(0.05, 0.9))
 def test_dice_is_that_of_scipy(seed: int, first: float, second: float) -> None:
     rng = np.random.default_rng(seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.segmenters import small_segmenter
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vaevq_med.core.errors import VaevqMedError
@@ -39,6 +39,7 @@ def test_nothing_and_everything(way: dict[str, float]) -> None:
     assert float((half != indices).float().mean()) == pytest.approx(0.5, abs=0.03)
 
 
+@settings(max_examples=30)
 @given(st.integers(2, 40), st.integers(1, 6), st.sampled_from(WAYS), st.integers(0, 99))
 def test_rows_sum_to_one_and_keep_nothing(k: int, d: int, way: dict[str, float], seed: int) -> None:
     pi = replacement_probabilities(codebook(k, d, seed), torch.arange(k), **way)

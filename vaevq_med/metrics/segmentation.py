@@ -8,6 +8,7 @@ a patient is NaN, and none is left out of a mean.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -126,7 +127,11 @@ def hausdorff95(prediction: Mask, reference: Mask, spacing: Sequence[float]) -> 
 
     box = _box(prediction | reference)
     one_hot = [torch.from_numpy(np.ascontiguousarray(mask[box]))[None, None] for mask in (prediction, reference)]
-    found = compute_hausdorff_distance(*one_hot, include_background=True, percentile=95, spacing=[*map(float, spacing)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of one of MONAI's functions to another
+        found = compute_hausdorff_distance(
+            *one_hot, include_background=True, percentile=95, spacing=[*map(float, spacing)]
+        )
     return float(found)
 
 
