@@ -100,7 +100,9 @@ class RandPlaced(Randomizable, Transform):
     def __call__(self, item: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Move ``image`` ``[C, d, S, S]`` and ``regions`` ``[3, d, S, S]``."""
         shapes = {key: torch.as_tensor(item[key]).shape for key in ("image", "regions")}
-        flat = {key: torch.as_tensor(item[key]).flatten(0, 1) for key in shapes}  # the slices as channels
+        flat: dict[Hashable, Tensor] = {
+            key: torch.as_tensor(item[key]).flatten(0, 1) for key in shapes
+        }  # the slices as channels
         moved = self.affine(self.flip(flat))
         plain = {key: value.as_tensor() if hasattr(value, "as_tensor") else value for key, value in moved.items()}
         return {**item, **{key: plain[key].reshape(shape) for key, shape in shapes.items()}}
@@ -195,7 +197,7 @@ class RegionDataset(SliceDataset):
         wanted = self._wanted
         if wanted is None:
             return tuple(found)
-        if isinstance(wanted, int) and not isinstance(wanted, bool):
+        if isinstance(wanted, int):
             expect(1 <= wanted <= len(found), "labeled_patients", wanted, f"1 to {len(found)}, the patients with one")
             order = np.random.default_rng(mix_seeds(self._draw)).permutation(len(found))
             return tuple(sorted(found[place] for place in order[:wanted]))

@@ -126,13 +126,13 @@ def hausdorff95(prediction: Mask, reference: Mask, spacing: Sequence[float]) -> 
     from monai.metrics import compute_hausdorff_distance  # MONAI takes seconds to load
 
     box = _box(prediction | reference)
-    one_hot = [torch.from_numpy(np.ascontiguousarray(mask[box]))[None, None] for mask in (prediction, reference)]
+    found, wanted = (torch.from_numpy(np.ascontiguousarray(mask[box]))[None, None] for mask in (prediction, reference))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of one of MONAI's functions to another
-        found = compute_hausdorff_distance(
-            *one_hot, include_background=True, percentile=95, spacing=[*map(float, spacing)]
+        distance = compute_hausdorff_distance(
+            found, wanted, include_background=True, percentile=95, spacing=[*map(float, spacing)]
         )
-    return float(found)
+    return float(distance)
 
 
 @dataclass(frozen=True)
