@@ -16,7 +16,7 @@ from vaevq_med.prepare.recipes import Recipe
 from vaevq_med.prepare.volumes.find import Case, find_cases, read_cases
 from vaevq_med.prepare.volumes.reading import CaseReader
 from vaevq_med.prepare.volumes.slices import fingerprint
-from vaevq_med.study.rates.file import RateDistortionStudy
+from vaevq_med.study.rates.file import VolumeStudy
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class ScanFile:
         return Scan(unit, brain, labels if labels is not None and labels.any() else None, (low, high))
 
 
-def find_scans(study: RateDistortionStudy) -> list[ScanFile]:
+def find_scans(study: VolumeStudy) -> list[ScanFile]:
     """The volumes of the split's patients, case by case.
 
     Raises:
