@@ -2,8 +2,8 @@
 
 The slices of a data set are encoded by a trained tokenizer (once: the indices are kept in ``--work``), a context model
 and a LlamaGen are trained on the training patients' indices, and every contrast of every test patient is coded to bytes
-and decoded again. What is counted is whole streams; live positions are those with a pixel that is not background. A row
-is printed as it is done; the ideal rows are entropies of the test indices themselves and no coder::
+and decoded again. What is counted is whole streams; live positions are those within a pixel of what is not background.
+A row is printed as it is done; the ideal rows are entropies of the test indices themselves and no coder::
 
     python benchmarks/codec/bits.py --dataset data/slices256 --checkpoint outputs/f8/checkpoints/best.pt --work bits
     python benchmarks/codec/bits.py ... --training-cases 4 --test-cases 2 --epochs 1 --prior-width 0   # a short look

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.scans import affine_of, write_nifti
+from helpers.scans import affine_of, body, write_nifti
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.ndimage import binary_erosion
 
 from vaevq_med.codec.geometry import Turn, check_invertible, from_squares, live_positions, to_pixels
 from vaevq_med.core.errors import DataError
@@ -74,6 +75,22 @@ def test_what_is_not_live_shows_nothing(rows: int, columns: int, size: int, inte
     assert not (patches & ~live).any()
     if max(rows, columns) == size:
         assert np.array_equal(live, patches)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_slices_of_a_data_set_are_live_where_the_codec_codes_them(interpolation: str) -> None:
+    """Enlarged and in 8 bits, they show less than the voxels that they are made from; the rim is found all the same."""
+    mask = np.moveaxis(body() > 0, 2, 0)  # [12, 28, 36]
+    recipe = Recipe.load("brats24/axial_256").changed(size=40, interpolation=interpolation)
+    # A body that is faint at its rim, as a brain is.
+    faint = torch.from_numpy(np.where(mask, np.where(binary_erosion(mask), 1.0, 0.02), 0).astype(np.float32))
+    stored = (to_pixels(faint, recipe) * 255).round() / 255
+    codec = live_positions(mask, size=40, patch=4, interpolation=interpolation)
+    shown = live_positions((stored > 0).numpy(), size=40, patch=4, interpolation=interpolation)
+    again = live_positions((stored > 0).numpy(), size=40, patch=4, interpolation=interpolation, resized=True)
+    lost, missed = (codec & ~shown).sum(), (codec & ~again).sum()
+    assert missed < lost / 4
+    assert (shown <= again).all()
 
 
 @given(rows=st.integers(8, 40), columns=st.integers(8, 40))

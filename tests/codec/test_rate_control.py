@@ -15,8 +15,8 @@ from vaevq_med.codec.rate_control import (
     context_constrained_indices,
     latents_of,
     num_rates,
-    partial_codes,
 )
+from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.quantizers import FSQ, MGVQ, CoherentVQ, ResidualQuantizer, VectorQuantizer
 from vaevq_med.networks.quantizers.distances import Search
 
@@ -124,9 +124,13 @@ def test_the_first_codebooks_alone_are_decoded(kind: str) -> None:
     indices = torch.randint(8, (2, 3, 3, 3))
     assert num_rates(quantizer) == 3  # type: ignore[arg-type]
     for count in (1, 2, 3):
-        found = partial_codes(quantizer, indices[..., :count])  # type: ignore[arg-type]
+        found = quantizer.first_codes(indices[..., :count])  # type: ignore[operator]
         assert torch.equal(found, quantizer.indices_to_codes(indices, **{argument: count}))  # type: ignore[operator]
     whole = VectorQuantizer(num_embeddings=8, embedding_dim=4)
     assert num_rates(whole) == 1
-    with pytest.raises(CodecError, match="indices of 2 codebooks of VectorQuantizer, expected 1"):
-        partial_codes(whole, torch.zeros(1, 2, 2, 2, dtype=torch.int64))
+    assert torch.equal(whole.first_codes(indices[..., :1]), whole.indices_to_codes(indices[..., :1]))
+    with pytest.raises(VaevqMedError, match=r"shape \(1, 2, 2, 2\); expected \[B, \*grid, 1\]"):
+        whole.first_codes(torch.zeros(1, 2, 2, 2, dtype=torch.int64))
+    for count in (0, 4):
+        with pytest.raises(VaevqMedError, match="indices have shape"):
+            quantizer.first_codes(torch.zeros(1, 2, 2, count, dtype=torch.int64))  # type: ignore[operator]

@@ -81,3 +81,21 @@ def test_a_weight_of_bits_takes_fewer_of_them(cases: Path, tmp_path: Path) -> No
     assert command.run().missing == 0
     sizes = {r["setting"]: r["parts"]["tokens"] for r in command.records() if r["contrast"] == "t1c"}
     assert sizes[0] >= sizes[1e-4] > sizes[1e9]
+
+
+def test_a_case_is_coded_once_a_setting(cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many of its contrasts are measured, and also where an earlier call made some of the records."""
+    coded: list[float] = []
+
+    def counting(*arguments: Any, rate_weight: float, **options: Any) -> Any:
+        coded.append(rate_weight)
+        return compress_case(*arguments, rate_weight=rate_weight, **options)
+
+    monkeypatch.setattr("vaevq_med.study.rates.tokenizers.compress_case", counting)
+    report = run_of(cases, tmp_path / "out", settings=[0, 1e-4]).run()
+    assert (report.missing, report.expected) == (0, 4)
+    assert coded == [0, 1e-4]
+    for contrast in ("t1c", "t2f"):
+        (tmp_path / "out" / "records" / f"BraTS-GLI-00000-000_{contrast}" / "toy@0.json").unlink()
+    assert run_of(cases, tmp_path / "out", settings=[0, 1e-4]).run().missing == 0
+    assert coded == [0, 1e-4, 0]

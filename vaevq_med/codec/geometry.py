@@ -107,9 +107,10 @@ def _spans(side: int, size: int, patch: int, reach: int) -> list[tuple[int, int]
     """The pixels, of ``side``, that each of the patches of a row of ``size`` pixels is made from.
 
     Pixel k of ``size`` has its middle at (2k + 1) side / (2 size) and reads ``reach`` pixels of the larger of the two
-    spacings on both sides. Everything is a multiple of 1 / (2 size).
+    spacings on both sides, or, with a reach of 0, no other than the one it lies in. Everything is a multiple of
+    1 / (2 size).
     """
-    half = 2 * reach * max(side, size) if side != size else size
+    half = 2 * reach * max(side, size) or size
     found = []
     for start in range(0, size, patch):
         low = (2 * start + 1) * side - half
@@ -118,7 +119,9 @@ def _spans(side: int, size: int, patch: int, reach: int) -> list[tuple[int, int]
     return found
 
 
-def live_positions(mask: NDArray[np.bool_], *, size: int, patch: int, interpolation: str) -> NDArray[np.bool_]:
+def live_positions(
+    mask: NDArray[np.bool_], *, size: int, patch: int, interpolation: str, resized: bool = False
+) -> NDArray[np.bool_]:
     """Which positions of the token grid show anything of the foreground.
 
     A position is live where a pixel of its patch is made, by padding and resizing, from a voxel of the foreground.
@@ -128,6 +131,8 @@ def live_positions(mask: NDArray[np.bool_], *, size: int, patch: int, interpolat
         size: side of the squares that the tokenizer is given.
         patch: f, pixels of a position along each axis.
         interpolation: by which slices are resized, ``bilinear`` or ``bicubic``.
+        resized: the mask is that of squares after they were resized and rounded, in which the rim of the foreground
+            may have become background: a position reads as far beyond its patch as if they were resized once more.
 
     Returns:
         ``[N, size / f, size / f]``.
@@ -139,7 +144,7 @@ def live_positions(mask: NDArray[np.bool_], *, size: int, patch: int, interpolat
         [[[0, 1], [0, 0]]]
     """
     side, top, left = margins(*mask.shape[1:])
-    spans = _spans(side, size, patch, _REACH[interpolation])
+    spans = _spans(side, size, patch, _REACH[interpolation] if resized or side != size else 0)
     rows = [slice(max(0, a - top), max(0, b - top)) for a, b in spans]
     columns = [slice(max(0, a - left), max(0, b - left)) for a, b in spans]
     by_row = np.stack([mask[:, span].any(axis=1) for span in rows], axis=1)  # [N, h, columns]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vaevq_med.codec.errors import CodecError
-from vaevq_med.codec.rate_control import Latents, joined, latents_of, num_rates, partial_codes
+from vaevq_med.codec.rate_control import Latents, joined, latents_of, num_rates
 from vaevq_med.networks.precision import full_precision
 from vaevq_med.networks.tokenizer import VisualTokenizer
 from vaevq_med.trained.device import named_device
@@ -129,9 +129,7 @@ class Model:
         found = torch.zeros(len(indices), contrasts, height, width)
 
         def work(batch: slice) -> None:
-            chosen = torch.from_numpy(indices[batch]).to(self.device)
-            # As decode_indices does, which takes the indices of all codebooks.
-            images = self.network.decode(partial_codes(self.network.quantizer, chosen).contiguous())
+            images = self.network.decode_indices(torch.from_numpy(indices[batch]).to(self.device))
             squares = images.float().add(1).div(2).clamp(0, 1)
             found[batch] = (squares if contrasts > 1 else squares.mean(1, keepdim=True)).cpu()
 

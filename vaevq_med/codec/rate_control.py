@@ -8,7 +8,6 @@ larger weight chooses codewords that are expected, and the image pays for it.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -197,26 +196,4 @@ def _check(weight: float) -> None:
 
 def num_rates(quantizer: Quantizer) -> int:
     """In how many of its codebooks a quantizer's indices can be cut: G of a residual or a nested one, else 1."""
-    return quantizer.num_codebooks if _argument(quantizer) else 1
-
-
-def partial_codes(quantizer: Quantizer, indices: Tensor) -> Tensor:
-    """Codes ``[B, D, *grid]`` of the first n codebooks' indices ``[B, *grid, n]``.
-
-    Raises:
-        CodecError: the quantizer needs all of its codebooks.
-    """
-    count, books = indices.shape[-1], quantizer.num_codebooks
-    if count == books:
-        return quantizer.indices_to_codes(indices)
-    name = _argument(quantizer)
-    if name is None or not 1 <= count < books:
-        raise CodecError(f"rate: found indices of {count} codebooks of {type(quantizer).__name__}, expected {books}")
-    padding = indices.new_zeros(*indices.shape[:-1], books - count)
-    return quantizer.indices_to_codes(torch.cat([indices, padding], dim=-1), **{name: count})
-
-
-def _argument(quantizer: Quantizer) -> str | None:
-    """By which argument a quantizer decodes the first of its codebooks alone."""
-    known = inspect.signature(quantizer.indices_to_codes).parameters
-    return next((name for name in ("num_stages", "num_active") if name in known), None)
+    return 1 if quantizer.first_argument is None else quantizer.num_codebooks

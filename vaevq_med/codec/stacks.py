@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vaevq_med.codec.coders.layout import Layout
 from vaevq_med.codec.errors import CodecError
+from vaevq_med.codec.geometry import live_positions
 from vaevq_med.images.manifest import load_manifest
 from vaevq_med.networks.tokenizer import VisualTokenizer
 from vaevq_med.trained.network import StoredTokenizer
@@ -34,18 +35,19 @@ class Stack:
     layout: Layout
 
 
-def live_positions(images: Tensor, factor: int) -> NDArray[np.bool_]:
-    """Positions of the grid under which something is shown.
+def shown_positions(images: Tensor, factor: int, interpolation: str) -> NDArray[np.bool_]:
+    """Positions of the grid that the codec would code of slices which a data set holds.
 
     Args:
-        images: ``[B, C, H, W]`` in [-1, 1], whose background is exactly -1.
+        images: ``[B, C, S, S]`` in [-1, 1], whose background is exactly -1.
         factor: pixels of a position along each axis.
+        interpolation: by which the slices were resized, ``bilinear`` or ``bicubic``.
 
     Returns:
         bool ``[B, h, w]``.
     """
-    shown = (images > -1).any(dim=1, keepdim=True).float()
-    return torch.nn.functional.max_pool2d(shown, factor)[:, 0].bool().numpy()
+    shown = (images > -1).any(dim=1).numpy()
+    return live_positions(shown, size=shown.shape[-1], patch=factor, interpolation=interpolation, resized=True)
 
 
 def encode_stacks(
@@ -85,6 +87,7 @@ def encode_stacks(
             in_channels=int(stored.value("in_channels")),
         ),
     )
+    interpolation = str(manifest.content.get("recipe", {}).get("interpolation", "bilinear"))
     order = [str(name) for name in manifest.content.get("modality", {}).values()]
     groups: dict[tuple[str, str], list[int]] = {}
     for number, entry in enumerate(images.data):
@@ -98,7 +101,7 @@ def encode_stacks(
     for case, contrast in names:
         numbers = sorted(groups[case, contrast], key=lambda number: int(images.data[number]["slice"]))
         slices = np.array([int(images.data[number]["slice"]) for number in numbers])
-        indices, live = _encode(network, images, numbers, batch_size)
+        indices, live = _encode(network, images, numbers, batch_size, interpolation)
         layout = Layout(
             live=live,
             slices=slices,
@@ -113,14 +116,14 @@ def encode_stacks(
 
 
 def _encode(
-    network: VisualTokenizer, images: Any, numbers: list[int], batch_size: int
+    network: VisualTokenizer, images: Any, numbers: list[int], batch_size: int, interpolation: str
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     found, live = [], []
     with torch.inference_mode():
         for start in range(0, len(numbers), batch_size):
             batch = torch.stack([torch.as_tensor(images[n]["image"]) for n in numbers[start : start + batch_size]])
             found.append(network.encode_indices(batch).numpy())
-            live.append(live_positions(batch, network.encoder.downsampling_factor))
+            live.append(shown_positions(batch, network.encoder.downsampling_factor, interpolation))
     return np.concatenate(found), np.concatenate(live)
 
 

@@ -210,8 +210,11 @@ class VisualTokenizer(nn.Module):
         return self.quantize(*self._mode(images)).indices
 
     def decode_indices(self, indices: Tensor) -> Tensor:
-        """Images ``[B, C, H, W]`` of indices ``[B, *grid, G]``, to the bit those that :meth:`forward` decodes."""
-        return self._decode_alike(self.quantizer.indices_to_codes(indices))
+        """Images ``[B, C, H, W]`` of indices ``[B, *grid, G]``, to the bit those that :meth:`forward` decodes.
+
+        The indices may be those of the first codebooks alone, see :meth:`Quantizer.first_codes`.
+        """
+        return self._decode_alike(self.quantizer.first_codes(indices))
 
     def _decode_alike(self, codes: Tensor) -> Tensor:
         """Decode in one memory layout: convolutions round differently in another, and look-ups differ in theirs."""

@@ -55,12 +55,15 @@ class Quantizer(nn.Module, ABC):
         size_arguments: arguments that fix K; where there are several they change together, and no sweep can set one.
         initial_files: arguments that name a file, or None, of values for a new run's start; where the weights come
             from a checkpoint they are None, so that the file is not needed.
+        first_argument: argument of ``indices_to_codes`` that decodes so many of the first codebooks, coarser; None
+            where all of them are needed.
         readouts: names of the ways to decode one trained quantizer, where there are several.
         readout: the one in use, or None where there is but one way.
     """
 
     size_arguments: ClassVar[tuple[str, ...]] = ("num_embeddings",)
     initial_files: ClassVar[tuple[str, ...]] = ()
+    first_argument: ClassVar[str | None] = None
     readouts: ClassVar[tuple[str, ...]] = ()
 
     num_embeddings: int
@@ -82,6 +85,18 @@ class Quantizer(nn.Module, ABC):
         self.check_indices(indices)
         with torch.autocast(indices.device.type, enabled=False):
             return self.codes_of(indices)
+
+    def first_codes(self, indices: Tensor) -> Tensor:
+        """Codes ``[B, D, *grid]`` of int64 indices ``[B, *grid, n]`` of the first n codebooks, or of all G.
+
+        Raises:
+            VaevqMedError: as :meth:`indices_to_codes`, or n is below G and all codebooks are needed.
+        """
+        missing = self.num_codebooks - indices.shape[-1]
+        if self.first_argument is None or not 0 < missing < self.num_codebooks:
+            return self.indices_to_codes(indices)
+        padded = torch.cat([indices, indices.new_zeros(*indices.shape[:-1], missing)], dim=-1)
+        return self.indices_to_codes(padded, **{self.first_argument: indices.shape[-1]})
 
     def codes_of(self, indices: Tensor) -> Tensor:
         """What :meth:`indices_to_codes` looks up, of valid indices; by default in the one table ``[K, D]``."""

@@ -17,6 +17,7 @@ The method's grouped 1x1 convolutions are contained in the tokenizer's full ones
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +67,8 @@ class MGVQ(FollowsLatents, GroupedQuantizer):
         >>> quantizer.indices_to_codes(indices, num_active=1)[:, 2:].abs().sum().item()
         0.0
     """
+
+    first_argument: ClassVar[str | None] = "num_active"
 
     usage: Tensor
 

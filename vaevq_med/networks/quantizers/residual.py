@@ -48,6 +48,7 @@ class ResidualQuantizer(Quantizer):
     """
 
     size_arguments: ClassVar[tuple[str, ...]] = ("stages",)
+    first_argument: ClassVar[str | None] = "num_stages"
 
     def __init__(
         self, *, stages: Sequence[CodebookQuantizer], num_codebooks: int | None = None, dropout: bool = False

@@ -87,7 +87,7 @@ class TokenizerCandidate(Candidate):
         """Compress the case, decompress it, and look at the contrast through its window."""
         key = file.case.name, setting
         if key not in self._last:
-            self._last.clear()  # the cases come one after the other
+            self._last.clear()  # a setting is asked for by all contrasts of a case in turn
             self._last[key] = self._coded(file, setting)
         return self._last[key][file.contrast]
 
