@@ -176,5 +176,6 @@ def test_the_distance_by_hand() -> None:
     assert frechet_radiomics_distance(originals, wide) == pytest.approx(4 / 3)  # a variance of 4 / 3, of four values
     assert math.isnan(frechet_radiomics_distance(originals[:1], originals))
     assert math.isnan(frechet_radiomics_distance([{"a": 1.0}] * 3, [{"a": 2.0}] * 3))
-    lacking = [{"a": one["a"]} for one in shifted]
-    assert frechet_radiomics_distance(originals, lacking) == pytest.approx(0, abs=1e-9)
+    lacking = [*shifted, {"a": 100.0}]  # a region of one voxel has no texture
+    assert frechet_radiomics_distance(originals, lacking) == pytest.approx(0.25)
+    assert frechet_radiomics_distance([*originals, {"b": 100.0}], shifted) == pytest.approx(0.25)

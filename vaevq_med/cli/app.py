@@ -70,6 +70,7 @@ app.command()(demo)
 app.command()(overlays)
 app.command("study")(studies.study)
 app.command("rate-distortion")(rates.rate_distortion)
+app.command()(rates.tasks)
 for _kind in (makers.Compare, makers.Ablate, makers.Sweep, makers.CompareGeneration):
     app.command(_kind.command)(studies.maker(_kind))
 

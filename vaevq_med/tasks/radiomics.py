@@ -252,7 +252,7 @@ def frechet_radiomics_distance(
     """Frechet radiomics distance (arXiv 2412.01496): of vectors of features, in units of the originals' spread.
 
     Each feature is brought to mean 0 and deviation 1 over the originals, as the authors' second version does. One
-    that is constant over the originals, or that a region lacks, is left out.
+    that is constant over the originals is left out, and so is a region that lacks a feature of another.
 
     Args:
         originals: features of each region by name.
@@ -261,10 +261,11 @@ def frechet_radiomics_distance(
     Returns:
         The distance; NaN for fewer than two regions on a side, or without a feature.
     """
-    if min(len(originals), len(results)) < 2:
+    names = [*dict.fromkeys(name for one in originals for name in one)]
+    rows = [[[one[name] for name in names] for one in side if one.keys() >= set(names)] for side in (originals, results)]
+    if min(map(len, rows)) < 2:
         return math.nan
-    names = [name for name in originals[0] if all(name in one for one in [*originals, *results])]
-    first, second = (np.array([[one[name] for name in names] for one in side]) for side in (originals, results))
+    first, second = map(np.array, rows)
     deviation = first.std(axis=0)
     kept = deviation > 1e-12 * np.maximum(1.0, np.abs(first.mean(axis=0)))
     if not kept.any():

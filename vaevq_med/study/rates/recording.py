@@ -125,6 +125,10 @@ class RunRecords(ABC, Generic[I]):
         return rows
 
     @cached_property
+    def _conditions(self) -> Mapping[str, Any]:
+        return self.depends_on()
+
+    @cached_property
     def rows(self) -> list[Candidate]:
         """What is compared."""
         return self.find_rows()
@@ -142,7 +146,7 @@ class RunRecords(ABC, Generic[I]):
     def key(self, row: Candidate, setting: float, item: I) -> dict[str, Any]:
         """All that a record depends on."""
         own = {"format": self.format, "made_of": dict(row.made_of()), "setting": setting, "source": item.mark()}
-        return own | dict(self.depends_on())
+        return {**own, **self._conditions}
 
     def work(self, item: I) -> Iterator[Point]:
         """Rows and settings of an item whose records are not there."""
