@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = lazy(
     {
         "CheckpointError": "file",
         "StoredGenerator": "network",
+        "StoredSegmenter": "segmenter",
         "StoredTokenizer": "network",
         "default_device": "device",
         "inflate": "inflation",
