@@ -63,7 +63,14 @@ def test_equal_measurements_agree_and_units_do_not_matter(values: list[float], s
 
 @pytest.mark.parametrize(
     "values",
-    [[[1.0, 2.0]], [[1.0], [2.0]], [[1.0, 1.0], [1.0, 1.0]], [[1.0, math.nan], [2.0, 3.0]], [1.0, 2.0], [[0.1] * 2] * 3],
+    [
+        [[1.0, 2.0]],
+        [[1.0], [2.0]],
+        [[1.0, 1.0], [1.0, 1.0]],
+        [[1.0, math.nan], [2.0, 3.0]],
+        [1.0, 2.0],
+        [[0.1] * 2] * 3,
+    ],
 )
 def test_without_a_spread_there_is_none(values: list[list[float]]) -> None:
     found = intraclass_correlation(values)

@@ -41,7 +41,7 @@ INTENSITY = {
 TEXTURE = {
     **{"histogram_entropy": 1.27, "histogram_uniformity": 0.512, "contrast": 5.29, "dissimilarity": 1.44},
     **{"angular_second_moment": 0.277, "joint_average": 4.41 / 2},
-    # Of the published sum variance 7.65 and contrast 5.29: their sum is four variances, their difference four covariances.
+    # Of the published sum variance 7.65 and contrast 5.29, whose sum is four variances and difference four covariances.
     **{"joint_variance": (7.65 + 5.29) / 4, "correlation": (7.65 - 5.29) / (7.65 + 5.29)},
 }
 """Likewise, of the matrix that is merged over slices and directions (2.5D)."""

@@ -38,7 +38,7 @@ def tasks(
     dry_run: Annotated[bool, _DRY_RUN] = False,
     assignments: Annotated[list[str] | None, _SET] = None,
 ) -> None:
-    """Ask what is left for a diagnosis in coded volumes: segmentation, radiomics, and small lesions that are looked for.
+    """Ask what is left for a diagnosis in coded volumes: segmentation, radiomics, and lesions that are looked for.
 
     The same command goes on after an interruption, and two at once share the work. Exit code 0: all records are there;
     1: some failed, or another call is at work on them; 2: nothing could be done; 130: interrupted.

@@ -102,12 +102,12 @@ def response(volume: Volume, lesion: Lesion, spacing: Sequence[float], brain: Ma
         brain: bool ``[Z, Y, X]``; no surroundings lie outside of it.
 
     Returns:
-        In the unit of the volume.
+        In the unit of the volume, to a millionth, so that no rounding decides which of two equal places has a lesion.
     """
     box, weights, around = lesion.profile(volume.shape, spacing)
     piece, around = volume[box].astype(np.float64), around & brain[box]
     beside = float(piece[around].mean()) if around.any() else 0.0
-    return float((weights * piece).sum() / weights.sum()) - beside
+    return round(float((weights * piece).sum() / weights.sum()) - beside, 6) + 0.0
 
 
 def place(
@@ -151,7 +151,9 @@ def place(
             continue
         for number in rng.choice(candidates, size=min(_TRIES, candidates.size), replace=False):
             center = tuple(int(i) for i in np.unravel_index(number, unit.shape))
-            if all(_apart(center, other, spacing) >= reach + _LONGEST * other.diameter / 2 + _APART_MM for other in found):
+            if all(
+                _apart(center, other, spacing) >= reach + _LONGEST * other.diameter / 2 + _APART_MM for other in found
+            ):
                 found.append(Lesion((center[0], center[1], center[2]), diameter, contrast, _axes(rng)))
                 break
     return found

@@ -22,7 +22,7 @@ from vaevq_med.metrics.statistics import FeatureStatistics, frechet_distance
 
 Features = dict[str, float]
 LEVELS = 32
-"""Gray levels of the window, so that a bin is 1/32 wide: a fixed bin size, which does not move with a region's range."""
+"""Gray levels of the window: a fixed bin size of 1/32, which does not move with a region's range."""
 LEAST_SUBJECTS = 3
 """Fewest subjects that an intraclass correlation is told of."""
 _ANGLES = (0, math.pi / 4, math.pi / 2, 3 * math.pi / 4)
@@ -223,7 +223,7 @@ def reproducibility(
     """The intraclass correlation of each feature between originals and what came back.
 
     Args:
-        originals: features of each subject by name; one that a subject lacks, as its region is empty, is left out there.
+        originals: features of each subject by name; one that a subject lacks is left out there.
         results: of the same subjects in the same order.
 
     Raises:
@@ -234,7 +234,9 @@ def reproducibility(
     correlations, constant, rare = {}, [], []
     for name in dict.fromkeys(name for subject in originals for name in subject):
         pairs = [
-            (one[name], other[name]) for one, other in zip(originals, results, strict=True) if name in one and name in other
+            (one[name], other[name])
+            for one, other in zip(originals, results, strict=True)
+            if name in one and name in other
         ]
         found = intraclass_correlation(pairs) if len(pairs) >= LEAST_SUBJECTS else None
         if found is None:
@@ -262,7 +264,9 @@ def frechet_radiomics_distance(
         The distance; NaN for fewer than two regions on a side, or without a feature.
     """
     names = [*dict.fromkeys(name for one in originals for name in one)]
-    rows = [[[one[name] for name in names] for one in side if one.keys() >= set(names)] for side in (originals, results)]
+    rows = [
+        [[one[name] for name in names] for one in side if one.keys() >= set(names)] for side in (originals, results)
+    ]
     if min(map(len, rows)) < 2:
         return math.nan
     first, second = map(np.array, rows)

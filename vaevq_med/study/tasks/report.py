@@ -405,9 +405,7 @@ class Report:
             for row in dict.fromkeys(point.row for point in self.points)
             if row.shipped
         ]
-        notes += [
-            f"{figure.title}: {figure.convention}." for figure in self.figures if figure.convention
-        ]
+        notes += [f"{figure.title}: {figure.convention}." for figure in self.figures if figure.convention]
         return [*notes, *self.study.notes]
 
     def draw(self) -> list[Path]:
