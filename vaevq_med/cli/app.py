@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from vaevq_med.cli import bundles, codec, makers, prepare, rates, second_stage
+from vaevq_med.cli import bundles, codec, makers, prepare, rates, second_stage, tasks
 from vaevq_med.cli import study as studies
 from vaevq_med.cli.demo import demo
 from vaevq_med.cli.overlays import overlays
@@ -66,6 +66,7 @@ app.command()(codec.compress)
 app.command()(codec.decompress)
 app.command()(codec.reconstruct)
 app.command("index-model")(codec.index_model)
+app.command()(tasks.segment)
 app.command()(demo)
 app.command()(overlays)
 app.command("study")(studies.study)

@@ -37,11 +37,11 @@ def compress(
     """
     from vaevq_med.codec import work
 
-    report = _run(work.compress(source, output, options, preview=preview, overwrite=overwrite), "cases")
-    typer.echo(_done(report, "cases compressed"))
+    report = run_job(work.compress(source, output, options, preview=preview, overwrite=overwrite), "cases")
+    typer.echo(done_line(report, "cases compressed"))
     for line in compressed_lines(report.figures):
         typer.echo(f"  {line}")
-    _end(report)
+    end(report)
 
 
 @with_flags(DecompressOptions)
@@ -58,11 +58,11 @@ def decompress(
     """
     from vaevq_med.codec import work
 
-    report = _run(work.decompress(source, output, options, overwrite=overwrite), "files")
-    typer.echo(_done(report, "files decompressed"))
+    report = run_job(work.decompress(source, output, options, overwrite=overwrite), "files")
+    typer.echo(done_line(report, "files decompressed"))
     volumes = sum(found["volumes"] for found in report.figures.values())
     typer.echo(f"  {volumes} volumes; {_time(report.figures.values(), 'seconds', 'network_seconds')}")
-    _end(report)
+    end(report)
 
 
 @with_flags(CompressOptions)
@@ -80,15 +80,15 @@ def reconstruct(
     """
     from vaevq_med.codec import work
 
-    report = _run(work.reconstruct(source, output, options, preview=preview, overwrite=overwrite), "cases")
-    typer.echo(_done(report, "cases reconstructed"))
+    report = run_job(work.reconstruct(source, output, options, preview=preview, overwrite=overwrite), "cases")
+    typer.echo(done_line(report, "cases reconstructed"))
     for line in compressed_lines(report.figures):
         typer.echo(f"  {line}")
     spent = _time(report.figures.values(), "decompress_seconds", "decompress_network_seconds")
     typer.echo(f"  and back: {spent}")
     for line in quality_lines(report.figures):
         typer.echo(f"  {line}")
-    _end(report)
+    end(report)
 
 
 @with_flags(IndexModelOptions)
@@ -117,16 +117,29 @@ def index_model(
     )
 
 
-def _run(job: Job, units: str) -> Report:
+def run_job(job: Job, units: str) -> Report:
+    """Run a job behind a progress bar.
+
+    Args:
+        job: what is done.
+        units: what the bar counts.
+    """
     with watched(job.work.kind, units) as (bar, start, skip):
         return job.run(on_start=start, on_unit=lambda name: bar.advance(bar.task_ids[0]), on_skip=skip)
 
 
-def _done(report: Report, what: str) -> str:
+def done_line(report: Report, what: str) -> str:
+    """How much was done, in a line.
+
+    Args:
+        report: of a job.
+        what: was done, e.g. ``cases compressed``.
+    """
     return f"{report.output}: {report.written} {what}, {report.reused} were done, {len(report.skipped)} skipped"
 
 
-def _end(report: Report) -> None:
+def end(report: Report) -> None:
+    """Say what a user should know, and end with the exit code of the report."""
     for note in report.notes:
         typer.echo(f"  note: {note}")
     raise typer.Exit(1 if report.skipped else 0)

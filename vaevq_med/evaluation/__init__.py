@@ -7,7 +7,9 @@ __getattr__, __dir__, __all__ = lazy(
     {
         "EvaluationHandler": "handler",
         "EvaluationTracker": "tracking",
+        "LabelWriter": "labels",
         "PredictionWriter": "predictions",
+        "SegmentationHandler": "segmentation",
         "ValidationSummary": "summary",
         "evaluation_split": "data",
         "label_map": "data",

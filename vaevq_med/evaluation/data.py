@@ -10,7 +10,7 @@ from typing import Any
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.images.manifest import SPLITS, load_manifest
 from vaevq_med.images.patients import person_of
-from vaevq_med.trained.network import StoredTokenizer
+from vaevq_med.trained.network import StoredNetwork, StoredTokenizer
 from vaevq_med.training import distributed
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,20 @@ def check_data(dataset: Any, stored: StoredTokenizer | None, any_shape: bool) ->
         return
     if not any_shape:
         stored.check_shape(getattr(dataset, "shape", None), manifest.path.parent, "--any_shape True")
-    split, trained = dataset.split, stored.data
+    check_unseen(dataset, stored)
+
+
+def check_unseen(dataset: Any, stored: StoredNetwork) -> None:
+    """Refuse to call a test what a network was trained on.
+
+    Args:
+        dataset: what is evaluated, with a ``manifest``.
+        stored: the evaluated checkpoint.
+
+    Raises:
+        VaevqMedError: a patient of the evaluated split was in the training data.
+    """
+    manifest, split, trained = dataset.manifest, dataset.split, stored.data
     if split == "training":
         return
     moved = trained.get("split_hash") != manifest.split_hash

@@ -9,11 +9,13 @@ __getattr__, __dir__, __all__ = lazy(
         "LoadSliced": "transforms",
         "REGIONS": "transforms",
         "RandResizedCropd": "transforms",
+        "RegionDataset": "regions",
         "ResizeShortSided": "transforms",
         "ResumableBatchSampler": "dataset",
         "SliceDataset": "dataset",
         "read_image": "pixels",
         "reader": "reading",
+        "region_reader": "regions",
         "training_loader": "loading",
     },
 )

@@ -76,6 +76,8 @@ class SliceDataset(Dataset):
         depth: make one item of so many adjacent slices of a case, ``image`` ``[C, depth, S, S]``, instead of one a
             slice, see :func:`runs_of`; random transforms do the same to all of them.
         random_start: let each epoch draw where in its run an item begins.
+        centered: with ``depth``, make one item of each slice, which is the middle one of its ``depth``; at the ends of
+            a run the last slice is repeated.
 
     Attributes:
         channels: names of the contrasts that are the channels of an item, where they are stacked; otherwise None.
@@ -97,13 +99,14 @@ class SliceDataset(Dataset):
         seed: int = 0,
         depth: int | None = None,
         random_start: bool = False,
+        centered: bool = False,
     ) -> None:
         manifest = load_manifest(dataset_dir)
-        entries = _select(manifest, split, modalities, stack_modalities)
+        entries = self.chosen(_select(manifest, split, modalities, stack_modalities), manifest)
         self.depth = depth
         self.random_start = random_start
         if depth is not None:
-            entries = _blocks(entries, depth, manifest)
+            entries = _blocks(entries, depth, manifest, centered)
         entries = [entries[i] for i in evenly_spaced(len(entries), max_items)]
         rank, world_size = shard
         root = Path(dataset_dir)
@@ -119,6 +122,15 @@ class SliceDataset(Dataset):
         self.manifest = manifest
         self.num_items = len(entries)
         self.channels = chosen_modalities(manifest, split, modalities, stacked=True) if stack_modalities else None
+
+    def chosen(self, entries: Sequence[Mapping[str, Any]], manifest: Manifest) -> Sequence[Mapping[str, Any]]:
+        """Which entries of the split become items, before they are put into runs; all of them.
+
+        Args:
+            entries: of the chosen contrasts.
+            manifest: whose they are.
+        """
+        return entries
 
     @property
     def shape(self) -> str | None:
@@ -195,8 +207,13 @@ def runs_of(entries: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]
     return runs
 
 
-def _blocks(entries: Sequence[Mapping[str, Any]], depth: int, manifest: Manifest) -> list[dict[str, Any]]:
-    """An entry for each ``depth`` slices of each run, the last perhaps of fewer: the first's, ``run``, ``start``."""
+def _blocks(
+    entries: Sequence[Mapping[str, Any]], depth: int, manifest: Manifest, centered: bool
+) -> list[dict[str, Any]]:
+    """An entry for each ``depth`` slices of each run, the last perhaps of fewer: the first's, ``run``, ``start``.
+
+    Centered, there is an entry for each slice, that slice's, whose ``run`` are the slices around it.
+    """
     if depth < 1:
         raise DataError(f"depth: found {depth}, expected 1 or more")
     if any("slice" not in entry or "case" not in entry for entry in entries):
@@ -204,9 +221,16 @@ def _blocks(entries: Sequence[Mapping[str, Any]], depth: int, manifest: Manifest
             f"{manifest.path.parent}: found images without a case or a number of the slice, expected slices of "
             "volumes, made by vaevq-med slice-extract, for items of several (depth)"
         )
-    return [
-        {**run[start], "run": run, "start": start} for run in runs_of(entries) for start in range(0, len(run), depth)
-    ]
+    runs = runs_of(entries)
+    if centered:
+        if depth % 2 == 0:
+            raise DataError(f"depth: found {depth}, expected an odd number, of which one slice is the middle")
+        return [
+            {**run[z], "run": [run[min(max(z + o - depth // 2, 0), len(run) - 1)] for o in range(depth)], "start": 0}
+            for run in runs
+            for z in range(len(run))
+        ]
+    return [{**run[start], "run": run, "start": start} for run in runs for start in range(0, len(run), depth)]
 
 
 def _rooted(entry: Mapping[str, Any], root: Path) -> dict[str, Any]:

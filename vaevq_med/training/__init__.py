@@ -12,6 +12,8 @@ __getattr__, __dir__, __all__ = lazy(
         "MLflowTracker": "tracking",
         "ProgressReporter": "progress",
         "RunSummary": "summary",
+        "SegmentationEvaluator": "segmentation_evaluator",
+        "SegmentationTrainer": "segmentation",
         "TokenizerEvaluator": "tokenizer_evaluator",
         "TokenizerTrainer": "tokenizer",
         "TrainingCheckpoint": "checkpoint",

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks.outputs import LossOutput
 from vaevq_med.training import distributed
 from vaevq_med.training.events import RunEvents
 from vaevq_med.training.micro_batches import AUTO, Snapshot, check_micro_batch_size, is_out_of_memory, planned
@@ -30,6 +31,10 @@ T = TypeVar("T")
 
 class TrainingError(VaevqMedError):
     """Training cannot go on; the message names the loss term and the iteration."""
+
+
+class DiscardError(Exception):
+    """Ends a batch whose updates are not wanted."""
 
 
 def pass_errors_on(engine: Engine) -> None:
@@ -234,6 +239,46 @@ class BaseTrainer(SupervisedTrainer):
                 self.micro_batch_size,
                 size,
             )
+
+    def _minimize(
+        self,
+        loss: nn.Module,
+        values: Sequence[Tensor],
+        compute: Callable[..., LossOutput],
+        one_update: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> dict[str, Any]:
+        """One step of the network's optimizer and of its average, in any number of micro-batches.
+
+        Args:
+            loss: what holds the network, or its DDP wrapper.
+            values: of the batch, batch first; each is cut into the same parts.
+            compute: the loss of a part's values.
+            one_update: in which all parts are one batch to what follows them, such as an averaged codebook.
+
+        Returns:
+            The mean of the loss and of each of its terms over the batch, and the gradient's norm.
+        """
+        batch_size = values[0].shape[0]
+
+        def gradients() -> dict[str, Tensor]:
+            self.optimizer.zero_grad(set_to_none=True)
+            total: dict[str, Tensor] = {}
+            parts = list(zip(*map(self._parts, values), strict=True))
+            with one_update():
+                for number, part in enumerate(parts, start=1):
+                    share = part[0].shape[0] / batch_size
+                    with self._no_sync(loss, last=number == len(parts)):
+                        with self._autocast():
+                            found = compute(*part)
+                        (found.total * share).backward()
+                    for name, value in {"loss": found.total.detach(), **found.terms}.items():
+                        total[name] = total.get(name, torch.zeros((), device=value.device)) + share * value
+            return total
+
+        terms = self._step(self.network, self.optimizer, self._repeat(gradients, batch_size), "gradient_norm")
+        if self.ema is not None:
+            self.ema.update_parameters(self.network)
+        return terms
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         return autocast(self.state.device, self.autocast_dtype)

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from vaevq_med.networks.generators.losses import GeneratorLoss
+from vaevq_med.networks.outputs import LossOutput
 from vaevq_med.training.base import BaseTrainer
 from vaevq_med.training.distributed import require_ddp, unwrapped
 from vaevq_med.training.micro_batches import AUTO
@@ -102,21 +103,9 @@ class GeneratorTrainer(BaseTrainer):
 
         self._plan(probe, batch_size)
 
-        def gradients() -> Tensor:
-            self.optimizer.zero_grad(set_to_none=True)
-            total = torch.zeros((), device=values.device)
-            parts = list(zip(self._parts(values), self._parts(labels), strict=True))
-            for number, (part, part_labels) in enumerate(parts, start=1):
-                with self._no_sync(self.loss, last=number == len(parts)):
-                    with self._autocast():
-                        loss = self.inferer(part, self.loss, part_labels) * (part.shape[0] / batch_size)
-                    loss.backward()
-                total = total + loss.detach()
-            return total
+        def compute(part: Tensor, part_labels: Tensor) -> LossOutput:
+            return LossOutput(self.inferer(part, self.loss, part_labels), {})
 
-        total = self._repeat(gradients, batch_size)
-        terms = self._step(self.network, self.optimizer, {"loss": total}, "gradient_norm")
-        if self.ema is not None:
-            self.ema.update_parameters(self.network)
+        terms = self._minimize(self.loss, (values, labels), compute)
         self._end_iteration(engine, terms, batch_size, started)
-        return {Keys.LABEL: labels, Keys.LOSS: total}
+        return {Keys.LABEL: labels, Keys.LOSS: torch.as_tensor(terms["loss"])}

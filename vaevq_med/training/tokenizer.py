@@ -19,7 +19,7 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.losses.objective import TokenizerObjective
 from vaevq_med.networks.outputs import LossOutput, QuantizerOutput, TokenizerOutput
 from vaevq_med.networks.tokenizer import TrainingForward, VisualTokenizer
-from vaevq_med.training.base import BaseTrainer
+from vaevq_med.training.base import BaseTrainer, DiscardError
 from vaevq_med.training.distributed import require_ddp, unwrapped
 from vaevq_med.training.micro_batches import AUTO
 
@@ -161,7 +161,7 @@ class TokenizerTrainer(BaseTrainer):
         """The graph of images with the GAN on, without the updates that follow a batch."""
         network: VisualTokenizer = self.network  # type: ignore[assignment]
         adversarial = self.objective.adversarial
-        with contextlib.suppress(_DiscardError), network.quantizer.one_update(), self.objective.one_update():
+        with contextlib.suppress(DiscardError), network.quantizer.one_update(), self.objective.one_update():
             with self._autocast():
                 output = TrainingForward(network)(images)
                 loss = self.objective.generator(
@@ -171,7 +171,7 @@ class TokenizerTrainer(BaseTrainer):
                     step=0 if adversarial is None else adversarial.start_step,
                     last_layer=network.last_layer,
                 )
-            raise _DiscardError
+            raise DiscardError
         return loss
 
     def _generator_step(
@@ -256,10 +256,6 @@ class TokenizerTrainer(BaseTrainer):
             Keys.PRED: torch.cat([output.reconstruction for output in outputs]),
             Keys.LOSS: torch.as_tensor(terms["loss"]),
         }
-
-
-class _DiscardError(Exception):
-    """Ends a batch whose updates are not wanted."""
 
 
 def _images_of(output: TokenizerOutput) -> TokenizerOutput:

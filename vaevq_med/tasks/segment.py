@@ -1,0 +1,252 @@
+"""``vaevq-med segment``: the label maps of whole scans on their own grid, and scores where segmentations are there."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import nibabel as nib
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vaevq_med import __version__
+from vaevq_med.codec.compress import windowed
+from vaevq_med.codec.geometry import Turn, check_invertible
+from vaevq_med.codec.job import Job, Made, Report, Work
+from vaevq_med.core.folder import OutputFolder
+from vaevq_med.evaluation.segmentation import SCORES, case_scores, write_scores
+from vaevq_med.images.regions import to_labels
+from vaevq_med.images.transforms import REGIONS
+from vaevq_med.metrics.segmentation import summarize
+from vaevq_med.prepare.recipes import Recipe
+from vaevq_med.prepare.volumes.labels import label_map
+from vaevq_med.tasks.options import SegmentOptions
+from vaevq_med.tasks.segmentation import Segmenter
+from vaevq_med.trained.device import named_device
+from vaevq_med.trained.segmenter import StoredSegmenter
+
+if TYPE_CHECKING:
+    from vaevq_med.prepare.volumes.find import Case
+    from vaevq_med.prepare.volumes.reading import CaseReader
+
+_VERSION = 1
+"""Part of the settings; a change of what the same settings write raises it."""
+
+
+@functools.lru_cache(maxsize=1)
+def _segmenter(checkpoint: Path, weights: str, device: str | None, batch_size: int) -> Segmenter:
+    """A network, read once a process."""
+    return Segmenter(StoredSegmenter(checkpoint, weights=weights), device=device, batch_size=batch_size)
+
+
+@dataclass(frozen=True)
+class Segment(Work):
+    """A case to its label map.
+
+    Attributes:
+        options: of the command.
+        recipe: with the network's contrasts.
+        cases: by name.
+        settings: what every file depends on.
+        found_problems: cases that lack something, and what.
+        found_notes: remarks on the input.
+    """
+
+    command: ClassVar[str] = "segment"
+    writes: ClassVar[str] = "label maps"
+
+    options: SegmentOptions
+    recipe: Recipe
+    cases: Mapping[str, Case]
+    settings: Mapping[str, Any]
+    found_problems: Sequence[tuple[str, str]] = ()
+    found_notes: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, source: Path, output: Path, options: SegmentOptions) -> Segment:
+        """What is to be done.
+
+        Args:
+            source: a folder of cases.
+            output: where to; it may lie inside of the source.
+            options: of the command.
+
+        Raises:
+            VaevqMedError: an option, the checkpoint or the source is not what was expected.
+        """
+        from vaevq_med.images.nifti import check_orientation
+        from vaevq_med.prepare.volumes.discarded import check_accepted
+        from vaevq_med.prepare.volumes.find import find_cases, read_cases
+
+        options.check()
+        if options.assume_orientation is not None:
+            check_orientation(options.assume_orientation)
+        check_accepted(options.accept or ())
+        label_map(options.labels)
+        if options.label_map is not None:
+            label_map(options.label_map)
+        recipe = Recipe.load(options.recipe)
+        check_invertible(recipe)
+        segmenter = _segmenter(*_network_of(options))
+        recipe = recipe.changed(modalities=[*segmenter.contrasts])
+        source = Path(os.path.abspath(source))
+        if options.cases is not None:
+            search = read_cases(options.cases, source, recipe.modalities, label_map=options.label_map)
+        else:
+            search = find_cases(source, recipe.modalities, label_map=options.label_map, exclude=output.resolve())
+        settings = {
+            "version": _VERSION,
+            "network": segmenter.content_hash,
+            "recipe": recipe.image_hash,
+            "labels": options.labels,
+            "orientation": options.assume_orientation,
+        }
+        cases = {case.name: case for case in search.units}
+        return cls(options, recipe, cases, settings, tuple(search.problems), tuple(search.notes))
+
+    @property
+    def mark(self) -> str:
+        """Hash of the settings."""
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def problems(self) -> Sequence[tuple[str, str]]:
+        """Cases that lack something."""
+        return self.found_problems
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Remarks on the input."""
+        return self.found_notes
+
+    @property
+    def device_type(self) -> str:
+        """Where the network runs."""
+        return named_device(self.options.device).type
+
+    def units(self) -> Sequence[str]:
+        """Names of the cases."""
+        return [*self.cases]
+
+    def fingerprint(self, unit: str) -> str:
+        """Of the case's files, its segmentation among them, and the settings."""
+        from vaevq_med.prepare.volumes.slices import fingerprint  # brings MONAI along
+
+        files = fingerprint(self.cases[unit], self.recipe, self.options.assume_orientation)
+        return hashlib.sha256(f"{self.mark} {files}".encode()).hexdigest()
+
+    def place(self, unit: str, file: str) -> str:
+        """Side by side."""
+        return file
+
+    def make(self, unit: str, threads: int) -> Made:
+        """Segment a case, and score it where it has a segmentation."""
+        from vaevq_med.prepare.volumes.reading import CaseReader  # brings MONAI along
+
+        start, case = time.monotonic(), self.cases[unit]
+        torch.set_num_threads(threads)
+        segmenter = _segmenter(*_network_of(self.options))
+        reader = CaseReader(self.recipe, self.options.assume_orientation)
+        accept = self.options.accept or ()
+        contrasts = [windowed(reader.contrast(case.images[name], accept)) for name in segmenter.contrasts]
+        reference = None if case.segmentation is None else _masks(reader, case)
+        reader.close()
+        masks = segmenter.segment(torch.stack(contrasts)) > 0.5
+        _, affine = reader.grid
+        turn = Turn.of(affine, self.recipe.axis)
+        spacing = nib.affines.voxel_sizes(affine)[list(turn.axes)].tolist()
+        labels = to_labels(masks, label_map(self.options.labels).regions)
+        rows = [] if reference is None else [*case_scores(unit, case.patient, masks, reference, spacing)]
+        voxel_ml = float(np.prod(spacing)) / 1000
+        figures = {
+            "scores": rows,
+            "volumes_ml": {
+                name: round(int(mask.sum()) * voxel_ml, 4) for name, mask in zip(REGIONS, masks, strict=True)
+            },
+            "seconds": round(time.monotonic() - start, 3),
+        }
+        content = _nifti(turn.volume(labels.numpy()), affine)
+        return Made({f"{unit}-seg.nii.gz": content}, figures, tuple(dict.fromkeys(map(tuple, reader.notes))))
+
+
+def _network_of(options: SegmentOptions) -> tuple[Path, str, str | None, int]:
+    """What :func:`_segmenter` takes."""
+    return options.checkpoint, options.weights, options.device, options.batch_size
+
+
+def _masks(reader: CaseReader, case: Case) -> Tensor:
+    """The regions of a case's segmentation, bool ``[3, N, rows, columns]``."""
+    assert case.segmentation is not None
+    labels, _ = reader.labels(case.segmentation, case)
+    regions = label_map(case.target_map).regions
+    return torch.stack([torch.isin(labels, torch.tensor(regions[name], dtype=labels.dtype)) for name in REGIONS])
+
+
+def _nifti(labels: NDArray[np.uint8], affine: NDArray[np.float64]) -> bytes:
+    """A compressed NIfTI of labels ``[X, Y, Z]``, whose bytes depend on them alone."""
+    image = nib.Nifti1Image(np.ascontiguousarray(labels), affine)
+    image.header.set_xyzt_units("mm")
+    image.set_sform(affine, code=1)
+    image.set_qform(affine, code=1)
+    return gzip.compress(image.to_bytes(), 6, mtime=0)
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """What a run did.
+
+    Attributes:
+        report: of the cases.
+        scores: the file of scores, or None where no case has a segmentation.
+        summary: their means over patients, by region and figure.
+    """
+
+    report: Report
+    scores: Path | None
+    summary: Mapping[str, Mapping[str, Mapping[str, float]]]
+
+
+def segmented(job: Job, report: Report) -> Segmented:
+    """Write ``scores.csv`` and ``scores.json`` of all cases that are done, these of an earlier run among them.
+
+    Args:
+        job: that has run, of a :class:`Segment`.
+        report: what it did.
+
+    Raises:
+        DataError: the output cannot be written.
+    """
+    rows = [row for figures in report.figures.values() for row in figures["scores"]]
+    with OutputFolder(job.output, "", job.work.command, job.work.writes).writing():
+        if not rows:
+            for suffix in ("csv", "json"):
+                (job.output / f"{SCORES}.{suffix}").unlink(missing_ok=True)
+            return Segmented(report, None, {})
+        work: Any = job.work
+        path = write_scores(job.output, rows, {"version": __version__, **work.settings})
+    return Segmented(report, path, summarize(rows))
+
+
+def summary_lines(summary: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Iterator[str]:
+    """A line for each region.
+
+    Args:
+        summary: see :class:`Segmented`.
+    """
+    for region, found in summary.items():
+        bias = found["volume_bias_ml"]
+        yield (
+            f"{region}: Dice {found['dice']['value']:.3f}, HD95 {found['hd95_mm']['value']:.1f} mm, "
+            f"lesion F1 {found['lesion_f1']['value']:.3f}, volume {bias['bias']:+.2f} ml "
+            f"({bias['lower']:.2f} to {bias['upper']:.2f}), {found['dice']['n']:.0f} patients"
+        )
