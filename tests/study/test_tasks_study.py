@@ -185,7 +185,7 @@ def test_tables_figures_and_records_hold_no_nan(cases: Path, tmp_path: Path, mon
     assert found["ranks"]["bytes"]["dice_whole_tumor"]["rho"] == pytest.approx(1)
     for words in (
         "1 of 4 cases have no segmentation: BraTS-GLI-00003-000",
-        "ET is empty in 1 cases (BraTS-GLI-00002-000)",
+        "ET is empty in 1 of 4 cases (BraTS-GLI-00002-000)",
         "## Which cheap figure predicts the expensive one?",
         "## Synthetic lesions in t2f",
         "- A note.",

@@ -144,20 +144,22 @@ class Point:
     def spread(self, figure: str) -> Spread:
         """A figure over the cases that have it, with an interval over patients; of some, of all cases at once."""
         if figure in self._pooled:
-            value = self._pooled[figure]
-            return Spread(value, math.nan, math.nan, 0 if math.isnan(value) else len(self.records))
+            value, source = self._pooled[figure]
+            return Spread(value, math.nan, math.nan, 0 if math.isnan(value) else len(self._shared(source)))
         kept = [name for name, figures in self.cases.items() if figure in figures]
         return Spread.of([self.cases[name][figure] for name in kept], [self.records[name]["patient"] for name in kept])
 
     @cached_property
-    def _pooled(self) -> Mapping[str, float]:
+    def _pooled(self) -> Mapping[str, tuple[float, str]]:
+        """Figures of all cases at once, and what of a record they are made of."""
         areas = [found.auc for found in self.detections.values()]
+        distance = frechet_radiomics_distance(*(self._vectors(side) for side in (self.originals, self.records)))
         return {
-            "frd": frechet_radiomics_distance(*(self._vectors(side) for side in (self.originals, self.records))),
-            "icc_share": self.features.share(RELIABLE),
-            "icc_shape_share": self.shapes.share(RELIABLE),
-            "auc": sum(areas) / len(areas) if areas else math.nan,
-            "contrast_kept": self._kept(),
+            "frd": (distance, "radiomics"),
+            "icc_share": (self.features.share(RELIABLE), "radiomics"),
+            "icc_shape_share": (self.shapes.share(RELIABLE), "shapes"),
+            "auc": (sum(areas) / len(areas) if areas else math.nan, "lesions"),
+            "contrast_kept": (self._kept(), "lesions"),
         }
 
     @cached_property
@@ -383,7 +385,8 @@ class Report:
             empty = [case for case, own in regions.items() if own is not None and not own[region]]
             if empty:
                 notes.append(
-                    f"{short} is empty in {len(empty)} cases ({', '.join(empty)}): no radiomics there; Dice is 1 where "
+                    f"{short} is empty in {len(empty)} of {len(regions)} cases ({', '.join(empty)}), which have no "
+                    "radiomics of it; Dice is 1 where "
                     "none is found and 0 otherwise."
                 )
         if self.study.segmenter is None:
