@@ -129,7 +129,7 @@ def lesioned_cases(file: CaseFile, content: CaseContent, asked: Detectability, f
     labels = original.labels
     assert labels is not None, "regions come from labels"
     others = {}
-    for contrast in file.recipe.modalities:  # a tokenizer codes all of them
+    for contrast in file.case.images:  # all that a tokenizer codes, where the study has one
         if contrast != asked.contrast:
             scan = content.scans.get(contrast) or ScanFile(file.case, contrast, file.recipe).read()
             others[contrast] = Volume(_write(folder / f"{contrast}.nii", scan.unit, scan, recipe))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from vaevq_med.study.rates.candidates import Candidate, Coded
 from vaevq_med.study.rates.scans import Scan, ScanFile
@@ -15,6 +15,8 @@ ORIGINAL = "original"
 @dataclass(frozen=True)
 class Original(Candidate):
     """What comes back is what was given, through the window; its bytes are those of the files on the disk."""
+
+    has_mask: ClassVar[bool] = True
 
     name: str = ORIGINAL
     title: str = "Original"
