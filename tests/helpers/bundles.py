@@ -12,13 +12,16 @@ from conftest import BUNDLE, OVERLAYS
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 
-def run_bundle(file: str, overrides: dict[str, Any], *overlays: str, run_id: str = "run") -> ConfigParser:
-    """What ``python -m monai.bundle run`` does, in this process."""
-    files = [str(BUNDLE / file), *(str(OVERLAYS / f"{name}.json") for name in overlays)]
+def run_bundle(
+    file: str, overrides: dict[str, Any], *overlays: str, run_id: str = "run", bundle: Path = BUNDLE
+) -> ConfigParser:
+    """What ``python -m monai.bundle run`` does, in this process; a bundle's own overlays go before shared ones."""
+    known = {name: bundle / "overlays" / f"{name}.json" for name in overlays}
+    shared = (path if path.is_file() else OVERLAYS / path.name for path in known.values())
     workflow = ConfigWorkflow(
-        config_file=files,
-        meta_file=str(BUNDLE / "metadata.json"),
-        logging_file=str(BUNDLE / "logging.conf"),
+        config_file=[str(bundle / file), *map(str, shared)],
+        meta_file=str(bundle / "metadata.json"),
+        logging_file=str(bundle / "logging.conf"),
         run_id=run_id,
         workflow_type="train" if file == "train.json" else "infer",
         **overrides,
