@@ -207,9 +207,9 @@ class RunRecords(ABC, Generic[I]):
 
     def _measure(self, group: Sequence[I], stack: ExitStack) -> list[tuple[str, str]]:
         problems: list[tuple[str, str]] = []
-        measures: list[tuple[I, set[str], Measure]] = []
+        measures: list[tuple[I, Mapping[str, Record], Measure]] = []
         for item in group:
-            todo = {unit_name(*point) for point in self.work(item)}
+            todo = {unit_name(row, setting): self.key(row, setting, item) for row, setting in self.work(item)}
             if not todo:  # another call has made them meanwhile
                 continue
             try:
@@ -226,16 +226,15 @@ class RunRecords(ABC, Generic[I]):
                 except VaevqMedError as error:
                     problems.append((f"{item.name} {unit}", str(error)))
                 else:
-                    self._note(item, row, setting, record)
+                    whole = {"key": todo[unit], "row": row.name, "setting": setting, **record}
+                    self._note(self.folder(item), unit, whole)
                     self.on_record(f"{item.name} {unit}: {words}")
         return problems
 
-    def _note(self, item: I, row: Candidate, setting: float, record: Record) -> None:
-        folder = self.folder(item)
-        whole = {"key": self.key(row, setting, item), "row": row.name, "setting": setting, **record}
+    @staticmethod
+    def _note(folder: OutputFolder, unit: str, record: Record) -> None:
         with folder.writing():
-            path = folder.records / f"{unit_name(row, setting)}.json"
-            atomic_write_text(path, json.dumps(whole, ensure_ascii=False) + "\n")
+            atomic_write_text(folder.records / f"{unit}.json", json.dumps(record, ensure_ascii=False) + "\n")
 
     def records(self) -> list[Record]:
         """Those that are there, of this study's rows, settings and items."""
