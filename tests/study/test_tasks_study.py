@@ -180,9 +180,12 @@ def test_tables_figures_and_records_hold_no_nan(cases: Path, tmp_path: Path, mon
     assert "nan" not in report.table.lower()
     found = json.loads(text)
     assert found["patients"] == [f"BraTS-GLI-0000{n}" for n in range(4)]
-    # More bytes are less noise, so that every figure of the coded points ranks as the bytes do.
-    assert found["ranks"]["psnr_brain"]["icc_share"]["n"] == 4
-    assert found["ranks"]["bytes"]["dice_whole_tumor"]["rho"] == pytest.approx(1)
+    coded = [point["figures"] for point in found["points"] if point["row"] != "original"]
+    assert [figures["bytes"]["mean"] for figures in coded] == [1000, 2000, 3000, 4000]
+    errors = [-figures["hd95_mm_whole_tumor"]["mean"] for figures in coded]  # turned, so that more is better
+    rank = found["ranks"]["bytes"]["hd95_mm_whole_tumor"]
+    assert rank["n"] == 4
+    assert rank["rho"] == pytest.approx(spearmanr([1, 2, 3, 4], errors).statistic)
     for words in (
         "1 of 4 cases have no segmentation: BraTS-GLI-00003-000",
         "ET is empty in 1 of 4 cases (BraTS-GLI-00002-000)",
