@@ -234,8 +234,10 @@ class Probe(ProbeOptions):
         """What each probe is given of a split, and what is right."""
         device = next(network.parameters()).device
         told_apart = images.channels is None and "modality" in images.manifest.content
-        whole, places = [], [np.empty((0, network.embedding_dim), np.float32)]
-        contrasts, tumors, inside_tumor = [], [], [np.empty(0, np.int64)]
+        whole: list[Features] = []
+        contrasts: list[int] = []
+        tumors: list[int] = []
+        places, inside_tumor = [np.empty((0, network.embedding_dim), np.float32)], [np.empty(0, np.int64)]
         for items, segmented in _batches(images, self.batch_size):
             squares = torch.stack([item["image"] for item in items]).to(device)
             codes = network.quantizer.indices_to_codes(network.encode_indices(squares)).cpu()

@@ -231,7 +231,9 @@ def reproducibility(
     """
     if len(originals) != len(results):
         raise VaevqMedError(f"results: found {len(results)} subjects, expected the {len(originals)} of the originals")
-    correlations, constant, rare = {}, [], []
+    correlations: dict[str, IntraclassCorrelation] = {}
+    constant: list[str] = []
+    rare: list[str] = []
     for name in dict.fromkeys(name for subject in originals for name in subject):
         pairs = [
             (one[name], other[name])

@@ -115,7 +115,7 @@ class RunTasks(RunRecords[CaseFile]):
                     for scan in item.scans
                 }
                 units = {name: one.unit for name, one in coded.items()}
-                record = {
+                record: dict[str, Any] = {
                     "patient": item.case.patient,
                     "case": item.name,
                     "regions": regions,
@@ -125,7 +125,7 @@ class RunTasks(RunRecords[CaseFile]):
                     "radiomics": radiomics(content, units) if study.radiomics else None,
                     "lesions": self._lesions(content, copies, units, row, setting),
                 }
-                psnr = np.mean([one["figures"]["psnr_brain"] for one in record["contrasts"].values()])  # type: ignore
+                psnr = np.mean([one["figures"]["psnr_brain"] for one in record["contrasts"].values()])
                 return record, f"{record['bytes']:,.0f} bytes a volume, {psnr:.2f} dB in the brain"
 
             yield measure
