@@ -61,6 +61,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
             nib.save(image, root / name / f"{name}-seg.nii.gz")
     recipe = {"name": "two", "description": "two contrasts", "modalities": ["t1c", "t2f"], "size": 48}
     (root / "recipe.json").write_text(json.dumps(recipe))
+    (root / "coronal.json").write_text(json.dumps({**recipe, "axis": "coronal"}))
     return root
 
 
@@ -264,6 +265,10 @@ def test_wrong_fields_are_one_line(cases: Path, tmp_path: Path, monkeypatch: pyt
         ({"detectability": {"draw": 1}}, "detectability.draw is unknown; expected draws"),
         ({"codecs": []}, "codecs and tokenizers are empty; expected at least one"),
         ({"contrasts": ["t1c"], "detectability": None}, "contrasts are t1c; expected t2f too, for the segmenter"),
+        (
+            {"recipe": str(cases / "coronal.json")},
+            "recipe two cuts coronal slices; expected axial ones for the segmenter",
+        ),
         (
             {"tokenizers": [{"name": "original", "checkpoint": str(CHECKPOINT)}]},
             "tokenizers has original, which is the row of the originals; expected another name",

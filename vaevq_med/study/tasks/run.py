@@ -63,7 +63,7 @@ class RunTasks(RunRecords[CaseFile]):
         """The segmentation network, on one core as the codecs.
 
         Raises:
-            VaevqMedError: it cannot be read, or needs a contrast that the study does not code.
+            VaevqMedError: it cannot be read, or needs slices or a contrast that the study does not have.
         """
         if self.study.segmenter is None:
             return None
@@ -72,6 +72,11 @@ class RunTasks(RunRecords[CaseFile]):
         if missing:
             raise VaevqMedError(
                 f"contrasts are {', '.join(self.study.contrasts)}; expected {', '.join(missing)} too, for the segmenter"
+            )
+        recipe = self.items[0].recipe
+        if recipe.axis != "axial":
+            raise VaevqMedError(
+                f"recipe {recipe.name} cuts {recipe.axis} slices; expected axial ones for the segmenter"
             )
         return found
 
