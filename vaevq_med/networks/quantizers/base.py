@@ -109,11 +109,12 @@ class Quantizer(nn.Module, ABC):
             ``sum_k p_k e_k``, ``[B, D, *grid]`` in fp32; of one codeword's probability 1, that code to the bit.
 
         Raises:
-            VaevqMedError: the quantizer has several codebooks, whose codewords add up to no mean of one position, or
-                the probabilities have another shape.
+            VaevqMedError: the quantizer has more than one table of codewords, so that a distribution over K says not
+                enough, or the probabilities have another shape.
         """
-        if self.num_codebooks != 1:
-            raise VaevqMedError(f"{type(self).__name__} has {self.num_codebooks} codebooks; expected one")
+        codebook = self.codebook()
+        if self.num_codebooks != 1 or (codebook is not None and codebook.ndim != 2):
+            raise VaevqMedError(f"{type(self).__name__} has more than one table of codewords; expected one")
         if probabilities.ndim < 3 or probabilities.shape[-1] != self.num_embeddings:
             found = tuple(probabilities.shape)
             raise VaevqMedError(f"probabilities have shape {found}; expected [B, *grid, {self.num_embeddings}]")
