@@ -152,8 +152,8 @@ class RunRecords(ABC, Generic[I]):
         """Rows and settings of an item whose records are not there."""
         folder = self.folder(item)
         for row, setting in self.points():
-            found = folder.record(unit_name(row, setting))
-            if found is None or found.get("key") != self.key(row, setting, item):
+            key, found = self.key(row, setting, item), folder.record(unit_name(row, setting))
+            if found is None or found.get("key") != key:
                 yield row, setting
 
     def points(self) -> list[Point]:

@@ -405,7 +405,7 @@ class Report:
             )
         notes += [
             f"{row.title}: a decoder needs {row.shipped / 1e6:.1f} MB of weights besides, once."
-            for row in dict.fromkeys(point.row for point in self.points)
+            for row in {point.row.name: point.row for point in self.points}.values()
             if row.shipped
         ]
         notes += [f"{figure.title}: {figure.convention}." for figure in self.figures if figure.convention]
