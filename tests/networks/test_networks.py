@@ -72,6 +72,8 @@ def test_shapes_and_the_same_image_from_indices(levels: int, channels: int, vari
     reconstruction = network(images)
     assert reconstruction.shape == images.shape
     assert torch.equal(network.decode_indices(indices), reconstruction)
+    certain = torch.nn.functional.one_hot(indices[..., 0], network.num_embeddings).float()
+    assert torch.equal(network.decode_soft(certain), reconstruction)
     output = TrainingForward(network)(images)
     assert output.latent.shape == (2, 4, side, side)
     assert (output.reconstruction_continuous is not None) == (output.posterior is not None) == variational

@@ -16,6 +16,7 @@ from vaevq_med.cli import bundles, codec, makers, prepare, rates, second_stage, 
 from vaevq_med.cli import study as studies
 from vaevq_med.cli.demo import demo
 from vaevq_med.cli.overlays import overlays
+from vaevq_med.cli.probe import probe
 from vaevq_med.cli.weights import weights
 from vaevq_med.core.errors import foreseen
 
@@ -71,6 +72,8 @@ app.command()(demo)
 app.command()(overlays)
 app.command("study")(studies.study)
 app.command("rate-distortion")(rates.rate_distortion)
+app.command()(rates.tasks)
+app.command()(probe)
 for _kind in (makers.Compare, makers.Ablate, makers.Sweep, makers.CompareGeneration):
     app.command(_kind.command)(studies.maker(_kind))
 

@@ -216,6 +216,14 @@ class VisualTokenizer(nn.Module):
         """
         return self._decode_alike(self.quantizer.first_codes(indices))
 
+    def decode_soft(self, probabilities: Tensor) -> Tensor:
+        """Images ``[B, C, H, W]`` of probabilities of codewords, ``[B, *grid, K]``; see :meth:`Quantizer.mean_codes`.
+
+        A generator that gives probabilities is decoded by the mean of the codewords instead of by one that is drawn.
+        Where one codeword has probability 1, the image is to the bit that of :meth:`decode_indices`.
+        """
+        return self._decode_alike(self.quantizer.mean_codes(probabilities))
+
     def _decode_alike(self, codes: Tensor) -> Tensor:
         """Decode in one memory layout: convolutions round differently in another, and look-ups differ in theirs."""
         return self.decode(codes.contiguous())

@@ -27,6 +27,7 @@ from vaevq_med.evaluation.options import EvaluateOptions
 from vaevq_med.study.content import assign, complaint, read_content
 from vaevq_med.study.part import AnyStudy, Count, Name, Part, by_name, check_names, each_once, named, refuse
 from vaevq_med.study.rates.file import RateDistortionStudy
+from vaevq_med.study.tasks.file import TasksStudy
 from vaevq_med.tokens.options import EncodeOptions
 
 
@@ -313,6 +314,7 @@ _KINDS: dict[str, type[AnyStudy]] = {
     "tokenizers": TokenizerStudy,
     "generators": GeneratorStudy,
     "rate_distortion": RateDistortionStudy,
+    "tasks": TasksStudy,
 }
 
 

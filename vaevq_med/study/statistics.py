@@ -210,3 +210,48 @@ def best_against_next(figure: Figure, methods: Mapping[str, Images]) -> list[Pai
         note = f"{images} image{'s' if images > 1 else ''}: too few for any p-value below {LEVEL}"
     p_value = None if few else wilcoxon(differences)
     return [*tests, PairedTest(metric, best, second, "images", images, float(differences.mean()), p_value, note)]
+
+
+@dataclass(frozen=True)
+class RankCorrelation:
+    """Spearman's, of the points that have both figures.
+
+    Attributes:
+        rho: in [-1, 1]; NaN for fewer than three points, or where one of the figures is the same everywhere.
+        p_value: two-sided, over permutations, all of them for up to seven points; NaN likewise.
+        n: points.
+    """
+
+    rho: float
+    p_value: float
+    n: int
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> RankCorrelation:
+    """Spearman's rank correlation with a p-value by permutations, which holds for a few points too.
+
+    Args:
+        first: a figure of each point.
+        second: another; a point where either is NaN is left out.
+
+    Example:
+        >>> rank_correlation([1.0, 2.0, 3.0, 4.0], [1.0, 4.0, 9.0, 16.0]).rho
+        1.0
+    """
+    from scipy.stats import permutation_test, rankdata
+
+    pairs = np.array([pair for pair in zip(first, second, strict=True) if not any(map(math.isnan, pair))])
+    if len(pairs) < 3:
+        return RankCorrelation(math.nan, math.nan, len(pairs))
+    x, y = (rankdata(column) - (len(pairs) + 1) / 2 for column in pairs.T)
+    scale = math.sqrt(float(x @ x) * float(y @ y))
+    if not scale:
+        return RankCorrelation(math.nan, math.nan, len(pairs))
+
+    def correlation(ranks: Array, axis: int) -> Array:
+        return np.round((ranks * y).sum(axis=axis) / scale, 12)  # so that equal ones are equal
+
+    found = permutation_test(
+        (x,), correlation, permutation_type="pairings", vectorized=True, n_resamples=9999, rng=np.random.default_rng(0)
+    )
+    return RankCorrelation(float(found.statistic), float(found.pvalue), len(pairs))

@@ -6,6 +6,11 @@ __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
         "Segmenter": "segmentation",
+        "detection": "detectability",
+        "frechet_radiomics_distance": "radiomics",
         "load_segmenter": "segmentation",
+        "region_features": "radiomics",
+        "reproducibility": "radiomics",
+        "shape_features": "radiomics",
     },
 )

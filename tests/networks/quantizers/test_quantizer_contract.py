@@ -52,6 +52,24 @@ def test_every_quantizer_has_a_case() -> None:
     assert {type(case.make()) for case in ALL_CASES.values()} == concrete
 
 
+def test_a_certain_distribution_has_the_code_and_an_even_one_the_mean(quantizer: Quantizer) -> None:
+    z, posterior = latent(quantizer)
+    indices = quantizer.eval()(z, posterior).indices
+    certain = torch.nn.functional.one_hot(indices[..., 0], quantizer.num_embeddings).double()
+    codebook = quantizer.codebook()
+    if quantizer.num_codebooks > 1 or (codebook is not None and codebook.ndim > 2):
+        with pytest.raises(VaevqMedError, match="has more than one table of codewords; expected one"):
+            quantizer.mean_codes(certain)
+        return
+    assert torch.equal(quantizer.mean_codes(certain), quantizer.indices_to_codes(indices))
+    other = (indices + 1) % quantizer.num_embeddings
+    even = (certain + torch.nn.functional.one_hot(other[..., 0], quantizer.num_embeddings)) / 2
+    mean = (quantizer.indices_to_codes(indices) + quantizer.indices_to_codes(other)) / 2
+    torch.testing.assert_close(quantizer.mean_codes(even), mean)
+    with pytest.raises(VaevqMedError, match=rf"expected \[B, \*grid, {quantizer.num_embeddings}\]"):
+        quantizer.mean_codes(certain[..., :-1])
+
+
 def test_what_fixes_the_number_of_codewords_is_an_argument(quantizer: Quantizer) -> None:
     kind = type(quantizer)
     assert kind.size_arguments

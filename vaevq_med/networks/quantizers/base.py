@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.outputs import Posterior, QuantizerOutput
+from vaevq_med.networks.precision import full_precision
 from vaevq_med.networks.quantizers.nearest import nearest_codeword
 from vaevq_med.networks.ranges import check_choice, check_range, check_sizes
 
@@ -97,6 +98,30 @@ class Quantizer(nn.Module, ABC):
             return self.indices_to_codes(indices)
         padded = torch.cat([indices, indices.new_zeros(*indices.shape[:-1], missing)], dim=-1)
         return self.indices_to_codes(padded, **{self.first_argument: indices.shape[-1]})
+
+    def mean_codes(self, probabilities: Tensor) -> Tensor:
+        """The mean code of a distribution over the codewords of each position (soft tokens, arXiv 2301.02229).
+
+        Args:
+            probabilities: ``[B, *grid, K]``, of each position adding up to 1.
+
+        Returns:
+            ``sum_k p_k e_k``, ``[B, D, *grid]`` in fp32; of one codeword's probability 1, that code to the bit.
+
+        Raises:
+            VaevqMedError: the quantizer has more than one table of codewords, so that a distribution over K says not
+                enough, or the probabilities have another shape.
+        """
+        codebook = self.codebook()
+        if self.num_codebooks != 1 or (codebook is not None and codebook.ndim != 2):
+            raise VaevqMedError(f"{type(self).__name__} has more than one table of codewords; expected one")
+        if probabilities.ndim < 3 or probabilities.shape[-1] != self.num_embeddings:
+            found = tuple(probabilities.shape)
+            raise VaevqMedError(f"probabilities have shape {found}; expected [B, *grid, {self.num_embeddings}]")
+        every = torch.arange(self.num_embeddings, device=probabilities.device).view(1, -1, 1)
+        with full_precision(probabilities.device.type):
+            table = self.indices_to_codes(every)[0].T  # [K, D]
+            return (probabilities.float() @ table).movedim(-1, 1)
 
     def codes_of(self, indices: Tensor) -> Tensor:
         """What :meth:`indices_to_codes` looks up, of valid indices; by default in the one table ``[K, D]``."""

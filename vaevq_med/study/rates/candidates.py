@@ -6,7 +6,7 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -85,6 +85,29 @@ class Candidate(ABC):
             scan: its content.
             setting: one of :attr:`settings`.
         """
+
+
+def mask_bytes(brain: NDArray[np.bool_]) -> int:
+    """What a mask of the foreground, ``[Z, Y, X]``, costs beside files that have none."""
+    from vaevq_med.codec.coders.mask import encode_mask
+
+    return len(encode_mask(brain))
+
+
+def as_judged(coded: Coded, row: Candidate, brain: NDArray[np.bool_], mask: int | None) -> Coded:
+    """What is counted and judged of a result.
+
+    Args:
+        coded: as it came back.
+        row: whose it is.
+        brain: the foreground.
+        mask: bytes of its mask where the background of every row is set to 0; None judges what comes back.
+    """
+    if mask is None:
+        return coded
+    own = {} if row.has_mask else {"mask": mask}
+    unit = coded.unit * brain
+    return replace(coded, size=coded.size + sum(own.values()), unit=unit, parts={**coded.parts, **own})
 
 
 @dataclass(frozen=True)

@@ -123,8 +123,8 @@ class Perceptual(Part):
     slices: Count = 24
 
 
-class RateDistortionStudy(AnyStudy):
-    """Bytes of volumes against what is left of them.
+class VolumeStudy(AnyStudy):
+    """What every study of coded volumes says.
 
     Attributes:
         output: folder of everything that is written.
@@ -141,13 +141,10 @@ class RateDistortionStudy(AnyStudy):
             bytes of the mask where a row's files have none of their own.
         lossless: whether codecs that can are also run without loss.
         slices: with content, evenly spaced, of which SSIM is; None takes all of them.
-        rates: in bits a voxel, at which the table reads the curves.
-        anchors: names of rows that BD-rates are stated against.
         perceptual: the distance by features, or None for none.
         notes: sentences that stand under the table.
     """
 
-    study: Literal["rate_distortion"]
     output: Path
     input: Path
     cases: Path | None = None
@@ -161,10 +158,21 @@ class RateDistortionStudy(AnyStudy):
     background: Literal["decoded", "masked"] = "decoded"
     lossless: bool = True
     slices: Count | None = None
-    rates: Annotated[list[Rate], Field(min_length=1)] = [0.012, 0.02, 0.041, 0.05, 0.1, 0.2]
-    anchors: list[str] = []
     perceptual: Perceptual | None = Perceptual()
     notes: list[str] = []
+
+
+class RateDistortionStudy(VolumeStudy):
+    """Bytes of volumes against what is left of them.
+
+    Attributes:
+        rates: in bits a voxel, at which the table reads the curves.
+        anchors: names of rows that BD-rates are stated against.
+    """
+
+    study: Literal["rate_distortion"]
+    rates: Annotated[list[Rate], Field(min_length=1)] = [0.012, 0.02, 0.041, 0.05, 0.1, 0.2]
+    anchors: list[str] = []
 
     @property
     def label(self) -> str:

@@ -282,8 +282,7 @@ class Report:
             "patients": sorted({record["patient"] for record in self.records}),
             "conventions": {figure.name: figure.convention for figure in figures},
             "notes": self._notes(),
-            "machine": {"processor": _processor(), "cores": os.cpu_count(), "python": platform.python_version()},
-            "versions": {name: version(name) for name in ("torch", "numpy")},
+            **machine(),
             "rows": rows,
         }
 
@@ -295,6 +294,14 @@ def _percent(found: Spread, total: int) -> str:
     if not math.isnan(found.low):
         text += f" [{found.low:+.0f}, {found.high:+.0f}]"
     return text if found.n == total else f"{text} ({found.n} of {total})"
+
+
+def machine() -> dict[str, Any]:
+    """What figures and times were made on, for a record."""
+    return {
+        "machine": {"processor": _processor(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "versions": {name: version(name) for name in ("torch", "numpy")},
+    }
 
 
 def _processor() -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from vaevq_med.codec.classical import codec_named
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.study.rates.candidates import Candidate, ClassicalCandidate
-from vaevq_med.study.rates.file import CodecPart, RateDistortionStudy
+from vaevq_med.study.rates.file import CodecPart, VolumeStudy
 from vaevq_med.study.rates.tokenizers import TokenizerCandidate
 
 
-def classical(part: CodecPart, study: RateDistortionStudy) -> list[ClassicalCandidate]:
+def classical(part: CodecPart, study: VolumeStudy) -> list[ClassicalCandidate]:
     """A codec's rows: one a number of bits; two numbers that its library codes alike are one row."""
     codec = codec_named(part.name)
     depths = dict.fromkeys(codec.depth(bits) for bits in part.bits or study.bits)
@@ -20,7 +20,7 @@ def classical(part: CodecPart, study: RateDistortionStudy) -> list[ClassicalCand
     ]
 
 
-def candidates(study: RateDistortionStudy) -> list[Candidate]:
+def candidates(study: VolumeStudy) -> list[Candidate]:
     """All rows of a study, in its order, each checked for what it needs.
 
     Raises:

@@ -9,14 +9,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from vaevq_med.codec.geometry import Turn
 from vaevq_med.core.errors import DataError
 from vaevq_med.images.foreground import foreground
 from vaevq_med.images.splits import split_by_file
+from vaevq_med.images.volumes import VIEWS
 from vaevq_med.prepare.recipes import Recipe
 from vaevq_med.prepare.volumes.find import Case, find_cases, read_cases
 from vaevq_med.prepare.volumes.reading import CaseReader
 from vaevq_med.prepare.volumes.slices import fingerprint
-from vaevq_med.study.rates.file import RateDistortionStudy
+from vaevq_med.study.rates.file import VolumeStudy
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,16 @@ class Scan:
         brain: what is foreground, bool ``[Z, Y, X]``.
         tumor: what the segmentation marks, bool ``[Z, Y, X]``; None without a segmentation, or where it is empty.
         window: the intensities of 0 and 1.
+        spacing: of the voxels along Z, Y and X, in mm.
+        labels: of the segmentation, uint8 ``[Z, Y, X]`` in the values of the case's target map; None without one.
     """
 
     unit: NDArray[np.float32]
     brain: NDArray[np.bool_]
     tumor: NDArray[np.bool_] | None
     window: tuple[float, float]
+    spacing: tuple[float, float, float]
+    labels: NDArray[np.uint8] | None = None
 
 
 @dataclass(frozen=True)
@@ -70,16 +76,37 @@ class ScanFile:
         found = reader.contrast(self.case.images[self.contrast])
         labels = None
         if self.case.segmentation is not None:
-            labels = reader.labels(self.case.segmentation, self.case)[0].numpy() > 0
+            labels = reader.labels(self.case.segmentation, self.case)[0].numpy()
+        spacing = stack_spacing(reader.grid[1], self.recipe)
         reader.close()
         low, high = found.window
         brain = foreground(found.stack).numpy()
         unit = found.stack.float().sub_(low).div_(high - low).clamp_(0, 1).numpy()
         unit[~brain] = 0
-        return Scan(unit, brain, labels if labels is not None and labels.any() else None, (low, high))
+        tumor = labels > 0 if labels is not None and labels.any() else None
+        return Scan(unit, brain, tumor, (low, high), spacing, labels)
 
 
-def find_scans(study: RateDistortionStudy) -> list[ScanFile]:
+def stack_spacing(affine: NDArray[np.float64], recipe: Recipe) -> tuple[float, float, float]:
+    """Size of the voxels of upright slices along slices, rows and columns, in mm.
+
+    Args:
+        affine: 4×4 of the volume that they are cut from, to RAS+ coordinates.
+        recipe: that cuts them.
+
+    Example:
+        >>> stack_spacing(np.diag([1.0, -2.0, 3.0, 1.0]), Recipe(name="a", description=""))
+        (3.0, 2.0, 1.0)
+    """
+    if recipe.spacing is not None:
+        lengths = [recipe.spacing[axis] for axis in VIEWS[recipe.axis][1]]
+    else:
+        sizes = np.linalg.norm(affine[:3, :3], axis=0)
+        lengths = [float(sizes[axis]) for axis in Turn.of(affine, recipe.axis).axes]
+    return lengths[0], lengths[1], lengths[2]
+
+
+def find_scans(study: VolumeStudy) -> list[ScanFile]:
     """The volumes of the split's patients, case by case.
 
     Raises:

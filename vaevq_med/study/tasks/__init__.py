@@ -1,0 +1,1 @@
+"""Studies of downstream tasks: what is left for a diagnosis in volumes that were coded."""

@@ -1,0 +1,291 @@
+"""What do the codes of a frozen tokenizer know? Linear and small heads on them (Alain and Bengio, arXiv 1610.01644).
+
+A head that is trained on codes of training patients is asked about other patients: which contrast an image shows,
+whether it shows tumor, and which positions of the grid are tumor. What a head without any look at the codes would
+reach stands beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.core.files import atomic_write_text
+from vaevq_med.evaluation.data import check_unseen
+from vaevq_med.images.dataset import SliceDataset
+from vaevq_med.images.reading import reader
+from vaevq_med.images.transforms import REGIONS
+from vaevq_med.networks.tokenizer import VisualTokenizer
+from vaevq_med.tasks.probe_options import ProbeOptions
+from vaevq_med.trained.device import named_device
+from vaevq_med.trained.network import StoredTokenizer
+
+Features = NDArray[np.float32]
+Labels = NDArray[np.int64]
+TASKS = {
+    "contrast": "which contrast an image shows, from mean and deviation of its codes over the grid",
+    "tumor_slice": "whether an image shows whole tumor, from the same",
+    "tumor_position": "whether at least half of a position's pixels in the brain are whole tumor, from its code alone",
+}
+"""What is asked."""
+HEADS = ("chance", "linear", "mlp")
+"""Who answers: the shares of the training images by chance; logistic regression; one hidden layer of 64 units."""
+_LEAST_SHARE = 0.5
+_UNKNOWN = -1
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a head is given and what is right.
+
+    Attributes:
+        features: float32 ``[N, F]``.
+        labels: int64 ``[N]``.
+    """
+
+    features: Features
+    labels: Labels
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """What was found.
+
+    Attributes:
+        output: file of the record.
+        record: what it holds.
+    """
+
+    output: Path
+    record: Mapping[str, Any]
+
+
+def pooled(codes: Tensor) -> Tensor:
+    """Mean and standard deviation of each channel over the grid.
+
+    Args:
+        codes: ``[B, D, *grid]``.
+
+    Returns:
+        ``[B, 2 D]``, the means first.
+    """
+    flat = codes.flatten(2)
+    return torch.cat([flat.mean(dim=2), flat.std(dim=2, unbiased=False)], dim=1)
+
+
+def at_positions(mask: Tensor, brain: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Which positions of a grid lie in the brain, and which of these are mostly of a region.
+
+    Args:
+        mask: of the region, bool ``[B, S, S]``.
+        brain: bool ``[B, S, S]``.
+        grid: positions along each axis.
+
+    Returns:
+        Both bool ``[B, *grid]``: at least half of the patch is brain; at least half of its brain is of the region.
+    """
+    share = F.adaptive_avg_pool2d(brain.float(), tuple(grid))
+    own = F.adaptive_avg_pool2d((mask & brain).float(), tuple(grid))
+    inside = share >= _LEAST_SHARE
+    return inside, inside & (own >= _LEAST_SHARE * share)
+
+
+def answer(training: Asked, test: Asked, seed: int = 0) -> dict[str, Any]:
+    """Train each head and judge it.
+
+    Args:
+        training: what it learns from.
+        test: what it is asked.
+        seed: of the heads.
+
+    Returns:
+        ``n_training``, ``n_test`` and, of each of :data:`HEADS`, ``accuracy``, ``balanced_accuracy`` (the mean over
+        classes of the share that is right) and, of two classes, ``auc`` and ``dice`` of the second; or ``left_out``,
+        the reason why nothing is asked.
+    """
+    from sklearn.dummy import DummyClassifier
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, roc_auc_score
+    from sklearn.neural_network import MLPClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    sizes = {"n_training": len(training.labels), "n_test": len(test.labels)}
+    for name, asked in (("training", training), ("test", test)):
+        if len(np.unique(asked.labels)) < 2:
+            return {**sizes, "left_out": f"the {name} images have fewer than two classes of it"}
+    if set(np.unique(test.labels)) - set(np.unique(training.labels)):
+        return {**sizes, "left_out": "the test images have a class that the training images lack"}
+    models = {
+        "chance": DummyClassifier(strategy="stratified", random_state=seed),
+        "linear": make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000, class_weight="balanced")),
+        "mlp": make_pipeline(StandardScaler(), MLPClassifier((64,), max_iter=300, random_state=seed)),
+    }
+    found: dict[str, Any] = dict(sizes)
+    for name, model in models.items():
+        model.fit(training.features, training.labels)
+        told = model.predict(test.features)
+        scores = {
+            "accuracy": float(accuracy_score(test.labels, told)),
+            "balanced_accuracy": float(balanced_accuracy_score(test.labels, told)),
+        }
+        if len(model.classes_) == 2:
+            likely = model.predict_proba(test.features)[:, 1]
+            # A guess by shares says nothing about one image, so that its area is that of any order.
+            scores["auc"] = 0.5 if name == "chance" else float(roc_auc_score(test.labels, likely))
+            scores["dice"] = float(f1_score(test.labels, told, zero_division=0.0))
+        found[name] = scores
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe(ProbeOptions):
+    """Probe a tokenizer on a data set of slices.
+
+    Attributes:
+        checkpoint: of the tokenizer.
+        dataset: folder of ``dataset.json``; the heads learn from its ``training`` split.
+        output: file of the record.
+    """
+
+    checkpoint: Path
+    dataset: Path
+    output: Path
+
+    def run(
+        self,
+        *,
+        on_start: Callable[[int], None] = lambda total: None,
+        on_images: Callable[[int], None] = lambda count: None,
+    ) -> ProbeReport:
+        """Encode both splits, train the heads, and write the record.
+
+        Args:
+            on_start: called once with the number of images.
+            on_images: called with the number of images of each batch that is encoded.
+
+        Raises:
+            VaevqMedError: the checkpoint, an option or the data set does not fit, or a patient was trained on.
+        """
+        self.check()
+        device = named_device(self.device)
+        stored = StoredTokenizer(self.checkpoint, weights=self.weights, readout=self.readout)
+        network = self._network(stored).to(device)
+        datasets = {split: self._dataset(stored, split) for split in ("training", self.split)}
+        if not self.any_shape:
+            stored.check_shape(datasets[self.split].shape, self.dataset, "--any-shape")
+        check_unseen(datasets[self.split], stored)
+        on_start(sum(map(len, datasets.values())))
+        asked = {split: self._asked(network, images, on_images) for split, images in datasets.items()}
+        manifest = datasets[self.split].manifest
+        record = {
+            "checkpoint": stored.content_hash,
+            "quantizer": type(network.quantizer).__name__,
+            "embedding_dim": network.embedding_dim,
+            "data": manifest.content_hash,
+            "split": self.split,
+            "images": {split: len(images) for split, images in datasets.items()},
+            "patients": {split: len({one.get("patient") for one in ds.data}) for split, ds in datasets.items()},
+            "seed": self.seed,
+            "asked": TASKS,
+            "probes": {task: answer(asked["training"][task], asked[self.split][task], self.seed) for task in TASKS},
+        }
+        atomic_write_text(self.output, json.dumps(record, indent=2) + "\n")
+        return ProbeReport(self.output, record)
+
+    def _network(self, stored: StoredTokenizer) -> VisualTokenizer:
+        stored.check_target()
+        if stored.value("depth", None) is not None:
+            raise VaevqMedError(f"{self.checkpoint}: found a tokenizer of volumes, expected one of slices")
+        network = stored.network()
+        if not network.quantizer.is_discrete:
+            raise VaevqMedError(
+                f"{self.checkpoint}: found {type(network.quantizer).__name__} with read-out "
+                f"{network.quantizer.readout!r}, expected one that decodes its indices; name --readout hard"
+            )
+        return network
+
+    def _dataset(self, stored: StoredTokenizer, split: str) -> SliceDataset:
+        stacked = bool(stored.value("stack_modalities", False))
+        size, channels = int(stored.value("image_size")), int(stored.value("in_channels"))
+        return SliceDataset(
+            dataset_dir=self.dataset,
+            split=split,
+            modalities=stored.value("modalities", None) if stacked else None,
+            stack_modalities=stacked,
+            max_items=self.max_items,
+            transform=reader(self.dataset, image_size=size, in_channels=channels, regions=True),
+        )
+
+    @torch.inference_mode()
+    def _asked(
+        self, network: VisualTokenizer, images: SliceDataset, on_images: Callable[[int], None]
+    ) -> dict[str, Asked]:
+        """What each probe is given of a split, and what is right."""
+        device = next(network.parameters()).device
+        told_apart = images.channels is None and "modality" in images.manifest.content
+        whole: list[Features] = []
+        contrasts: list[int] = []
+        tumors: list[int] = []
+        places, inside_tumor = [np.empty((0, network.embedding_dim), np.float32)], [np.empty(0, np.int64)]
+        for items, segmented in _batches(images, self.batch_size):
+            squares = torch.stack([item["image"] for item in items]).to(device)
+            codes = network.quantizer.indices_to_codes(network.encode_indices(squares)).cpu()
+            whole.append(pooled(codes).numpy())
+            contrasts += [item["label"] if told_apart else _UNKNOWN for item in items]
+            tumors += [
+                int(item[REGIONS[0]].any()) if known else _UNKNOWN for item, known in zip(items, segmented, strict=True)
+            ]
+            chosen = [number for number, known in enumerate(segmented) if known]
+            if chosen:
+                masks = [torch.stack([items[number][name] for number in chosen]) for name in (REGIONS[0], "brain")]
+                inside, tumor = at_positions(masks[0], masks[1], codes.shape[2:])
+                places.append(codes[chosen].movedim(1, -1)[inside].numpy())
+                inside_tumor.append(tumor[inside].numpy().astype(np.int64))
+            on_images(len(items))
+        features, codes_there, labels = np.concatenate(whole), np.concatenate(places), np.concatenate(inside_tumor)
+        drawn = np.random.default_rng(self.seed).permutation(len(labels))[: self.max_positions]
+        return {
+            "contrast": _known(features, contrasts),
+            "tumor_slice": _known(features, tumors),
+            "tumor_position": Asked(codes_there[drawn], labels[drawn]),
+        }
+
+
+def _known(features: Features, labels: Sequence[int]) -> Asked:
+    array = np.array(labels, np.int64)
+    return Asked(features[array != _UNKNOWN], array[array != _UNKNOWN])
+
+
+def _batches(images: SliceDataset, size: int) -> Iterator[tuple[list[dict[str, Any]], list[bool]]]:
+    """Items, and whether each has a segmentation: the mask of one without is empty and says nothing."""
+    for start in range(0, len(images), size):
+        numbers = range(start, min(start + size, len(images)))
+        items = [images[number] for number in numbers]
+        known = [
+            bool(images.data[n].get("segmentation")) and REGIONS[0] in one
+            for n, one in zip(numbers, items, strict=True)
+        ]
+        yield items, known
+
+
+def lines(record: Mapping[str, Any]) -> Iterator[str]:
+    """A line a probe and head, for a reader."""
+    for task, found in record["probes"].items():
+        if "left_out" in found:
+            yield f"{task}: left out, {found['left_out']}"
+            continue
+        yield f"{task}: {found['n_training']:,} to learn from, {found['n_test']:,} asked"
+        for head in HEADS:
+            figures = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in found[head].items())
+            yield f"  {head}: {figures}"
