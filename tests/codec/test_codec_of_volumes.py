@@ -20,6 +20,7 @@ from vaevq_med.codec.case import CompressedCase, read_description
 from vaevq_med.codec.coders.adaptive import AdaptiveCoder
 from vaevq_med.codec.coders.context_model import load_context_model
 from vaevq_med.codec.container import pack, unpack
+from vaevq_med.codec.decompress import restore, window
 from vaevq_med.codec.errors import CodecError
 from vaevq_med.codec.index_model import IndexModel
 from vaevq_med.codec.model import Model
@@ -175,6 +176,18 @@ def test_squares_go_through_the_network_as_one_volume(made: tuple[str, Path, Pat
         found = model.encode(part)
         assert (found == (expected if kind == "volumes" else expected[0]).numpy()).mean() > 0.99
         torch.testing.assert_close(model.decode(of_piece), image.clamp(0, 1), atol=1e-4, rtol=0)
+
+
+def test_slices_come_back_where_they_were(made: tuple[str, Path, Path]) -> None:
+    """The last layer of a volume is of more slices than there are: those at its end are dropped."""
+    _, checkpoint, output = made
+    model, case = Model(StoredTokenizer(checkpoint), device="cpu", batch_size=3), case_of(output)
+    indices, slices, mask = case.filled(case.streams[0]), case.slices, case.contrasts[0].mask
+    squares = torch.cat([model.decode(indices[piece])[: len(slices[piece])] for piece in model.pieces(slices)])
+    found = window(case, next(iter(restore(case, model))), 0)
+    for square, place in zip(squares[:, 0], slices, strict=True):
+        inside = torch.from_numpy(mask[place])
+        torch.testing.assert_close(found[place][inside], square[inside], atol=2e-3, rtol=0)
 
 
 def test_windows_are_the_same_on_any_number_of_threads(
