@@ -92,6 +92,14 @@ def measure(coder: IndexCoder, stacks: Sequence[Stack], bits_fixed: float) -> di
     }
 
 
+def slices_below(tokens: torch.Tensor, stack: Stack) -> torch.Tensor:
+    """The indices of the slice with the number before, -1 where the stack has none."""
+    found = torch.full_like(tokens, -1)
+    follows = np.flatnonzero(np.diff(stack.layout.slices) == 1) + 1
+    found[follows] = tokens[follows - 1]
+    return found
+
+
 def train_prior(args: argparse.Namespace, stacks: Sequence[Stack], background: tuple[int, ...]) -> PriorCoder:
     """A LlamaGen on whole slices, background where nothing is live; only live positions count in its loss."""
     contrasts = tuple(sorted({stack.layout.contrast for stack in stacks}))
@@ -105,6 +113,7 @@ def train_prior(args: argparse.Namespace, stacks: Sequence[Stack], background: t
         num_heads=max(1, args.prior_width // 32),
         num_classes=len(contrasts),
         num_codebooks=layout.num_codebooks,
+        sees_below=args.prior_below,
         token_dropout=0.0,
         residual_dropout=0.0,
         ffn_dropout=0.0,
@@ -112,6 +121,12 @@ def train_prior(args: argparse.Namespace, stacks: Sequence[Stack], background: t
     live = np.concatenate([s.layout.live for s in stacks])
     indices = np.concatenate([s.indices for s in stacks])
     tokens = torch.from_numpy(np.where(live[..., None], indices, np.array(background)))
+    below = torch.cat(
+        [
+            slices_below(tokens_of, stack)
+            for tokens_of, stack in zip(tokens.split([len(s.indices) for s in stacks]), stacks, strict=True)
+        ]
+    )
     labels = torch.from_numpy(
         np.concatenate([np.full(len(s.indices), contrasts.index(s.layout.contrast)) for s in stacks])
     )
@@ -125,7 +140,7 @@ def train_prior(args: argparse.Namespace, stacks: Sequence[Stack], background: t
     started = time.process_time()
     for step in range(steps):
         rows = order[step * args.prior_batch : (step + 1) * args.prior_batch]
-        hidden = network.features(tokens[rows], labels[rows])
+        hidden = network.features(tokens[rows], labels[rows], below[rows] if args.prior_below else None)
         mask, flat = counted[rows], tokens[rows].flatten(1)
         loss = torch.zeros(())
         for g, head in enumerate(network.heads):
@@ -160,6 +175,7 @@ def main() -> None:
     parser.add_argument("--prior-epochs", type=float, default=4.0)
     parser.add_argument("--prior-batch", type=int, default=8)
     parser.add_argument("--prior-rate", type=float, default=2e-3)
+    parser.add_argument("--prior-below", action="store_true", help="the prior sees the indices of the slice below")
     parser.add_argument("--prior-stacks", type=int, default=1000, help="contrasts that the prior is measured on")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -219,7 +235,14 @@ def main() -> None:
         prior = train_prior(args, training, background)
         spent = time.process_time() - started
         chosen = list(islice(test, args.prior_stacks))
-        row({**measure(prior, chosen, fixed), "stacks": len(chosen), "training_s": round(spent)})
+        row(
+            {
+                **measure(prior, chosen, fixed),
+                "stacks": len(chosen),
+                "sees_below": args.prior_below,
+                "training_s": round(spent),
+            }
+        )
 
 
 if __name__ == "__main__":
