@@ -94,8 +94,9 @@ def at_positions(mask: Tensor, brain: Tensor, grid: Sequence[int]) -> tuple[Tens
     Returns:
         Both bool ``[B, *grid]``: at least half of the patch is brain; at least half of its brain is of the region.
     """
-    share = F.adaptive_avg_pool2d(brain.float(), tuple(grid))
-    own = F.adaptive_avg_pool2d((mask & brain).float(), tuple(grid))
+    rows, columns = grid
+    share = F.adaptive_avg_pool2d(brain.float(), (rows, columns))
+    own = F.adaptive_avg_pool2d((mask & brain).float(), (rows, columns))
     inside = share >= _LEAST_SHARE
     return inside, inside & (own >= _LEAST_SHARE * share)
 

@@ -207,7 +207,7 @@ class RunRecords(ABC, Generic[I]):
 
     def _measure(self, group: Sequence[I], stack: ExitStack) -> list[tuple[str, str]]:
         problems: list[tuple[str, str]] = []
-        measures: list[tuple[I, Mapping[str, Record], Measure]] = []
+        measures: list[tuple[I, dict[str, dict[str, Any]], Measure]] = []
         for item in group:
             todo = {unit_name(row, setting): self.key(row, setting, item) for row, setting in self.work(item)}
             if not todo:  # another call has made them meanwhile
