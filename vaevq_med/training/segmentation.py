@@ -21,6 +21,7 @@ from vaevq_med.networks.segmenter import SliceSegmenter
 from vaevq_med.training.base import BaseTrainer, DiscardError
 from vaevq_med.training.distributed import require_ddp, unwrapped
 from vaevq_med.training.micro_batches import AUTO
+from vaevq_med.training.optim import check_trained_parts
 
 
 class SegmentationTrainer(BaseTrainer):
@@ -74,6 +75,7 @@ class SegmentationTrainer(BaseTrainer):
         **kwargs: Any,
     ) -> None:
         require_ddp(loss, "loss", "multi_gpu")
+        check_trained_parts(network, optimizer, loss, "loss_def")
         super().__init__(
             device=device,
             max_epochs=max_epochs,
