@@ -27,6 +27,7 @@ from vaevq_med.codec.model import Model
 from vaevq_med.codec.options import CompressOptions, DecompressOptions
 from vaevq_med.codec.stacks import encode_stacks
 from vaevq_med.codec.work import compress, decompress, reconstruct
+from vaevq_med.core.errors import DataError
 from vaevq_med.tokens import volumes
 from vaevq_med.trained.network import StoredTokenizer
 
@@ -115,6 +116,13 @@ def test_threads_and_both_commands_give_the_same_bytes(
     for contrast in ("t1n", "t1c"):
         file = f"{NAME}-{contrast}.nii.gz"
         assert (tmp_path / "back" / file).read_bytes() == (output / file).read_bytes()
+
+
+def test_a_folder_of_exact_masks_does_not_go_on_with_coarse_ones(made: tuple[str, Path, Path], folder: Path) -> None:
+    _, checkpoint, output = made
+    coarse = reconstruct(folder / NAME, output.parent, options_of(checkpoint, mask="coarse"), preview=True)
+    with pytest.raises(DataError, match="made with other settings"):
+        coarse.run()
 
 
 def test_only_files_of_volumes_are_of_the_newer_format(made: tuple[str, Path, Path]) -> None:

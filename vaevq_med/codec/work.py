@@ -139,6 +139,9 @@ class Compress(Work):
             "rate_weight": options.rate_weight,
             "orientation": options.assume_orientation,
         }
+        cell = CELLS[options.mask]
+        if cell != 1:  # named only here, so that folders of exact masks that were made before go on
+            settings["cell"] = cell
         return cls(
             options,
             recipe,
