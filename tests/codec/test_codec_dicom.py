@@ -120,6 +120,22 @@ def test_a_case_of_series_is_compressed_and_comes_back(studies: Path, tmp_path: 
     assert nib.load(tmp_path / "back" / "p2" / "p2-t2f.nii.gz").get_fdata().max() > 0
 
 
+def test_another_series_of_the_same_folder_is_not_taken_as_done(studies: Path, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "best.pt", modalities=["t1n"])
+    first, second, again = (
+        compress(
+            studies / "p2",
+            tmp_path / "out",
+            CompressOptions(checkpoint=checkpoint, workers=1, modality=["t1n"], series=[one]),
+        )
+        for one in ("t1n=4", "t1n=5", "t1n=4")
+    )
+    assert first.run().written == 1
+    with pytest.raises(DataError, match="found another file of this name; --overwrite replaces it"):
+        second.run()
+    assert again.run().reused == 1
+
+
 def test_the_description_of_a_single_series_says_its_contrast(tmp_path: Path) -> None:
     write_dicom(tmp_path / "a folder", description="3D FLAIR sag")
     found, recipe = find_inputs(

@@ -131,5 +131,6 @@ def fingerprint(case: Case, contrasts: Sequence[str], settings: Sequence[object]
                 status = path.stat()
             except OSError as error:
                 raise DataError(f"{path.name}: found no readable file ({error.strerror}), expected a volume") from None
-            files.append([contrast, path.name, source.channel, status.st_size, status.st_mtime_ns])
+            series = [] if source.series is None else [source.series]  # a folder may hold several
+            files.append([contrast, path.name, source.channel, status.st_size, status.st_mtime_ns, *series])
     return hashlib.sha256(json.dumps([case.name, files, *settings]).encode()).hexdigest()
