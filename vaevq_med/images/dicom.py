@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,8 @@ _UNEVEN = 0.01
 """Share of the distance between two slices by which it may differ from the others'."""
 _POSITION = "0020|0032"
 _STUDY, _NUMBER, _DESCRIPTION, _PROTOCOL, _AGENT = "0020|000d", "0020|0011", "0008|103e", "0018|1030", "0018|0010"
+_NO_AGENT = re.compile(r"0*|no(?:ne|contrast)?|na|nil|without(?:contrast)?")
+"""What is entered for a contrast agent where none was given, as letters and digits."""
 
 
 @dataclass(frozen=True)
@@ -48,21 +52,59 @@ def find_series(folder: Path) -> list[Series]:
     Args:
         folder: any folder.
     """
-    found = [_described(folder, uid) for uid in _series(folder)]
+    found = [_described(folder, uid, names) for uid, names in _series(folder).items()]
     return sorted(found, key=lambda one: (int(one.number) if one.number.isdecimal() else 0, one.description, one.uid))
 
 
-def _series(folder: Path) -> tuple[str, ...]:
+def _series(folder: Path) -> Mapping[str, Sequence[str]]:
+    """Files of each series of a folder, in the order of the slices."""
+    status = [(path.name, path.stat()) for path in _files(folder)]
+    return _grouped(folder, tuple((name, one.st_size, one.st_mtime_ns) for name, one in status))
+
+
+def _files(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_file())
+    except OSError:  # where GDCM finds no series either
+        return []
+
+
+@functools.lru_cache(maxsize=4)
+def _grouped(folder: Path, state: tuple[tuple[str, int, int], ...]) -> Mapping[str, Sequence[str]]:
+    """Grouped by GDCM, which reads all files of the folder for each series, and so once while they stay as they are."""
     import SimpleITK as sitk  # noqa: N813
 
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    return tuple(sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)))
+    reader = sitk.ImageSeriesReader
+    return {uid: reader.GetGDCMSeriesFileNames(str(folder), uid) for uid in reader.GetGDCMSeriesIDs(str(folder))}
 
 
-def _described(folder: Path, uid: str) -> Series:
+def _check_whole(folder: Path, series: Mapping[str, Sequence[str]]) -> None:
+    """Refuse a folder with a DICOM file in none of its series: GDCM leaves one that is cut short out in silence."""
+    grouped = {Path(name).name for names in series.values() for name in names}
+    left = next((path for path in _files(folder) if path.name not in grouped and _looks_like_dicom(path)), None)
+    if left is not None:
+        raise DataError(
+            f"{folder.name}: found the DICOM file {left.name}, which cannot be read or belongs to no series, expected "
+            "whole files of series alone"
+        )
+
+
+def _looks_like_dicom(path: Path) -> bool:
+    if path.name.startswith(".") or path.name.upper() == "DICOMDIR":  # a medium's table of contents
+        return False
+    if path.suffix.lower() == ".dcm":
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:  # it may be a slice
+        return True
+
+
+def _described(folder: Path, uid: str, names: Sequence[str]) -> Series:
     import SimpleITK as sitk  # noqa: N813
 
-    names = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), uid)
     reader = sitk.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileName(names[0])
@@ -80,7 +122,7 @@ def _described(folder: Path, uid: str) -> Series:
         study=told.get(_STUDY, ""),
         number=told.get(_NUMBER, ""),
         description=description,
-        enhanced=bool(told.get(_AGENT)),
+        enhanced=_NO_AGENT.fullmatch(re.sub(r"[^a-z0-9]", "", told.get(_AGENT, "").lower())) is None,
         files=len(names),
         is_image=is_image,
     )
@@ -105,7 +147,8 @@ def read_series(folder: Path, uid: str | None = None) -> tuple[NDArray, NDArray[
         coordinates.
 
     Raises:
-        DataError: there is not one series, its slices are not evenly spaced, or it cannot be read.
+        DataError: there is not one series, a DICOM file of the folder is in none, the slices are not evenly spaced, or
+            the series cannot be read.
     """
     import SimpleITK as sitk  # noqa: N813
 
@@ -114,8 +157,9 @@ def read_series(folder: Path, uid: str | None = None) -> tuple[NDArray, NDArray[
         raise DataError(f"{folder.name}: found {len(found) or 'no'} DICOM series in the folder, expected one")
     if uid is not None and uid not in found:
         raise DataError(f"{folder.name}: found no DICOM series {uid}, expected it to stay there")
+    _check_whole(folder, found)
     reader = sitk.ImageSeriesReader()
-    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder), uid or found[0]))
+    reader.SetFileNames(found[uid or next(iter(found))])
     reader.MetaDataDictionaryArrayUpdateOn()
     try:
         image = reader.Execute()
