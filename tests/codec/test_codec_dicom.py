@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import nibabel as nib
@@ -15,6 +16,7 @@ from vaevq_med.codec.inputs import find_inputs
 from vaevq_med.codec.options import CompressOptions, DecompressOptions
 from vaevq_med.codec.work import compress, decompress
 from vaevq_med.core.errors import DataError
+from vaevq_med.images.dicom import find_series, read_series
 from vaevq_med.prepare.job import Search
 from vaevq_med.prepare.recipes import Recipe
 from vaevq_med.prepare.volumes.find import Case
@@ -142,6 +144,7 @@ def test_the_description_of_a_single_series_says_its_contrast(tmp_path: Path) ->
         tmp_path / "a folder", Recipe.load("brats24/axial_256"), modality=None, cases=None, exclude=tmp_path / "out"
     )
     assert recipe.modalities == ("t2f",)
+    assert found.notes == ["t2f is the series called '3D FLAIR sag'"]
     assert [case.name for case in found.units] == ["a_folder"]
 
 
@@ -174,6 +177,15 @@ def test_the_description_of_a_single_series_says_its_contrast(tmp_path: Path) ->
         ("ep2d_diff_ADC", None),
         ("T1 perfusion", None),
         ("T1 headcoil", "t1n"),
+        ("T1 pre-op +C", "t1c"),
+        ("T1 w/o FS +C", "t1c"),
+        ("MPRAGE 3.0 CE", "t1c"),
+        ("T1 GRE", "t1n"),
+        ("t2_fl2d_tra_hemo", None),
+        ("T2 GRE", None),
+        ("T2 GRADIENT", None),
+        ("PD/T2", None),
+        ("T2 TSE fs", "t2w"),
         ("T1 postop", "t1n"),
         ("T1 post-op +C", "t1c"),
         ("PD", None),
@@ -187,3 +199,78 @@ def test_usual_words(description: str, expected: str | None) -> None:
 def test_a_contrast_agent_tells_t1_weighted_images_alone() -> None:
     told = {text: contrast_of_series(text, enhanced=True) for text in ("AX T1", "AX T1 PRE", "FLAIR", "T2")}
     assert told == {"AX T1": "t1c", "AX T1 PRE": "t1n", "FLAIR": "t2f", "T2": "t2w"}
+
+
+@pytest.mark.parametrize("enhanced", [False, True])
+@pytest.mark.parametrize(
+    "description",
+    [
+        "T1 W/O CONTRAST",
+        "T1 w/out contrast",
+        "T1 without Gd",
+        "T1 no contrast",
+        "T1 FFE - no gd",
+        "T1 0 contrast",
+        "T1 mprage before contrast",
+        "T1 prior to contrast",
+        "T1 ohne KM",
+        "T1 vor KM",
+        "T1 sans gado",
+        "T1 unenhanced",
+        "T1 noncontrast",
+        "T1 non-contrast",
+        "T1 precontrast",
+        "T1 -C",
+        "T1 C-",
+    ],
+)
+def test_words_for_no_contrast_agent(description: str, enhanced: bool) -> None:
+    assert contrast_of_series(description, enhanced=enhanced) == "t1n"
+
+
+@pytest.mark.parametrize(
+    ("agent", "expected"), [("NONE", "t1n"), ("No", "t1n"), ("N/A", "t1n"), ("0", "t1n"), ("Gd", "t1c")]
+)
+def test_an_agent_that_says_there_was_none_is_none(agent: str, expected: str, tmp_path: Path) -> None:
+    write_dicom(tmp_path / "p" / "s", description="AX T1", agent=agent, skip=0)
+    (series,) = find_series(tmp_path / "p" / "s")
+    assert contrast_of_series(series.description, enhanced=series.enhanced) == expected
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_series_whose_end_is_cut_short_is_refused(place: int, tmp_path: Path) -> None:
+    folder = write_dicom(tmp_path / "s", description="T1")
+    (folder / "notes.txt").write_text("no DICOM")
+    (folder / "DICOMDIR").write_bytes(bytes(128) + b"DICM")
+    (folder / "._1-000.dcm").write_bytes(b"of another system")
+    assert read_series(folder)[0].shape[2] == 12
+    file = sorted(folder.glob("[0-9]*.dcm"))[place]
+    file.write_bytes(file.read_bytes()[:-500])
+    with pytest.raises(DataError, match=f"s: found the DICOM file {file.name}, which cannot be read"):
+        read_series(folder)
+
+
+def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    for study, place in enumerate(("pat 7", "pat_7", "pat_8")):
+        write_dicom(tmp_path / place, study=study, description="T1")
+    found = search(tmp_path, modality=("t1n",))
+    assert [case.name for case in found.units] == ["pat_8"]
+    assert found.problems == [("pat_7", "found 2 folders of this name ('pat 7' and 'pat_7'), expected one; rename one")]
+
+
+def test_a_folder_that_cannot_be_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_dicom(tmp_path / "p1", description="T1")
+    (tmp_path / "p2").mkdir()
+    scandir = os.scandir
+
+    def refusing(path: str) -> object:
+        if Path(path).name == "p2":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    found = search(tmp_path, modality=("t1n",))
+    assert [case.name for case in found.units] == ["p1"]
+    assert found.problems == [
+        (str(tmp_path / "p2"), "found an unreadable folder (Permission denied), expected to read it")
+    ]

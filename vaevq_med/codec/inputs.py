@@ -40,19 +40,22 @@ def find_inputs(
     Raises:
         DataError: there is nothing, or nothing says the contrast of a volume.
     """
-    from vaevq_med.prepare.volumes.find import find_cases, read_cases, strip_suffix
-    from vaevq_med.prepare.volumes.series import find_studies, read_patterns, series_below
+    from vaevq_med.prepare.job import Search
+    from vaevq_med.prepare.volumes.find import Case, find_cases, read_cases, strip_suffix
+    from vaevq_med.prepare.volumes.series import find_studies, read_patterns, series_below, taken_note
 
     chosen = recipe.changed(modalities=[*modality]) if modality else recipe
     patterns = read_patterns(series or (), chosen.modalities)
-    found = series_below(source, exclude=exclude) if cases is None and source.is_dir() else []
+    search = Search[Case]()
+    found = series_below(source, search, exclude=exclude) if cases is None and source.is_dir() else []
     if patterns and not found:
         raise DataError(f"input {source}: found no DICOM series, expected some for --series")
     if cases is not None:
         return read_cases(cases, source, chosen.modalities), chosen
     if source.is_dir() and not (len(found) == 1 and found[0].folder == source and not patterns):
         if found:
-            return find_studies(source, found, chosen.modalities, patterns), chosen
+            find_studies(source, search, found, chosen.modalities, patterns)
+            return search, chosen
         return find_cases(source, chosen.modalities, exclude=exclude), chosen
     if not source.exists():
         raise DataError(f"input {source}: found nothing, expected a volume, a DICOM series or a folder of cases")
@@ -60,7 +63,9 @@ def find_inputs(
     if stem is None:
         raise DataError(f"input {source}: found a file of another name, expected .nii, .nii.gz, .mha or .nrrd")
     contrasts = [*modality] if modality else [contrast_of(stem, source, _told(found))]
-    return _one(source, stem, contrasts), recipe.changed(modalities=contrasts)
+    search.units.append(_one(source, stem, contrasts))
+    search.notes += [taken_note(contrast, [series.description]) for series in found for contrast in contrasts]
+    return search, recipe.changed(modalities=contrasts)
 
 
 def _told(found: Sequence[Series]) -> str | None:
@@ -98,9 +103,8 @@ def contrast_of(stem: str, source: Path, described: str | None = None) -> str:
     return found
 
 
-def _one(source: Path, stem: str, contrasts: Sequence[str]) -> Search[Case]:
+def _one(source: Path, stem: str, contrasts: Sequence[str]) -> Case:
     """A volume as a case of its own; several contrasts are the channels of a 4D file."""
-    from vaevq_med.prepare.job import Search
     from vaevq_med.prepare.volumes.find import Case, Volume
     from vaevq_med.prepare.volumes.labels import BRATS2024
     from vaevq_med.prepare.volumes.series import safe_name
@@ -108,7 +112,7 @@ def _one(source: Path, stem: str, contrasts: Sequence[str]) -> Search[Case]:
     name = safe_name(stem)
     channels = [None] if len(contrasts) == 1 else [*range(len(contrasts))]
     images = {contrast: Volume(source, channel) for contrast, channel in zip(contrasts, channels, strict=True)}
-    return Search([Case(name, name, images, None, BRATS2024.name)])
+    return Case(name, name, images, None, BRATS2024.name)
 
 
 def fingerprint(case: Case, contrasts: Sequence[str], settings: Sequence[object]) -> str:

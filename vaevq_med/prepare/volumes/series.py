@@ -23,7 +23,22 @@ _OTHERS = re.compile(
     r"t2_?(?:\*|star)|loc(?:_|$|al)|scout|survey|diff|trace|perf|map|subtr|angio|spectro"
     r"|(?:^|_)(?:adc|asl|dce|dsc|dti|dwi|mip|sub|swan|swi|tof)(?:_|$)"
 )
-_BEFORE = re.compile(r"(?:^|_)(?:pre|nati[fv]e?|wo|without|non|t1n)(?:_|$)")
+_NOT_T2W = re.compile(r"ha?emo|(?:^|_)(?:fl[23]d|ffe|flash|gre|grad[a-z]*|pd[a-z0-9]*)(?:_|$)")
+"""T2*-weighted, or two contrasts in one."""
+_AGENT = r"(?:contrast|kontrast|gad|enh)[a-z]*|gd|km|ce|cm|c|iv"
+_BEFORE = re.compile(
+    r"(?:^|_)(?:"
+    r"pre(?!_?op)(?:contrast|gd|km)?|nati[fv]e?|t1w?(?:n|pre)"
+    r"|(?:wo|w_o|w_?out|without|non|ohne|sans)(?!_(?:fat|fs|sat))"
+    rf"|(?:no|before|prior_to|vor|avant)_\+?(?:{_AGENT})"
+    r"|un_?enh[a-z]*|non(?:contrast|enh|gad)[a-z]*"
+    r")(?:_|$)"
+)
+_BEFORE_AS_WRITTEN = re.compile(
+    r"(?<![a-z0-9])-c(?![a-z0-9+])|(?:(?<![a-z0-9+])|t1w?)c-(?![a-z0-9])"
+    rf"|(?:^|[\s_])0[\s_]+(?:{_AGENT})(?![a-z0-9])"
+)
+"""Where the signs say it: ``-C``, and no decimals, as in ``3.0 CE``."""
 _AFTER = re.compile(
     r"(?:^|_)(?:post(?!_?op)[a-z]*|gd|gad|gado[a-z]*|ce|km|contrast|enh|enhanced)(?:_|$)|\+(?:c|gd|km)(?:_|$)|c\+(?:_|$)"
     r"|t1w?(?:ce|c|gd|gad|post|km)(?:_|$)"
@@ -45,11 +60,11 @@ def contrast_of_series(description: str, *, enhanced: bool = False) -> str | Non
     if _OTHERS.search(text):
         return None
     if _T1.search(text):  # first, as there is a T1 FLAIR
-        after = (enhanced or _AFTER.search(text)) and not _BEFORE.search(text)
-        return "t1c" if after else "t1n"
+        before = _BEFORE.search(text) or _BEFORE_AS_WRITTEN.search(description.lower())
+        return "t1c" if (enhanced or _AFTER.search(text)) and not before else "t1n"
     if _FLAIR.search(text):
         return "t2f"
-    return "t2w" if _T2.search(text) else None
+    return "t2w" if _T2.search(text) and not _NOT_T2W.search(text) else None
 
 
 def read_patterns(options: Sequence[str], contrasts: Sequence[str]) -> dict[str, list[str]]:
@@ -78,15 +93,16 @@ def read_patterns(options: Sequence[str], contrasts: Sequence[str]) -> dict[str,
     return dict(patterns)
 
 
-def series_below(root: Path, *, exclude: Path | None = None) -> list[Series]:
+def series_below(root: Path, search: Search[Case], *, exclude: Path | None = None) -> list[Series]:
     """The DICOM series of a folder and of those below it; none where any file there is a volume by its name.
 
     Args:
         root: the folder.
+        search: that takes note of folders which cannot be read.
         exclude: one to leave out.
     """
     folders: dict[Path, None] = {}
-    for path in walk(root, Search[Case](), exclude):
+    for path in walk(root, search, exclude):
         if strip_suffix(path.name) is not None:
             return []
         folders[path.parent] = None
@@ -94,35 +110,46 @@ def series_below(root: Path, *, exclude: Path | None = None) -> list[Series]:
 
 
 def find_studies(
-    root: Path, found: Sequence[Series], contrasts: Sequence[str], patterns: Mapping[str, Sequence[str]]
-) -> Search[Case]:
+    root: Path,
+    search: Search[Case],
+    found: Sequence[Series],
+    contrasts: Sequence[str],
+    patterns: Mapping[str, Sequence[str]],
+) -> None:
     """Cases of DICOM series: those of one study, or, where none is named, of one folder.
 
     A case is called after the folder that its series are in or below, seen from ``root``.
 
     Args:
         root: that the series are below.
+        search: that takes the cases, and what stood in the way of others.
         found: the series.
         contrasts: that every case must have.
         patterns: of each contrast, patterns of descriptions (as a shell's, upper and lower case alike) and numbers of
             series; the usual words tell those of the others.
-
-    Returns:
-        Cases, and what stood in the way of others.
     """
-    search = Search[Case]()
     studies: dict[str, list[Series]] = defaultdict(list)
     images = [series for series in found if series.is_image]
     beside = [series.folder for series in images]
     for series in images:
         alone = beside.count(series.folder) == 1
         studies[series.study or str(series.folder.parent if alone else series.folder)].append(series)
-    places: dict[str, list[list[Series]]] = defaultdict(list)
+    places: dict[Path, list[list[Series]]] = defaultdict(list)
     for members in studies.values():
-        places[_name(Path(os.path.commonpath([series.folder for series in members])), root)].append(members)
+        places[Path(os.path.commonpath([series.folder for series in members]))].append(members)
+    named: dict[str, list[Path]] = defaultdict(list)
+    for folder in sorted(places):
+        named[_name(folder, root)].append(folder)
     taken: dict[str, list[str]] = defaultdict(list)
     unused: list[str] = []
-    for name, groups in sorted(places.items()):
+    for name, folders in sorted(named.items()):
+        if len(folders) > 1:
+            shown = " and ".join(printable(repr(str(folder.relative_to(root)))) for folder in folders[:2])
+            search.problems.append(
+                (name, f"found {len(folders)} folders of this name ({shown}), expected one; rename one")
+            )
+            continue
+        groups = places[folders[0]]
         if len(groups) > 1:
             search.problems.append(
                 (name, f"found the series of {len(groups)} studies in one folder, expected a folder for each study")
@@ -141,12 +168,25 @@ def find_studies(
             for contrast in contrasts
         }
         search.units.append(Case(name, name, volumes, None, BRATS2024.name))
-    search.notes += [f"{contrast} is the series called {_counted(names)}" for contrast, names in taken.items()]
+    search.notes += [taken_note(contrast, names) for contrast, names in taken.items()]
     if len(images) < len(found):
         search.notes.append(f"{len(found) - len(images)} DICOM series that hold no images are left out")
     if unused:
         search.notes.append(f"series that are none of these contrasts are left out: {_counted(unused)}")
-    return search
+
+
+def taken_note(contrast: str, descriptions: Sequence[str]) -> str:
+    """What was taken for a contrast.
+
+    Args:
+        contrast: its name.
+        descriptions: of the series, one for each case.
+
+    Examples:
+        >>> taken_note("t2f", ["FLAIR sag", "FLAIR ax", "FLAIR sag"])
+        "t2f is the series called 'FLAIR sag' (2 times), 'FLAIR ax'"
+    """
+    return f"{contrast} is the series called {_counted(descriptions)}"
 
 
 def _name(folder: Path, root: Path) -> str:
