@@ -122,7 +122,7 @@ def _described(folder: Path, uid: str, names: Sequence[str]) -> Series:
         study=told.get(_STUDY, ""),
         number=told.get(_NUMBER, ""),
         description=description,
-        enhanced=_NO_AGENT.fullmatch(re.sub(r"[^a-z0-9]", "", told.get(_AGENT, "").lower())) is None,
+        enhanced=_NO_AGENT.fullmatch(re.sub(r"[\W_]", "", told.get(_AGENT, "").lower())) is None,
         files=len(names),
         is_image=is_image,
     )
