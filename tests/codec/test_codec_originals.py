@@ -25,6 +25,7 @@ from vaevq_med.codec.work import decompress as decompressing
 from vaevq_med.core.errors import DataError
 from vaevq_med.images.volumes import read_volume
 from vaevq_med.prepare.recipes import Recipe
+from vaevq_med.prepare.volumes.find import Volume
 
 LPS = "space: left-posterior-superior"
 AXES = "space directions: (1,0,0) (0,1,0) (0,0,3)"
@@ -139,7 +140,7 @@ def test_another_order_of_bytes_is_noted(tmp_path: Path) -> None:
 
 def compressing(path: Path, **recipe: Any) -> None:
     """Run a compression as far as its files are read."""
-    case = SimpleNamespace(name="a", images={"t1c": SimpleNamespace(path=path, channel=None)})
+    case = SimpleNamespace(name="a", images={"t1c": Volume(path)})
     chosen = Recipe.load(recipe.get("name", "brats24/axial_256")).changed(modalities=["t1c"])
     model = SimpleNamespace(seconds=0.0, stacked=False)
     with pytest.raises(DataError) as caught:
@@ -232,11 +233,12 @@ def test_bicubic_interpolation_stays_in_the_window(monkeypatch: pytest.MonkeyPat
     stream = SimpleNamespace(contrasts=(0,))
     case = SimpleNamespace(
         streams=[stream],
+        slices=np.arange(1),
         filled=lambda stream: np.zeros((1, 2, 2, 1)),
         contrasts=[Contrast("t1c", 0, None, (0.0, 1.0), 0.0, mask)],
         interpolation="bicubic",
     )
-    model = SimpleNamespace(decode=lambda indices, contrasts: square)
+    model = SimpleNamespace(decode=lambda indices, contrasts: square, pieces=lambda slices: [slice(0, 1)])
     found = decompress._decoded(case, model, 0)[0]
     assert (found.min(), found.max()) == (0, 1)
     assert decompress.from_squares(square[:, 0], (9, 9), "bicubic").max() > 1.01

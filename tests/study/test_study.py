@@ -55,9 +55,9 @@ def generators(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("3", "study is missing; expected tokenizers, generators or rate_distortion"),
-        ("study: [a]", 'study is ["a"]; expected tokenizers, generators or rate_distortion'),
-        ("study: {a: 1}", 'study is {"a": 1}; expected tokenizers, generators or rate_distortion'),
+        ("3", "study is missing; expected tokenizers, generators, rate_distortion or tasks"),
+        ("study: [a]", 'study is ["a"]; expected tokenizers, generators, rate_distortion or tasks'),
+        ("study: {a: 1}", 'study is {"a": 1}; expected tokenizers, generators, rate_distortion or tasks'),
         ("? [a, b]\n: 1", "line 1 has"),
         ("study: tokenizers\nset: {2024-01-01: 1}", "line 2 has 2024-01-01; expected a name"),
         ("study: tokenizers\nset: {1: 1, 0x1: 2}", "line 2 repeats 0x1; expected each name once"),
@@ -72,7 +72,7 @@ def generators(**changes: Any) -> dict[str, Any]:
             {"study": "tokenizers", "output": "o", "methods": ["Study.YAML"]},
             "which the output folder has for something",
         ),
-        (tokenizers(study="losses"), 'study is "losses"; expected tokenizers, generators or rate_distortion'),
+        (tokenizers(study="losses"), 'study is "losses"; expected tokenizers, generators, rate_distortion or tasks'),
         (tokenizers(bugdet=3), "bugdet is unknown; expected budget"),
         (tokenizers(**{"sam{p}les": 3}), "sam{p}les is unknown; expected"),
         (tokenizers(budget={"step": 3}), "budget.step is unknown; expected steps"),

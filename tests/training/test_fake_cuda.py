@@ -155,10 +155,12 @@ def test_a_generator_is_trained(fake: ModuleType, bundle: Path, overlay: Path | 
     with fake.fake_cuda() as mode:
         parser = read(bundle, f"train_{kind}.json", overlay, {**small, **STORE})
         parser["network"] = "$@network_def.to(@device)"
+        parser["grid_size"] = STORE["grid_size"]  # an overlay reads it from a store
         trainer = parser.get_parsed_content("train#trainer")
         labels = torch.zeros(BATCH, dtype=torch.int64)
         if kind == "autoregressive":
-            values = torch.zeros(BATCH, *STORE["grid_size"], STORE["num_codebooks"], dtype=torch.int64)
+            layers = [2] if trainer.loss.key == "layers" else []  # the one below, and the one that is predicted
+            values = torch.zeros(BATCH, *layers, *STORE["grid_size"], STORE["num_codebooks"], dtype=torch.int64)
         else:
             values = torch.zeros(BATCH, STORE["in_channels"], *STORE["grid_size"])
         batch = {trainer.loss.key: values, "label": labels}
