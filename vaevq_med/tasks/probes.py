@@ -158,7 +158,7 @@ def _converges(model: Any, training: Asked) -> bool:
     """Train a head; whether it converged.
 
     Raises:
-        KeyboardInterrupt: on Ctrl-C, which scikit-learn's ``MLPClassifier`` turns into a warning, to return half trained.
+        KeyboardInterrupt: on Ctrl-C, which scikit-learn's ``MLPClassifier`` turns into a warning, half trained.
     """
     from sklearn.exceptions import ConvergenceWarning
 
