@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,17 @@ def small_segmenter(seed: int = 0, **further: Any) -> SliceSegmenter:
     return network.eval()
 
 
-def write_segmenter(path: Path, *, image_size: int = 32, seed: int = 0, **further: Any) -> Path:
+def write_segmenter(
+    path: Path, *, image_size: int = 32, seed: int = 0, recipe: Mapping[str, Any] | None = None, **further: Any
+) -> Path:
     """A checkpoint of :func:`small_segmenter`, as training writes it."""
     definition = {"_target_": "vaevq_med.networks.SliceSegmenter", **SMALL, **further}
     config = {"image_size": image_size, "modalities": CONTRASTS, "network_def": definition}
-    state = {"format": FORMAT, "network": small_segmenter(seed, **further).state_dict(), "config": json.dumps(config)}
+    state = {
+        "format": FORMAT,
+        "network": small_segmenter(seed, **further).state_dict(),
+        "config": json.dumps(config),
+        "data": {} if recipe is None else {"recipe": dict(recipe)},
+    }
     atomic_save(state, path)
     return path

@@ -112,6 +112,36 @@ def test_a_single_slice_has_scores() -> None:
     assert not any(math.isnan(value) for value in scores.values())
 
 
+@pytest.mark.parametrize("axis", range(3))
+def test_a_single_slice_is_as_far_as_its_outline_in_whichever_axis(axis: int) -> None:
+    """A square within a square: 10 mm from one outline to the other, which the pixels between would make less."""
+    wide, narrow = np.ones((42, 42), bool), np.zeros((42, 42), bool)
+    wide[[0, -1]] = wide[:, [0, -1]] = False
+    narrow[11:-11, 11:-11] = True
+    masks = [np.expand_dims(mask, axis) for mask in (wide, narrow)]
+    outlines = [np.argwhere(mask & ~ndimage.binary_erosion(mask)) for mask in (wide, narrow)]
+    apart = cdist(*outlines)
+    expected = max(np.percentile(apart.min(axis=1), 95), np.percentile(apart.min(axis=0), 95))
+    spacing = [1.0, 1.0, 1.0]
+    spacing[axis] = 5.0
+    assert hausdorff95(masks[0], masks[1], spacing) == pytest.approx(expected, rel=1e-5)
+    line = np.zeros((1, 1, 9), bool)
+    line[..., 2] = True
+    assert hausdorff95(line, np.roll(line, 3), (1, 1, 2)) == pytest.approx(6)
+
+
+def test_small_parts_alone_are_lesions_by_the_largest() -> None:
+    shape = (1, 20, 20)
+    reference = box((0, 1), (1, 3), (1, 4), shape=shape) | box((0, 1), (8, 9), (8, 9), shape=shape)
+    missed = lesion_scores(np.zeros(shape, bool), reference, (1, 1, 1))
+    assert (missed.lesions, missed.lesion_f1, missed.lesions_detected) == (1, 0, 0)
+    assert lesion_scores(reference, reference, (1, 1, 1)).lesion_f1 == 1
+    twins = box((0, 1), (1, 3), (1, 4), shape=shape) | box((0, 1), (8, 10), (8, 11), shape=shape)
+    assert lesion_scores(twins, reference, (1, 1, 1)).lesions_found == 1
+    large = reference | box((0, 1), (12, 20), (12, 20), shape=shape)
+    assert lesion_scores(large, large, (1, 1, 1)).lesions == 1  # 64 voxels, beside which the others are specks
+
+
 def test_lesions_by_hand() -> None:
     """Of three lesions one is found with an IoU of 2/3, one is found by a third alone, and one is missed."""
     shape = (1, 20, 20)
@@ -129,8 +159,8 @@ def test_lesions_by_hand() -> None:
 def test_parts_that_touch_at_a_corner_are_one_lesion_and_specks_are_none() -> None:
     corner = box((0, 1), (0, 1), (0, 1)) | box((1, 2), (1, 2), (1, 2))
     assert lesion_scores(corner, corner, (1, 1, 1), least_ml=0).lesions == 1
-    speck = lesion_scores(corner, EMPTY, (1, 1, 1))
-    assert (speck.lesions_found, speck.lesion_f1) == (0, 1.0)
+    speck = lesion_scores(corner | LESION, LESION, (1, 1, 1))
+    assert (speck.lesions_found, speck.lesion_f1) == (1, 1.0)
 
 
 @pytest.mark.peer

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nibabel as nib
@@ -115,6 +117,7 @@ class Thresholds:
     contrasts = ("t2f", "t1c")
     regions = REGIONS
     content_hash = "thresholds"
+    stored = SimpleNamespace(check_window=lambda recipe: [f"unknown window of {recipe['name']}"])
 
     def segment(self, volume: Tensor) -> Tensor:
         assert volume.dtype == torch.float32
@@ -166,7 +169,10 @@ def test_what_keeps_scores_as_the_original_and_what_erases_scores_nothing(
     assert erases.spread("difference_ml_whole_tumor").mean == pytest.approx(-volume)
     assert erases.spread("auc").mean == 0.5
     assert erases.spread("contrast_kept").mean == pytest.approx(0, abs=1e-6)
-    assert erases.spread("icc_share").mean == 0
+    assert erases.spread("icc_share").mean == erases.spread("icc_shape_share").mean == 0
+    assert erases.pairs[0] == 0
+    assert keeps.pairs == original.pairs == (erases.pairs[1], erases.pairs[1])
+    assert f"| 0.0, 0 of {erases.pairs[1]} regions |" in report.table
     assert erases.spread("frd").mean > 1
 
 
@@ -193,6 +199,7 @@ def test_tables_figures_and_records_hold_no_nan(cases: Path, tmp_path: Path, mon
         "## Which cheap figure predicts the expensive one?",
         "## Synthetic lesions in t2f",
         "- A note.",
+        "- unknown window of two",
         "| Worsens @ 3 |",
     ):
         assert words in report.table
@@ -200,6 +207,16 @@ def test_tables_figures_and_records_hold_no_nan(cases: Path, tmp_path: Path, mon
         rows = [*csv.DictReader(file)]
     assert len(rows) == report.expected == 4 * 5
     assert {row["dice_whole_tumor"] for row in rows if row["case"] == "BraTS-GLI-00003-000"} == {""}
+
+
+def test_cases_without_a_record_are_named(cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = shutil.copytree(cases, tmp_path / "cases")
+    (folder / "BraTS-GLI-00001-000" / "BraTS-GLI-00001-000-t2f.nii.gz").write_bytes(b"no volume")
+    more = {"segmenter": None, "detectability": None, "radiomics": False}
+    report = run_of(folder, tmp_path / "out", monkeypatch, [Keeps()], **more).run()
+    assert [name for name, _ in report.problems] == ["BraTS-GLI-00001-000"]
+    told = "1 of 4 cases have no record, as they could not be read or coded: BraTS-GLI-00001-000."
+    assert told in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_what_is_there_is_not_made_again(cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

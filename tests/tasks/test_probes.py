@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,12 @@ import torch
 from conftest import FIXTURES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.neural_network import MLPClassifier
 from typer.testing import CliRunner
 
 from vaevq_med.cli.app import app
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.tasks.probes import HEADS, TASKS, Asked, Probe, answer, at_positions, pooled
+from vaevq_med.tasks.probes import HEADS, TASKS, Asked, Probe, answer, at_positions, lines, pooled
 
 
 def asked(seed: int, count: int = 300, *, informative: bool = True, classes: int = 2) -> Asked:
@@ -75,6 +77,29 @@ def test_positions_by_hand() -> None:
     assert at_positions(mask, brain, (2, 2))[1].tolist() == [[[False, True], [False, False]]]
 
 
+def test_an_interrupted_head_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """scikit-learn swallows the interrupt that falls into its loop over epochs."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MLPClassifier, "_update_no_improvement_count", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        answer(asked(0, 40), asked(1, 40))
+
+
+def test_a_head_that_does_not_converge_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    fit = MLPClassifier.fit
+    monkeypatch.setattr(MLPClassifier, "fit", lambda self, x, y: fit(self.set_params(max_iter=1), x, y))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = answer(asked(0, 40), asked(1, 40))
+    assert [found[head]["converged"] for head in HEADS] == [True, True, False]
+    told = [*lines({"probes": {"contrast": found}})]
+    assert [line.endswith(", not converged") for line in told] == [False, False, False, True]
+    assert "converged 0" not in told[3]
+
+
 @given(st.integers(0, 100))
 @settings(max_examples=10, deadline=None)
 def test_mean_and_deviation(seed: int) -> None:
@@ -97,7 +122,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert record["probes"]["tumor_position"]["n_test"] <= 50
     assert "NaN" not in (tmp_path / "probes.json").read_text()
     assert "tumor_slice: left out" in done.output
-    again = tmp_path / "again.json"
+    again = tmp_path / "new" / "folder" / "again.json"
     CliRunner().invoke(app, [*command[:3], str(again), "--max-positions", "50", "--device", "cpu"])
     assert json.loads(again.read_text()) == record
 
@@ -109,6 +134,7 @@ def test_the_command(tmp_path: Path) -> None:
         ({"seed": -1}, "--seed: found -1, expected 0 to"),
         ({"checkpoint": FIXTURES / "autoregressive.pt"}, "autoregressive.pt: found a checkpoint of"),
         ({"device": "cuda:99"}, "cuda:99"),
+        ({"output": FIXTURES}, "fixtures: found a folder, expected a file or nothing"),
     ],
 )
 def test_what_cannot_be(options: dict, message: str, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.metrics.agreement import intraclass_correlation
 from vaevq_med.tasks.radiomics import (
     frechet_radiomics_distance,
     gray_levels,
@@ -155,15 +156,32 @@ def test_what_is_unchanged_is_reproduced_and_what_is_erased_is_not() -> None:
     assert moved.share(kind="consistency") == 1
 
 
-def test_a_feature_that_a_region_lacks_is_left_out_there() -> None:
-    originals = [*subjects(0, 4), {"a": 1.0}]
-    results = [{"a": one["a"] + 0.01 * n, **({"b": one["b"]} if n < 2 else {})} for n, one in enumerate(originals)]
-    found = reproducibility(originals, results)
+def test_a_feature_that_an_original_lacks_is_left_out_there() -> None:
+    originals = [{"a": one["a"], **({"b": one["b"]} if n < 2 else {})} for n, one in enumerate(subjects(0, 5))]
+    found = reproducibility(originals, [{**one, "b": 1.0} for one in originals])
     assert list(found.correlations) == ["a"]
     assert found.rare == ("b",)
+    assert found.share() == 1
     assert math.isnan(reproducibility([], []).share())
     with pytest.raises(VaevqMedError, match="found 1 subjects, expected the 5"):
-        reproducibility(originals, results[:1])
+        reproducibility(originals, originals[:1])
+
+
+def test_what_is_erased_is_not_reproduced() -> None:
+    """A volume of nothing is 0, a sphericity of nothing is none, and neither drops out of the share."""
+    volume, roundness = "tumor/volume_voxel_counting", "tumor/sphericity"
+    originals = [{volume: one["b"], roundness: one["a"]} for one in subjects(0, 6)]
+    gone = reproducibility(originals, [{}] * 6)
+    assert gone.share() == gone.share(kind="consistency") == 0
+    assert gone.lost == (roundness,)
+    once = reproducibility(originals, [*originals[:5], {}])
+    zeroed = reproducibility(originals, [*originals[:5], {volume: 0.0}])
+    by_hand = intraclass_correlation([(one[volume], one[volume] if n < 5 else 0.0) for n, one in enumerate(originals)])
+    assert once.correlations[volume] == zeroed.correlations[volume] == by_hand
+    assert once.lost == (roundness,)
+    alike = [{volume: 3.0}] * 4
+    assert reproducibility(alike, [{}] * 4).share() == 0
+    assert reproducibility(alike, alike).constant == (volume,)
 
 
 def test_the_distance_by_hand() -> None:

@@ -5,21 +5,28 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from conftest import FIXTURES
 from helpers.scans import CONTRASTS, affine_of, body, write_case
 from helpers.segmenters import write_segmenter
 from typer.testing import CliRunner, Result
 
 from vaevq_med.cli.app import app
+from vaevq_med.images.manifest import load_manifest
 from vaevq_med.metrics.segmentation import region_scores
+from vaevq_med.prepare.recipes import Recipe
 from vaevq_med.prepare.volumes.labels import BRATS2021, BRATS2024
 from vaevq_med.tasks.segment import _segmenter
+from vaevq_med.trained.segmenter import StoredSegmenter
+from vaevq_med.training.checkpoint import _identity
 
 SEGMENTED, PLAIN = "BraTS-GLI-00000-000", "BraTS-GLI-00001-000"
 
@@ -141,6 +148,34 @@ def test_bad_options_are_refused(words: list[str], said: str, cases: Path, check
     result = segment(cases, tmp_path / "out", checkpoint, *words)
     assert said in str(result.exception)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_of_another_window_is_refused(cases: Path, tmp_path: Path) -> None:
+    recipe = Recipe.load("brats24/axial_256")
+    told = "does not say by which recipe"
+    path = write_segmenter(tmp_path / "same.pt", recipe=recipe.to_dict())
+    assert StoredSegmenter(path).check_window(recipe.to_dict()) == []
+    assert told in StoredSegmenter(write_segmenter(tmp_path / "unknown.pt")).check_window(recipe.to_dict())[0]
+    other = write_segmenter(tmp_path / "other.pt", recipe=recipe.changed(percentiles=(1.0, 99.0)).to_dict())
+    result = segment(cases, tmp_path / "out", other)
+    expected = "found percentiles [0.0, 99.5], expected [1.0, 99.0], as"
+    assert expected in str(result.exception)
+    assert "\n" not in str(result.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_says_by_which_recipe_its_images_were_made() -> None:
+    manifest = load_manifest(FIXTURES / "slices")
+    recipe = Recipe.load("brats24/axial_256").to_dict()
+    known = replace(manifest, content={**manifest.content, "recipe": recipe})
+    assert _identity(SimpleNamespace(manifest=known, split="training"), {})["recipe"] == recipe
+    assert "recipe" not in _identity(SimpleNamespace(manifest=manifest, split="training"), {})
+
+
+def test_a_tokenizer_is_no_segmentation_network(cases: Path, tmp_path: Path) -> None:
+    result = segment(cases, tmp_path / "out", FIXTURES / "simvq.pt")
+    assert "simvq.pt: found a checkpoint of" in str(result.exception)
+    assert str(result.exception).endswith("expected that of vaevq_med.networks.SliceSegmenter")
 
 
 def test_a_case_that_lacks_a_contrast_is_skipped(cases: Path, checkpoint: Path, tmp_path: Path) -> None:

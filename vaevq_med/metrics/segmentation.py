@@ -23,7 +23,7 @@ from vaevq_med.metrics.figures import Figure
 
 Mask = NDArray[np.bool_]
 LEAST_ML = 0.05
-"""A lesion of less is no lesion: 50 voxels of 1 mm, as in the lesion-wise scores of BraTS 2023 (arXiv 2305.17033)."""
+"""A part of less is no lesion beside larger ones: 50 voxels of 1 mm, as BraTS 2023 has it (arXiv 2305.17033)."""
 _LIMIT = 1.96
 
 FIGURES = (
@@ -126,11 +126,22 @@ def hausdorff95(prediction: Mask, reference: Mask, spacing: Sequence[float]) -> 
     from monai.metrics import compute_hausdorff_distance  # MONAI takes seconds to load
 
     box = _box(prediction | reference)
-    found, wanted = (torch.from_numpy(np.ascontiguousarray(mask[box]))[None, None] for mask in (prediction, reference))
+    # Along an axis of one voxel there is nothing outside, so that MONAI would take all of a single slice for surface.
+    flat = tuple(axis for axis, length in enumerate(reference.shape) if length == 1)
+    if reference.ndim - len(flat) < 2:  # a line, or a voxel
+        flat = ()
+    found, wanted = (
+        torch.from_numpy(np.ascontiguousarray(np.squeeze(mask[box], flat)))[None, None]
+        for mask in (prediction, reference)
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of one of MONAI's functions to another
         distance = compute_hausdorff_distance(
-            found, wanted, include_background=True, percentile=95, spacing=[*map(float, spacing)]
+            found,
+            wanted,
+            include_background=True,
+            percentile=95,
+            spacing=[float(mm) for axis, mm in enumerate(spacing) if axis not in flat],
         )
     return float(distance)
 
@@ -164,13 +175,14 @@ def lesion_scores(
     """Scores of lesions: the connected parts of a mask, also over edges and corners.
 
     Two lesions are a pair if their IoU is above 0.5, which makes the choice of pairs unique. Where there are lesions
-    neither here nor there, every score is 1; where there are some in one mask alone, F1, IoU and quality are 0.
+    neither here nor there, every score is 1; where there are some in one mask alone, F1, IoU and quality are 0. Of a
+    mask whose parts are all small the largest is a lesion, so that a region is never missed for nothing.
 
     Args:
         prediction: bool ``[D, H, W]``.
         reference: of the same shape.
         spacing: of the voxels along each axis, in mm.
-        least_ml: smaller parts, in either mask, are left out.
+        least_ml: smaller parts, in either mask, are left out, where there is a larger one.
     """
     _check(prediction, reference)
     either = prediction | reference
@@ -316,7 +328,9 @@ def _lesions(mask: Mask, least: float) -> tuple[NDArray[np.int64], NDArray[np.in
     """The number of the lesion of each voxel, 0 outside of any, and the size of each, in voxels, from number 0 on."""
     parts, _ = ndimage.label(mask, structure=np.ones((3,) * mask.ndim))
     sizes = np.bincount(parts.ravel())
-    kept = np.flatnonzero(sizes[1:] >= least) + 1
+    kept = np.flatnonzero(sizes[1:] >= min(least, sizes[1:].max(initial=0))) + 1
+    if len(kept) > 1 and sizes[kept[0]] < least:  # of several small ones of one size
+        kept = kept[:1]
     renumbered = np.zeros(len(sizes), np.int64)
     renumbered[kept] = np.arange(1, len(kept) + 1)
     numbers = renumbered[parts]

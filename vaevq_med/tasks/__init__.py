@@ -12,5 +12,6 @@ __getattr__, __dir__, __all__ = lazy(
         "region_features": "radiomics",
         "reproducibility": "radiomics",
         "shape_features": "radiomics",
+        "to_masks": "segmentation",
     },
 )

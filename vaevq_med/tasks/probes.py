@@ -8,6 +8,7 @@ reach stands beside it.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,8 +112,12 @@ def answer(training: Asked, test: Asked, seed: int = 0) -> dict[str, Any]:
 
     Returns:
         ``n_training``, ``n_test`` and, of each of :data:`HEADS`, ``accuracy``, ``balanced_accuracy`` (the mean over
-        classes of the share that is right) and, of two classes, ``auc`` and ``dice`` of the second; or ``left_out``,
-        the reason why nothing is asked.
+        classes of the share that is right) and, of two classes, ``auc`` and ``dice`` of the second, and ``converged``,
+        false of a head whose training reached its limit of iterations; or ``left_out``, the reason why nothing is
+        asked.
+
+    Raises:
+        KeyboardInterrupt: on Ctrl-C.
     """
     from sklearn.dummy import DummyClassifier
     from sklearn.linear_model import LogisticRegression
@@ -134,7 +139,7 @@ def answer(training: Asked, test: Asked, seed: int = 0) -> dict[str, Any]:
     }
     found: dict[str, Any] = dict(sizes)
     for name, model in models.items():
-        model.fit(training.features, training.labels)
+        converged = _converges(model, training)
         told = model.predict(test.features)
         scores = {
             "accuracy": float(accuracy_score(test.labels, told)),
@@ -145,8 +150,30 @@ def answer(training: Asked, test: Asked, seed: int = 0) -> dict[str, Any]:
             # A guess by shares says nothing about one image, so that its area is that of any order.
             scores["auc"] = 0.5 if name == "chance" else float(roc_auc_score(test.labels, likely))
             scores["dice"] = float(f1_score(test.labels, told, zero_division=0.0))
-        found[name] = scores
+        found[name] = {**scores, "converged": converged}
     return found
+
+
+def _converges(model: Any, training: Asked) -> bool:
+    """Train a head; whether it converged.
+
+    Raises:
+        KeyboardInterrupt: on Ctrl-C, which scikit-learn's ``MLPClassifier`` turns into a warning, half trained.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        model.fit(training.features, training.labels)
+    if any("interrupted" in str(one.message) for one in warned):
+        raise KeyboardInterrupt
+    converged = True
+    for one in warned:
+        if issubclass(one.category, ConvergenceWarning):
+            converged = False
+        else:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    return converged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,9 +203,12 @@ class Probe(ProbeOptions):
             on_images: called with the number of images of each batch that is encoded.
 
         Raises:
-            VaevqMedError: the checkpoint, an option or the data set does not fit, or a patient was trained on.
+            VaevqMedError: the checkpoint, an option or the data set does not fit, a patient was trained on, or the
+                output is a folder.
         """
         self.check()
+        if self.output.is_dir():
+            raise VaevqMedError(f"output {self.output}: found a folder, expected a file or nothing")
         device = named_device(self.device)
         stored = StoredTokenizer(self.checkpoint, weights=self.weights, readout=self.readout)
         network = self._network(stored).to(device)
@@ -186,6 +216,7 @@ class Probe(ProbeOptions):
         if not self.any_shape:
             stored.check_shape(datasets[self.split].shape, self.dataset, "--any-shape")
         check_unseen(datasets[self.split], stored)
+        self.output.parent.mkdir(parents=True, exist_ok=True)  # a folder that cannot be is told before the work
         on_start(sum(map(len, datasets.values())))
         asked = {split: self._asked(network, images, on_images) for split, images in datasets.items()}
         manifest = datasets[self.split].manifest
@@ -288,5 +319,6 @@ def lines(record: Mapping[str, Any]) -> Iterator[str]:
             continue
         yield f"{task}: {found['n_training']:,} to learn from, {found['n_test']:,} asked"
         for head in HEADS:
-            figures = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in found[head].items())
-            yield f"  {head}: {figures}"
+            scores = {name: value for name, value in found[head].items() if name != "converged"}
+            figures = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in scores.items())
+            yield f"  {head}: {figures}{'' if found[head]['converged'] else ', not converged'}"

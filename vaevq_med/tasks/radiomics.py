@@ -25,6 +25,15 @@ LEVELS = 32
 """Gray levels of the window: a fixed bin size of 1/32, which does not move with a region's range."""
 LEAST_SUBJECTS = 3
 """Fewest subjects that an intraclass correlation is told of."""
+NOTHING_AT_EMPTINESS = (
+    "volume_voxel_counting",
+    "surface_area",
+    "maximum_3d_diameter",
+    "major_axis_length",
+    "minor_axis_length",
+    "least_axis_length",
+)
+"""Features of a shape that are 0 of an empty region; the others have no value of one."""
 _ANGLES = (0, math.pi / 4, math.pi / 2, 3 * math.pi / 4)
 _CO_OCCURRENCE = {
     "joint_variance": "variance",
@@ -200,21 +209,25 @@ class Reproducibility:
         correlations: of each feature that has one.
         constant: features that are the same in every subject and both ways, which have no correlation.
         rare: features of fewer than three subjects.
+        lost: features without a correlation that some result lacks where its original has one, which count as not
+            reproduced.
     """
 
     correlations: Mapping[str, IntraclassCorrelation]
     constant: tuple[str, ...]
     rare: tuple[str, ...]
+    lost: tuple[str, ...] = ()
 
     def share(self, above: float = 0.9, *, kind: str = "agreement") -> float:
-        """Share of the features with a correlation above a bound; NaN without any feature.
+        """Share of the features, those that are lost among them, with a correlation above a bound; NaN without any.
 
         Args:
             above: the bound.
             kind: ``agreement`` or ``consistency``.
         """
         values = [getattr(found, kind) for found in self.correlations.values()]
-        return sum(value > above for value in values) / len(values) if values else math.nan
+        count = len(values) + len(self.lost)
+        return sum(value > above for value in values) / count if count else math.nan
 
 
 def reproducibility(
@@ -222,8 +235,11 @@ def reproducibility(
 ) -> Reproducibility:
     """The intraclass correlation of each feature between originals and what came back.
 
+    What a result lacks and its original has was erased: a feature of :data:`NOTHING_AT_EMPTINESS` is 0 there, and
+    another one is lost.
+
     Args:
-        originals: features of each subject by name; one that a subject lacks is left out there.
+        originals: features of each subject by name, or by ``GROUP/NAME``; one that a subject lacks is left out there.
         results: of the same subjects in the same order.
 
     Raises:
@@ -234,20 +250,25 @@ def reproducibility(
     correlations: dict[str, IntraclassCorrelation] = {}
     constant: list[str] = []
     rare: list[str] = []
+    lost: list[str] = []
     for name in dict.fromkeys(name for subject in originals for name in subject):
-        pairs = [
-            (one[name], other[name])
-            for one, other in zip(originals, results, strict=True)
-            if name in one and name in other
-        ]
-        found = intraclass_correlation(pairs) if len(pairs) >= LEAST_SUBJECTS else None
-        if found is None:
+        own = [(one[name], other.get(name)) for one, other in zip(originals, results, strict=True) if name in one]
+        erased = any(value is None for _, value in own)
+        if len(own) < LEAST_SUBJECTS:
             rare.append(name)
-        elif math.isnan(found.agreement) or math.isnan(found.consistency):
+            continue
+        if erased and name.rpartition("/")[2] not in NOTHING_AT_EMPTINESS:
+            lost.append(name)
+            continue
+        found = intraclass_correlation([(value, 0.0 if other is None else other) for value, other in own])
+        undefined = math.isnan(found.agreement) or math.isnan(found.consistency)
+        if undefined and erased:
+            lost.append(name)
+        elif undefined:
             constant.append(name)
         else:
             correlations[name] = found
-    return Reproducibility(correlations, tuple(constant), tuple(rare))
+    return Reproducibility(correlations, tuple(constant), tuple(rare), tuple(lost))
 
 
 def frechet_radiomics_distance(

@@ -31,7 +31,7 @@ from vaevq_med.metrics.segmentation import summarize
 from vaevq_med.prepare.recipes import Recipe
 from vaevq_med.prepare.volumes.labels import label_map
 from vaevq_med.tasks.options import SegmentOptions
-from vaevq_med.tasks.segmentation import Segmenter
+from vaevq_med.tasks.segmentation import Segmenter, to_masks
 from vaevq_med.trained.device import named_device
 from vaevq_med.trained.segmenter import StoredSegmenter
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from vaevq_med.prepare.volumes.find import Case
     from vaevq_med.prepare.volumes.reading import CaseReader
 
-_VERSION = 1
+_VERSION = 2
 """Part of the settings; a change of what the same settings write raises it."""
 
 
@@ -98,6 +98,7 @@ class Segment(Work):
         recipe = Recipe.load(options.recipe)
         check_invertible(recipe)
         segmenter = _segmenter(*_network_of(options))
+        told = segmenter.stored.check_window(recipe.to_dict())
         recipe = recipe.changed(modalities=[*segmenter.contrasts])
         source = Path(os.path.abspath(source))
         if options.cases is not None:
@@ -112,7 +113,7 @@ class Segment(Work):
             "orientation": options.assume_orientation,
         }
         cases = {case.name: case for case in search.units}
-        return cls(options, recipe, cases, settings, tuple(search.problems), tuple(search.notes))
+        return cls(options, recipe, cases, settings, tuple(search.problems), (*search.notes, *told))
 
     @property
     def mark(self) -> str:
@@ -161,7 +162,7 @@ class Segment(Work):
         contrasts = [windowed(reader.contrast(case.images[name], accept)) for name in segmenter.contrasts]
         reference = None if case.segmentation is None else _masks(reader, case)
         reader.close()
-        masks = segmenter.segment(torch.stack(contrasts)) > 0.5
+        masks = to_masks(segmenter.segment(torch.stack(contrasts)))
         _, affine = reader.grid
         turn = Turn.of(affine, self.recipe.axis)
         spacing = nib.affines.voxel_sizes(affine)[list(turn.axes)].tolist()

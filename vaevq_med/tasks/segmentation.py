@@ -20,6 +20,25 @@ _INTERPOLATION = "bilinear"
 """As recipes of slices have it."""
 
 
+_THRESHOLD = 0.5
+
+
+def to_masks(probabilities: Tensor) -> Tensor:
+    """Where a region is more likely there than not.
+
+    Args:
+        probabilities: in [0, 1], any shape, as of :meth:`Segmenter.segment`.
+
+    Returns:
+        bool of the same shape; nested where the probabilities are.
+
+    Example:
+        >>> to_masks(torch.tensor([0.4, 0.5, 0.6])).tolist()
+        [False, False, True]
+    """
+    return probabilities > _THRESHOLD
+
+
 class Segmenter:
     """Segments volumes of upright slices; see :func:`load_segmenter`.
 

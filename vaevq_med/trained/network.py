@@ -139,7 +139,8 @@ class StoredNetwork:
     def data(self) -> Mapping[str, Any]:
         """The data it was trained on: ``split_hash``, ``content_hash``, ``patients``, ``reading``; empty if unknown.
 
-        A generator's has ``tokens`` too, the description of its token store.
+        ``recipe`` is what the data set says that its images were made by. A generator's has ``tokens`` too, the
+        description of its token store.
         """
         return self._state.get("data", {})
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from vaevq_med.networks.segmenter import SliceSegmenter
 from vaevq_med.trained.file import CheckpointError
 from vaevq_med.trained.network import StoredNetwork
+
+_WINDOW = ("axis", "clip_negatives", "percentiles")
+"""What of a recipe decides how a slice is cut and which intensities become black and white."""
 
 
 class StoredSegmenter(StoredNetwork):
@@ -38,6 +44,32 @@ class StoredSegmenter(StoredNetwork):
     def image_size(self) -> int:
         """Side in pixels of the squares that it was trained on."""
         return int(self.value("image_size"))
+
+    def check_window(self, recipe: Mapping[str, Any]) -> list[str]:
+        """Refuse a recipe that cuts or windows volumes in another way than that of its training.
+
+        Args:
+            recipe: of ``slice-extract``, as plain values.
+
+        Returns:
+            What a user should know: that the checkpoint does not say it.
+
+        Raises:
+            CheckpointError: naming both.
+        """
+        trained = self.data.get("recipe") or {}
+        known = [name for name in _WINDOW if name in trained]
+        if not known:
+            return [
+                f"{self.path.name} does not say by which recipe its images were made; {recipe['name']} may be another"
+            ]
+        for name in known:
+            found, expected = recipe[name], trained[name]
+            if found != expected:
+                raise CheckpointError(
+                    f"recipe {recipe['name']}: found {name} {found}, expected {expected}, as {self.path} was trained on"
+                )
+        return []
 
     def network(self) -> SliceSegmenter:
         """Build the network and load its weights.

@@ -40,9 +40,11 @@ def _identity(dataset: Any, config: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     shape = getattr(dataset, "shape", None)
     reading = {"reading": {"shape": shape, **{key: config[key] for key in _READ if key in config}}} if shape else {}
+    recipe = manifest.content.get("recipe")
     return {
         "split_hash": manifest.split_hash,
         "content_hash": manifest.content_hash,
+        **({"recipe": recipe} if recipe else {}),
         "patients": sorted({str(e["patient"]) for e in manifest.entries(dataset.split) if "patient" in e}),
         **reading,
     }

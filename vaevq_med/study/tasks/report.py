@@ -82,7 +82,9 @@ EXPENSIVE = (
         1,
         100,
         higher_is_better=True,
-        convention="likewise of the shapes of the regions that the segmentation network finds",
+        convention="likewise of the shapes of the regions that the segmentation network finds; beside it how many "
+        "regions, over all cases, it finds in the result too, of those that it finds in the original; where it finds "
+        "none, volume, area, diameter and axes are 0, and the other features count as not reproduced",
     ),
     Figure(
         "auc",
@@ -172,6 +174,17 @@ class Point:
         """How the shapes of the regions that are found come back."""
         return self._reproduced("shapes")
 
+    @cached_property
+    def pairs(self) -> tuple[int, int]:
+        """Regions of cases whose shape is found in the original and here, and those found in the original."""
+        both = there = 0
+        for name in self._shared("shapes"):
+            own, wanted = (
+                {key.rpartition("/")[0] for key in side[name]["shapes"]} for side in (self.records, self.originals)
+            )
+            both, there = both + len(own & wanted), there + len(wanted)
+        return both, there
+
     def _shared(self, what: str) -> list[str]:
         """Cases that have something both here and in the originals."""
         return [
@@ -216,18 +229,27 @@ class Point:
         return changes[0] / changes[1] if changes[1] else math.nan
 
 
-def write_report(study: TasksStudy, rows: Sequence[Candidate], records: Records) -> tuple[list[Path], str]:
+def write_report(
+    study: TasksStudy,
+    rows: Sequence[Candidate],
+    records: Records,
+    *,
+    asked: Sequence[str] = (),
+    remarks: Sequence[str] = (),
+) -> tuple[list[Path], str]:
     """Write ``table.md``, ``records.csv``, ``results.json``, ``dice.png`` and ``detectability.png``.
 
     Args:
         study: as its file says.
         rows: what was compared, the originals first.
         records: those that are there.
+        asked: names of all cases of the study.
+        remarks: what else a reader has to know.
 
     Returns:
         The files, and the tables as Markdown.
     """
-    report = Report(study, rows, records)
+    report = Report(study, rows, records, asked=asked, remarks=remarks)
     table = report.markdown()
     texts = {
         "table.md": table,
@@ -248,11 +270,22 @@ class Report:
         study: as its file says.
         rows: what was compared, the originals first.
         records: those that are there.
+        asked: names of all cases of the study.
+        remarks: what else a reader has to know.
     """
 
-    def __init__(self, study: TasksStudy, rows: Sequence[Candidate], records: Records) -> None:
-        self.study, self.records = study, records
+    def __init__(
+        self,
+        study: TasksStudy,
+        rows: Sequence[Candidate],
+        records: Records,
+        *,
+        asked: Sequence[str] = (),
+        remarks: Sequence[str] = (),
+    ) -> None:
+        self.study, self.records, self.remarks = study, records, remarks
         self.cases = sorted({record["case"] for record in records})
+        self.absent = sorted({*asked} - {*self.cases})
         originals = {record["case"]: record for record in records if record["row"] == ORIGINAL}
         self.points: list[Point] = []
         for row in rows:
@@ -321,6 +354,8 @@ class Report:
         text = figure.show(found.mean)
         if not math.isnan(found.low):
             text += f" [{figure.show(found.low)}, {figure.show(found.high)}]"
+        if figure.name == "icc_shape_share":
+            text += ", {} of {} regions".format(*point.pairs)
         return text if found.n == len(self.cases) else f"{text} ({found.n})"
 
     def _detectability(self) -> list[str]:
@@ -376,6 +411,11 @@ class Report:
         regions = {record["case"]: record["regions"] for record in self.records}
         without = [case for case, own in regions.items() if own is None]
         notes = []
+        if self.absent:
+            notes.append(
+                f"{len(self.absent)} of {len(self.absent) + len(self.cases)} cases have no record, as they could not "
+                f"be read or coded: {', '.join(self.absent)}. They are in no figure."
+            )
         if without:
             notes.append(
                 f"{len(without)} of {len(regions)} cases have no segmentation: {', '.join(without)}. They are in no "
@@ -409,7 +449,7 @@ class Report:
             if row.shipped
         ]
         notes += [f"{figure.title}: {figure.convention}." for figure in self.figures if figure.convention]
-        return [*notes, *self.study.notes]
+        return [*notes, *self.remarks, *self.study.notes]
 
     def draw(self) -> list[Path]:
         """Draw bytes against Dice, and detectability; what there is of them."""
@@ -492,7 +532,7 @@ class Report:
             "cases": len(point.records),
             "figures": {figure.name: point.spread(figure.name).to_json() for figure in self.figures},
             "radiomics": _reproduced(point.features),
-            "shapes": _reproduced(point.shapes),
+            "shapes": {**_reproduced(point.shapes), "regions": list(point.pairs)},
             "detectability": [
                 plain({"strength": strength, "diameter_mm": diameter, **vars(found)})
                 for (strength, diameter), found in point.detections.items()
@@ -503,7 +543,8 @@ class Report:
 def _reproduced(found: Reproducibility) -> dict[str, Any]:
     shares = {f"share_{kind}": found.share(RELIABLE, kind=kind) for kind in ("agreement", "consistency")}
     left_out = {"constant": len(found.constant), "rare": len(found.rare)}
-    return plain({"features": len(found.correlations), **shares, **left_out})
+    features = {"features": len(found.correlations) + len(found.lost), "lost": len(found.lost)}
+    return plain({**features, **shares, **left_out})
 
 
 def plain(values: Mapping[str, Any]) -> dict[str, Any]:

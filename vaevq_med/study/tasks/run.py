@@ -32,9 +32,8 @@ from vaevq_med.study.tasks.report import write_report
 from vaevq_med.study.tasks.rows import ORIGINAL, Original
 from vaevq_med.tasks.detectability import response
 from vaevq_med.tasks.radiomics import LEVELS, region_features, shape_features
-from vaevq_med.tasks.segmentation import Segmenter, load_segmenter
+from vaevq_med.tasks.segmentation import Segmenter, load_segmenter, to_masks
 
-_THRESHOLD = 0.5
 Units = Mapping[str, NDArray[np.float32]]
 
 
@@ -43,6 +42,7 @@ class RunTasks(RunRecords[CaseFile]):
     """All rows of a study, and the originals, on all of its cases."""
 
     command: ClassVar[str] = "tasks"
+    format: ClassVar[int] = 2
 
     study: TasksStudy
 
@@ -78,7 +78,13 @@ class RunTasks(RunRecords[CaseFile]):
             raise VaevqMedError(
                 f"recipe {recipe.name} cuts {recipe.axis} slices; expected axial ones for the segmenter"
             )
+        found.stored.check_window(recipe.to_dict())
         return found
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a reader has to know of the segmentation network."""
+        return [] if self.segmenter is None else self.segmenter.stored.check_window(self.items[0].recipe.to_dict())
 
     def depends_on(self) -> Mapping[str, Any]:
         """The instruments."""
@@ -141,7 +147,7 @@ class RunTasks(RunRecords[CaseFile]):
         if segmenter is None:
             return {"segmentation": None, "shapes": None}
         volume = torch.from_numpy(np.stack([units[contrast] for contrast in segmenter.contrasts]))
-        found = (segmenter.segment(volume) >= _THRESHOLD).numpy()
+        found = to_masks(segmenter.segment(volume)).numpy()
         spacing = next(iter(content.scans.values())).spacing
         masks = dict(zip(segmenter.regions, found, strict=True))
         scores = None
@@ -172,7 +178,8 @@ class RunTasks(RunRecords[CaseFile]):
 
     def write_report(self, records: Sequence[Record]) -> tuple[list[Path], str]:
         """The table, the detectability, the rank correlations, and the figures."""
-        return write_report(self.study, self.rows, records)
+        asked = [item.name for item in self.items]
+        return write_report(self.study, self.rows, records, asked=asked, remarks=self.remarks)
 
 
 def _of_contrast(coded: Coded, judge: VolumeJudge) -> dict[str, Any]:
