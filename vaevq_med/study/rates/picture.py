@@ -36,7 +36,8 @@ def draw_curves(
         scale: of ``rate``.
         levels: a title and figures of what has no rate, a line across each panel with its interval as a band.
     """
-    lines = math.ceil((len(rows) + len(levels)) / 4)
+    columns = min(4, 2 * len(figures))  # of the legend, as many as the width of the panels holds
+    lines = math.ceil((len(rows) + len(levels)) / columns)
     canvas = Canvas(figsize=(5.2 * len(figures), 4.8 + 0.2 * lines), layout="constrained")
     panels = canvas.subplots(1, len(figures), squeeze=False)[0]
     colors = colormaps["tab20"].colors  # type: ignore[attr-defined]
@@ -70,5 +71,5 @@ def draw_curves(
         panel.set_ylabel(figure.title)
         panel.grid(alpha=0.3, which="both")
     handles, labels = panels[0].get_legend_handles_labels()
-    canvas.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    canvas.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8)
     save_figure(canvas, path)
