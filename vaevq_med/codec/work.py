@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vaevq_med.codec.case import CompressedCase, check_names, format_of, read_description
+from vaevq_med.codec.case_work import CaseWork
 from vaevq_med.codec.coders.base import IndexCoder
 from vaevq_med.codec.coders.registry import make_coder
 from vaevq_med.codec.compress import Compressed, check_contrasts, compress_case
@@ -33,7 +34,7 @@ from vaevq_med.trained.device import named_device
 from vaevq_med.trained.network import StoredTokenizer
 
 if TYPE_CHECKING:
-    from vaevq_med.prepare.volumes.find import Case
+    pass
 
 
 @functools.lru_cache(maxsize=1)
@@ -70,7 +71,7 @@ def _coder(name: str, model: Path | None, *tokenizer: Any) -> IndexCoder:
 
 
 @dataclass(frozen=True)
-class Compress(Work):
+class Compress(CaseWork):
     """A case to one file.
 
     Attributes:
@@ -85,11 +86,6 @@ class Compress(Work):
     writes: ClassVar[str] = "compressed cases"
 
     options: CompressOptions
-    recipe: Recipe
-    cases: Mapping[str, Case]
-    settings: Mapping[str, Any]
-    found_problems: Sequence[tuple[str, str]] = ()
-    found_notes: Sequence[str] = ()
     preview: bool = False
 
     @classmethod
@@ -152,37 +148,9 @@ class Compress(Work):
             preview,
         )
 
-    @property
-    def mark(self) -> str:
-        """Hash of the settings."""
-        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
-
-    @property
-    def problems(self) -> Sequence[tuple[str, str]]:
-        """Cases that lack something."""
-        return self.found_problems
-
-    @property
-    def notes(self) -> Sequence[str]:
-        """Remarks on the input and the tokenizer."""
-        return self.found_notes
-
-    @property
-    def device_type(self) -> str:
-        """Where the network runs."""
-        return named_device(self.options.device).type
-
-    def units(self) -> Sequence[str]:
-        """Names of the cases."""
-        return [*self.cases]
-
     def fingerprint(self, unit: str) -> str:
         """Of the case's files and the settings."""
         return fingerprint(self.cases[unit], self.recipe.modalities, [self.mark, self.preview])
-
-    def place(self, unit: str, file: str) -> str:
-        """Side by side."""
-        return file
 
     def make(self, unit: str, threads: int) -> Made:
         """Compress a case."""

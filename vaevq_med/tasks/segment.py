@@ -5,10 +5,9 @@ from __future__ import annotations
 import functools
 import gzip
 import hashlib
-import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,9 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vaevq_med import __version__
+from vaevq_med.codec.case_work import CaseWork
 from vaevq_med.codec.compress import windowed
 from vaevq_med.codec.geometry import Turn, check_invertible
-from vaevq_med.codec.job import Job, Made, Report, Work
+from vaevq_med.codec.job import Job, Made, Report
 from vaevq_med.core.folder import OutputFolder
 from vaevq_med.evaluation.segmentation import SCORES, case_scores, write_scores
 from vaevq_med.images.regions import to_labels
@@ -32,7 +32,6 @@ from vaevq_med.prepare.recipes import Recipe
 from vaevq_med.prepare.volumes.labels import label_map
 from vaevq_med.tasks.options import SegmentOptions
 from vaevq_med.tasks.segmentation import Segmenter, to_masks
-from vaevq_med.trained.device import named_device
 from vaevq_med.trained.segmenter import StoredSegmenter
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ def _segmenter(checkpoint: Path, weights: str, device: str | None, batch_size: i
 
 
 @dataclass(frozen=True)
-class Segment(Work):
+class Segment(CaseWork):
     """A case to its label map.
 
     Attributes:
@@ -66,11 +65,6 @@ class Segment(Work):
     writes: ClassVar[str] = "label maps"
 
     options: SegmentOptions
-    recipe: Recipe
-    cases: Mapping[str, Case]
-    settings: Mapping[str, Any]
-    found_problems: Sequence[tuple[str, str]] = ()
-    found_notes: Sequence[str] = ()
 
     @classmethod
     def of(cls, source: Path, output: Path, options: SegmentOptions) -> Segment:
@@ -115,40 +109,12 @@ class Segment(Work):
         cases = {case.name: case for case in search.units}
         return cls(options, recipe, cases, settings, tuple(search.problems), (*search.notes, *told))
 
-    @property
-    def mark(self) -> str:
-        """Hash of the settings."""
-        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
-
-    @property
-    def problems(self) -> Sequence[tuple[str, str]]:
-        """Cases that lack something."""
-        return self.found_problems
-
-    @property
-    def notes(self) -> Sequence[str]:
-        """Remarks on the input."""
-        return self.found_notes
-
-    @property
-    def device_type(self) -> str:
-        """Where the network runs."""
-        return named_device(self.options.device).type
-
-    def units(self) -> Sequence[str]:
-        """Names of the cases."""
-        return [*self.cases]
-
     def fingerprint(self, unit: str) -> str:
         """Of the case's files, its segmentation among them, and the settings."""
         from vaevq_med.prepare.volumes.slices import fingerprint  # brings MONAI along
 
         files = fingerprint(self.cases[unit], self.recipe, self.options.assume_orientation)
         return hashlib.sha256(f"{self.mark} {files}".encode()).hexdigest()
-
-    def place(self, unit: str, file: str) -> str:
-        """Side by side."""
-        return file
 
     def make(self, unit: str, threads: int) -> Made:
         """Segment a case, and score it where it has a segmentation."""
