@@ -238,3 +238,9 @@ def test_the_client_of_mlflow_meets_a_closed_port(
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
     assert "refused" in caplog.records[0].message
     assert "1 to 8" in caplog.records[1].message
+
+
+@pytest.mark.parametrize("uri", ["none", None])
+def test_none_and_null_turn_tracking_off(uri: str | None) -> None:
+    assert not MLflowTracker(tracking_uri=uri).enabled
+    assert MLflowTracker().enabled

@@ -13,7 +13,7 @@ class EvaluationTracker:
     """Log an evaluation to the MLflow run that trained the tokenizer, or to one of its own.
 
     Args:
-        tracking_uri: MLflow tracking URI; ``none`` turns tracking off.
+        tracking_uri: MLflow tracking URI; ``none`` or None turns tracking off.
         experiment: experiment of a run of its own.
         stored: the evaluated checkpoint.
         evaluation: the handler that measures.
@@ -23,7 +23,7 @@ class EvaluationTracker:
     def __init__(
         self,
         *,
-        tracking_uri: str,
+        tracking_uri: str | None,
         experiment: str,
         stored: StoredTokenizer,
         evaluation: EvaluationHandler,

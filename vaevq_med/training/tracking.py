@@ -58,7 +58,7 @@ class MLflowTracker:
     in one that resumes the run, or finds it finished.
 
     Args:
-        tracking_uri: MLflow tracking URI, by default a SQLite file in the working directory; ``none`` turns
+        tracking_uri: MLflow tracking URI, by default a SQLite file in the working directory; ``none`` or None turns
             tracking off.
         experiment: experiment name, made if it does not exist.
         run_name: name of the run; by default MLflow invents one.
@@ -78,7 +78,7 @@ class MLflowTracker:
     def __init__(
         self,
         *,
-        tracking_uri: str = "sqlite:///mlflow.db",
+        tracking_uri: str | None = "sqlite:///mlflow.db",
         experiment: str = "vaevq_med",
         run_name: str | None = None,
         config: Mapping[str, Any] | None = None,
@@ -90,7 +90,7 @@ class MLflowTracker:
         parent_run_id: str | None = None,
         patience: float = 10.0,
     ) -> None:
-        self.tracking_uri = tracking_uri
+        self.tracking_uri = "none" if tracking_uri is None else tracking_uri
         self.experiment = experiment
         self.run_name = run_name
         self.config = dict(config or {})
