@@ -155,6 +155,17 @@ class StoredNetwork:
         return self._state.get("extra", {}).get("mlflow_run_id")
 
     @property
+    def spent(self) -> Mapping[str, Any]:
+        """What the training counted of itself: ``images``, ``timed_seconds``, ``device``; empty if unknown."""
+        found = self._state.get("extra", {}).get("run_summary")
+        return found if isinstance(found, Mapping) else {}
+
+    @property
+    def feature_weights(self) -> Mapping[str, str]:
+        """Hashes of the weights of the feature networks that its objective measured by, by their names."""
+        return self._state.get("feature_weights") or {}
+
+    @property
     def sha256(self) -> str:
         """SHA-256 of the file of the weights."""
         return file_sha256(self.file)
@@ -175,6 +186,15 @@ class StoredNetwork:
     def tensors(self) -> Mapping[str, Any]:
         """The weights that are used, by name."""
         return self._state.get(self.weights) or self._state["network"]
+
+    def network(self) -> nn.Module:
+        """Build the network, of whatever kind, and load its weights.
+
+        Raises:
+            VaevqMedError: it cannot be built, or the weights are of another architecture.
+        """
+        network: nn.Module = self._build(nn.Module, "a network")
+        return network
 
     def _build(self, kind: type[nn.Module], expected: str) -> Any:
         """The network of this kind, with its weights, in evaluation mode."""

@@ -43,6 +43,7 @@ class TrainingRecord(Options):
         config: settings of the training, plain values.
         data: what the data set said of itself, with hashes in place of the names of patients.
         feature_weights: hashes of the weights of the feature networks that the objective measured by.
+        spent: what the training counted of itself: images, seconds, the device.
     """
 
     format: Literal[1] = 1
@@ -54,6 +55,7 @@ class TrainingRecord(Options):
     config: dict[str, Any]
     data: dict[str, Any] = Field(default_factory=dict)
     feature_weights: dict[str, str] = Field(default_factory=dict)
+    spent: dict[str, Any] = Field(default_factory=dict)
 
     def as_state(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
         """The weights with all this as a checkpoint's dictionary has them."""
@@ -64,7 +66,7 @@ class TrainingRecord(Options):
             "config": json.dumps(self.config),
             "data": self.data,
             "iteration": self.iteration,
-            "extra": {} if self.run is None else {"mlflow_run_id": self.run},
+            "extra": {"run_summary": self.spent, **({} if self.run is None else {"mlflow_run_id": self.run})},
             "feature_weights": self.feature_weights,
             "packed": self.weights,
         }
