@@ -63,6 +63,7 @@ def test_it_says_what_the_network_is_and_what_is_unknown(tmp_path: Path) -> None
         "codewords in a codebook, K": "8",
         "channels of the latent, D": "4",
         "indices at a position, G": "1",
+        "input: channels, sides, range": "1, 32 x 32, [-1, 1]",
         "downsampling factor, f": "2 x 2",
         "bits a position": "3",
         "bits a pixel": "0.75",

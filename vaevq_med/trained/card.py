@@ -92,8 +92,6 @@ def _front_matter(facts: CardFacts) -> Iterator[str]:
     yield f"license: {json.dumps(str(facts.metadata.get('license', UNKNOWN)).lower())}"
     yield f"library_name: {OWN}"
     yield f"tags: {json.dumps(tags)}"
-    if facts.stored.data.get("name"):
-        yield f"datasets: {json.dumps([_line(str(facts.stored.data['name']))])}"
     if facts.evaluation is not None:
         yield f"metrics: {json.dumps([figure.name for figure in facts.evaluation.figures])}"
     yield "---"
@@ -142,10 +140,8 @@ def _identity(facts: CardFacts) -> Iterator[tuple[str, str]]:
         yield "bits a position", _number(bits)
         yield "bits a pixel", _number(bits / math.prod(factors))
     shape = facts.metadata["network_data_format"]["inputs"]["image"]
-    yield (
-        "input",
-        f"{shape['num_channels']} channels, {' x '.join(map(str, shape['spatial_shape']))}, {shape['value_range']}",
-    )
+    sides = " x ".join(map(str, shape["spatial_shape"]))
+    yield "input: channels, sides, range", f"{shape['num_channels']}, {sides}, {shape['value_range']}"
     yield "parameters", _number(sum(parameter.numel() for parameter in network.parameters()))
     for name, part in network.named_children():
         yield f"parameters of `{name}`", _number(sum(parameter.numel() for parameter in part.parameters()))
