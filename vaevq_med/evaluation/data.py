@@ -81,18 +81,17 @@ def check_unseen(dataset: Any, stored: StoredNetwork) -> None:
     if split == "training":
         return
     moved = trained.get("split_hash") != manifest.split_hash
-    patients = set(map(person_of, trained.get("patients", ())))
-    named = {
-        person_of(str(entry["patient"])) for one in SPLITS for entry in manifest.entries(one) if "patient" in entry
-    }
-    told_apart = patients and patients <= named
+    patients = stored.patients
+    named = {str(entry["patient"]) for one in SPLITS for entry in manifest.entries(one) if "patient" in entry}
+    known = patients.among(named)
+    told_apart = known and len(known) == len(patients)
     if moved and trained.get("content_hash") == manifest.content_hash and not told_apart:
         raise VaevqMedError(
             f"split {split!r}: found the images that {stored.path.name} was trained on dealt to other splits, "
             "expected the same split"
         )
     tested = {str(entry["patient"]) for entry in manifest.entries(split) if "patient" in entry}
-    leaked = {patient for patient in tested if person_of(patient) in patients}
+    leaked = {patient for patient in tested if person_of(patient) in known}
     if leaked:
         raise VaevqMedError(
             f"split {split!r}: found patient {min(leaked)}, whom {stored.path.name} was trained on, expected none; "

@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = lazy(
         "inflate": "inflation",
         "named_device": "device",
         "read_checkpoint": "file",
+        "read_trained": "packed",
         "started_from": "inflation",
     },
 )

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.blocks import Downsample
 from vaevq_med.networks.ranges import check_choice
-from vaevq_med.trained.file import read_checkpoint
+from vaevq_med.trained.packed import read_trained
 
 logger = logging.getLogger(__name__)
 
@@ -138,8 +138,8 @@ def started_from(network: Network, init_from: str | Path | None, *, halving: str
 
     Args:
         network: to start.
-        init_from: a checkpoint that training wrote, whose averaged weights are taken where there are some; None leaves
-            the network as it is.
+        init_from: a checkpoint or a packed bundle, see :func:`vaevq_med.trained.packed.read_trained`, whose averaged
+            weights are taken where there are some; None leaves the network as it is.
         halving: as for :func:`inflate`.
 
     Raises:
@@ -147,7 +147,7 @@ def started_from(network: Network, init_from: str | Path | None, *, halving: str
     """
     if init_from in (None, "null", "None"):
         return network
-    state = read_checkpoint(Path(str(init_from)))
+    state = read_trained(Path(str(init_from)))
     try:
         found = inflate(network, state.get("ema") or state["network"], halving=halving)
     except VaevqMedError as error:

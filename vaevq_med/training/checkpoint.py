@@ -7,7 +7,7 @@ import math
 import signal
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,6 +17,7 @@ from ignite.engine import Engine, Events
 
 from vaevq_med import __version__
 from vaevq_med.core.errors import VaevqMedError, foreseen
+from vaevq_med.images.manifest import SPLITS
 from vaevq_med.trained.file import FORMAT, CheckpointError, atomic_save, load_state, read_checkpoint
 from vaevq_med.training import distributed
 from vaevq_med.training.base import BaseTrainer
@@ -45,9 +46,16 @@ def _identity(dataset: Any, config: Mapping[str, Any]) -> dict[str, Any]:
         "split_hash": manifest.split_hash,
         "content_hash": manifest.content_hash,
         **({"recipe": recipe} if recipe else {}),
+        "name": str(manifest.content.get("name", "")),
+        "counts": {split: _counts(manifest.entries(split)) for split in SPLITS},
         "patients": sorted({str(e["patient"]) for e in manifest.entries(dataset.split) if "patient" in e}),
         **reading,
     }
+
+
+def _counts(entries: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Images of a split, and the patients that are named in it."""
+    return {"images": len(entries), "patients": len({str(entry["patient"]) for entry in entries if "patient" in entry})}
 
 
 def _feature_weights(engine: BaseTrainer) -> dict[str, str]:
