@@ -10,9 +10,9 @@ __getattr__, __dir__, __all__ = lazy(
         "StoredSegmenter": "segmenter",
         "StoredTokenizer": "network",
         "default_device": "device",
-        "inflate": "inflation",
         "named_device": "device",
         "read_checkpoint": "file",
-        "started_from": "inflation",
+        "started_from": "starting",
+        "take_weights": "starting",
     },
 )

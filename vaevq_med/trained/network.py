@@ -164,6 +164,11 @@ class StoredNetwork:
         """The weights that are used."""
         return self._state.get(self.weights) or self._state["network"]
 
+    @property
+    def state_dict(self) -> Mapping[str, Any]:
+        """The weights by name, without building the network."""
+        return self._chosen
+
     def _build(self, kind: type[nn.Module], expected: str) -> Any:
         """The network of this kind, with its weights, in evaluation mode."""
         definition = self.value("network_def")

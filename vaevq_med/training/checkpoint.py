@@ -29,6 +29,23 @@ _READ = ("image_size", "in_channels", "modalities", "stack_modalities")
 """Settings that say how images are read, beside their shape."""
 _OTHERWISE = "choose another output_dir, or start anew with --resume False"
 _LONGEST_TAG = 5000
+STARTED_FROM = "started_from"
+"""Under which a checkpoint's ``data`` says from which file its run started."""
+
+
+def resumed_file(directory: str | Path, resume: bool | str) -> Path | None:
+    """The checkpoint that a run goes on from; None for one that starts.
+
+    Args:
+        directory: of the run's checkpoints.
+        resume: as for :class:`TrainingCheckpoint`.
+    """
+    if not resume:
+        return None
+    source = Path(directory) / "last.pt" if resume in ("auto", True) else Path(str(resume))
+    if resume == "auto" and not source.is_file():
+        source = Path(directory) / "best.pt"  # which a run that began anew would take the place of
+    return source if resume != "auto" or source.is_file() else None
 
 
 def _identity(dataset: Any, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,6 +131,7 @@ class TrainingCheckpoint:
         config: the run's configuration, stored as JSON. A run resumes only where what makes it what it is (data,
             reading, network, terms of the objective, seed) is the same; what else has changed is noted.
         evaluator: validation engine whose ``state.metrics`` hold ``metric``.
+        start: what the run started from, whose ``record`` the checkpoints keep; a resumed run keeps that of its own.
 
     Attributes:
         changes: with what the run went on in another way: ``iteration``, and ``changed``, by id what was and what is.
@@ -131,6 +149,7 @@ class TrainingCheckpoint:
         mode: str = "max",
         config: Mapping[str, Any] | None = None,
         evaluator: Engine | None = None,
+        start: Any = None,
     ) -> None:
         if mode not in ("max", "min"):
             raise VaevqMedError(f"checkpoint mode: found {mode!r}, expected 'max' or 'min'")
@@ -145,6 +164,8 @@ class TrainingCheckpoint:
         self.config = dict(config or {})
         self.dataset = dataset
         self.data = _identity(dataset, self.config)
+        if getattr(start, "record", None):
+            self.data = {**self.data, STARTED_FROM: start.record}
         self.values: dict[str, Any] = {}
         self.changes: list[dict[str, Any]] = []
         self.evaluator = evaluator
@@ -168,10 +189,8 @@ class TrainingCheckpoint:
         """
         self._check_directory()
         self.values = known_values(expressions(self.config))
-        source = self.last if self.resume in ("auto", True) else Path(str(self.resume))
-        if self.resume == "auto" and not source.is_file():
-            source = self.directory / "best.pt"  # which a run that began anew would take the place of
-        if self.resume and (self.resume != "auto" or source.is_file()):
+        source = resumed_file(self.directory, self.resume)
+        if source is not None:
             self.load(engine, source)
         engine.add_event_handler(Events.STARTED, self._started)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
@@ -252,6 +271,10 @@ class TrainingCheckpoint:
             lengths = f"{engine.state.epoch_length} iterations, was {state.get('epoch_length')}"
             batches = "" if now == before else f"batch_size is {now}, was {before}: "
             raise CheckpointError(f"{batches}an epoch is {lengths} in {path}; expected the same to go on: {_OTHERWISE}")
+        kept = state.get("data", {}).get(STARTED_FROM)
+        self.data = {name: value for name, value in self.data.items() if name != STARTED_FROM}
+        if kept is not None:
+            self.data[STARTED_FROM] = kept
         load_state(engine.network, state["network"], path, "network")
         if engine.ema is not None and "ema" in state:
             load_state(engine.ema.module, state["ema"], path, "ema")
@@ -305,6 +328,17 @@ class TrainingCheckpoint:
                     f"feature_weights is a file of {name} of the hash {now[name][:19]}, was {before[name][:19]} in "
                     f"{path}; expected the same to go on: {_OTHERWISE}"
                 )
+
+    @property
+    def started_from(self) -> dict[str, Any]:
+        """The file that the run started from and what was taken of it, without the data behind it; empty without."""
+        return {name: value for name, value in self.data.get(STARTED_FROM, {}).items() if name != "data"}
+
+    def start_tags(self) -> dict[str, str]:
+        """The same as tags of a tracked run: ``started_from.file``, ``started_from.encoder`` and so on."""
+        told = self.started_from
+        parts = {name: part["told"] for name, part in told.pop("parts", {}).items()}
+        return {f"started_from.{name}": str(value)[:_LONGEST_TAG] for name, value in {**told, **parts}.items()}
 
     def change_tags(self) -> dict[str, str]:
         """The changes as tags of a tracked run: ``changed.400`` to ``learning_rate 0.0001 -> 1e-06``."""

@@ -94,6 +94,15 @@ class TokenizerTrainer(BaseTrainer):
     ) -> None:
         if objective.adversarial is not None and (discriminator is None or d_optimizer is None):
             raise VaevqMedError("objective.adversarial is set: found no discriminator or no d_optimizer, expected both")
+        if (
+            objective.adversarial is not None
+            and objective.adversarial.adaptive
+            and not network.last_layer.requires_grad
+        ):
+            raise VaevqMedError(
+                "objective.adversarial.adaptive is true with a frozen decoder, at whose last layer its weight is "
+                "measured; expected false, or no objective.adversarial"
+            )
         training_network = training_network or TrainingForward(network)
         require_ddp(training_network, "training_network", "multi_gpu")
         if objective.adversarial is not None and discriminator is not None:
