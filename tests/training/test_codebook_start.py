@@ -13,7 +13,6 @@ from helpers.bundles import quick
 from helpers.processes import run_in_two
 from ignite.engine import Events
 
-from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.trained.file import read_checkpoint
 
 
@@ -24,7 +23,7 @@ def config_of(dataset: Path, output: Path, **further: Any) -> dict[str, Any]:
 def at_start(trainer: Any, look: Any) -> list[Any]:
     """What a look at the trainer gives once it has started, before the first step."""
     seen: list[Any] = []
-    trainer.add_event_handler(Events.GET_BATCH_STARTED(once=1), lambda: seen.append(look()))
+    trainer.add_event_handler(Events.EPOCH_STARTED(once=1), lambda: seen.append(look()))
     return seen
 
 
@@ -47,7 +46,7 @@ def test_the_first_step_finds_codewords_among_the_latents(overlay: str, slice_da
         seen = at_start(trainer, lambda trainer=trainer: distances(trainer))
         trainer.run()
         found[init] = seen[0]
-    assert found["kmeans"] < found["random"] / 2
+    assert found["kmeans"] < found["random"] / 5
 
 
 def test_training_sees_the_batches_that_it_would_have_seen(slice_dataset: Path, tmp_path: Path) -> None:

@@ -62,9 +62,17 @@ def _identity(dataset: Any, config: Mapping[str, Any]) -> dict[str, Any]:
         "split_hash": manifest.split_hash,
         "content_hash": manifest.content_hash,
         **({"recipe": recipe} if recipe else {}),
-        "patients": sorted({str(e["patient"]) for e in manifest.entries(dataset.split) if "patient" in e}),
+        "patients": _patients(dataset, manifest),
         **reading,
     }
+
+
+def _patients(dataset: Any, manifest: Any) -> list[str]:
+    """Those of a data set's images, or of the whole split where it does not say."""
+    known = getattr(dataset, "patients", None)
+    if known is not None:
+        return list(known)
+    return sorted({str(entry["patient"]) for entry in manifest.entries(dataset.split) if "patient" in entry})
 
 
 def _feature_weights(engine: BaseTrainer) -> dict[str, str]:

@@ -154,9 +154,11 @@ class TokenizerTrainer(BaseTrainer):
         self.objective.load_control_state(state)
 
     def summary(self) -> dict[str, Any]:
-        """Bits of the indices."""
+        """Bits of the indices, where there are some."""
         network: VisualTokenizer = self.network  # type: ignore[assignment]
         bits = network.quantizer.bits_per_position
+        if bits is None:
+            return {}
         return {"bits_per_position": bits, "bits_per_pixel": bits / math.prod(network.factors)}
 
     @property

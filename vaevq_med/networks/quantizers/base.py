@@ -57,7 +57,7 @@ class Quantizer(nn.Module, ABC):
     Attributes:
         num_embeddings: K, codewords a codebook.
         embedding_dim: D, channels of the latent.
-        num_codebooks: G, indices a position.
+        num_codebooks: G, indices a position; 0 without a codebook and without an alphabet.
         is_discrete: whether ``indices_to_codes(indices)`` gives what the decoder was fed.
         size_arguments: arguments that fix K; where there are several they change together, and no sweep can set one.
         initial_files: arguments that name a file, or None, of values for a new run's start; where the weights come
@@ -186,8 +186,8 @@ class Quantizer(nn.Module, ABC):
         self.readout = readout
 
     @property
-    def bits_per_position(self) -> float:
-        """Bits that the indices of one latent position take, ``G log2 K``."""
+    def bits_per_position(self) -> float | None:
+        """Bits that the indices of one latent position take, ``G log2 K``; None where there are no indices."""
         return self.num_codebooks * math.log2(self.num_embeddings)
 
     def check_latent(self, z: Tensor) -> None:
