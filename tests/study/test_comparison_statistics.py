@@ -18,6 +18,7 @@ from PIL import Image
 from scipy import stats
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.core.intervals import bootstrap_interval
 from vaevq_med.metrics.figures import LPIPS, PSNR, Figure
 from vaevq_med.study.bundle import Bundle
 from vaevq_med.study.figures import sweep_curves, utilization_bars
@@ -29,7 +30,6 @@ from vaevq_med.study.rows import RowResult
 from vaevq_med.study.statistics import (
     Images,
     best_against_next,
-    bootstrap_interval,
     mean_and_spread,
     over_seeds,
     smallest_p_value,

@@ -79,6 +79,7 @@ for _kind in (makers.Compare, makers.Ablate, makers.Sweep, makers.CompareGenerat
 
 _bundle = typer.Typer(help="Work with the MONAI bundles.", no_args_is_help=True)
 _bundle.command("pack")(bundles.pack)
+_bundle.command("verify")(bundles.verify)
 _bundle.command("path")(bundles.where)
 app.add_typer(_bundle, name="bundle")
 

@@ -95,7 +95,9 @@ def reconstruct(
 def index_model(
     dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Folder of dataset.json, of slice-extract.")],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="File to write, .safetensors.")],
-    checkpoint: Annotated[Path, typer.Option(help="Checkpoint of the tokenizer whose indices it predicts.")],
+    checkpoint: Annotated[
+        Path, typer.Option(help="Checkpoint or packed bundle of the tokenizer whose indices it predicts.")
+    ],
     options: IndexModelOptions,
 ) -> None:
     """Train a context model on the training patients' indices, for compress --coder context --model OUTPUT.

@@ -14,7 +14,9 @@ from vaevq_med.tasks.probe_options import ProbeOptions
 
 @with_flags(ProbeOptions)
 def probe(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Checkpoint of a trained tokenizer.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="Checkpoint of a trained tokenizer, or a packed bundle.")
+    ],
     dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Folder of dataset.json.")],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="JSON file that is written.")],
     options: ProbeOptions,

@@ -15,7 +15,9 @@ from vaevq_med.tokens.options import EncodeOptions
 
 @with_flags(EncodeOptions)
 def encode_tokens(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Checkpoint of a trained tokenizer.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="Checkpoint of a trained tokenizer, or a packed bundle.")
+    ],
     dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Folder of dataset.json.")],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder of the token store.")],
     options: EncodeOptions,

@@ -47,7 +47,7 @@ class DecompressOptions(Machine):
 class CompressOptions(Machine):
     """How volumes are compressed."""
 
-    checkpoint: Path = option(help="Checkpoint of a trained tokenizer.")
+    checkpoint: Path = option(help="Checkpoint of a trained tokenizer, or a packed bundle.")
     coder: str = option(
         DEFAULT_CODER, "Entropy coder: fixed, adaptive, or, with --model, context or prior.", metavar="NAME"
     )

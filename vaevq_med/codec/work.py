@@ -325,7 +325,7 @@ class Decompress(Work):
         if self.options.checkpoint is not None:
             return self.options.checkpoint
         beside = path.parent / Path(described["file"]).name
-        if not beside.is_file():
+        if not beside.exists():
             raise CodecError(
                 f"{path.name}: found no {beside.name} beside it, expected the checkpoint of the tokenizer "
                 f"{described['hash']} there or named with --checkpoint"

@@ -11,6 +11,7 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.images.manifest import SPLITS, load_manifest
 from vaevq_med.images.patients import person_of
 from vaevq_med.trained.network import StoredNetwork, StoredTokenizer
+from vaevq_med.trained.patients import TrainingPatients, trainings
 from vaevq_med.training import distributed
 
 logger = logging.getLogger(__name__)
@@ -79,11 +80,8 @@ def check_unseen(dataset: Any, stored: StoredNetwork) -> None:
     """
     if dataset.split == "training":
         return
-    name, trained = stored.path.name, stored.data
-    while trained:
+    for name, trained in trainings(stored.data, stored.path.name):
         _check_training(dataset, trained, name)
-        before = trained.get("started_from") or {}
-        name, trained = f"{before.get('file')}, which {name} started from,", before.get("data") or {}
 
 
 def _check_training(dataset: Any, trained: Mapping[str, Any], name: str) -> None:
@@ -96,18 +94,17 @@ def _check_training(dataset: Any, trained: Mapping[str, Any], name: str) -> None
     """
     manifest, split = dataset.manifest, dataset.split
     moved = trained.get("split_hash") != manifest.split_hash
-    patients = set(map(person_of, trained.get("patients", ())))
-    named = {
-        person_of(str(entry["patient"])) for one in SPLITS for entry in manifest.entries(one) if "patient" in entry
-    }
-    told_apart = patients and patients <= named
+    patients = TrainingPatients(trained, name)
+    named = {str(entry["patient"]) for one in SPLITS for entry in manifest.entries(one) if "patient" in entry}
+    known = patients.among(named)
+    told_apart = known and len(known) == len(patients)
     if moved and trained.get("content_hash") == manifest.content_hash and not told_apart:
         raise VaevqMedError(
             f"split {split!r}: found the images that {name} was trained on dealt to other splits, "
             "expected the same split"
         )
     tested = {str(entry["patient"]) for entry in manifest.entries(split) if "patient" in entry}
-    leaked = {patient for patient in tested if person_of(patient) in patients}
+    leaked = {patient for patient in tested if person_of(patient) in known}
     if leaked:
         raise VaevqMedError(
             f"split {split!r}: found patient {min(leaked)}, whom {name} was trained on, expected none; "

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vaevq_med.core.errors import MissingWeightsError
 from vaevq_med.core.files import file_sha256
+from vaevq_med.networks.weight_file import read_weight_file
 
 WEIGHTS_DIR = Path("~/.cache/vaevq_med/weights")
 _OFFLINE = "offline alternative: efficientnet-lite0, which comes with the installation"
@@ -116,18 +117,12 @@ def find_weights(name: str, path: str | Path | None = None) -> Path:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dictionary from a file, without unpickling code.
+    """A state dictionary from a file of PyTorch or of safetensors, without unpickling code.
 
     Raises:
         MissingWeightsError: the file is not one.
     """
-    try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise MissingWeightsError(
-            f"{path}: found an unreadable file ({reason}), expected a state dictionary"
-        ) from error
+    state: Any = read_weight_file(path, "a state dictionary", MissingWeightsError)
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):

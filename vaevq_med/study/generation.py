@@ -134,7 +134,7 @@ def _checkpoints(study: GeneratorStudy, tokenizer: TokenizerPart) -> dict[int, P
         file = Path("checkpoints") / f"{record['shared']['checkpoint']}.pt"
         found = {seed: folder / tokenizer.name / f"seed_{seed}" / file for seed in study.seeds}
     for seed, path in found.items():
-        if not path.is_file():
+        if not path.exists():
             raise VaevqMedError(
                 f"tokenizer {tokenizer.name}, seed {seed}: found no checkpoint {path}, expected a trained one"
             )

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+from vaevq_med.core.intervals import LEVEL, RESAMPLES
 from vaevq_med.study.generation import GenerationPlan
 from vaevq_med.study.over_seeds import MethodResult
 from vaevq_med.study.plan import Plan
 from vaevq_med.study.rows import RowResult
-from vaevq_med.study.statistics import LEVEL, RESAMPLES
 
 _TITLES = {
     **{"lpips": "LPIPS", "rfid": "rFID", "gfid": "gFID", "precision": "Precision", "recall": "Recall"},

@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from vaevq_med.core.intervals import bootstrap_interval
 from vaevq_med.metrics.figures import Figure
 from vaevq_med.study.methods import Method
 from vaevq_med.study.rows import RowResult
-from vaevq_med.study.statistics import Images, bootstrap_interval, mean_and_spread, over_seeds
+from vaevq_med.study.statistics import Images, mean_and_spread, over_seeds
 
 
 @dataclass(frozen=True)

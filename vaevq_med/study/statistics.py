@@ -15,10 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.core.intervals import LEVEL, independent_units
 from vaevq_med.metrics.figures import Figure
 
-RESAMPLES = 10_000
-LEVEL = 0.05
 Array = NDArray[np.float64]
 
 
@@ -41,11 +40,7 @@ class Images:
 
         Patients where at least two are named; otherwise images.
         """
-        names = sorted({name for name in self.patients if name})
-        if len(names) < 2 or not all(self.patients):
-            return "images", np.arange(len(self.keys))
-        number = {name: i for i, name in enumerate(names)}
-        return "patients", np.array([number[name] for name in self.patients])
+        return independent_units(self.patients)
 
 
 def _keys(rows: Sequence[Mapping[str, str]]) -> tuple[str, ...]:
@@ -88,35 +83,6 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     if not values:
         return math.nan, math.nan
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-
-
-def bootstrap_interval(
-    values: Array, units: NDArray[np.int64], *, resamples: int = RESAMPLES, level: float = LEVEL, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile interval of the mean over images when whole units are drawn with replacement.
-
-    Args:
-        values: one figure an image, ``[N]``.
-        units: number of each image's unit, from 0 on, ``[N]``.
-        resamples: draws.
-        level: 1 minus the interval's coverage.
-        seed: seed of the draws.
-
-    Returns:
-        The lower and the upper end; NaN for fewer than two units.
-    """
-    sums = np.bincount(units, weights=values)
-    counts = np.bincount(units).astype(float)
-    if len(counts) < 2:
-        return math.nan, math.nan
-    rng = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    block = max(1, 2_000_000 // len(counts))
-    for first in range(0, resamples, block):
-        drawn = rng.integers(0, len(counts), size=(min(block, resamples - first), len(counts)))
-        means[first : first + block] = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
-    low, high = np.quantile(means, [level / 2, 1 - level / 2])
-    return float(low), float(high)
 
 
 @dataclass(frozen=True)

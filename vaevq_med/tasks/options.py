@@ -14,7 +14,9 @@ from vaevq_med.core.declared import option
 class SegmentOptions(Machine):
     """How scans are segmented."""
 
-    checkpoint: Path = option(help="Checkpoint of a trained segmentation network, of bundles/segmentation.")
+    checkpoint: Path = option(
+        help="Checkpoint of a trained segmentation network, of bundles/segmentation, or a packed bundle."
+    )
     recipe: str = option(
         "brats24/axial_256", "As in slice-extract: what becomes black and white. One that resamples is refused."
     )

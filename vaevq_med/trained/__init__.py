@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = lazy(
         "default_device": "device",
         "named_device": "device",
         "read_checkpoint": "file",
+        "read_trained": "packed",
         "started_from": "starting",
         "take_weights": "starting",
     },

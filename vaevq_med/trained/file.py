@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -9,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.files import atomic_binary_writer
+from vaevq_med.core.names import in_one_line
 from vaevq_med.images.reading import SHAPES, shape_of
+from vaevq_med.networks.weight_file import read_weight_file
 
 FORMAT = 1
 
@@ -41,13 +44,28 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"{path}: found no checkpoint, expected one written by training "
             "(python -m monai.bundle run training --config_file bundles/brats/train.json)"
         )
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path}: found an unreadable file ({first}), expected a checkpoint") from error
+    return as_checkpoint(read_weight_file(path, "a checkpoint", CheckpointError), path)
+
+
+def is_state_dict(state: object) -> bool:
+    """Whether a file held tensors by name alone, as a packed bundle's does."""
+    return isinstance(state, Mapping) and bool(state) and all(isinstance(value, Tensor) for value in state.values())
+
+
+def as_checkpoint(state: Any, path: Path) -> dict[str, Any]:
+    """What a file held, where it is what training writes.
+
+    Args:
+        state: as it was loaded.
+        path: the file, for messages.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
     if not isinstance(state, dict) or "network" not in state:
         raise CheckpointError(f"{path}: found no 'network' entry, expected a checkpoint written by training")
+    if not is_state_dict(state["network"]):
+        raise CheckpointError(f"{path}: found a 'network' that is no state dictionary, expected tensors by name")
     if state.get("format", FORMAT) != FORMAT:
         raise CheckpointError(f"{path}: found checkpoint format {state['format']}, expected {FORMAT}")
     try:
@@ -57,6 +75,20 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: found a 'config' that is no JSON object, expected the training's configuration")
     return state
+
+
+def network_hash(definition: Any, weights: Mapping[str, Any]) -> str:
+    """SHA-256 of a network's definition and weights, with the prefix ``sha256:``.
+
+    Args:
+        definition: plain values; None where it is not known.
+        weights: its state dictionary.
+    """
+    digest = hashlib.sha256(json.dumps(definition, sort_keys=True).encode())
+    for name, value in sorted(weights.items()):
+        digest.update(f"\n{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return f"sha256:{digest.hexdigest()}"
 
 
 def stored_shape(data: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
@@ -75,13 +107,45 @@ def stored_shape(data: Mapping[str, Any], config: Mapping[str, Any]) -> str | No
     return shape_of(re.findall(r'"_target_": "([^"]*)"', json.dumps(config.get("validate"))))
 
 
-def load_state(module: nn.Module, state: Mapping[str, Any], path: Path, name: str) -> None:
-    """Load ``state`` into ``module``, or say in one line what does not fit."""
+def load_state(
+    module: nn.Module,
+    state: Mapping[str, Any],
+    path: Path,
+    name: str,
+    expected: str = "the one of this configuration; pass the overlays that it was trained with",
+) -> None:
+    """Load ``state`` into ``module``, or say in one line what does not fit.
+
+    Args:
+        module: to load into.
+        state: tensors by name.
+        path: the file, for the message.
+        name: what they are in it, for the message.
+        expected: which architecture is expected, for the message.
+
+    Raises:
+        CheckpointError: tensors are missing, of another shape, or of no place.
+    """
     try:
         module.load_state_dict(state)
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()[1:]]
+    except (RuntimeError, TypeError) as error:
         raise CheckpointError(
-            f"{path}: found another architecture in {name!r} ({lines[0] if lines else error}), expected the one "
-            "of this configuration; pass the overlays that it was trained with"
+            f"{path}: found another architecture in {name!r} ({_misfit(module.state_dict(), state) or error}), "
+            f"expected {expected}"
         ) from error
+
+
+def _misfit(own: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """What keeps tensors from fitting, in words: the first of each kind, and how many there are."""
+    shapes = [
+        f"{name} of shape {list(given[name].shape)}, expected {list(value.shape)}"
+        for name, value in own.items()
+        if isinstance(value, Tensor) and isinstance(given.get(name), Tensor) and given[name].shape != value.shape
+    ]
+    kinds = (
+        [f"no {name}" for name in own if name not in given],
+        shapes,
+        [f"the unknown {name}" for name in given if name not in own],
+    )
+    first = [f"{words[0]}{f' and {len(words) - 1} more' if len(words) > 1 else ''}" for words in kinds if words]
+    return "; ".join(map(in_one_line, first))

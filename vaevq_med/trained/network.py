@@ -6,13 +6,11 @@ trusted packages are read back: an expression in a file must not run as code.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from vaevq_med.core.components import ComponentError, build, resolve
@@ -21,7 +19,9 @@ from vaevq_med.core.files import file_sha256
 from vaevq_med.networks.generators.base import Generator
 from vaevq_med.networks.tokenizer import VisualTokenizer
 from vaevq_med.networks.weights import read_weights
-from vaevq_med.trained.file import CheckpointError, load_state, read_checkpoint, stored_shape
+from vaevq_med.trained.file import CheckpointError, load_state, network_hash, stored_shape
+from vaevq_med.trained.packed import read_trained, weights_file
+from vaevq_med.trained.patients import TrainingPatients
 
 # The part of this package that a network's definition may name.
 _OWN = "vaevq_med.networks"
@@ -67,35 +67,24 @@ def _plain(value: Any, config: Mapping[str, Any], path: Path, depth: int = 0) ->
     return value
 
 
-def network_hash(definition: Any, weights: Mapping[str, Any]) -> str:
-    """SHA-256 of a network's definition and weights, with the prefix ``sha256:``.
-
-    Args:
-        definition: plain values; None where it is not known.
-        weights: its state dictionary.
-    """
-    digest = hashlib.sha256(json.dumps(definition, sort_keys=True).encode())
-    for name, value in sorted(weights.items()):
-        digest.update(f"\n{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return f"sha256:{digest.hexdigest()}"
-
-
 class StoredNetwork:
     """A trained network and the settings it was trained with.
 
     Args:
-        path: checkpoint written by training.
+        path: a checkpoint written by training, the folder of a packed bundle, or a file of its weights; see
+            :func:`vaevq_med.trained.packed.read_trained`.
         weights: ``ema`` for the averaged weights (the raw ones where none were kept), or ``network``.
-        config: settings of the training run, where ``path`` is a plain state dictionary as in a packed bundle.
+        config: settings of the training run, where ``path`` is a plain state dictionary, as bundles that were packed
+            by earlier versions name them.
 
     Attributes:
-        path: the checkpoint.
+        path: as it was given; a folder by its whole name.
+        file: the file of the weights.
         config: the configuration it was trained with, unresolved.
 
     Raises:
         CheckpointError: the file is missing, unreadable, of another version, or holds an expression where plain
-            values are due.
+            values are due; or a packed bundle has the averaged weights alone, and others are asked for.
     """
 
     def __init__(
@@ -107,14 +96,20 @@ class StoredNetwork:
     ) -> None:
         if weights not in ("ema", "network"):
             raise CheckpointError(f"weights: found {weights!r}, expected 'ema' or 'network'")
-        self.path = Path(path)
+        self.path = Path(path).resolve() if Path(path).is_dir() else Path(path)
+        self.file = weights_file(self.path)
         self.weights = weights
         if config is not None:
-            self._state: dict[str, Any] = {"network": read_weights(self.path)}
+            self._state: dict[str, Any] = {"network": read_weights(self.file)}
             self.config = dict(config)
         else:
-            self._state = read_checkpoint(self.path)
+            self._state = read_trained(self.path)
             self.config = json.loads(self._state.get("config") or "{}")
+        if weights == "network" and self._state.get("packed") == "ema":
+            raise CheckpointError(
+                f"{self.path}: found a bundle of the averaged weights alone, expected the others for weights network: "
+                "pack them with vaevq-med bundle pack --weights network"
+            )
 
     def value(self, key: str, *default: Any) -> Any:
         """A top-level setting of the training run, such as ``image_size``.
@@ -139,10 +134,20 @@ class StoredNetwork:
     def data(self) -> Mapping[str, Any]:
         """The data it was trained on: ``split_hash``, ``content_hash``, ``patients``, ``reading``; empty if unknown.
 
-        ``recipe`` is what the data set says that its images were made by. A generator's has ``tokens`` too, the
-        description of its token store.
+        A packed bundle has hashes in place of the patients' names, which :attr:`patients` understands. ``recipe`` is
+        what the data set says that its images were made by. A generator's has ``tokens`` too, the description of its
+        token store.
         """
         return self._state.get("data", {})
+
+    @property
+    def patients(self) -> TrainingPatients:
+        """Whom it was trained on.
+
+        Raises:
+            DataError: a packed bundle has something else in place of their hashes.
+        """
+        return TrainingPatients(self.data, str(self.path))
 
     @property
     def run_id(self) -> str | None:
@@ -150,24 +155,46 @@ class StoredNetwork:
         return self._state.get("extra", {}).get("mlflow_run_id")
 
     @property
+    def spent(self) -> Mapping[str, Any]:
+        """What the training counted of itself: ``images``, ``timed_seconds``, ``device``; empty if unknown."""
+        found = self._state.get("extra", {}).get("run_summary")
+        return found if isinstance(found, Mapping) else {}
+
+    @property
+    def feature_weights(self) -> Mapping[str, str]:
+        """Hashes of the weights of the feature networks that its objective measured by, by their names."""
+        return self._state.get("feature_weights") or {}
+
+    @property
     def sha256(self) -> str:
-        """SHA-256 of the checkpoint file."""
-        return file_sha256(self.path)
+        """SHA-256 of the file of the weights."""
+        return file_sha256(self.file)
 
     @property
     def content_hash(self) -> str:
         """SHA-256 of the network's definition and weights alone, with the prefix ``sha256:``."""
-        return network_hash(self.value("network_def"), self._chosen)
+        return network_hash(self.value("network_def"), self.tensors)
 
     @property
-    def _chosen(self) -> Mapping[str, Any]:
-        """The weights that are used."""
+    def kept(self) -> str:
+        """``ema`` where the weights that are used are an average, ``network`` where they are those of the last step."""
+        return str(
+            self._state.get("packed") or ("ema" if self.weights == "ema" and self._state.get("ema") else "network")
+        )
+
+    @property
+    def tensors(self) -> Mapping[str, Any]:
+        """The weights that are used, by name."""
         return self._state.get(self.weights) or self._state["network"]
 
-    @property
-    def state_dict(self) -> Mapping[str, Any]:
-        """The weights by name, without building the network."""
-        return self._chosen
+    def network(self) -> nn.Module:
+        """Build the network, of whatever kind, and load its weights.
+
+        Raises:
+            VaevqMedError: it cannot be built, or the weights are of another architecture.
+        """
+        network: nn.Module = self._build(nn.Module, "a network")
+        return network
 
     def _build(self, kind: type[nn.Module], expected: str) -> Any:
         """The network of this kind, with its weights, in evaluation mode."""
@@ -175,7 +202,7 @@ class StoredNetwork:
         network = build(definition, nn.Module, own=_OWN)
         if not isinstance(network, kind):
             raise CheckpointError(f"{self.path}: found a checkpoint of {_target(definition)}, expected {expected}")
-        load_state(network, self._chosen, self.path, "network")
+        load_state(network, self.tensors, self.path, "network", "the one that its own network_def describes")
         return network.eval()
 
 
@@ -183,10 +210,10 @@ class StoredTokenizer(StoredNetwork):
     """A trained tokenizer and the settings it was trained with.
 
     Args:
-        path: checkpoint written by training.
+        path: as for :class:`StoredNetwork`.
         weights: ``ema`` for the averaged weights (the raw ones where none were kept), or ``network``.
         readout: which of the quantizer's ways to decode is used, or None for the one that it was trained with.
-        config: settings of the training run, where ``path`` is a plain state dictionary as in a packed bundle.
+        config: as for :class:`StoredNetwork`.
 
     Raises:
         CheckpointError: see :class:`StoredNetwork`.
@@ -271,7 +298,7 @@ class StoredGenerator(StoredNetwork):
     """A trained generator, and what its checkpoint says of the tokens that it was trained on.
 
     Args:
-        path: checkpoint written by training.
+        path: as for :class:`StoredNetwork`.
         weights: ``ema`` for the averaged weights, or ``network``.
 
     Raises:

@@ -1,23 +1,36 @@
-"""``vaevq-med bundle pack``: a trained tokenizer in the layout of MONAI's model zoo."""
+"""``vaevq-med bundle pack``: a trained network in the layout of MONAI's model zoo, with all that is known of it."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.core.files import atomic_binary_writer, atomic_write_text
+from vaevq_med.core.files import atomic_binary_writer, atomic_write_text, file_sha256
 from vaevq_med.core.maker import MADE_BY
 from vaevq_med.core.resources import bundle_path, overlay_files
-from vaevq_med.trained.network import StoredTokenizer
+from vaevq_med.trained.card import CardFacts, model_card
+from vaevq_med.trained.figures import Evaluation
+from vaevq_med.trained.file import stored_shape
+from vaevq_med.trained.network import StoredNetwork
+from vaevq_med.trained.packed import HEADER, MODELS, RECORD, TrainingRecord
+from vaevq_med.trained.passing import input_shape, output_of
+from vaevq_med.trained.patients import HASHES, without_names
 
+FORMATS = ("both", "pt", "safetensors")
 _PACKAGE = Path(__file__).resolve().parents[1]
+_SETTINGS = ("network_def", "image_size", "in_channels", "modalities", "stack_modalities", "depth")
+"""What a network is used by, which a record has resolved, where the run has them."""
+_SPENT = ("images", "timed_images", "timed_seconds", "peak_memory", "device")
 
 
 @dataclass(frozen=True)
@@ -35,17 +48,20 @@ class PackReport:
 
 @dataclass(frozen=True)
 class BundlePack:
-    """Write ``configs/``, ``models/model.pt``, ``docs/``, ``LICENSE`` and, of which checkpoint it is, ``made_by.json``.
+    """Write ``configs/``, ``models/``, ``README.md`` (the model card), ``docs/``, ``LICENSE`` and ``made_by.json``.
 
-    ``model.pt`` is a plain state dictionary, which MONAI's ``ckpt_export`` and ``onnx_export`` load; ``inference.json``
-    and ``evaluate.json`` carry the network's definition, so that they run beside it.
+    ``models/model.pt`` is a plain state dictionary, which MONAI's ``ckpt_export`` and ``onnx_export`` load;
+    ``models/model.safetensors`` holds the same tensors, and ``models/trained.json`` what else is known of the training,
+    see :mod:`vaevq_med.trained.packed`. ``made_by.json`` has a hash of every other file.
 
     Attributes:
         bundle: name of the bundle.
         output: folder to make; it must not exist, or be empty.
-        checkpoint: a training run's checkpoint.
+        checkpoint: a training run's checkpoint, or a packed bundle.
         weights: ``ema`` or ``network``.
-        metrics: an evaluation's ``metrics.json``, whose figures go into the metadata.
+        metrics: an evaluation's ``metrics.json``, whose figures go into the metadata and the card.
+        format: of the weights: ``both``, ``pt`` or ``safetensors``.
+        patients: let hashes of the training's patients travel along.
     """
 
     bundle: str
@@ -53,6 +69,8 @@ class BundlePack:
     checkpoint: Path
     weights: str = "ema"
     metrics: Path | None = None
+    format: str = "both"
+    patients: bool = True
 
     def run(self) -> PackReport:
         """Write the packed bundle.
@@ -60,31 +78,24 @@ class BundlePack:
         Raises:
             VaevqMedError: the output is in use, or a file is not what was expected.
         """
+        if self.format not in FORMATS:
+            raise VaevqMedError(f"--format: found {self.format!r}, expected one of {', '.join(FORMATS)}")
         source = bundle_path(self.bundle)
-        stored = StoredTokenizer(self.checkpoint, weights=self.weights)
+        stored = _kind(source)(self.checkpoint, weights=self.weights)
         if self.output.exists() and (not self.output.is_dir() or any(self.output.iterdir())):
             raise VaevqMedError(
                 f"output {self.output}: found something there, expected nothing or an empty folder; choose another "
                 "output, or remove what is there to replace it"
             )
-        settings = {name: stored.value(name) for name in ("network_def", "image_size", "in_channels")}
-        settings |= {name: stored.value(name) for name in ("modalities", "stack_modalities") if name in stored.config}
         network = stored.network()
+        evaluation = None if self.metrics is None else Evaluation.read(self.metrics)
+        if evaluation is not None and self.metrics is not None:
+            evaluation.check_of(stored.sha256, stored.weights, self.metrics)
+        record = _record(stored, hashes=self.patients)
         partial = self.output.with_name(f".{self.output.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            for folder in ("configs/overlays", "models", "docs"):
-                (partial / folder).mkdir(parents=True)
-            with atomic_binary_writer(partial / "models" / "model.pt") as file:  # whose errors are the system's
-                torch.save(network.state_dict(), file)
-            for path in overlay_files(source).values():
-                shutil.copyfile(path, partial / "configs" / "overlays" / path.name)
-            shutil.copyfile(source / "logging.conf", partial / "configs" / "logging.conf")
-            shutil.copyfile(source / "README.md", partial / "docs" / "README.md")
-            (partial / "LICENSE").write_text(_license())
-            self._write_configs(source, partial / "configs", stored, settings)
-            self._write_metadata(source, partial / "configs", settings)
-            _write(partial / MADE_BY, self._made_by(stored))
+            self._write(partial, source, stored, network, record, evaluation)
             self.output.parent.mkdir(parents=True, exist_ok=True)
             if self.output.exists():
                 self.output.rmdir()
@@ -95,64 +106,148 @@ class BundlePack:
             ) from None
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        files = sorted(p.relative_to(self.output).as_posix() for p in self.output.rglob("*") if p.is_file())
-        return PackReport(self.output, tuple(files))
+        return PackReport(self.output, tuple(_files_of(self.output)))
 
-    @staticmethod
-    def _made_by(stored: StoredTokenizer) -> dict[str, Any]:
-        """What the bundle was made of."""
-        return {
-            "command": "bundle pack",
-            "network": stored.content_hash,
-            "checkpoint": stored.path.name,
-            "checkpoint_sha256": stored.sha256,
-            "weights": stored.weights,
-            "iteration": stored.iteration,
-            "trained_on": {name: stored.data.get(name) for name in ("content_hash", "split_hash")},
-            "version": version("vaevq_med"),
-        }
+    def _write(
+        self,
+        partial: Path,
+        source: Path,
+        stored: StoredNetwork,
+        network: nn.Module,
+        record: TrainingRecord,
+        evaluation: Evaluation | None,
+    ) -> None:
+        for folder in ("configs/overlays", MODELS, "docs"):
+            (partial / folder).mkdir(parents=True)
+        self._write_weights(partial / MODELS, stored.tensors, record)
+        for path in overlay_files(source).values():
+            shutil.copyfile(path, partial / "configs" / "overlays" / path.name)
+        shutil.copyfile(source / "logging.conf", partial / "configs" / "logging.conf")
+        shutil.copyfile(source / "README.md", partial / "docs" / "bundle.md")
+        (partial / "LICENSE").write_text(_license())
+        defaults = json.loads((source / "train.json").read_text())
+        self._write_configs(source, partial / "configs", stored, record, defaults)
+        metadata = _metadata(source, stored, network, evaluation)
+        _write(partial / "configs" / "metadata.json", metadata)
+        hashes = {f"{MODELS}/{path.name}": file_sha256(path) for path in sorted((partial / MODELS).glob("model.*"))}
+        hashed = len(record.data[HASHES]["digests"]) if HASHES in record.data else 0
+        card = model_card(
+            CardFacts(stored, network, metadata, self.bundle, defaults, hashes, evaluation, hashed_patients=hashed)
+        )
+        for name in ("README.md", "docs/README.md"):  # where hubs look for it, and where MONAI's zoo has it
+            atomic_write_text(partial / name, card)
+        files = {name: file_sha256(partial / name) for name in _files_of(partial)}
+        _write(partial / MADE_BY, {**_made_by(stored), "files": files})
 
-    @staticmethod
-    def _write_configs(source: Path, configs: Path, stored: StoredTokenizer, settings: dict[str, Any]) -> None:
+    def _write_weights(self, models: Path, tensors: Mapping[str, Tensor], record: TrainingRecord) -> None:
+        plain = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+        if self.format != "safetensors":
+            with atomic_binary_writer(models / "model.pt") as file:  # whose errors are the system's
+                torch.save(plain, file)
+        if self.format != "pt":
+            from safetensors.torch import save
+
+            header = {"format": "pt", HEADER: json.dumps(record.to_dict())}
+            with atomic_binary_writer(models / "model.safetensors") as file:
+                file.write(save(plain, metadata=header))
+        _write(models / RECORD, record.to_dict())
+
+    def _write_configs(
+        self,
+        source: Path,
+        configs: Path,
+        stored: StoredNetwork,
+        record: TrainingRecord,
+        defaults: Mapping[str, Any],
+    ) -> None:
+        suffix = "safetensors" if self.format == "safetensors" else "pt"
         for name in ("inference", "evaluate"):
             config = json.loads((source / f"{name}.json").read_text())
-            config["bundle_root"] = "."
-            config["checkpoint_path"] = "$@bundle_root + '/models/model.pt'"
-            config["stored"]["config"] = settings | ({"reading": {"shape": stored.shape}} if stored.shape else {})
+            config |= {"bundle_root": ".", "checkpoint_path": f"$@bundle_root + '/{MODELS}/model.{suffix}'"}
+            config["weights"] = stored.kept
             _write(configs / f"{name}.json", config)
-        train = json.loads((source / "train.json").read_text())
         # The run's own network and plain numbers, so that the packed bundle trains what it holds. An expression in a
         # checkpoint must not run as code: nothing else is taken from there.
-        numbers = {key: value for key, value in stored.config.items() if isinstance(value, int | float | bool)}
+        train = dict(defaults)
+        numbers = {key: value for key, value in record.config.items() if isinstance(value, int | float | bool)}
         train |= {key: value for key, value in numbers.items() if isinstance(train.get(key), int | float)}
-        train |= {**settings, "bundle_root": "."}
-        _write(configs / "train.json", train)
+        settings = {key: record.config[key] for key in _SETTINGS if key in record.config and key in train}
+        _write(configs / "train.json", {**train, **settings, "bundle_root": "."})
 
-    def _write_metadata(self, source: Path, configs: Path, settings: dict[str, Any]) -> None:
-        metadata = json.loads((source / "metadata.json").read_text())
-        metadata |= {
-            "monai_version": version("monai").split("+")[0],
-            "pytorch_version": torch.__version__.split("+")[0],
-            "numpy_version": version("numpy"),
-        }
-        metadata["required_packages_version"]["vaevq_med"] = version("vaevq_med")
-        for specification in (
-            metadata["network_data_format"]["inputs"]["image"],
-            metadata["network_data_format"]["outputs"]["pred"],
-        ):
-            channels = int(settings["in_channels"])
-            specification["num_channels"] = channels
-            specification["spatial_shape"] = [int(settings["image_size"])] * 2
-            specification["channel_def"] = {str(i): "image" for i in range(channels)}
-        if self.metrics is not None:
-            try:
-                summary = json.loads(self.metrics.read_text())["summary"]["overall"]
-                metadata["eval_metrics"] = {name: round(entry["value"], 6) for name, entry in summary.items()}
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise VaevqMedError(
-                    f"metrics {self.metrics}: found no evaluation's record ({error}), expected a metrics.json"
-                ) from None
-        _write(configs / "metadata.json", metadata)
+
+def _kind(source: Path) -> type[StoredNetwork]:
+    """Which class reads the networks of a bundle: the one that its own ``inference.json`` names."""
+    target = json.loads((source / "inference.json").read_text())["stored"]["_target_"]
+    module, _, name = target.rpartition(".")
+    kind: type[StoredNetwork] = getattr(import_module(module), name)
+    return kind
+
+
+def _record(stored: StoredNetwork, *, hashes: bool) -> TrainingRecord:
+    """All that is known of the training and may be given away."""
+    config: dict[str, Any] = {k: value for k, value in stored.config.items() if isinstance(value, int | float | bool)}
+    config |= {name: stored.value(name) for name in _SETTINGS if name in stored.config}
+    if isinstance(title := stored.config.get("_title_"), str):
+        config["_title_"] = title
+    shape = stored_shape(stored.data, stored.config)
+    if shape is not None:
+        config["reading"] = {"shape": shape}
+    content_hash = stored.content_hash
+    return TrainingRecord(
+        network=content_hash,
+        weights="ema" if stored.kept == "ema" else "network",
+        iteration=stored.iteration,
+        run=stored.run_id,
+        version=version("vaevq_med"),
+        config=config,
+        data=without_names(stored.data, content_hash, hashes=hashes),
+        feature_weights=dict(stored.feature_weights),
+        spent={name: stored.spent[name] for name in _SPENT if name in stored.spent},
+    )
+
+
+def _made_by(stored: StoredNetwork) -> dict[str, Any]:
+    """What the bundle was made of."""
+    return {
+        "command": "bundle pack",
+        "network": stored.content_hash,
+        "checkpoint": stored.path.name,
+        "checkpoint_sha256": stored.sha256,
+        "weights": stored.kept,
+        "iteration": stored.iteration,
+        "trained_on": {name: stored.data.get(name) for name in ("content_hash", "split_hash")},
+        "version": version("vaevq_med"),
+    }
+
+
+def _metadata(source: Path, stored: StoredNetwork, network: nn.Module, evaluation: Evaluation | None) -> dict[str, Any]:
+    metadata = json.loads((source / "metadata.json").read_text())
+    metadata |= {
+        "monai_version": version("monai").split("+")[0],
+        "pytorch_version": torch.__version__.split("+")[0],
+        "numpy_version": version("numpy"),
+    }
+    metadata["required_packages_version"]["vaevq_med"] = version("vaevq_med")
+    name = stored.data.get("name") or "unknown"
+    metadata["data_source"] = f"data set: {name} (the bundle is made for {metadata['data_source']})"
+    formats = metadata["network_data_format"]
+    given = input_shape(stored, network)
+    made = output_of(network, given).shape[1:]
+    for specification, (channels, *shape) in (
+        (formats["inputs"]["image"], given),
+        (formats["outputs"]["pred"], tuple(made)),
+    ):
+        if specification["num_channels"] != channels:
+            specification["channel_def"] = {str(number): "image" for number in range(channels)}
+        specification |= {"num_channels": channels, "spatial_shape": [int(size) for size in shape]}
+    if evaluation is not None:
+        metadata["eval_metrics"] = {figure.name: round(figure.value, 6) for figure in evaluation.figures}
+    return metadata
+
+
+def _files_of(folder: Path) -> list[str]:
+    """The files below a folder, relative to it."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def _write(path: Path, content: Any) -> None:

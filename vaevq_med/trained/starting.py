@@ -33,6 +33,7 @@ from vaevq_med.networks.processes import rank
 from vaevq_med.networks.ranges import check_choice
 from vaevq_med.trained.inflation import HALVINGS, halving_kernels, inflated_kernel, is_flat_of
 from vaevq_med.trained.network import StoredNetwork
+from vaevq_med.trained.patients import HASHES, NAMES, STARTED_FROM
 
 logger = logging.getLogger(__name__)
 
@@ -295,7 +296,7 @@ def read_start(init_from: str | Path) -> tuple[Mapping[str, Tensor], dict[str, A
     """Weights to start from, the averaged ones where there are some, and where they come from.
 
     Args:
-        init_from: a checkpoint that training wrote.
+        init_from: a checkpoint, a packed bundle or its weights, see :func:`vaevq_med.trained.packed.read_trained`.
 
     Returns:
         The state dictionary, and ``file``, ``sha256``, ``weights``, ``iteration`` and the ``data`` that it was trained
@@ -305,11 +306,11 @@ def read_start(init_from: str | Path) -> tuple[Mapping[str, Tensor], dict[str, A
         VaevqMedError: there is no such file, or it is no checkpoint.
     """
     stored = StoredNetwork(init_from)
-    told = ("split_hash", "content_hash", "patients", "started_from")
-    return stored.state_dict, {
+    told = ("split_hash", "content_hash", NAMES, HASHES, STARTED_FROM)
+    return stored.tensors, {
         "file": stored.path.name,
         "sha256": stored.sha256,
-        "weights": stored.weights,
+        "weights": stored.kept,
         "iteration": stored.iteration,
         "data": {name: stored.data[name] for name in told if name in stored.data},
     }

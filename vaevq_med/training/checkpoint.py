@@ -7,7 +7,7 @@ import math
 import signal
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,7 +17,9 @@ from ignite.engine import Engine, Events
 
 from vaevq_med import __version__
 from vaevq_med.core.errors import VaevqMedError, foreseen
+from vaevq_med.images.manifest import SPLITS
 from vaevq_med.trained.file import FORMAT, CheckpointError, atomic_save, load_state, read_checkpoint
+from vaevq_med.trained.patients import STARTED_FROM
 from vaevq_med.training import distributed
 from vaevq_med.training.base import BaseTrainer
 from vaevq_med.training.current import known_values
@@ -29,8 +31,6 @@ _READ = ("image_size", "in_channels", "modalities", "stack_modalities")
 """Settings that say how images are read, beside their shape."""
 _OTHERWISE = "choose another output_dir, or start anew with --resume False"
 _LONGEST_TAG = 5000
-STARTED_FROM = "started_from"
-"""Under which a checkpoint's ``data`` says from which file its run started."""
 
 
 def resumed_file(directory: str | Path, resume: bool | str) -> Path | None:
@@ -62,6 +62,8 @@ def _identity(dataset: Any, config: Mapping[str, Any]) -> dict[str, Any]:
         "split_hash": manifest.split_hash,
         "content_hash": manifest.content_hash,
         **({"recipe": recipe} if recipe else {}),
+        "name": str(manifest.content.get("name", "")),
+        "counts": {split: _counts(manifest.entries(split)) for split in SPLITS},
         "patients": _patients(dataset, manifest),
         **reading,
     }
@@ -73,6 +75,11 @@ def _patients(dataset: Any, manifest: Any) -> list[str]:
     if known is not None:
         return list(known)
     return sorted({str(entry["patient"]) for entry in manifest.entries(dataset.split) if "patient" in entry})
+
+
+def _counts(entries: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Images of a split, and the patients that are named in it."""
+    return {"images": len(entries), "patients": len({str(entry["patient"]) for entry in entries if "patient" in entry})}
 
 
 def _feature_weights(engine: BaseTrainer) -> dict[str, str]:

@@ -12,9 +12,10 @@ from torch import nn
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.quantizers.base import FollowsLatents
 from vaevq_med.trained.file import read_checkpoint
+from vaevq_med.trained.patients import STARTED_FROM
 from vaevq_med.trained.starting import check_parts, is_given, part_of, start_network
 from vaevq_med.training import distributed
-from vaevq_med.training.checkpoint import STARTED_FROM, resumed_file
+from vaevq_med.training.checkpoint import resumed_file
 
 logger = logging.getLogger(__name__)
 

@@ -79,7 +79,14 @@ class RunSummary:
     def _started(self, engine: BaseTrainer) -> None:
         stored = self.checkpoint.extra.get(_KEY, {}) if self.checkpoint is not None else {}
         self._counts = {"images": 0, "timed_images": 0, "timed_seconds": 0.0, "peak_memory": 0, **stored}
+        self._counts["device"] = self._device(engine)
         self._first = True
+
+    @staticmethod
+    def _device(engine: BaseTrainer) -> str:
+        """What it trains on: the name of a GPU, or ``cpu``."""
+        device = engine.state.device
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
     def _batch_asked(self, engine: BaseTrainer) -> None:
         self._asked = time.perf_counter()
@@ -110,7 +117,7 @@ class RunSummary:
             "processes": distributed.world_size(),
             "micro_batch_size": engine.micro_batch_size,
             "precision": "fp32" if engine.autocast_dtype is None else "bf16",
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "device": self._device(engine),
         }
         if self.checkpoint is not None and self.checkpoint.started_from:
             record["started_from"] = self.checkpoint.started_from

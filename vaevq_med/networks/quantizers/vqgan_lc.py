@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.quantizers.base import CodebookQuantizer
 from vaevq_med.networks.ranges import check_sizes
+from vaevq_med.networks.weight_file import read_weight_file
 
 _COMMAND = "vaevq-med feature-codebook DATASET {path} --num-embeddings {count}"
 
@@ -102,7 +103,9 @@ def read_features(path: str | Path, *, num_embeddings: int | None = None) -> Ten
     if path.suffix not in (".npz", ".pt", ".pth"):
         raise VaevqMedError(f"{path}: found the suffix {path.suffix!r}, expected .npz, .pt or .pth")
     try:
-        found = _read_npz(path) if path.suffix == ".npz" else torch.load(path, map_location="cpu", weights_only=True)
+        found = _read_npz(path) if path.suffix == ".npz" else read_weight_file(path, "a feature codebook")
+    except VaevqMedError:
+        raise
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise VaevqMedError(f"{path}: found an unreadable file ({reason}), expected a feature codebook") from error

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.study.statistics import bootstrap_interval
+from vaevq_med.core.intervals import bootstrap_interval
 
 Array = NDArray[np.float64]
 LEAST_OVERLAP = 0.25
