@@ -63,6 +63,7 @@ class Start:
             raise VaevqMedError(f"init_parts: found {parts} without init_from, expected a file to start from beside it")
         self.resumed = resumed_file(directory, resume)
         self.record: dict[str, Any] | None = None
+        self._made = False
 
     def network(self, network: Network) -> Network:
         """The network at its start, with what is frozen frozen.
@@ -79,6 +80,7 @@ class Start:
                 self.record = start_network(network, self.init_from, parts=self.parts)
                 if distributed.is_main():
                     logger.warning("  discriminator and averages of the optimizers: new")
+        self._made = True
         frozen = check_parts("freeze", self.freeze, network)
         for name, parameter in network.named_parameters():
             if part_of(name) in frozen:
@@ -98,7 +100,14 @@ class Start:
         Args:
             network: after :meth:`network`.
             learning_rate: of what is new.
+
+        Raises:
+            VaevqMedError: there is something to load or to freeze, and the network was not made by :meth:`network`.
         """
+        if not self._made and (self.init_from is not None or self.freeze):
+            raise VaevqMedError(
+                "network: found one that is not made by @start, expected $@start.network(...) for init_from and freeze"
+            )
         trained = {name: one for name, one in network.named_parameters() if one.requires_grad}
         if self.record is None:
             return list(trained.values())
