@@ -27,8 +27,8 @@ from vaevq_med.metrics.reconstruction import to_unit
 from vaevq_med.metrics.volumes import inter_slice_error
 from vaevq_med.networks.tokenizer import VisualTokenizer
 from vaevq_med.tokens.volumes import decode_volume, encode_volume, factors_of
-from vaevq_med.trained.inflation import inflate
 from vaevq_med.trained.network import StoredTokenizer
+from vaevq_med.trained.starting import take_weights
 
 
 def inflated(stored: StoredTokenizer, flat: VisualTokenizer, z_steps: int, halving: str) -> VisualTokenizer:
@@ -39,7 +39,7 @@ def inflated(stored: StoredTokenizer, flat: VisualTokenizer, z_steps: int, halvi
     further = {"spatial_dims": 3, "within_slices": True, "downsampling": downsampling}
     parts = {part: {**definition[part], **further} for part in ("encoder", "decoder")}
     network: VisualTokenizer = build({**definition, **parts}, torch.nn.Module, own="vaevq_med.networks")
-    inflate(network, flat.state_dict(), halving=halving)
+    take_weights(network, flat.state_dict(), halving=halving)
     return network.eval()
 
 

@@ -19,6 +19,7 @@ from vaevq_med.networks.quantizers import (
     LFQ,
     MGVQ,
     VQGANLC,
+    Continuous,
     FactorizedQuantizer,
     GaussianQuantizer,
     ResidualQuantizer,
@@ -40,6 +41,7 @@ class Case:
         straight_through: whether a gradient passes ``quantized`` unchanged.
         random_start: whether two instances from different seeds differ.
         exact: whether ``quantized`` has the value of ``codes``.
+        indexed: whether there are indices; what has none has tests of its own.
     """
 
     make: Callable[[], Quantizer]
@@ -47,6 +49,7 @@ class Case:
     straight_through: bool = True
     random_start: bool = True
     exact: bool = True
+    indexed: bool = True
 
 
 def unfolded_fvq() -> FVQ:
@@ -110,12 +113,13 @@ CASES: dict[str, Case] = {
         learns=False,
         random_start=False,
     ),
+    "continuous": Case(lambda: Continuous(embedding_dim=4), learns=False, random_start=False, indexed=False),
     "vqgan-lc": Case(lambda: VQGANLC(num_embeddings=32, embedding_dim=4, num_features=6)),
 }
 
 
-def all_cases() -> dict[str, Case]:
-    """Those above, and the ``CASES`` of every test file of a quantizer."""
+def all_cases(*, indexed: bool = True) -> dict[str, Case]:
+    """Those above, and the ``CASES`` of every test file of a quantizer; of those with indices, or of all."""
     folder = Path(__file__).parents[1] / "networks" / "quantizers"
     found = dict(CASES)
     for path in sorted(folder.glob("test_*.py")):
@@ -123,4 +127,4 @@ def all_cases() -> dict[str, Case]:
             if str(folder) not in sys.path:
                 sys.path.insert(0, str(folder))
             found |= importlib.import_module(path.stem).CASES
-    return found
+    return {name: case for name, case in found.items() if case.indexed or not indexed}

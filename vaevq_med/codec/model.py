@@ -273,9 +273,10 @@ def describe(stored: StoredTokenizer, network: VisualTokenizer) -> dict[str, Any
     if len(set(factors[-2:])) > 1:
         raise CodecError(f"{stored.path}: found positions of {factors} pixels, expected as many rows as columns")
     if not quantizer.is_discrete:
+        other = "; --readout hard selects such a read-out" if "hard" in quantizer.readouts else ""
         raise CodecError(
-            f"{stored.path}: found a {type(quantizer).__name__} whose indices do not decode to its images, expected "
-            "one whose do; --readout hard selects such a read-out"
+            f"{stored.path}: found {type(quantizer).__name__}, whose images are not decoded from indices, expected a "
+            f"quantizer whose are{other}"
         )
     if size % factor:
         raise CodecError(f"{stored.path}: found image_size {size}, expected a multiple of {factor}")

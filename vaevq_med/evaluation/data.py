@@ -11,6 +11,7 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.images.manifest import SPLITS, load_manifest
 from vaevq_med.images.patients import person_of
 from vaevq_med.trained.network import StoredNetwork, StoredTokenizer
+from vaevq_med.trained.patients import TrainingPatients, trainings
 from vaevq_med.training import distributed
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ def check_data(dataset: Any, stored: StoredTokenizer | None, any_shape: bool) ->
 
 
 def check_unseen(dataset: Any, stored: StoredNetwork) -> None:
-    """Refuse to call a test what a network was trained on.
+    """Refuse to call a test what a network was trained on, or what it started from was.
 
     Args:
         dataset: what is evaluated, with a ``manifest``.
@@ -77,23 +78,35 @@ def check_unseen(dataset: Any, stored: StoredNetwork) -> None:
     Raises:
         VaevqMedError: a patient of the evaluated split was in the training data.
     """
-    manifest, split, trained = dataset.manifest, dataset.split, stored.data
-    if split == "training":
+    if dataset.split == "training":
         return
+    for name, trained in trainings(stored.data, stored.path.name):
+        _check_training(dataset, trained, name)
+
+
+def _check_training(dataset: Any, trained: Mapping[str, Any], name: str) -> None:
+    """Refuse what one training has seen.
+
+    Args:
+        dataset: what is evaluated.
+        trained: what a checkpoint says of its data.
+        name: of the checkpoint, for the message.
+    """
+    manifest, split = dataset.manifest, dataset.split
     moved = trained.get("split_hash") != manifest.split_hash
-    patients = stored.patients
+    patients = TrainingPatients(trained, name)
     named = {str(entry["patient"]) for one in SPLITS for entry in manifest.entries(one) if "patient" in entry}
     known = patients.among(named)
     told_apart = known and len(known) == len(patients)
     if moved and trained.get("content_hash") == manifest.content_hash and not told_apart:
         raise VaevqMedError(
-            f"split {split!r}: found the images that {stored.path.name} was trained on dealt to other splits, "
+            f"split {split!r}: found the images that {name} was trained on dealt to other splits, "
             "expected the same split"
         )
     tested = {str(entry["patient"]) for entry in manifest.entries(split) if "patient" in entry}
     leaked = {patient for patient in tested if person_of(patient) in known}
     if leaked:
         raise VaevqMedError(
-            f"split {split!r}: found patient {min(leaked)}, whom {stored.path.name} was trained on, expected none; "
+            f"split {split!r}: found patient {min(leaked)}, whom {name} was trained on, expected none; "
             "the data set's split has changed since"
         )

@@ -147,7 +147,7 @@ class EvaluationHandler:
         update(
             output[Keys.IMAGE],
             output[Keys.PRED],
-            output["indices"],
+            output.get("indices"),
             metadata={name: batch[name] if of_volumes and name == "slice" else list(batch[name]) for name in METADATA},
             regions=regions,
             indices_sample=output.get("indices_sample"),
@@ -170,8 +170,9 @@ class EvaluationHandler:
                 self.pictures_dir.mkdir(parents=True, exist_ok=True)
                 fixed = evenly_spaced(len(self.dataset), self.num_pictures)  # type: ignore[arg-type]
                 self._draw(engine, {f"{i}": i for i in fixed}, self.pictures_dir / "reconstructions.png")
-                usage_histogram(report.usage_counts, self.pictures_dir / _USAGE)
-        elif self.output_dir is not None:
+                if len(report.usage_counts):
+                    usage_histogram(report.usage_counts, self.pictures_dir / _USAGE)
+        elif self.output_dir is not None and len(report.usage_counts):
             usage_histogram(report.usage_counts, self.output_dir / _USAGE)
 
     def _extremes(self, report: EvaluationReport) -> dict[str, int]:

@@ -106,6 +106,11 @@ class PredictionWriter:
         return path
 
     def _started(self, engine: TokenizerEvaluator) -> None:
+        quantizer: Any = engine.network.quantizer
+        if "indices" in self.write and not quantizer.num_codebooks:
+            raise VaevqMedError(
+                f"write: found indices of {type(quantizer).__name__}, which has none, expected reconstructions alone"
+            )
         self.maker(engine).begin(_REPLACE, overwrite=self.overwrite)
 
     def _iteration_completed(self, engine: Engine) -> None:
@@ -116,9 +121,9 @@ class PredictionWriter:
         output: Any = engine.state.output
         batch: Any = engine.state.batch
         predictions = ((output[Keys.PRED].clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
-        indices = output["indices"].cpu().numpy().astype(np.int32)
+        indices = output["indices"].cpu().numpy().astype(np.int32) if "indices" in self.write else None
         for number, source in enumerate(batch["path"]):
-            if "indices" in self.write:
+            if indices is not None:
                 with atomic_binary_writer(self._target("indices", source), durable=False) as file:
                     np.save(file, indices[number])
             if "reconstructions" in self.write:

@@ -19,9 +19,11 @@ from torch.utils.data import Sampler
 
 from vaevq_med.core.errors import DataError, as_item_error
 from vaevq_med.core.names import listed
+from vaevq_med.core.options import expect, is_number
 from vaevq_med.core.picks import evenly_spaced
 from vaevq_med.images.manifest import SPLITS, Manifest, load_manifest
 from vaevq_med.images.reading import shape_of
+from vaevq_med.images.splits import patient_position
 
 
 def mix_seeds(*values: int) -> int:
@@ -78,8 +80,11 @@ class SliceDataset(Dataset):
         random_start: let each epoch draw where in its run an item begins.
         centered: with ``depth``, make one item of each slice, which is the middle one of its ``depth``; at the ends of
             a run the last slice is repeated.
+        patient_share: keep so large a share of the split's patients, at least one, in (0, 1]; ``seed`` draws them, and
+            a larger share of one seed holds a smaller one.
 
     Attributes:
+        patients: names of those that are kept, sorted; empty where the images have no patients.
         channels: names of the contrasts that are the channels of an item, where they are stacked; otherwise None.
 
     Raises:
@@ -100,9 +105,12 @@ class SliceDataset(Dataset):
         depth: int | None = None,
         random_start: bool = False,
         centered: bool = False,
+        patient_share: float = 1.0,
     ) -> None:
         manifest = load_manifest(dataset_dir)
-        entries = self.chosen(_select(manifest, split, modalities, stack_modalities), manifest)
+        entries = _of_patients(_select(manifest, split, modalities, stack_modalities), patient_share, seed, manifest)
+        self.patients = sorted({str(entry["patient"]) for entry in entries if "patient" in entry})
+        entries = self.chosen(entries, manifest)
         self.depth = depth
         self.random_start = random_start
         if depth is not None:
@@ -276,6 +284,23 @@ def _select(
             + manifest.splitting_advice()
         )
     return entries
+
+
+def _of_patients(
+    entries: Sequence[Mapping[str, Any]], share: float, seed: int, manifest: Manifest
+) -> Sequence[Mapping[str, Any]]:
+    """The entries of a share of their patients, who come in the order of the hashes of their names."""
+    expect(is_number(share, 0, 1) and share > 0, "patient_share", share, "a share above 0 and at most 1")
+    if share == 1:
+        return entries
+    names = {str(entry.get("patient", "")) for entry in entries}
+    if "" in names:
+        raise DataError(
+            f"{manifest.path.parent}: found images without a patient, expected one of each for patient_share {share}"
+        )
+    order = sorted(names, key=lambda name: patient_position(name, seed))
+    kept = set(order[: max(1, round(share * len(order)))])
+    return [entry for entry in entries if str(entry["patient"]) in kept]
 
 
 def _modalities_of(entries: Sequence[Mapping[str, Any]]) -> list[str]:

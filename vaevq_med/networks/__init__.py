@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = lazy(
         "LlamaGen": "generators.llamagen",
         "ModulatedDecoder": "decoder",
         "PatchDiscriminator": "discriminator",
+        "Rectifier": "rectifier",
         "SliceSegmenter": "segmenter",
         "StaticCache": "generators.llama_blocks",
         "TrainingForward": "tokenizer",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -213,6 +213,11 @@ class Encoder(nn.Module):
         layers.append(MiddleBlocks(num_channels=width, attention=middle_attention, **shared))
         layers.append(OutputHead(spatial_dims=spatial_dims, in_channels=width, out_channels=z_channels, norm=norm))
         self.layers = nn.Sequential(*layers)
+
+    @property
+    def first_layer(self) -> Tensor:
+        """Weight of the first convolution, ``[num_channels, C, ...]``."""
+        return cast(Tensor, self.layers[0].weight)
 
     def recompute_levels(self, chosen: Sequence[int]) -> None:
         """See :func:`vaevq_med.networks.blocks.recompute_levels`."""

@@ -20,6 +20,7 @@ from vaevq_med.networks.outputs import Posterior, QuantizerOutput, TokenizerOutp
 from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.quantizers.base import Quantizer
 from vaevq_med.networks.ranges import check_choice
+from vaevq_med.networks.rectifier import Rectifier
 from vaevq_med.networks.slices import slices_of, stacked
 
 ESTIMATORS = ("straight_through", "released")
@@ -80,6 +81,8 @@ class VisualTokenizer(nn.Module):
         slice_context: of a 2D encoder and decoder, the slices above and below whose codes the decoder sees beside a
             slice's own; such a tokenizer takes volumes ``[B, C, d, H, W]`` of adjacent slices, which it encodes one by
             one to a grid ``d h w``. 0 is a tokenizer of single images.
+        rectifier: of codes, before they are decoded, such as :class:`~vaevq_med.networks.Rectifier`; the continuous
+            path does without.
 
     Attributes:
         takes_volumes: whether it is given volumes ``[B, C, d, H, W]``.
@@ -99,6 +102,7 @@ class VisualTokenizer(nn.Module):
         quantize_from: str = "sample",
         estimator: str = "straight_through",
         slice_context: int = 0,
+        rectifier: Rectifier | None = None,
     ) -> None:
         super().__init__()
         if slice_context < 0 or (slice_context and encoder.spatial_dims != 2):
@@ -114,6 +118,11 @@ class VisualTokenizer(nn.Module):
             raise VaevqMedError(
                 f"embedding_dim is {embedding_dim}; expected the quantizer's, {quantizer.embedding_dim}"
             )
+        if rectifier is not None and rectifier.spatial_dims != encoder.spatial_dims:
+            raise VaevqMedError(
+                f"the rectifier's spatial_dims is {rectifier.spatial_dims}; expected the encoder's, "
+                f"{encoder.spatial_dims}"
+            )
         if decoder.embedding_dim not in (None, embedding_dim):
             raise VaevqMedError(f"the decoder's embedding_dim is {decoder.embedding_dim}; expected {embedding_dim}")
         shrinks, enlarges = encoder.downsampling_factors, decoder.upsampling_factors
@@ -126,6 +135,7 @@ class VisualTokenizer(nn.Module):
         self.encoder = encoder
         self.decoder = decoder
         self.quantizer = quantizer
+        self.rectifier = rectifier
         self.embedding_dim = embedding_dim
         self.variational = variational
         self.quantize_from = quantize_from
@@ -179,10 +189,18 @@ class VisualTokenizer(nn.Module):
         return self.quantizer(latent, posterior)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Images ``[B, C, H, W]`` of codes, or of a continuous latent, ``[B, D, *grid]``."""
+        """Images ``[B, C, H, W]`` of codes ``[B, D, *grid]``."""
+        return self.decode_latent(self.rectify(codes))
+
+    def rectify(self, codes: Tensor) -> Tensor:
+        """What is decoded in place of codes ``[B, D, *grid]``: they themselves without a rectifier."""
+        return codes if self.rectifier is None else self._slice_by_slice(self.rectifier, codes)
+
+    def decode_latent(self, latent: Tensor) -> Tensor:
+        """Images ``[B, C, H, W]`` of a continuous latent, or of rectified codes, ``[B, D, *grid]``."""
         if not self.slice_context:
-            return self.decoder(self.post_quant_conv(codes), codes)
-        return self._slice_by_slice(self.decoder, self.post_quant_conv(codes), codes)
+            return self.decoder(self.post_quant_conv(latent), latent)
+        return self._slice_by_slice(self.decoder, self.post_quant_conv(latent), latent)
 
     def _slice_by_slice(self, network: Callable[..., Tensor], *volumes: Tensor) -> Tensor:
         """Of a tokenizer with a context, what a 2D network makes of the slices of volumes; else of the images."""
@@ -258,7 +276,7 @@ class VisualTokenizer(nn.Module):
         fed = quantized.quantized
         if self.estimator == "released":
             fed = released_estimator(quantized.codes, encoded)
-        reconstruction, continuous = self.decode(torch.cat([fed, sample])).chunk(2)
+        reconstruction, continuous = self.decode_latent(torch.cat([self.rectify(fed), sample])).chunk(2)
         return TokenizerOutput(reconstruction, continuous, latent, cast(Posterior, encoded), quantized)
 
     # --- MONAI's first-stage interface ---

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.data import DataLoader
-from numpy.typing import NDArray
 
+from vaevq_med.core.clusters import Features, StreamingClusters
 from vaevq_med.core.errors import DataError, VaevqMedError
 from vaevq_med.core.files import atomic_binary_writer
 from vaevq_med.core.jobs import check_workers, usable_cores
@@ -28,12 +27,6 @@ from vaevq_med.images.reading import reader
 from vaevq_med.networks.features import FeatureNetwork, feature_network
 from vaevq_med.prepare.options import CodebookOptions
 from vaevq_med.trained.device import named_device
-
-Features = NDArray[np.float32]
-_START = 3
-"""Features a center that the centers are drawn from at first."""
-_STEP = 1024
-"""Features of an update, at least."""
 
 
 @dataclass(frozen=True)
@@ -57,60 +50,6 @@ class FeatureCodebookReport:
     num_embeddings: int
     num_features: int
     distinct: int
-
-
-class StreamingClusters:
-    """K-means over features that come in portions; it holds no more than a few features a center.
-
-    The centers start by k-means++ among the first three features a center and move by mini-batches
-    (scikit-learn's ``MiniBatchKMeans``), each feature seen once.
-
-    Args:
-        num_clusters: number of centers.
-        seed: seed of the start.
-    """
-
-    def __init__(self, num_clusters: int, seed: int = 0) -> None:
-        from sklearn.cluster import MiniBatchKMeans
-
-        self.num_clusters = num_clusters
-        self.model = MiniBatchKMeans(n_clusters=num_clusters, random_state=seed, n_init=1)
-        self.waiting: list[Features] = []
-        self.count = 0
-
-    @property
-    def _portion(self) -> int:
-        """Features that the next update waits for."""
-        return max(_STEP, self.num_clusters if hasattr(self.model, "cluster_centers_") else _START * self.num_clusters)
-
-    def add(self, features: Features) -> None:
-        """Take ``[N, F]`` features."""
-        self.waiting.append(features)
-        self.count += len(features)
-        while sum(map(len, self.waiting)) >= self._portion:
-            joined = np.concatenate(self.waiting)
-            portion, rest = joined[: self._portion], joined[self._portion :]
-            self.waiting = [rest]
-            self._update(portion)
-
-    def _update(self, portion: Features) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of fewer distinct features than centers, which the report counts
-            self.model.partial_fit(portion)
-
-    def centers(self) -> Features:
-        """The centers ``[num_clusters, F]``.
-
-        Raises:
-            DataError: there were fewer features than centers.
-        """
-        if self.count < self.num_clusters:
-            raise DataError(f"found {self.count} features, expected at least {self.num_clusters}, one a codeword")
-        rest = np.concatenate(self.waiting)
-        if len(rest):
-            self.waiting = [rest[:0]]
-            self._update(rest)
-        return np.asarray(self.model.cluster_centers_, dtype=np.float32)
 
 
 @dataclass(frozen=True)

@@ -241,9 +241,10 @@ class Probe(ProbeOptions):
             raise VaevqMedError(f"{self.checkpoint}: found a tokenizer of volumes, expected one of slices")
         network = stored.network()
         if not network.quantizer.is_discrete:
+            other = "; name --readout hard" if "hard" in network.quantizer.readouts else ""
             raise VaevqMedError(
                 f"{self.checkpoint}: found {type(network.quantizer).__name__} with read-out "
-                f"{network.quantizer.readout!r}, expected one that decodes its indices; name --readout hard"
+                f"{network.quantizer.readout!r}, expected one that decodes its indices{other}"
             )
         return network
 

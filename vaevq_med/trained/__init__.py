@@ -10,10 +10,10 @@ __getattr__, __dir__, __all__ = lazy(
         "StoredSegmenter": "segmenter",
         "StoredTokenizer": "network",
         "default_device": "device",
-        "inflate": "inflation",
         "named_device": "device",
         "read_checkpoint": "file",
         "read_trained": "packed",
-        "started_from": "inflation",
+        "started_from": "starting",
+        "take_weights": "starting",
     },
 )

@@ -8,7 +8,7 @@ the lists of two networks cannot be laid side by side.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 from pydantic import Field
@@ -18,6 +18,8 @@ from vaevq_med.images.patients import person_of
 
 NAMES = "patients"
 HASHES = "patient_hashes"
+STARTED_FROM = "started_from"
+"""Under which the data of a training says which file it started from, with the ``data`` of that one's training."""
 _ROUNDS = 1000
 
 
@@ -85,6 +87,8 @@ class TrainingPatients:
 def without_names(data: Mapping[str, Any], salt: str, *, hashes: bool = True) -> dict[str, Any]:
     """What a checkpoint says of its data, with hashes, or nothing, in place of the names of patients.
 
+    So it is with the data of what the training started from.
+
     Args:
         data: as a checkpoint or a packed bundle has it.
         salt: of new hashes.
@@ -95,4 +99,25 @@ def without_names(data: Mapping[str, Any], salt: str, *, hashes: bool = True) ->
         kept[HASHES] = data[HASHES]
     elif hashes and data.get(NAMES):
         kept[HASHES] = PatientHashes.of(data[NAMES], salt).to_dict()
+    if kept.get(STARTED_FROM):
+        before = kept[STARTED_FROM]
+        kept[STARTED_FROM] = {**before, "data": without_names(before.get("data") or {}, salt, hashes=hashes)}
     return kept
+
+
+def trainings(data: Mapping[str, Any], name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """What is said of the data of a training and of those that it started from, each with the name of its file.
+
+    Args:
+        data: as a checkpoint or a packed bundle has it.
+        name: of its file.
+
+    Examples:
+        >>> data = {STARTED_FROM: {"file": "best.pt", "data": {"split_hash": "b"}}, "split_hash": "a"}
+        >>> [(name, one["split_hash"]) for name, one in trainings(data, "last.pt")]
+        [('last.pt', 'a'), ('best.pt, which last.pt started from,', 'b')]
+    """
+    while data:
+        yield name, data
+        before = data.get(STARTED_FROM) or {}
+        name, data = f"{before.get('file')}, which {name} started from,", before.get("data") or {}

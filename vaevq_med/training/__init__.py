@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
         "BaseTrainer": "base",
+        "CodebookStart": "codebook_start",
         "ConfigError": "config",
         "GeneratorEvaluator": "generator_evaluator",
         "GeneratorTrainer": "generator",
@@ -14,6 +15,7 @@ __getattr__, __dir__, __all__ = lazy(
         "RunSummary": "summary",
         "SegmentationEvaluator": "segmentation_evaluator",
         "SegmentationTrainer": "segmentation",
+        "Start": "start",
         "TokenizerEvaluator": "tokenizer_evaluator",
         "TokenizerTrainer": "tokenizer",
         "TrainingCheckpoint": "checkpoint",

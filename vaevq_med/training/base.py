@@ -341,6 +341,8 @@ class BaseTrainer(SupervisedTrainer):
         """Step the schedules and publish what the iteration gave; the rates are those that it was trained with."""
         state: Any = engine.state
         rates: dict[str, Tensor | float] = {"learning_rate": self.optimizer.param_groups[0]["lr"]}
+        named = (group for group in self.optimizer.param_groups[1:] if "name" in group)
+        rates |= {f"learning_rate_{group['name']}": group["lr"] for group in named}
         if self.d_optimizer is not None:
             rates["discriminator_learning_rate"] = self.d_optimizer.param_groups[0]["lr"]
         with warnings.catch_warnings():

@@ -19,6 +19,7 @@ from vaevq_med import __version__
 from vaevq_med.core.errors import VaevqMedError, foreseen
 from vaevq_med.images.manifest import SPLITS
 from vaevq_med.trained.file import FORMAT, CheckpointError, atomic_save, load_state, read_checkpoint
+from vaevq_med.trained.patients import STARTED_FROM
 from vaevq_med.training import distributed
 from vaevq_med.training.base import BaseTrainer
 from vaevq_med.training.current import known_values
@@ -30,6 +31,21 @@ _READ = ("image_size", "in_channels", "modalities", "stack_modalities")
 """Settings that say how images are read, beside their shape."""
 _OTHERWISE = "choose another output_dir, or start anew with --resume False"
 _LONGEST_TAG = 5000
+
+
+def resumed_file(directory: str | Path, resume: bool | str) -> Path | None:
+    """The checkpoint that a run goes on from; None for one that starts.
+
+    Args:
+        directory: of the run's checkpoints.
+        resume: as for :class:`TrainingCheckpoint`.
+    """
+    if not resume:
+        return None
+    source = Path(directory) / "last.pt" if resume in ("auto", True) else Path(str(resume))
+    if resume == "auto" and not source.is_file():
+        source = Path(directory) / "best.pt"  # which a run that began anew would take the place of
+    return source if resume != "auto" or source.is_file() else None
 
 
 def _identity(dataset: Any, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,9 +64,17 @@ def _identity(dataset: Any, config: Mapping[str, Any]) -> dict[str, Any]:
         **({"recipe": recipe} if recipe else {}),
         "name": str(manifest.content.get("name", "")),
         "counts": {split: _counts(manifest.entries(split)) for split in SPLITS},
-        "patients": sorted({str(e["patient"]) for e in manifest.entries(dataset.split) if "patient" in e}),
+        "patients": _patients(dataset, manifest),
         **reading,
     }
+
+
+def _patients(dataset: Any, manifest: Any) -> list[str]:
+    """Those of a data set's images, or of the whole split where it does not say."""
+    known = getattr(dataset, "patients", None)
+    if known is not None:
+        return list(known)
+    return sorted({str(entry["patient"]) for entry in manifest.entries(dataset.split) if "patient" in entry})
 
 
 def _counts(entries: Sequence[Mapping[str, Any]]) -> dict[str, int]:
@@ -122,6 +146,7 @@ class TrainingCheckpoint:
         config: the run's configuration, stored as JSON. A run resumes only where what makes it what it is (data,
             reading, network, terms of the objective, seed) is the same; what else has changed is noted.
         evaluator: validation engine whose ``state.metrics`` hold ``metric``.
+        start: what the run started from, whose ``record`` the checkpoints keep; a resumed run keeps that of its own.
 
     Attributes:
         changes: with what the run went on in another way: ``iteration``, and ``changed``, by id what was and what is.
@@ -139,6 +164,7 @@ class TrainingCheckpoint:
         mode: str = "max",
         config: Mapping[str, Any] | None = None,
         evaluator: Engine | None = None,
+        start: Any = None,
     ) -> None:
         if mode not in ("max", "min"):
             raise VaevqMedError(f"checkpoint mode: found {mode!r}, expected 'max' or 'min'")
@@ -153,6 +179,8 @@ class TrainingCheckpoint:
         self.config = dict(config or {})
         self.dataset = dataset
         self.data = _identity(dataset, self.config)
+        if getattr(start, "record", None):
+            self.data = {**self.data, STARTED_FROM: start.record}
         self.values: dict[str, Any] = {}
         self.changes: list[dict[str, Any]] = []
         self.evaluator = evaluator
@@ -176,10 +204,8 @@ class TrainingCheckpoint:
         """
         self._check_directory()
         self.values = known_values(expressions(self.config))
-        source = self.last if self.resume in ("auto", True) else Path(str(self.resume))
-        if self.resume == "auto" and not source.is_file():
-            source = self.directory / "best.pt"  # which a run that began anew would take the place of
-        if self.resume and (self.resume != "auto" or source.is_file()):
+        source = resumed_file(self.directory, self.resume)
+        if source is not None:
             self.load(engine, source)
         engine.add_event_handler(Events.STARTED, self._started)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
@@ -260,6 +286,10 @@ class TrainingCheckpoint:
             lengths = f"{engine.state.epoch_length} iterations, was {state.get('epoch_length')}"
             batches = "" if now == before else f"batch_size is {now}, was {before}: "
             raise CheckpointError(f"{batches}an epoch is {lengths} in {path}; expected the same to go on: {_OTHERWISE}")
+        kept = state.get("data", {}).get(STARTED_FROM)
+        self.data = {name: value for name, value in self.data.items() if name != STARTED_FROM}
+        if kept is not None:
+            self.data[STARTED_FROM] = kept
         load_state(engine.network, state["network"], path, "network")
         if engine.ema is not None and "ema" in state:
             load_state(engine.ema.module, state["ema"], path, "ema")
@@ -313,6 +343,17 @@ class TrainingCheckpoint:
                     f"feature_weights is a file of {name} of the hash {now[name][:19]}, was {before[name][:19]} in "
                     f"{path}; expected the same to go on: {_OTHERWISE}"
                 )
+
+    @property
+    def started_from(self) -> dict[str, Any]:
+        """The file that the run started from and what was taken of it, without the data behind it; empty without."""
+        return {name: value for name, value in self.data.get(STARTED_FROM, {}).items() if name != "data"}
+
+    def start_tags(self) -> dict[str, str]:
+        """The same as tags of a tracked run: ``started_from.file``, ``started_from.encoder`` and so on."""
+        told = self.started_from
+        parts = {name: part["told"] for name, part in told.pop("parts", {}).items()}
+        return {f"started_from.{name}": str(value)[:_LONGEST_TAG] for name, value in {**told, **parts}.items()}
 
     def change_tags(self) -> dict[str, str]:
         """The changes as tags of a tracked run: ``changed.400`` to ``learning_rate 0.0001 -> 1e-06``."""

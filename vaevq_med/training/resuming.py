@@ -19,7 +19,7 @@ from vaevq_med.trained.file import CheckpointError, stored_shape
 
 _SAME = (
     *("image_size", "in_channels", "seed", "network_def", "discriminator_def", "objective", "loss_def"),
-    *("num_train_timesteps", "scheduler", "train#dataset"),
+    *("num_train_timesteps", "scheduler", "train#dataset", "freeze"),
     *("optimizer#_target_", "d_optimizer#_target_"),
 )
 """Ids whose values, and those of what they refer to, make a run what it is."""

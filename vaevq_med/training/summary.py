@@ -51,7 +51,8 @@ class RunSummary:
     The file holds ``parameters`` (those that are trained; a discriminator's are not counted), of a tokenizer
     ``bits_per_position`` and ``bits_per_pixel``, ``iterations``, ``images``, ``images_per_second`` (None after a
     single step), ``peak_memory_bytes`` (of the main process), ``peak_memory_of`` (``cuda`` or ``process``),
-    ``processes``, ``device``, and the ``micro_batch_size`` and ``precision`` that ``auto`` came to.
+    ``processes``, ``device``, the ``micro_batch_size`` and ``precision`` that ``auto`` came to, and ``started_from``,
+    the file that the run started from and what became of each part, where there is one.
 
     Args:
         path: JSON file to write, atomically.
@@ -118,6 +119,8 @@ class RunSummary:
             "precision": "fp32" if engine.autocast_dtype is None else "bf16",
             "device": self._device(engine),
         }
+        if self.checkpoint is not None and self.checkpoint.started_from:
+            record["started_from"] = self.checkpoint.started_from
         with dispensable("this record of the run"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write_text(self.path, json.dumps(record, indent=2) + "\n")

@@ -94,6 +94,15 @@ class TokenizerTrainer(BaseTrainer):
     ) -> None:
         if objective.adversarial is not None and (discriminator is None or d_optimizer is None):
             raise VaevqMedError("objective.adversarial is set: found no discriminator or no d_optimizer, expected both")
+        if (
+            objective.adversarial is not None
+            and objective.adversarial.adaptive
+            and not network.last_layer.requires_grad
+        ):
+            raise VaevqMedError(
+                "objective.adversarial.adaptive is true with a frozen decoder, at whose last layer its weight is "
+                "measured; expected false, or no objective.adversarial"
+            )
         training_network = training_network or TrainingForward(network)
         require_ddp(training_network, "training_network", "multi_gpu")
         if objective.adversarial is not None and discriminator is not None:
@@ -145,9 +154,11 @@ class TokenizerTrainer(BaseTrainer):
         self.objective.load_control_state(state)
 
     def summary(self) -> dict[str, Any]:
-        """Bits of the indices."""
+        """Bits of the indices, where there are some."""
         network: VisualTokenizer = self.network  # type: ignore[assignment]
         bits = network.quantizer.bits_per_position
+        if bits is None:
+            return {}
         return {"bits_per_position": bits, "bits_per_pixel": bits / math.prod(network.factors)}
 
     @property

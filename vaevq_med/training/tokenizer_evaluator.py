@@ -20,9 +20,9 @@ from vaevq_med.training.base_evaluator import BaseEvaluator
 class TokenizerEvaluator(BaseEvaluator):
     """Reconstruct each batch through the codebook, and, for a variational tokenizer, without it.
 
-    ``engine.state.output`` holds ``image``, ``pred`` (the quantized path), ``indices`` ``[B, h, w, G]`` and, for a
-    variational tokenizer, ``indices_sample`` (a sample quantized, for its utilization) and the posterior's ``mean`` and
-    ``std``, ``[B, D, h, w]``.
+    ``engine.state.output`` holds ``image``, ``pred`` (the quantized path), ``indices`` ``[B, h, w, G]`` where there are
+    codebooks, and, for a variational tokenizer, ``indices_sample`` (a sample quantized, for its utilization) and the
+    posterior's ``mean`` and ``std``, ``[B, D, h, w]``.
 
     Args:
         device: where to evaluate.
@@ -79,7 +79,7 @@ class TokenizerEvaluator(BaseEvaluator):
         encoded = network.encode(images)
         if not isinstance(encoded, DiagonalGaussian):
             quantized = network.quantize(encoded)
-            return {Keys.PRED: network.decode(quantized.quantized).float(), "indices": quantized.indices}
+            return _indexed({Keys.PRED: network.decode(quantized.quantized).float(), "indices": quantized.indices})
         mean = encoded.mode()
         sample = encoded.sample(self.generator)
         of_mean = network.quantize(mean, posterior=encoded)
@@ -87,9 +87,9 @@ class TokenizerEvaluator(BaseEvaluator):
         chosen = of_mean if self.quantize == "mode" else of_sample
         found = {"indices": chosen.indices, "indices_sample": of_sample.indices, "mean": mean, "std": encoded.std}
         if not continuous:
-            return {Keys.PRED: network.decode(chosen.quantized).float(), **found}
-        decoded = network.decode(torch.cat([chosen.quantized, mean])).float()
-        return dict(zip((Keys.PRED, "pred_continuous"), decoded.chunk(2), strict=True)) | found
+            return _indexed({Keys.PRED: network.decode(chosen.quantized).float(), **found})
+        decoded = network.decode_latent(torch.cat([network.rectify(chosen.quantized), mean])).float()
+        return _indexed(dict(zip((Keys.PRED, "pred_continuous"), decoded.chunk(2), strict=True)) | found)
 
     def _iteration(self, engine: SupervisedEvaluator, batchdata: dict[str, Any]) -> dict[str, Any]:
         images = torch.as_tensor(batchdata[Keys.IMAGE]).to(engine.state.device, non_blocking=True)
@@ -103,3 +103,8 @@ class TokenizerEvaluator(BaseEvaluator):
         with self._autocast():
             found = self.inferer(slices_of(volumes), self.reconstruct)
         return {Keys.IMAGE: volumes, **found, Keys.PRED: stacked(found[Keys.PRED], volumes.shape[0])}
+
+
+def _indexed(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the indices where there are none."""
+    return {name: one for name, one in found.items() if not name.startswith("indices") or one.shape[-1]}

@@ -257,9 +257,10 @@ class MLflowTracker:
             stored = self.checkpoint.extra if self.checkpoint is not None else {}
             self.start_run(stored.get(_ID), key=stored.get(_KEY))
             stored[_KEY] = self._key
-            changed = self.checkpoint.change_tags() if self.checkpoint is not None else {}
-            if changed:
-                self.set_tags(changed)
+            if self.checkpoint is not None:
+                tags = {**self.checkpoint.start_tags(), **self.checkpoint.change_tags()}
+                if tags:
+                    self.set_tags(tags)
 
     def _already_finished(self, engine: Engine) -> None:
         """Send what is left of the run that is finished."""

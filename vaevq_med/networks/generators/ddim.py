@@ -216,7 +216,7 @@ def generate_images(
         context = None if labels is None else labels.to(device)
         null_class = None if labels is None or guidance_scale == 1 else network.null_class
         latent = denoised(predict, noise, context, scheduler, times, null_class, guidance_scale) / scale_factor
-        return tokenizer.decode_stage_2_outputs(latent) if quantize else tokenizer.decode(latent)
+        return tokenizer.decode_stage_2_outputs(latent) if quantize else tokenizer.decode_latent(latent)
 
 
 def _noise(count: int, shape: Sequence[int], generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from vaevq_med.networks.quantizers.base import CodebookQuantizer, Quantizer, vq_losses
 from vaevq_med.networks.quantizers.coherent import CoherentVQ
+from vaevq_med.networks.quantizers.continuous import Continuous
 from vaevq_med.networks.quantizers.ema import VectorQuantizerEMA
 from vaevq_med.networks.quantizers.fsq import FSQ, IFSQ
 from vaevq_med.networks.quantizers.gaussian import GaussianQuantizer
@@ -27,6 +28,7 @@ __all__ = [
     "VQGANLC",
     "CodebookQuantizer",
     "CoherentVQ",
+    "Continuous",
     "FactorizedQuantizer",
     "GaussianQuantizer",
     "Quantizer",

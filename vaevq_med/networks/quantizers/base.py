@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -19,6 +19,8 @@ from vaevq_med.networks.quantizers.nearest import nearest_codeword
 from vaevq_med.networks.ranges import check_choice, check_range, check_sizes
 
 ASSIGNMENTS = ("euclidean", "posterior")
+Cluster = Callable[[Tensor, int], Tensor]
+"""Of rows ``[N, C]`` and K, the centers ``[K, C]`` of K clusters of them."""
 
 
 class FollowsLatents(ABC):
@@ -26,12 +28,16 @@ class FollowsLatents(ABC):
 
     Attributes:
         parts: what :meth:`follow` was given since a batch began whose update is still to come; None outside of one.
+        frozen: whether it stays as it is, whatever it is given.
     """
 
     parts: list[tuple[Tensor, ...]] | None = None
+    frozen: bool = False
 
     def follow(self, *observed: Tensor) -> None:
         """Update by tensors that can be joined along their first dimension: now, or with the rest of the batch."""
+        if self.frozen:
+            return
         if self.parts is None:
             self.update(*observed)
         else:
@@ -51,7 +57,7 @@ class Quantizer(nn.Module, ABC):
     Attributes:
         num_embeddings: K, codewords a codebook.
         embedding_dim: D, channels of the latent.
-        num_codebooks: G, indices a position.
+        num_codebooks: G, indices a position; 0 without a codebook and without an alphabet.
         is_discrete: whether ``indices_to_codes(indices)`` gives what the decoder was fed.
         size_arguments: arguments that fix K; where there are several they change together, and no sweep can set one.
         initial_files: arguments that name a file, or None, of values for a new run's start; where the weights come
@@ -156,6 +162,18 @@ class Quantizer(nn.Module, ABC):
             for follower in followers:
                 follower.parts = None
 
+    def start_codebook(self, latents: Tensor, cluster: Cluster) -> bool:
+        """Put the codewords at centers of clusters of latents, before the first step.
+
+        Args:
+            latents: ``[B, D, *grid]``, posterior means where there are posteriors.
+            cluster: finds the centers.
+
+        Returns:
+            Whether that was done; False, as here, of a quantizer without codewords that can be put anywhere.
+        """
+        return False
+
     def select_readout(self, readout: str) -> None:
         """Use another of ``readouts`` from now on.
 
@@ -168,8 +186,8 @@ class Quantizer(nn.Module, ABC):
         self.readout = readout
 
     @property
-    def bits_per_position(self) -> float:
-        """Bits that the indices of one latent position take, ``G log2 K``."""
+    def bits_per_position(self) -> float | None:
+        """Bits that the indices of one latent position take, ``G log2 K``; None where there are no indices."""
         return self.num_codebooks * math.log2(self.num_embeddings)
 
     def check_latent(self, z: Tensor) -> None:
@@ -283,6 +301,13 @@ def new_codewords(*shape: int, init: str, normalize: bool = False) -> nn.Paramet
     else:
         nn.init.normal_(table)
     return nn.Parameter(F.normalize(table, dim=-1) if normalize else table)
+
+
+@torch.no_grad()
+def put_at_centers(table: Tensor, latents: Tensor, cluster: Cluster) -> bool:
+    """Fill a table ``[K, C]`` by centers of latents ``[B, C, *grid]``; True, for :meth:`Quantizer.start_codebook`."""
+    table.copy_(cluster(rows(latents.detach().float()), len(table)))
+    return True
 
 
 def straight_through(codes: Tensor, carrier: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.outputs import Posterior, QuantizerOutput
 from vaevq_med.networks.polar import polar_factor
-from vaevq_med.networks.quantizers.base import rows
+from vaevq_med.networks.quantizers.base import Cluster, put_at_centers, rows
 from vaevq_med.networks.quantizers.ema import AveragedCodebook, Revival, assignment_totals
 from vaevq_med.networks.ranges import check_choice
 
@@ -98,6 +98,12 @@ class CoherentVQ(AveragedCodebook):
             means = rows((z if posterior is None else posterior.mean).detach().float())  # [N, D]
             self.follow(means, self._precisions(means, posterior), output.indices.flatten())
         return output
+
+    def start_codebook(self, latents: Tensor, cluster: Cluster) -> bool:
+        """Put the codewords at the centers, and the averages with them."""
+        put_at_centers(self.embedding, latents, cluster)
+        self.weighted_sum.copy_(self.embedding * self.weight)
+        return True
 
     def _precisions(self, means: Tensor, posterior: Posterior | None) -> Tensor:
         """The weight of every coordinate of the means, ``[N, D]``."""

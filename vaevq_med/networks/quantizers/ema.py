@@ -25,7 +25,7 @@ from torch import Tensor
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.outputs import Posterior, QuantizerOutput
 from vaevq_med.networks.processes import from_first_process, rank, rows_of_each_process, sum_in_place
-from vaevq_med.networks.quantizers.base import CodebookQuantizer, FollowsLatents, rows
+from vaevq_med.networks.quantizers.base import Cluster, CodebookQuantizer, FollowsLatents, put_at_centers, rows
 
 
 class AveragedCodebook(FollowsLatents, CodebookQuantizer):
@@ -119,6 +119,12 @@ class VectorQuantizerEMA(AveragedCodebook):
         if self.training:
             self.follow(rows(z.detach()), output.indices.flatten())
         return output
+
+    def start_codebook(self, latents: Tensor, cluster: Cluster) -> bool:
+        """Put the codewords at the centers, and the averages with them."""
+        put_at_centers(self.embedding, latents, cluster)
+        self.embedding_sum.copy_(self.embedding * self.cluster_size.unsqueeze(1))
+        return True
 
     @torch.no_grad()
     def update(self, latents: Tensor, indices: Tensor) -> None:  # type: ignore[override]

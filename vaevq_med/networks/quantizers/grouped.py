@@ -9,10 +9,12 @@ from torch import Tensor
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.outputs import Posterior, QuantizerOutput
 from vaevq_med.networks.quantizers.base import (
+    Cluster,
     Quantizer,
     channels_first,
     new_codewords,
     on_grid,
+    put_at_centers,
     rows,
     straight_through,
     vq_losses,
@@ -59,6 +61,15 @@ class GroupedQuantizer(Quantizer):
     def codes_of(self, indices: Tensor) -> Tensor:
         """Each index in the table of its group."""
         return look_up_groups(indices, self.codebook())
+
+    def start_codebook(self, latents: Tensor, cluster: Cluster) -> bool:
+        """Put each group's codewords at the centers of its channels, at length 1 where they are normalized."""
+        groups = self.split(self.scale(latents.detach().float())).unbind(dim=1)
+        for table, group in zip(self.embedding.data, groups, strict=True):
+            put_at_centers(table, group, cluster)
+        if self.normalize:
+            self.embedding.data.copy_(F.normalize(self.embedding.data, dim=-1))
+        return True
 
     def scale(self, z: Tensor) -> Tensor:
         """What is quantized of the latent ``[B, D, *grid]``: its groups at length 1 where they are normalized."""

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.outputs import Posterior, QuantizerOutput
-from vaevq_med.networks.quantizers.base import Quantizer, channels_first, look_up, on_grid, rows, vq_losses
+from vaevq_med.networks.quantizers.base import (
+    Cluster,
+    Quantizer,
+    channels_first,
+    look_up,
+    on_grid,
+    put_at_centers,
+    rows,
+    vq_losses,
+)
 from vaevq_med.networks.quantizers.soft_assignment import assignment_entropy, soft_codes
 from vaevq_med.networks.ranges import check_sizes
 
@@ -57,6 +66,10 @@ class IBQ(Quantizer):
     def codebook(self) -> Tensor:
         """The table itself, ``[K, D]``."""
         return self.embedding
+
+    def start_codebook(self, latents: Tensor, cluster: Cluster) -> bool:
+        """Put the codewords at the centers."""
+        return put_at_centers(self.embedding, latents, cluster)
 
     def forward(self, z: Tensor, posterior: Posterior | None = None) -> QuantizerOutput:
         """Quantize ``z`` ``[B, D, *grid]`` by the codeword of the largest inner product."""

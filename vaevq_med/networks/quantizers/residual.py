@@ -19,8 +19,17 @@ from torch import Tensor, nn
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.outputs import Posterior, QuantizerOutput
 from vaevq_med.networks.processes import number_from_first_process
-from vaevq_med.networks.quantizers.base import CodebookQuantizer, Quantizer, look_up, rows, straight_through
+from vaevq_med.networks.quantizers.base import (
+    Cluster,
+    CodebookQuantizer,
+    Quantizer,
+    look_up,
+    on_grid,
+    rows,
+    straight_through,
+)
 from vaevq_med.networks.quantizers.ema import VectorQuantizerEMA
+from vaevq_med.networks.quantizers.nearest import nearest_codeword
 
 
 class ResidualQuantizer(Quantizer):
@@ -101,6 +110,22 @@ class ResidualQuantizer(Quantizer):
         for number in range(1, num_stages):
             codes = codes + look_up(indices[..., number : number + 1], self.stage(number).codebook())
         return codes
+
+    @torch.no_grad()
+    def start_codebook(self, latents: Tensor, cluster: Cluster) -> bool:
+        """Start stage after stage, each on what the stages before have left; a shared codebook on the latents alone.
+
+        The nearest codewords are Euclidean ones, whatever the assignment.
+        """
+        residual = latents.detach().float()
+        for number in range(len(self.stages)):
+            stage = self.stage(number)
+            if not stage.start_codebook(residual, cluster):
+                return False
+            codebook = stage.codebook().detach().to(residual.device)
+            found = nearest_codeword(rows(residual), codebook)
+            residual = residual - look_up(on_grid(found, residual), codebook)
+        return True
 
     def _num_kept(self, device: torch.device) -> int:
         """Stages that take part in this call."""

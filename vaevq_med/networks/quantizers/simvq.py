@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vaevq_med.networks.quantizers.base import CodebookQuantizer
+from vaevq_med.networks.quantizers.base import Cluster, CodebookQuantizer, rows
 from vaevq_med.networks.ranges import check_choice
 
 
@@ -63,3 +63,19 @@ class SimVQ(CodebookQuantizer):
         """The projected table of this step, ``[K, D]``, in fp32."""
         with torch.autocast(self.basis.device.type, enabled=False):
             return self.projection(self.basis)
+
+    @torch.no_grad()
+    def start_codebook(self, latents: Tensor, cluster: Cluster) -> bool:
+        """Let the map of the basis give the centers: a basis of them, at the mean squared length of a random one.
+
+        With centers c of mean m, ``basis = (c - m) / s``, ``W = s I`` and ``b = m``, where s makes the basis' mean
+        squared length 1; without a bias m is 0. The basis, which stays, then has the shape of the data.
+        """
+        centers = cluster(rows(latents.detach().float()), self.num_embeddings)
+        mean = torch.zeros_like(centers[0]) if self.projection.bias is None else centers.mean(dim=0)
+        scale = (centers - mean).square().sum(dim=1).mean().sqrt().clamp_min(1e-6)
+        self.basis.copy_((centers - mean) / scale)
+        self.projection.weight.copy_(scale * torch.eye(len(mean), device=mean.device))
+        if self.projection.bias is not None:
+            self.projection.bias.copy_(mean)
+        return True

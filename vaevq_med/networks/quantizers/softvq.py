@@ -19,11 +19,13 @@ from torch import Tensor
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.outputs import Posterior, QuantizerOutput
 from vaevq_med.networks.quantizers.base import (
+    Cluster,
     Quantizer,
     channels_first,
     channels_last,
     new_codewords,
     on_grid,
+    put_at_centers,
     straight_through,
 )
 from vaevq_med.networks.quantizers.soft_assignment import assignment_entropy, soft_codes
@@ -102,6 +104,20 @@ class SoftVQ(Quantizer):
     def codebook(self) -> Tensor:
         """The tables, ``[S, K, D]``; of codewords of length 1 where they are normalized."""
         return F.normalize(self.embedding, dim=-1) if self.normalize else self.embedding
+
+    def start_codebook(self, latents: Tensor, cluster: Cluster) -> bool:
+        """Put each segment's codewords at the centers of its positions, at length 1 where they are normalized.
+
+        A segment without positions keeps its start.
+        """
+        z = F.normalize(latents.detach().float(), dim=1) if self.normalize else latents
+        parts = self._segments(channels_last(z.flatten(2)))  # [B, n / S, D] each
+        for table, part in zip(self.embedding.data, parts, strict=True):
+            if part.shape[1]:
+                put_at_centers(table, channels_first(part), cluster)
+        if self.normalize:
+            self.embedding.data.copy_(F.normalize(self.embedding.data, dim=-1))
+        return True
 
     def codes_of(self, indices: Tensor) -> Tensor:
         """Codewords ``[B, D, *grid]``, each from the codebook of its position's segment."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vaevq_med.networks.quantizers.base import CodebookQuantizer, new_codewords
+from vaevq_med.networks.quantizers.base import Cluster, CodebookQuantizer, new_codewords, put_at_centers
 
 
 class VectorQuantizer(CodebookQuantizer):
@@ -40,3 +40,7 @@ class VectorQuantizer(CodebookQuantizer):
     def codebook(self) -> Tensor:
         """The table itself, ``[K, D]``."""
         return self.embedding
+
+    def start_codebook(self, latents: Tensor, cluster: Cluster) -> bool:
+        """Put the codewords at the centers."""
+        return put_at_centers(self.embedding, latents, cluster)
