@@ -42,12 +42,7 @@ def _command(kind: Any) -> Any:
 
     from vaevq_med.cli.flags import with_flags
 
-    def run(
-        source: Annotated[Path, typer.Argument(metavar="SOURCE", help=f"{kind.source[0].upper()}{kind.source[1:]}.")],
-        output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Checkpoint to write.")],
-        options: Any = None,
-        overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT.")] = False,
-    ) -> None:
+    def run(source: Path, output: Path, options: Any = None, overwrite: bool = False) -> None:
         from vaevq_med.foreign.adopt import Adopt
 
         report = Adopt(kind.name, source, output, options, overwrite).run()
@@ -60,7 +55,13 @@ def _command(kind: Any) -> Any:
             typer.echo(f"  {note}")
 
     run.__doc__ = f"{kind.title}: from {kind.source}.\n\n{kind.license[0].upper()}{kind.license[1:]}."
-    run.__annotations__ = {**run.__annotations__}
+    # Not as texts, since what the source is said to be is the kind's.
+    run.__annotations__ = {
+        "source": Annotated[Path, typer.Argument(metavar="SOURCE", help=f"{kind.source[0].upper()}{kind.source[1:]}.")],
+        "output": Annotated[Path, typer.Argument(metavar="OUTPUT", help="Checkpoint to write.")],
+        "options": Any,
+        "overwrite": Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT.")],
+    }
     app = typer.Typer(
         add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": list(_HELP)}
     )

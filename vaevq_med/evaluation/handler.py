@@ -105,13 +105,21 @@ class EvaluationHandler:
                 "dataset_hash": manifest.content_hash,
             }
         if self.stored is not None:
+            bits = network.quantizer.bits_per_position
             record |= {
+                "network": {
+                    "parameters": sum(parameter.numel() for parameter in network.parameters()),
+                    "bits_per_position": bits,
+                    "bits_per_pixel": bits / math.prod(network.factors),
+                },
                 "is_discrete": network.quantizer.is_discrete,
                 "checkpoint": self.stored.path.name,
                 "checkpoint_sha256": self.stored.sha256,
                 "iteration": self.stored.iteration,
                 "weights": self.stored.weights,
             }
+            if "adopted" in self.stored.data:
+                record["adopted"] = dict(self.stored.data["adopted"])
             if self.stored.readout is not None:
                 record["readout"] = self.stored.readout
         return record
