@@ -28,15 +28,15 @@ def test_the_page_adds_a_method(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--timeout=200"]
     chosen = [
         "tests/networks/quantizers/test_quantizer_contract.py",
-        "tests/networks/quantizers/test_cosine.py",
+        "tests/networks/quantizers/test_dot_product.py",
         "tests/training/test_bundle.py",
         "tests/networks/generators/test_independent.py",
         "tests/losses/test_gradient.py",
         "tests/metrics/test_largest_error.py",
         "tests/generation/test_generation_bundles.py",
     ]
-    chosen.append("vaevq_med/networks/quantizers/cosine.py")
-    words = "cosine or every_quantizer_has_a_case or test_independent or (every_overlay_is_read and independent)"
+    chosen.append("vaevq_med/networks/quantizers/dot_product.py")
+    words = "dot_product or every_quantizer_has_a_case or test_independent or (every_overlay_is_read and independent)"
     words += " or ramp_by_hand or largest_error or (every_overlay and gradient)"
     done = subprocess.run(
         [*command, *chosen, "-k", words], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=250
@@ -44,19 +44,19 @@ def test_the_page_adds_a_method(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:]
     passed = [line.split(" PASSED")[0] for line in done.stdout.splitlines() if " PASSED" in line]
     for test in (
-        "tests/networks/quantizers/test_quantizer_contract.py::test_indices_give_the_codes_back[cosine]",
+        "tests/networks/quantizers/test_quantizer_contract.py::test_indices_give_the_codes_back[dot_product]",
         "tests/networks/quantizers/test_quantizer_contract.py::test_every_quantizer_has_a_case",
-        "tests/networks/quantizers/test_cosine.py::test_the_direction_decides_and_not_the_distance",
-        "tests/training/test_bundle.py::test_every_overlay_is_read_by_the_training_bundle[cosine]",
+        "tests/networks/quantizers/test_dot_product.py::test_the_product_decides_and_not_the_distance",
+        "tests/training/test_bundle.py::test_every_overlay_is_read_by_the_training_bundle[dot_product]",
         "tests/networks/generators/test_independent.py::test_it_learns_the_frequencies",
         "tests/generation/test_generation_bundles.py::test_every_overlay_is_read[independent]",
         "tests/losses/test_gradient.py::test_a_ramp_by_hand",
         "tests/metrics/test_largest_error.py::test_the_largest_error_by_hand",
         "tests/training/test_bundle.py::test_every_overlay_is_read_by_the_training_bundle[gradient]",
-        "vaevq_med/networks/quantizers/cosine.py::vaevq_med.networks.quantizers.cosine.CosineVQ",
+        "vaevq_med/networks/quantizers/dot_product.py::vaevq_med.networks.quantizers.dot_product.DotProductVQ",
     ):
         assert test in passed
-    program = "import vaevq_med.networks.quantizers.cosine as q; print(q.__file__, q.CosineVQ.__name__)"
+    program = "import vaevq_med.networks.quantizers.dot_product as q; print(q.__file__, q.DotProductVQ.__name__)"
     found = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert str(tmp_path) in found.stdout
     for tool in (["check"], ["format", "--check", "--diff"]):

@@ -14,6 +14,7 @@ import typer
 
 from vaevq_med.cli import bundles, codec, makers, prepare, rates, second_stage, tasks
 from vaevq_med.cli import study as studies
+from vaevq_med.cli.adopt import adopt
 from vaevq_med.cli.demo import demo
 from vaevq_med.cli.overlays import overlays
 from vaevq_med.cli.probe import probe
@@ -69,6 +70,8 @@ app.command()(codec.reconstruct)
 app.command("index-model")(codec.index_model)
 app.command()(tasks.segment)
 app.command()(demo)
+_rest = {"allow_extra_args": True, "allow_interspersed_args": False, "ignore_unknown_options": True}
+app.command(context_settings={**_rest, "help_option_names": []})(adopt)
 app.command()(overlays)
 app.command("study")(studies.study)
 app.command("rate-distortion")(rates.rate_distortion)

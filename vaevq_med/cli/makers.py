@@ -111,6 +111,9 @@ class Compare(_Tokenizers):
     methods: str = option(
         "vqgan,simvq,vaevq,coherent", "Overlays of the bundle, separated by commas; NAME=OVERLAY+OVERLAY joins several."
     )
+    tokenizers: str = option(
+        "", "Checkpoints that are evaluated as they are, in rows of their own.", metavar="NAME=CHECKPOINT,..."
+    )
 
     def chosen(self) -> list[dict[str, Any]]:
         """The methods."""
@@ -119,7 +122,7 @@ class Compare(_Tokenizers):
             name, equals, overlays = (piece.strip() for piece in text.partition("="))
             joined = {"name": name, "overlays": [piece.strip() for piece in overlays.split("+")]}
             methods.append(joined if equals else known.get(name, {"name": name}))
-        return methods
+        return [*methods, *_checkpoints(self.tokenizers)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,13 +222,7 @@ class CompareGeneration(Maker):
             return [{"name": name} for name in _parts(self.methods) or known]
         if self.methods:
             raise VaevqMedError("methods: found it with --tokenizers, which names them itself; expected --from")
-        found_parts = []
-        for text in _parts(self.tokenizers):
-            name, _, path = (piece.strip() for piece in text.partition("="))
-            if not path:
-                raise VaevqMedError(f"tokenizers: found {text!r}, expected NAME=CHECKPOINT")
-            found_parts.append({"name": name, "checkpoint": path})
-        return found_parts
+        return _checkpoints(self.tokenizers)
 
     def _encode(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Options of ``encode-tokens`` by name of a generator or tokenizer, those for all under an empty one."""
@@ -259,6 +256,17 @@ def _with(part: Mapping[str, Any], **further: Any) -> dict[str, Any]:
         if values:
             content[name] = {**content.get(name, {}), **values}
     return content
+
+
+def _checkpoints(text: str) -> list[dict[str, Any]]:
+    """``NAME=CHECKPOINT,...`` as a study file has it."""
+    found = []
+    for part in _parts(text):
+        name, _, path = (piece.strip() for piece in part.partition("="))
+        if not path:
+            raise VaevqMedError(f"tokenizers: found {part!r}, expected NAME=CHECKPOINT")
+        found.append({"name": name, "checkpoint": path})
+    return found
 
 
 def _parts(text: str) -> list[str]:

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from vaevq_med.codec.errors import CodecError
 from vaevq_med.codec.rate_control import Latents, joined, latents_from, latents_of, num_rates
+from vaevq_med.networks.base import Tokenizer
 from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.precision import full_precision
 from vaevq_med.networks.slices import slices_of
-from vaevq_med.networks.tokenizer import VisualTokenizer
 from vaevq_med.tokens.volumes import Mapped, decode_codes, encode_latents, quantized, window_of
 from vaevq_med.trained.device import named_device
 from vaevq_med.trained.network import StoredTokenizer
@@ -72,7 +72,7 @@ class Model:
         if batch_size < 1:
             raise CodecError(f"--batch-size: found {batch_size}, expected 1 or more")
         self.device = named_device(device)
-        self.network: VisualTokenizer = stored.network().to(self.device)
+        self.network: Tokenizer = stored.network().to(self.device)
         self.batch_size = batch_size
         self.threads = threads if self.device.type == "cpu" else 1
         self.description = describe(stored, self.network)
@@ -257,7 +257,7 @@ def _one_thread(device_type: str) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def describe(stored: StoredTokenizer, network: VisualTokenizer) -> dict[str, Any]:
+def describe(stored: StoredTokenizer, network: Tokenizer) -> dict[str, Any]:
     """What a file says of the tokenizer that made it, enough to tell which one is wanted.
 
     Args:
@@ -267,9 +267,8 @@ def describe(stored: StoredTokenizer, network: VisualTokenizer) -> dict[str, Any
     Raises:
         CodecError: it is no tokenizer whose indices decode to its images, or not one of square positions.
     """
-    quantizer, factor = network.quantizer, network.encoder.downsampling_factor
+    quantizer, factors, factor = network.quantizer, network.factors, network.factors[-1]
     size = int(stored.value("image_size"))
-    factors = network.encoder.downsampling_factors
     if len(set(factors[-2:])) > 1:
         raise CodecError(f"{stored.path}: found positions of {factors} pixels, expected as many rows as columns")
     if not quantizer.is_discrete:
@@ -290,7 +289,7 @@ def describe(stored: StoredTokenizer, network: VisualTokenizer) -> dict[str, Any
         "image_size": size,
         "in_channels": int(stored.value("in_channels")),
         "patch": int(factor),
-        **({"patch_depth": int(factors[0])} if network.encoder.spatial_dims == 3 else {}),
+        **({"patch_depth": int(factors[0])} if network.of_volumes else {}),
     }
 
 

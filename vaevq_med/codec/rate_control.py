@@ -23,11 +23,11 @@ from vaevq_med.codec.coders.layout import Layout
 from vaevq_med.codec.coders.neighbors import Neighborhood
 from vaevq_med.codec.coders.range_coder import PRECISION
 from vaevq_med.codec.errors import CodecError
+from vaevq_med.networks.base import Tokenizer
 from vaevq_med.networks.outputs import Posterior
 from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.quantizers.base import CodebookQuantizer, Quantizer, deviations, rows
 from vaevq_med.networks.quantizers.distances import Search
-from vaevq_med.networks.tokenizer import VisualTokenizer
 
 ITERATIONS = 2
 """Times that the frequencies are counted again and the codewords chosen again."""
@@ -98,7 +98,7 @@ def chosen_indices(latents: Latents, layout: Layout, coder: IndexCoder, weight: 
     return constrained_indices(latents, layout.live, weight)
 
 
-def latents_of(network: VisualTokenizer, images: Tensor) -> Latents:
+def latents_of(network: Tokenizer, images: Tensor) -> Latents:
     """The latents of images ``[B, C, H, W]`` in [-1, 1].
 
     Raises:
@@ -108,7 +108,7 @@ def latents_of(network: VisualTokenizer, images: Tensor) -> Latents:
         return latents_from(network, network.encode(images))
 
 
-def latents_from(network: VisualTokenizer, encoded: DiagonalGaussian | Tensor) -> Latents:
+def latents_from(network: Tokenizer, encoded: DiagonalGaussian | Tensor) -> Latents:
     """The latents of what an encoder gives.
 
     Args:
@@ -134,7 +134,7 @@ def latents_from(network: VisualTokenizer, encoded: DiagonalGaussian | Tensor) -
         codebook = quantizer.codebook().detach().double()
         # Chosen on the CPU, whatever the network runs on.
         weights = None if precision is None else precision.cpu()
-        search = Search(rows(latent).double().cpu(), codebook.cpu(), weights, _AT_ONCE)
+        search = Search(rows(quantizer.compared(latent)).double().cpu(), codebook.cpu(), weights, _AT_ONCE)
     return Latents(tuple(nearest.shape[:-1]), nearest.flatten().cpu().numpy(), search)
 
 

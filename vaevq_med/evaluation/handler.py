@@ -23,8 +23,8 @@ from vaevq_med.evaluation.report import EvaluationReport
 from vaevq_med.images.transforms import REGIONS
 from vaevq_med.metrics.base import ImageMetric
 from vaevq_med.metrics.volumes import InterSliceError
+from vaevq_med.networks.base import Tokenizer
 from vaevq_med.networks.features import feature_network
-from vaevq_med.networks.tokenizer import VisualTokenizer
 from vaevq_med.trained.network import StoredTokenizer
 from vaevq_med.training import distributed
 from vaevq_med.training.tokenizer_evaluator import TokenizerEvaluator
@@ -95,7 +95,7 @@ class EvaluationHandler:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._completed)
 
-    def _provenance(self, network: VisualTokenizer) -> dict[str, Any]:
+    def _provenance(self, network: Tokenizer) -> dict[str, Any]:
         record: dict[str, Any] = {"version": __version__}
         manifest = getattr(self.dataset, "manifest", None)
         if manifest is not None:
@@ -105,13 +105,21 @@ class EvaluationHandler:
                 "dataset_hash": manifest.content_hash,
             }
         if self.stored is not None:
+            bits = network.quantizer.bits_per_position
             record |= {
+                "network": {
+                    "parameters": sum(parameter.numel() for parameter in network.parameters()),
+                    "bits_per_position": bits,
+                    "bits_per_pixel": bits / math.prod(network.factors),
+                },
                 "is_discrete": network.quantizer.is_discrete,
                 "checkpoint": self.stored.path.name,
                 "checkpoint_sha256": self.stored.sha256,
                 "iteration": self.stored.iteration,
                 "weights": self.stored.weights,
             }
+            if "adopted" in self.stored.data:
+                record["adopted"] = dict(self.stored.data["adopted"])
             if self.stored.readout is not None:
                 record["readout"] = self.stored.readout
         return record
@@ -129,7 +137,7 @@ class EvaluationHandler:
             lpips=self.lpips,
             fid=self.fid,
             uint8=self.uint8,
-            provenance={**self._provenance(cast(VisualTokenizer, engine.network)), "quantize": engine.quantize},
+            provenance={**self._provenance(cast(Tokenizer, engine.network)), "quantize": engine.quantize},
             device=engine.state.device,
         )
 
@@ -215,7 +223,7 @@ def _in_the_middle(engine: TokenizerEvaluator, images: Tensor) -> tuple[dict[str
     if images.ndim == 4:
         return engine.reconstruct(images, continuous=True), images
     middle = images.shape[2] // 2
-    if not cast(VisualTokenizer, engine.network).takes_volumes:
+    if not cast(Tokenizer, engine.network).takes_volumes:
         images = images[:, :, middle]
         return engine.reconstruct(images, continuous=True), images
     output = engine.reconstruct(images, continuous=True)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.options import expect
+from vaevq_med.networks.base import Tokenizer
 from vaevq_med.networks.generators.base import Generator, Wanted
-from vaevq_med.networks.tokenizer import VisualTokenizer
 from vaevq_med.trained.network import StoredGenerator
 from vaevq_med.training.base_evaluator import BaseEvaluator
 
@@ -108,7 +108,7 @@ class ImageSampler(BaseEvaluator):
         device: torch.device | str,
         val_data_loader: Iterable[Any],
         network: Generator,
-        tokenizer: VisualTokenizer,
+        tokenizer: Tokenizer,
         stored: StoredGenerator,
         settings: Mapping[str, Any],
         precision: str = "auto",

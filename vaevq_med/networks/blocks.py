@@ -177,13 +177,17 @@ class Downsample(nn.Module):
         spatial_dims: 1, 2 or 3.
         num_channels: channels in and out.
         factors: 2 for each axis that is halved, 1 for one that is kept, which is padded at both ends.
+        centered: pad an axis that is halved at both ends too, as Open-MAGVIT2.
     """
 
-    def __init__(self, *, spatial_dims: int, num_channels: int, factors: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, *, spatial_dims: int, num_channels: int, factors: Sequence[int] | None = None, centered: bool = False
+    ) -> None:
         super().__init__()
         self.factors = tuple(factors or (2,) * spatial_dims)
+        ends = [(0, 1) if factor == 2 and not centered else (1, 1) for factor in self.factors]
         # The last axis first, as F.pad has it.
-        self.padding = tuple(size for factor in reversed(self.factors) for size in ((0, 1) if factor == 2 else (1, 1)))
+        self.padding = tuple(size for end in reversed(ends) for size in end)
         self.conv = convolution(spatial_dims, num_channels, num_channels, 3, stride=self.factors)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -210,6 +214,24 @@ class Upsample(nn.Module):
         if _is_lean(x) and x.ndim > 3:
             return upsampled_convolution(x, cast(nn.Conv2d, self.conv), self.factors)
         return self.conv(F.interpolate(x, scale_factor=tuple(map(float, self.factors)), mode="nearest"))
+
+
+class ShuffleUpsample(nn.Module):
+    """Doubles each size of an image: a 3x3 convolution to four times the channels, which become 2x2 pixels each.
+
+    It is Open-MAGVIT2's (arXiv 2409.04410), in the order of PyTorch's ``pixel_shuffle``.
+
+    Args:
+        num_channels: channels in and out.
+    """
+
+    def __init__(self, *, num_channels: int) -> None:
+        super().__init__()
+        self.conv = convolution(2, num_channels, 4 * num_channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, C, H, W] -> [B, C, 2H, 2W]``."""
+        return F.pixel_shuffle(self.conv(x), 2)
 
 
 class MiddleBlocks(ConditionedSequential):

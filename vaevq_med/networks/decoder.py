@@ -16,6 +16,7 @@ from vaevq_med.networks.blocks import (
     MiddleBlocks,
     NormFactory,
     OutputHead,
+    ShuffleUpsample,
     Upsample,
     check_channels,
     convolution,
@@ -24,7 +25,13 @@ from vaevq_med.networks.blocks import (
     recompute_levels,
     slice_norm,
 )
-from vaevq_med.networks.encoder import check_within_slices, downsampling_plan, level_plan, total_factors
+from vaevq_med.networks.encoder import (
+    check_resampling,
+    check_within_slices,
+    downsampling_plan,
+    level_plan,
+    total_factors,
+)
 
 
 class Decoder(nn.Module):
@@ -49,6 +56,7 @@ class Decoder(nn.Module):
         downsampling: the encoder's, see :func:`vaevq_med.networks.encoder.downsampling_plan`.
         middle_attention: whether there is attention at the bottom.
         within_slices: as for the encoder.
+        resampling: ``"vqgan"`` repeats pixels before a convolution, ``"magvit"`` makes them of channels.
 
     Attributes:
         upsampling_factor: f, that of the last axis.
@@ -78,9 +86,11 @@ class Decoder(nn.Module):
         downsampling: Sequence[Sequence[int]] | None = None,
         middle_attention: bool = True,
         within_slices: bool = False,
+        resampling: str = "vqgan",
     ) -> None:
         super().__init__()
         check_within_slices(within_slices, spatial_dims)
+        shuffled = check_resampling(resampling, spatial_dims)
         if within_slices and norm is group_norm:
             norm = slice_norm
         if self.modulated != (embedding_dim is not None):
@@ -120,7 +130,11 @@ class Decoder(nn.Module):
             width = level_width
             layers += self._levels[level]
             if level > 0:
-                layers.append(Upsample(spatial_dims=spatial_dims, num_channels=width, factors=steps[level - 1]))
+                layers.append(
+                    ShuffleUpsample(num_channels=width)
+                    if shuffled
+                    else Upsample(spatial_dims=spatial_dims, num_channels=width, factors=steps[level - 1])
+                )
         self.layers = ConditionedSequential(*layers)
         self.head = OutputHead(spatial_dims=spatial_dims, in_channels=width, out_channels=out_channels, norm=norm)
 

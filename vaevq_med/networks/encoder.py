@@ -21,6 +21,7 @@ from vaevq_med.networks.blocks import (
     recompute_levels,
     slice_norm,
 )
+from vaevq_med.networks.ranges import check_choice
 
 _PRESETS: dict[int, dict[str, Any]] = {
     4: {"channel_mult": (1, 2, 4), "attention_resolutions": ()},
@@ -119,6 +120,24 @@ def total_factors(spatial_dims: int, plan: Sequence[Sequence[int]]) -> tuple[int
     return tuple(math.prod(step[axis] for step in plan) for axis in range(spatial_dims))
 
 
+RESAMPLINGS = ("vqgan", "magvit")
+"""How levels follow each other: as in VQGAN, or as in Open-MAGVIT2, whose network SimVQ and the authors' VAEVQ have."""
+
+
+def check_resampling(resampling: str, spatial_dims: int) -> bool:
+    """Whether it is Open-MAGVIT2's.
+
+    Raises:
+        VaevqMedError: there is no such one, or it is that of images for something else.
+    """
+    check_choice("resampling", resampling, RESAMPLINGS)
+    if resampling == "magvit" and spatial_dims != 2:
+        raise VaevqMedError(
+            f"resampling is 'magvit' with spatial_dims {spatial_dims}; expected 'vqgan', or spatial_dims 2"
+        )
+    return resampling == "magvit"
+
+
 def check_within_slices(within_slices: bool, spatial_dims: int) -> None:
     """Refuse slices of what has none.
 
@@ -153,6 +172,7 @@ class Encoder(nn.Module):
         middle_attention: whether there is attention at the bottom.
         within_slices: of volumes, normalize each slice by itself, and let its positions attend to one another only, so
             that convolutions alone carry something from slice to slice.
+        resampling: ``"vqgan"`` pads the far end before a step down, ``"magvit"`` both ends.
 
     Attributes:
         downsampling_factor: f, that of the last axis.
@@ -175,9 +195,11 @@ class Encoder(nn.Module):
         downsampling: Sequence[Sequence[int]] | None = None,
         middle_attention: bool = True,
         within_slices: bool = False,
+        resampling: str = "vqgan",
     ) -> None:
         super().__init__()
         check_within_slices(within_slices, spatial_dims)
+        centered = check_resampling(resampling, spatial_dims)
         norm: NormFactory = slice_norm if within_slices else group_norm
         plan = level_plan(
             num_channels=num_channels,
@@ -209,7 +231,9 @@ class Encoder(nn.Module):
             layers += blocks
             self._levels.append(blocks)
             if level < len(plan) - 1:
-                layers.append(Downsample(spatial_dims=spatial_dims, num_channels=width, factors=steps[level]))
+                layers.append(
+                    Downsample(spatial_dims=spatial_dims, num_channels=width, factors=steps[level], centered=centered)
+                )
         layers.append(MiddleBlocks(num_channels=width, attention=middle_attention, **shared))
         layers.append(OutputHead(spatial_dims=spatial_dims, in_channels=width, out_channels=z_channels, norm=norm))
         self.layers = nn.Sequential(*layers)

@@ -6,17 +6,18 @@ latent is variational (VLQ) whatever the quantizer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks.base import Tokenizer
 from vaevq_med.networks.blocks import convolution
 from vaevq_med.networks.decoder import Decoder
 from vaevq_med.networks.encoder import Encoder
-from vaevq_med.networks.outputs import Posterior, QuantizerOutput, TokenizerOutput
+from vaevq_med.networks.outputs import Posterior, TokenizerOutput
 from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.quantizers.base import Quantizer
 from vaevq_med.networks.ranges import check_choice
@@ -61,7 +62,7 @@ class SliceContext(nn.Conv3d):
             self.weight[:, :, [tap for tap in range(2 * reach + 1) if tap != reach]] = 0
 
 
-class VisualTokenizer(nn.Module):
+class VisualTokenizer(Tokenizer):
     """Images to a grid of codebook indices and back.
 
     Calling it gives one tensor, the reconstruction through the codebook, whatever the options; training reads
@@ -151,25 +152,14 @@ class VisualTokenizer(nn.Module):
         )
 
     @property
-    def num_embeddings(self) -> int:
-        """K, codewords of the codebook."""
-        return self.quantizer.num_embeddings
-
-    @property
     def factors(self) -> tuple[int, ...]:
         """Image sizes over those of the latent grid, an axis each."""
         return (1, *self.encoder.downsampling_factors) if self.slice_context else self.encoder.downsampling_factors
 
-    def grid_of(self, size: Sequence[int]) -> tuple[int, ...]:
-        """The latent grid of images of a spatial size.
-
-        Raises:
-            VaevqMedError: the size has other axes, or is no multiple of the factors.
-        """
-        factors = self.factors
-        if len(size) != len(factors) or any(one % factor for one, factor in zip(size, factors, strict=True)):
-            raise VaevqMedError(f"the size is {tuple(size)}; expected multiples of {factors}")
-        return tuple(one // factor for one, factor in zip(size, factors, strict=True))
+    @property
+    def finest_channels(self) -> int:
+        """Channels of the finest feature map."""
+        return self.last_layer.shape[1]
 
     @property
     def last_layer(self) -> Tensor:
@@ -183,10 +173,6 @@ class VisualTokenizer(nn.Module):
             return features
         mean, logvar = features.chunk(2, dim=1)
         return DiagonalGaussian(mean, logvar)
-
-    def quantize(self, latent: Tensor, posterior: DiagonalGaussian | None = None) -> QuantizerOutput:
-        """Quantize ``[B, D, *grid]``."""
-        return self.quantizer(latent, posterior)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Images ``[B, C, H, W]`` of codes ``[B, D, *grid]``."""
@@ -212,39 +198,6 @@ class VisualTokenizer(nn.Module):
                 f"as slice_context is {self.slice_context}"
             )
         return stacked(network(*map(slices_of, volumes)), volumes[0].shape[0])
-
-    def _mode(self, images: Tensor) -> tuple[Tensor, DiagonalGaussian | None]:
-        encoded = self.encode(images)
-        if isinstance(encoded, DiagonalGaussian):
-            return encoded.mode(), encoded
-        return encoded, None
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Reconstruct ``[B, C, H, W]`` through the codebook, from the posterior's mean."""
-        return self._decode_alike(self.quantize(*self._mode(images)).quantized)
-
-    def encode_indices(self, images: Tensor) -> Tensor:
-        """Indices ``[B, *grid, G]`` of images ``[B, C, H, W]``, from the posterior's mean."""
-        return self.quantize(*self._mode(images)).indices
-
-    def decode_indices(self, indices: Tensor) -> Tensor:
-        """Images ``[B, C, H, W]`` of indices ``[B, *grid, G]``, to the bit those that :meth:`forward` decodes.
-
-        The indices may be those of the first codebooks alone, see :meth:`Quantizer.first_codes`.
-        """
-        return self._decode_alike(self.quantizer.first_codes(indices))
-
-    def decode_soft(self, probabilities: Tensor) -> Tensor:
-        """Images ``[B, C, H, W]`` of probabilities of codewords, ``[B, *grid, K]``; see :meth:`Quantizer.mean_codes`.
-
-        A generator that gives probabilities is decoded by the mean of the codewords instead of by one that is drawn.
-        Where one codeword has probability 1, the image is to the bit that of :meth:`decode_indices`.
-        """
-        return self._decode_alike(self.quantizer.mean_codes(probabilities))
-
-    def _decode_alike(self, codes: Tensor) -> Tensor:
-        """Decode in one memory layout: convolutions round differently in another, and look-ups differ in theirs."""
-        return self.decode(codes.contiguous())
 
     def draw_noise(self, images: Tensor) -> Tensor | None:
         """Standard normal numbers for the posterior's sample of images ``[B, C, H, W]``; None without a posterior.
@@ -278,39 +231,6 @@ class VisualTokenizer(nn.Module):
             fed = released_estimator(quantized.codes, encoded)
         reconstruction, continuous = self.decode_latent(torch.cat([self.rectify(fed), sample])).chunk(2)
         return TokenizerOutput(reconstruction, continuous, latent, cast(Posterior, encoded), quantized)
-
-    # --- MONAI's first-stage interface ---
-
-    def encode_stage_2_inputs(self, x: Tensor) -> Tensor:
-        """The latent before quantization, ``[B, D, *grid]``: what a diffusion model learns."""
-        return self._mode(x)[0]
-
-    def decode_stage_2_outputs(self, z: Tensor) -> Tensor:
-        """Quantize a generated latent ``[B, D, *grid]`` by its nearest codewords and decode it."""
-        if getattr(self.quantizer, "assignment", "euclidean") == "posterior":
-            # A generated latent has no posterior: unit deviations make the rule Euclidean.
-            unit = DiagonalGaussian(z, torch.zeros_like(z))
-            return self._decode_alike(self.quantize(z, unit).quantized)
-        return self._decode_alike(self.quantize(z).quantized)
-
-    def index_quantize(self, images: Tensor) -> Tensor:
-        """Indices ``[B, *grid]`` of a tokenizer with one codebook.
-
-        Raises:
-            VaevqMedError: there are several codebooks.
-        """
-        return self._only_codebook(self.encode_indices(images))
-
-    def decode_samples(self, embedding_indices: Tensor) -> Tensor:
-        """Images of indices ``[B, *grid]`` of a tokenizer with one codebook."""
-        return self.decode_indices(embedding_indices.unsqueeze(-1))
-
-    def _only_codebook(self, indices: Tensor) -> Tensor:
-        if indices.shape[-1] != 1:
-            raise VaevqMedError(
-                f"the tokenizer has {indices.shape[-1]} codebooks; expected 1 for MONAI's transformer inferer"
-            )
-        return indices.squeeze(-1)
 
 
 class TrainingForward(nn.Module):

@@ -139,6 +139,15 @@ def sample_grid(rows: Sequence[Row], generated: Sequence[Path], count: int, path
     save_figure(figure, path)
 
 
+def _of_shape(images: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Images of a tokenizer of other channels or another size as the first row's, to be seen beside them."""
+    if images.shape[1] != shape[1]:
+        images = images.mean(dim=1, keepdim=True).expand(-1, shape[1], *images.shape[2:])
+    if images.shape[2:] != shape[2:]:
+        images = torch.nn.functional.interpolate(images, size=shape[2:], mode="bilinear", antialias=True)
+    return images
+
+
 @torch.no_grad()
 def reconstructions(rows: Sequence[Row], count: int, path: Path) -> None:
     """The paper's Figure 6: a row an image, a column a method, with error maps; evenly spaced images of the split.
@@ -157,13 +166,15 @@ def reconstructions(rows: Sequence[Row], count: int, path: Path) -> None:
                 f"{row.checkpoint}: found no checkpoint to draw from; --pictures 0 leaves the figure out"
             )
         parser = row.parser("evaluating")
-        if not labels:
-            dataset = parser.get_parsed_content("dataset")
-            items = [dataset[i] for i in evenly_spaced(len(dataset), count)]
-            images = torch.stack([torch.as_tensor(item["image"]) for item in items])
-            labels = [f"{item['modality']}\n{item['case'] or Path(item['path']).stem}" for item in items]
         trust(parser.get("trusted") or ())
+        dataset = parser.get_parsed_content("dataset")
+        items = [dataset[i] for i in evenly_spaced(len(dataset), count)]
+        own = torch.stack([torch.as_tensor(item["image"]) for item in items])
+        if not labels:
+            images = own
+            labels = [f"{item['modality']}\n{item['case'] or Path(item['path']).stem}" for item in items]
         network, device = parser.get_parsed_content("network"), parser.get_parsed_content("device")
-        columns[row.method.name] = torch.cat([network(image[None].to(device)).float().cpu() for image in images])
+        found = torch.cat([network(image[None].to(device)).float().cpu() for image in own])
+        columns[row.method.name] = _of_shape(found, images.shape)
     titles = {row.method.name: row.method.title for row in rows}
     comparison_grid(images, columns, titles=titles, labels=labels, path=path)

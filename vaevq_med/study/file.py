@@ -115,15 +115,23 @@ class _Named(Part):
 
 
 class MethodPart(_Named):
-    """A tokenizer to train.
+    """A tokenizer to train, or one that is given.
 
     Attributes:
         overlays: names of the bundle's overlays, or paths, in order; None for the one of the method's name.
         readouts: ways to decode its quantizer that have a row beside the trained one; None for all there are.
+        checkpoint: of a tokenizer that is evaluated as it is, one of ``vaevq-med adopt`` for instance.
     """
 
     overlays: list[str] | None = None
     readouts: list[str] | None = None
+    checkpoint: Path | None = None
+
+    @model_validator(mode="after")
+    def _given_or_trained(self) -> MethodPart:
+        if self.checkpoint is not None and self.overlays is not None:
+            raise refuse(f"{self.name} with overlays and a checkpoint; expected one of them")
+        return self
 
 
 class _Stage(_Named):
@@ -280,6 +288,13 @@ class TokenizerStudy(Study):
         list[Annotated[MethodPart, BeforeValidator(named)]], Field(min_length=1), AfterValidator(by_name)
     ]
     sweep: Sweep | None = None
+
+    @model_validator(mode="after")
+    def _sizes_of_trained_ones(self) -> TokenizerStudy:
+        given = [part.name for part in self.methods if part.checkpoint is not None]
+        if self.sweep is not None and given:
+            raise refuse(f"{given[0]} with a checkpoint, whose codebook has its size; expected a study without a sweep")
+        return self
 
 
 class GeneratorStudy(Study):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from pydoc import ErrorDuringImport, locate
 from typing import Any
 
@@ -26,6 +27,7 @@ class Method:
         num_embeddings: K of a sweep's point.
         decodes: the method whose checkpoints it evaluates by another read-out of the quantizer, without training.
         group: methods of one group compete for the best figure.
+        given: a checkpoint that is evaluated as it is, in place of a training's.
     """
 
     name: str
@@ -36,18 +38,19 @@ class Method:
     num_embeddings: int | None = None
     decodes: str = ""
     group: str = ""
+    given: Path | None = None
 
 
 def make_methods(study: TokenizerStudy, bundle: Bundle) -> tuple[Method, ...]:
     """The methods of a study: each at each size of a sweep, and after it a row for every other read-out."""
-    titles = [part.title or (bundle.title(part.name) if part.overlays is None else part.name) for part in study.methods]
+    titles = [part.title or (bundle.title(part.name) if _is_overlay(part) else part.name) for part in study.methods]
     found: list[tuple[Method, MethodPart]] = []
     for part, title in zip(study.methods, titles, strict=True):
-        names = (part.name,) if part.overlays is None else tuple(part.overlays)
+        names = (part.name,) if _is_overlay(part) else tuple(part.overlays or ())
         for name in names:
             bundle.overlay(name)
         title = f"{title} ({part.name})" if titles.count(title) > 1 else title
-        method = Method(part.name, names, title, texts(part.set), family=part.name)
+        method = Method(part.name, names, title, texts(part.set), family=part.name, given=part.checkpoint)
         if not study.sweep:
             found.append((method, part))
             continue
@@ -64,8 +67,14 @@ def make_methods(study: TokenizerStudy, bundle: Bundle) -> tuple[Method, ...]:
         row
         for method, part in found
         for row in _with_readouts(study, bundle, method, part)
-        if not row.decodes or (row.name not in given and (row.overlays, row.overrides) not in settings)
+        if not row.decodes
+        or (row.name not in given and (row.given is not None or (row.overlays, row.overrides) not in settings))
     )
+
+
+def _is_overlay(part: MethodPart) -> bool:
+    """Whether a method is the overlay of its name."""
+    return part.overlays is None and part.checkpoint is None
 
 
 def _check_sweep(study: TokenizerStudy, bundle: Bundle, method: Method) -> None:
@@ -89,7 +98,7 @@ def _check_sweep(study: TokenizerStudy, bundle: Bundle, method: Method) -> None:
 def _with_readouts(study: TokenizerStudy, bundle: Bundle, method: Method, part: MethodPart) -> list[Method]:
     """A method, and a row for each other way to decode its quantizer that neither it nor the study chooses."""
     values = {**texts(study.set), **method.overrides}
-    readouts, trained = _readouts(bundle.read("train.json", (*study.overlays, *method.overlays)), values)
+    readouts, trained = _readouts(_config(study, bundle, method), values)
     unknown = [name for name in part.readouts or () if name not in readouts]
     if unknown:
         known = f"of {', '.join(readouts)}" if readouts else "none, since its quantizer is decoded in one way"
@@ -114,6 +123,17 @@ def _with_readouts(study: TokenizerStudy, bundle: Bundle, method: Method, part: 
             for readout in others
         ),
     ]
+
+
+def _config(study: TokenizerStudy, bundle: Bundle, method: Method) -> Mapping[str, Any]:
+    """The configuration of a method's training, or what a given checkpoint has of it."""
+    if method.given is None:
+        return bundle.read("train.json", (*study.overlays, *method.overlays))
+    from vaevq_med.trained.network import StoredTokenizer
+
+    stored = StoredTokenizer(method.given)
+    stored.check_target()
+    return {"network_def": stored.value("network_def")}
 
 
 def _readouts(config: Mapping[str, Any], overrides: Mapping[str, str]) -> tuple[tuple[str, ...], str]:

@@ -50,6 +50,7 @@ def _tokenizer_notes(plan: Plan, results: Sequence[RowResult], methods: Sequence
     if continuous:
         who = ", ".join(continuous)
         yield f"{who}: continuous, no indices hold what is decoded; left out of the tests and the bold."
+    yield from _given(results)
     yield from _stages(methods)
     yield from _missing(plan, results)
 
@@ -117,6 +118,20 @@ def _schedule(results: Sequence[RowResult], methods: Sequence[MethodResult]) -> 
         for (start, steps), titles in found.items():
             who = "each method" if len(titles) == len(methods) else ", ".join(titles)
             yield text.format(start=start, steps=steps, who=who) + f" Set {key}."
+
+
+def _given(results: Sequence[RowResult]) -> Iterator[str]:
+    """Which rows were not trained here, and whose they are."""
+    for result in results:
+        method, told = result.row.method, result.provenance.get("adopted", {})
+        if method.given is None or method.decodes:
+            continue
+        files = ", ".join(f"{name} {digest[:12]}" for name, digest in told.get("files", {}).items())
+        source = (
+            f"adopted from {told.get('title')} ({files}); its training data are not known here" if told else "given"
+        )
+        latent = told.get("latent", {}).get("how")
+        yield f"{method.title}: {source}; not trained here{f'; range of its latent {latent}' if latent else ''}."
 
 
 def _stages(methods: Sequence[MethodResult]) -> Iterator[str]:

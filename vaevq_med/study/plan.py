@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vaevq_med.core.errors import VaevqMedError, root_cause
+from vaevq_med.core.files import file_sha256
 from vaevq_med.images.manifest import SPLITS, load_manifest
 from vaevq_med.metrics import figures
 from vaevq_med.metrics.figures import Figure
@@ -74,14 +75,17 @@ class Plan:
         plan._check_methods()
         own = OWN_IDS | {*study.budget.overrides(), "evaluation_dir", "checkpoint_path"}
         evaluation = bundle.read("evaluate.json")
-        configs = {m.name: (bundle.read("train.json", plan.composed(m)), evaluation) for m in plan.methods}
+        configs = {
+            m.name: (*([] if m.given else [bundle.read("train.json", plan.composed(m))]), evaluation)
+            for m in plan.methods
+        }
         everywhere = [config for pair in configs.values() for config in pair]
         chosen = [(key, everywhere) for key in study.set]
         chosen += [(key, [*configs[m.name]]) for m in plan.methods for key in m.overrides]
         check_ids("set", chosen, own, ("train.json", "evaluate.json"))
         plan.columns()
         for row in plan.rows()[: len(plan.methods)]:
-            for command in ("training", "evaluating"):
+            for command in row.commands():
                 check_components(row.label, row.parser(command).get())
         if study.sweep:  # sizes that a codebook cannot have
             for row in plan.rows()[: len(plan.methods)]:
@@ -115,10 +119,11 @@ class Plan:
         """Refuse two methods that would train the same."""
         seen: dict[tuple[Any, ...], str] = {}
         for method in self.methods:
-            settings = (method.overlays, tuple(sorted(method.overrides.items())))
+            settings = (method.overlays, method.given, tuple(sorted(method.overrides.items())))
             if settings in seen:
+                what = method.given or "+".join(method.overlays)
                 raise VaevqMedError(
-                    f"methods: found {seen[settings]} and {method.name}, two names of {'+'.join(method.overlays)} with "
+                    f"methods: found {seen[settings]} and {method.name}, two names of {what} with "
                     f"the same settings, expected each once; a setting of {method.family} alone makes another of it"
                 )
             seen[settings] = method.name
@@ -170,16 +175,18 @@ class Plan:
         }
 
     def rows(self) -> Sequence[Row]:
-        """Seeds outermost, so that each method has a first figure early."""
-        return [Row(self, method, seed) for seed in self.study.seeds for method in self.methods]
+        """Seeds outermost, so that each method has a first figure early; what is given as it is has one row."""
+        seeds = self.study.seeds
+        return [Row(self, m, seed) for seed in seeds for m in self.methods if not m.given or seed == seeds[0]]
 
     def tasks(self) -> list[list[Row]]:
-        """Each row that trains, followed by those that decode its checkpoint in another way."""
+        """Each row that trains, or is given, followed by those that decode its checkpoint in another way."""
+        seeds = self.study.seeds
         return [
             [Row(self, other, seed) for other in self.methods if method.name in (other.name, other.decodes)]
-            for seed in self.study.seeds
+            for seed in seeds
             for method in self.methods
-            if not method.decodes
+            if not method.decodes and (not method.given or seed == seeds[0])
         ]
 
 
@@ -217,6 +224,8 @@ class Row:
     @property
     def checkpoint(self) -> Path:
         """What is evaluated."""
+        if self.method.given is not None:
+            return self.method.given
         return self.trained.folder / "checkpoints" / f"{self.plan.study.checkpoint}.pt"
 
     @property
@@ -243,7 +252,7 @@ class Row:
             "checkpoint_path": f"$@output_dir + '/checkpoints/{study.checkpoint}.pt'",
             "evaluation_dir": "$@output_dir + '/evaluation'",
         }
-        if self.method.decodes:
+        if self.method.decodes or self.method.given:
             paths["checkpoint_path"] = str(self.checkpoint)
         training = {
             "seed": str(self.seed),
@@ -296,14 +305,14 @@ class Row:
         return self.run_words("training", [bundle.path / file, *overlays], overrides)
 
     def commands(self, parent_run_id: str | None = None) -> dict[str, list[str]]:
-        """``training``, unless it decodes another's checkpoint, and ``evaluating``, as a user would type them.
+        """``training``, unless its checkpoint is given or another row's, and ``evaluating``, as a user would type them.
 
         Args:
             parent_run_id: MLflow run to nest the training under.
         """
         training, evaluation = self._split()
         evaluate = self.run_words("evaluating", [self.plan.bundle.path / "evaluate.json"], evaluation)
-        if self.method.decodes:
+        if self.method.decodes or self.method.given:
             return {"evaluating": evaluate}
         return {"training": self.training_words("train.json", training, parent_run_id), "evaluating": evaluate}
 
@@ -319,6 +328,9 @@ class Row:
         """Everything that decides the row's figures, as JSON-ready values."""
         plan = self.plan
         training, evaluation = self._split()
+        if self.method.given is not None:  # which file, wherever it is
+            evaluation["checkpoint_path"] = file_sha256(self.method.given)
+            return {"evaluate": decisive(plan.bundle.read("evaluate.json"), evaluation)}
         if self.method.decodes:  # a folder of results can be moved
             evaluation["checkpoint_path"] = f"{plan.study.checkpoint} of {self.trained.label}"
         return {

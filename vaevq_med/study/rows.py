@@ -86,10 +86,11 @@ class RowResult:
         return bool(self.provenance.get("is_discrete", True))
 
     def value(self, name: str) -> float | None:
-        """A figure of the evaluation or of the training, None where there is none; no bits of what has no indices."""
+        """A figure of the evaluation, the training or the network, else None; no bits of what has no indices."""
         if name.startswith("bits_") and not self.is_discrete:
             return None
-        found = self.metrics[name]["value"] if name in self.metrics else self.run.get(name)
+        told = {**self.provenance.get("network", {}), **self.run}
+        found = self.metrics[name]["value"] if name in self.metrics else told.get(name)
         return None if found is None else float(found)
 
 

@@ -26,7 +26,7 @@ from vaevq_med.evaluation.data import check_unseen
 from vaevq_med.images.dataset import SliceDataset
 from vaevq_med.images.reading import reader
 from vaevq_med.images.transforms import REGIONS
-from vaevq_med.networks.tokenizer import VisualTokenizer
+from vaevq_med.networks.base import Tokenizer
 from vaevq_med.tasks.probe_options import ProbeOptions
 from vaevq_med.trained.device import named_device
 from vaevq_med.trained.network import StoredTokenizer
@@ -235,7 +235,7 @@ class Probe(ProbeOptions):
         atomic_write_text(self.output, json.dumps(record, indent=2) + "\n")
         return ProbeReport(self.output, record)
 
-    def _network(self, stored: StoredTokenizer) -> VisualTokenizer:
+    def _network(self, stored: StoredTokenizer) -> Tokenizer:
         stored.check_target()
         if stored.value("depth", None) is not None:
             raise VaevqMedError(f"{self.checkpoint}: found a tokenizer of volumes, expected one of slices")
@@ -261,9 +261,7 @@ class Probe(ProbeOptions):
         )
 
     @torch.inference_mode()
-    def _asked(
-        self, network: VisualTokenizer, images: SliceDataset, on_images: Callable[[int], None]
-    ) -> dict[str, Asked]:
+    def _asked(self, network: Tokenizer, images: SliceDataset, on_images: Callable[[int], None]) -> dict[str, Asked]:
         """What each probe is given of a split, and what is right."""
         device = next(network.parameters()).device
         told_apart = images.channels is None and "modality" in images.manifest.content

@@ -18,7 +18,7 @@ from vaevq_med.core.jobs import usable_cores
 from vaevq_med.images.dataset import SliceDataset
 from vaevq_med.images.manifest import SPLITS, Manifest, load_manifest
 from vaevq_med.images.reading import Reading
-from vaevq_med.networks.tokenizer import VisualTokenizer
+from vaevq_med.networks.base import Tokenizer
 from vaevq_med.tokens.items import describe_items, label_of
 from vaevq_med.tokens.options import EncodeOptions
 from vaevq_med.tokens.store import FORMAT, KINDS, TokenStore, index_type
@@ -47,7 +47,7 @@ class EncodeReport:
     reused: int
 
 
-def encode_views(network: VisualTokenizer, images: Tensor, kind: str, batch_size: int) -> NDArray[Any]:
+def encode_views(network: Tokenizer, images: Tensor, kind: str, batch_size: int) -> NDArray[Any]:
     """Indices or latents of images in several views.
 
     Args:
@@ -60,14 +60,14 @@ def encode_views(network: VisualTokenizer, images: Tensor, kind: str, batch_size
         int64 ``[N, views, h, w, G]`` or float32 ``[N, views, D, h, w]``.
     """
     encode = network.encode_indices if kind == "indices" else network.encode_stage_2_inputs
-    device = next(network.parameters()).device
+    device = network.device
     with torch.inference_mode():
         parts = [encode(squares.to(device)).cpu() for squares in images.flatten(0, 1).split(batch_size)]
     values = torch.cat(parts)
     return values.unflatten(0, images.shape[:2]).numpy()
 
 
-def describe_tokenizer(network: VisualTokenizer, content_hash: str) -> dict[str, Any]:
+def describe_tokenizer(network: Tokenizer, content_hash: str) -> dict[str, Any]:
     """What a store says of the tokenizer that its values come from.
 
     Args:
@@ -147,7 +147,7 @@ class EncodeTokens(EncodeOptions):
         if self.dtype is not None and self.dtype not in LATENT_TYPES:
             raise VaevqMedError(f"--dtype: found {self.dtype!r}, expected one of {', '.join(LATENT_TYPES)}")
 
-    def _network(self, stored: StoredTokenizer) -> VisualTokenizer:
+    def _network(self, stored: StoredTokenizer) -> Tokenizer:
         stored.check_target()
         network = stored.network()
         quantizer = network.quantizer
@@ -207,15 +207,14 @@ class EncodeTokens(EncodeOptions):
         return plan_views(flip=self.flip and training, ten_crop=self.ten_crop and training)
 
     def _header(
-        self, stored: StoredTokenizer, network: VisualTokenizer, datasets: Mapping[str, SliceDataset]
+        self, stored: StoredTokenizer, network: Tokenizer, datasets: Mapping[str, SliceDataset]
     ) -> dict[str, Any]:
         """What the store says of itself, but for hashes and items."""
         manifest = next(iter(datasets.values())).manifest
         image_size, quantizer = int(stored.value("image_size")), network.quantizer
-        if image_size % network.encoder.downsampling_factor:
+        if image_size % network.factors[-1]:
             raise VaevqMedError(
-                f"{self.checkpoint}: found image_size {image_size}, expected a multiple of "
-                f"{network.encoder.downsampling_factor}"
+                f"{self.checkpoint}: found image_size {image_size}, expected a multiple of {network.factors[-1]}"
             )
         depth = stored.value("depth", None)
         grid = list(network.grid_of([image_size] * 2 if depth is None else [int(depth), image_size, image_size]))
@@ -249,7 +248,7 @@ class EncodeTokens(EncodeOptions):
     def _encode(
         self,
         writer: TokenWriter,
-        network: VisualTokenizer,
+        network: Tokenizer,
         datasets: Mapping[str, SliceDataset],
         on_images: Callable[[int], None],
     ) -> None:
@@ -262,7 +261,7 @@ class EncodeTokens(EncodeOptions):
                     writer.save()
                     saved = time.monotonic()
 
-    def _batches(self, network: VisualTokenizer, images: SliceDataset, start: int) -> Iterator[NDArray[Any]]:
+    def _batches(self, network: Tokenizer, images: SliceDataset, start: int) -> Iterator[NDArray[Any]]:
         """Arrays of the images from the ``start``-th on."""
         views = len(self._views(images.split))
         loader: Any = DataLoader(

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks.base import Tokenizer
 from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.slices import slices_of, stacked
 from vaevq_med.networks.tokenizer import VisualTokenizer
@@ -33,7 +34,7 @@ LEAST_WINDOW = (4, 8, 8)
 """Positions of the smallest window; of a smaller one most would be margin."""
 
 
-def factors_of(network: VisualTokenizer) -> tuple[int, ...]:
+def factors_of(network: Tokenizer) -> tuple[int, ...]:
     """Voxels that a position spans along each axis of a volume; along z one for a tokenizer of images."""
     return network.factors if network.takes_volumes else (1, *network.factors)
 
@@ -46,7 +47,7 @@ def padded(volume: Tensor, factors: Sequence[int]) -> Tensor:
     return F.pad(volume, [size for end in reversed(ends) for size in (0, end)], mode="replicate")
 
 
-def window_of(network: VisualTokenizer, grid: Sequence[int]) -> tuple[int, int, int]:
+def window_of(network: Tokenizer, grid: Sequence[int]) -> tuple[int, int, int]:
     """Positions along each axis that go through a tokenizer of volumes at once.
 
     Whole planes where they fit, since what is normalized within slices sees another slice in a part of it. It depends
@@ -57,7 +58,7 @@ def window_of(network: VisualTokenizer, grid: Sequence[int]) -> tuple[int, int, 
         grid: positions of the whole volume along each axis.
     """
     depth, height, width = grid
-    positions = MOST_NUMBERS // (network.decoder.last_layer.shape[1] * math.prod(network.factors))
+    positions = MOST_NUMBERS // (network.finest_channels * math.prod(network.factors))
     deep, rows, columns = (min(least, size) for least, size in zip(LEAST_WINDOW, grid, strict=True))
     if positions >= deep * height * width:
         return min(depth, positions // (height * width)), height, width
@@ -67,7 +68,7 @@ def window_of(network: VisualTokenizer, grid: Sequence[int]) -> tuple[int, int, 
 
 @torch.inference_mode()
 def encode_volume(
-    network: VisualTokenizer, volume: Tensor, *, tile: Sequence[int] | None = None, halo: Sequence[int] = (1, 1, 1)
+    network: Tokenizer, volume: Tensor, *, tile: Sequence[int] | None = None, halo: Sequence[int] = (1, 1, 1)
 ) -> Tensor:
     """The indices of a whole volume, from the posterior's mean.
 
@@ -87,7 +88,7 @@ def encode_volume(
     return quantized(network, encode_latents(network, volume, tile=tile, halo=halo))
 
 
-def quantized(network: VisualTokenizer, encoded: DiagonalGaussian | Tensor) -> Tensor:
+def quantized(network: Tokenizer, encoded: DiagonalGaussian | Tensor) -> Tensor:
     """The indices of what :func:`encode_latents` gives, int64 ``[1, *grid, G]``."""
     if isinstance(encoded, DiagonalGaussian):
         return network.quantize(encoded.mode(), encoded).indices
@@ -96,7 +97,7 @@ def quantized(network: VisualTokenizer, encoded: DiagonalGaussian | Tensor) -> T
 
 @torch.inference_mode()
 def encode_latents(
-    network: VisualTokenizer,
+    network: Tokenizer,
     volume: Tensor,
     *,
     tile: Sequence[int] | None = None,
@@ -161,7 +162,7 @@ def _in_tiles(
 
 @torch.inference_mode()
 def decode_volume(
-    network: VisualTokenizer,
+    network: Tokenizer,
     indices: Tensor,
     *,
     size: Sequence[int],
@@ -190,7 +191,7 @@ def decode_volume(
 
 @torch.inference_mode()
 def decode_codes(
-    network: VisualTokenizer,
+    network: Tokenizer,
     codes: Tensor,
     *,
     size: Sequence[int],
@@ -220,9 +221,10 @@ def decode_codes(
     if tile is None:
         (volume,) = mapped(network.decode, [codes])
     elif network.slice_context:
-        seen = slices_of(network.post_quant_conv(codes)), slices_of(codes)
+        own = cast(VisualTokenizer, network)  # no other has a context
+        seen = slices_of(own.post_quant_conv(codes)), slices_of(codes)
         parts = zip(*(features.split(int(tile[0])) for features in seen), strict=True)
-        volume = stacked(torch.cat([*mapped(lambda part: network.decoder(*part), parts)]), 1)
+        volume = stacked(torch.cat([*mapped(lambda part: own.decoder(*part), parts)]), 1)
     elif all(length <= window for length, window in zip(codes.shape[2:], tile, strict=True)):
         (volume,) = mapped(network.decode, [codes])
     else:

@@ -16,8 +16,8 @@ from torch import nn
 from vaevq_med.core.components import ComponentError, build, resolve
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.files import file_sha256
+from vaevq_med.networks.base import Tokenizer
 from vaevq_med.networks.generators.base import Generator
-from vaevq_med.networks.tokenizer import VisualTokenizer
 from vaevq_med.networks.weights import read_weights
 from vaevq_med.trained.file import CheckpointError, load_state, network_hash, stored_shape
 from vaevq_med.trained.packed import is_described, read_trained, weights_file
@@ -27,8 +27,7 @@ from vaevq_med.trained.patients import TrainingPatients
 _OWN = "vaevq_med.networks"
 
 
-def _name(kind: type[nn.Module]) -> str:
-    return f"vaevq_med.networks.{kind.__name__}"
+_TOKENIZER = "that of a tokenizer, such as vaevq_med.networks.VisualTokenizer"
 
 
 def _target(definition: Any) -> Any:
@@ -251,9 +250,13 @@ class StoredTokenizer(StoredNetwork):
         Raises:
             CheckpointError: naming what was found.
         """
-        target, expected = _target(self.value("network_def")), _name(VisualTokenizer)
-        if target != expected:
-            raise CheckpointError(f"{self.path}: found a checkpoint of {target}, expected that of {expected}")
+        target = _target(self.value("network_def"))
+        try:
+            kind = resolve(str(target), nn.Module, own=_OWN)
+        except ComponentError:
+            kind = None
+        if not (isinstance(kind, type) and issubclass(kind, Tokenizer)):
+            raise CheckpointError(f"{self.path}: found a checkpoint of {target}, expected {_TOKENIZER}")
 
     @property
     def shape(self) -> str | None:
@@ -282,13 +285,13 @@ class StoredTokenizer(StoredNetwork):
         """How the quantizer is decoded, or None where that is not said."""
         return self._readout or self.value("network_def")["quantizer"].get("readout")
 
-    def network(self) -> VisualTokenizer:
+    def network(self) -> Tokenizer:
         """Build the tokenizer and load its weights.
 
         Raises:
             VaevqMedError: the checkpoint is another network's, or the quantizer has no such read-out.
         """
-        network: VisualTokenizer = self._build(VisualTokenizer, f"that of {_name(VisualTokenizer)}")
+        network: Tokenizer = self._build(Tokenizer, _TOKENIZER)
         if self._readout is not None:
             network.quantizer.select_readout(self._readout)
         return network
@@ -352,7 +355,7 @@ class StoredGenerator(StoredNetwork):
             raise CheckpointError(f"{self.path}: {error}") from None
         return network
 
-    def tokenizer(self, path: str | Path) -> VisualTokenizer:
+    def tokenizer(self, path: str | Path) -> Tokenizer:
         """The tokenizer that made the tokens, with the weights and the read-out that it made them with.
 
         Args:

@@ -11,9 +11,9 @@ from monai.utils.enums import CommonKeys as Keys
 from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks.base import Tokenizer
 from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.slices import slices_of, stacked
-from vaevq_med.networks.tokenizer import VisualTokenizer
 from vaevq_med.training.base_evaluator import BaseEvaluator
 
 
@@ -40,7 +40,7 @@ class TokenizerEvaluator(BaseEvaluator):
         *,
         device: torch.device | str,
         val_data_loader: Iterable[Any],
-        network: VisualTokenizer,
+        network: Tokenizer,
         quantize: str = "mode",
         precision: str = "fp32",
         seed: int = 0,
@@ -74,7 +74,7 @@ class TokenizerEvaluator(BaseEvaluator):
             images: the originals.
             continuous: decode the posterior's mean too, as ``pred_continuous``, which doubles the decoder's work.
         """
-        network: VisualTokenizer = self.network  # type: ignore[assignment]
+        network: Tokenizer = self.network  # type: ignore[assignment]
         network.eval()
         encoded = network.encode(images)
         if not isinstance(encoded, DiagonalGaussian):
@@ -93,7 +93,7 @@ class TokenizerEvaluator(BaseEvaluator):
 
     def _iteration(self, engine: SupervisedEvaluator, batchdata: dict[str, Any]) -> dict[str, Any]:
         images = torch.as_tensor(batchdata[Keys.IMAGE]).to(engine.state.device, non_blocking=True)
-        if images.ndim == 5 and not cast(VisualTokenizer, self.network).takes_volumes:
+        if images.ndim == 5 and not cast(Tokenizer, self.network).takes_volumes:
             return self._slices(images)
         with self._autocast():
             return {Keys.IMAGE: images, **self.inferer(images, self.reconstruct)}

@@ -15,7 +15,7 @@ from vaevq_med.codec.errors import CodecError
 
 if TYPE_CHECKING:
     from vaevq_med.codec.coders.context_model import ContextModel
-    from vaevq_med.networks.tokenizer import VisualTokenizer
+    from vaevq_med.networks.base import Tokenizer
 
 
 class IndexCoder(ABC):
@@ -37,7 +37,7 @@ class IndexCoder(ABC):
         model: Path | None,
         tokenizer: Mapping[str, Any],
         *,
-        network: VisualTokenizer | None = None,
+        network: Tokenizer | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> Self:
         """Make the coder for the indices of a tokenizer.

@@ -18,7 +18,7 @@ from vaevq_med.codec.coders.streams import check_indices, empty_indices, no_symb
 from vaevq_med.codec.errors import CodecError
 
 if TYPE_CHECKING:
-    from vaevq_med.networks.tokenizer import VisualTokenizer
+    from vaevq_med.networks.base import Tokenizer
 
 _AT_ONCE = 2**23
 """Frequencies that the encoder holds at once: 64 MiB for each of the few arrays."""
@@ -41,7 +41,7 @@ class ContextCoder(IndexCoder):
         model: Path | None,
         tokenizer: Mapping[str, Any],
         *,
-        network: VisualTokenizer | None = None,
+        network: Tokenizer | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> Self:
         """Make the coder of a file that :meth:`ContextModel.save` wrote.

@@ -29,9 +29,9 @@ from vaevq_med.codec.coders.neighbors import as_slices
 from vaevq_med.codec.coders.range_coder import RangeDecoder, RangeEncoder
 from vaevq_med.codec.coders.streams import check_indices, empty_indices, no_symbols
 from vaevq_med.codec.errors import CodecError
+from vaevq_med.networks.base import Tokenizer
 from vaevq_med.networks.generators.llama_blocks import LlamaBlock
 from vaevq_med.networks.generators.llamagen import BELOW, LlamaGen
-from vaevq_med.networks.tokenizer import VisualTokenizer
 from vaevq_med.tokens.volumes import window_of
 from vaevq_med.trained.network import StoredGenerator
 
@@ -41,7 +41,7 @@ DELTA = 2.0**-22
 _CACHE_BYTES = 2**28
 
 
-def background_indices(tokenizer: VisualTokenizer, *, image_size: int, in_channels: int) -> tuple[int, ...]:
+def background_indices(tokenizer: Tokenizer, *, image_size: int, in_channels: int) -> tuple[int, ...]:
     """The index of each codebook that most positions of an image without content have, the lowest of several."""
     parameter = next(tokenizer.parameters())
     size: tuple[int, ...] = (image_size, image_size)
@@ -82,7 +82,7 @@ class PriorCoder(IndexCoder):
         model: Path | None,
         tokenizer: Mapping[str, Any],
         *,
-        network: VisualTokenizer | None = None,
+        network: Tokenizer | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> Self:
         """Make the coder of a generator's checkpoint.

@@ -15,7 +15,7 @@ from vaevq_med.codec.coders.base import IndexCoder
 from vaevq_med.codec.errors import CodecError
 
 if TYPE_CHECKING:
-    from vaevq_med.networks.tokenizer import VisualTokenizer
+    from vaevq_med.networks.base import Tokenizer
 
 
 @functools.cache
@@ -41,7 +41,7 @@ def make_coder(
     tokenizer: Mapping[str, Any],
     model: Path | None = None,
     *,
-    network: VisualTokenizer | None = None,
+    network: Tokenizer | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> IndexCoder:
     """A coder by its name.

@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks.base import Tokenizer
 from vaevq_med.networks.generators.base import Draw, Wanted
 from vaevq_med.networks.generators.drawing import RandomSource, TokenRule, draw_indices
 from vaevq_med.networks.generators.static_steps import Kept, StepStore
 from vaevq_med.networks.generators.stepwise import StepwiseGenerator
 from vaevq_med.networks.ranges import check_range
-from vaevq_med.networks.tokenizer import VisualTokenizer
 
 
 @torch.no_grad()
@@ -168,7 +168,7 @@ def _kept(network: StepwiseGenerator, known: Tensor | None, mask: Tensor | None,
 
 
 def autoregressive_draws(
-    network: StepwiseGenerator, tokenizer: VisualTokenizer, settings: Mapping[str, Any], store: StepStore | None = None
+    network: StepwiseGenerator, tokenizer: Tokenizer, settings: Mapping[str, Any], store: StepStore | None = None
 ) -> Draw:
     """What draws indices and decodes them; the graphs of a GPU serve every batch of the same size.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.networks.tokenizer import VisualTokenizer
+from vaevq_med.networks.base import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Generator(nn.Module, ABC):
     @abstractmethod
     def draws(
         self,
-        tokenizer: VisualTokenizer,
+        tokenizer: Tokenizer,
         *,
         grid: tuple[int, ...],
         settings: Mapping[str, Any],

@@ -11,10 +11,10 @@ from monai.networks.schedulers import DDIMScheduler
 from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks.base import Tokenizer
 from vaevq_med.networks.generators.base import Draw, Generator, Wanted
 from vaevq_med.networks.generators.captured import CudaGraphs, Graphs, Replayed
 from vaevq_med.networks.generators.drawing import check_guidance, guided_logits
-from vaevq_med.networks.tokenizer import VisualTokenizer
 
 
 def ldm_scheduler(num_train_timesteps: int = 1000) -> DDIMScheduler:
@@ -159,7 +159,7 @@ def _predictor(
 @torch.no_grad()
 def generate_images(
     network: NoisePredictor,
-    tokenizer: VisualTokenizer,
+    tokenizer: Tokenizer,
     labels: Tensor | None = None,
     *,
     num_images: int | None = None,
@@ -230,7 +230,7 @@ def _noise(count: int, shape: Sequence[int], generator: torch.Generator | Sequen
 
 def diffusion_draws(
     network: NoisePredictor,
-    tokenizer: VisualTokenizer,
+    tokenizer: Tokenizer,
     *,
     grid: tuple[int, ...],
     settings: Mapping[str, Any],

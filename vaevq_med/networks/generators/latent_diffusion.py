@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.options import is_int
+from vaevq_med.networks.base import Tokenizer
 from vaevq_med.networks.generators.base import Draw, Setting
 from vaevq_med.networks.generators.ddim import NoisePredictor, diffusion_draws
 from vaevq_med.networks.generators.drawing import GUIDANCE_SCALE
 from vaevq_med.networks.ranges import check_range, check_sizes
-from vaevq_med.networks.tokenizer import VisualTokenizer
 
 
 class LatentDiffusionUNet(NoisePredictor):
@@ -117,7 +117,7 @@ class LatentDiffusionUNet(NoisePredictor):
 
     def draws(
         self,
-        tokenizer: VisualTokenizer,
+        tokenizer: Tokenizer,
         *,
         grid: tuple[int, ...],
         settings: Mapping[str, Any],

@@ -30,13 +30,13 @@ from torch.utils.checkpoint import checkpoint
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.options import is_int, is_number
+from vaevq_med.networks.base import Tokenizer
 from vaevq_med.networks.generators.autoregressive import autoregressive_draws
 from vaevq_med.networks.generators.base import Draw, Setting
 from vaevq_med.networks.generators.drawing import GUIDANCE_SCALE, MIN_TEMPERATURE
 from vaevq_med.networks.generators.llama_blocks import KeyValueCache, LlamaBlock, StaticCache, axial_rotations
 from vaevq_med.networks.generators.stepwise import StepwiseGenerator
 from vaevq_med.networks.ranges import check_range, check_sizes
-from vaevq_med.networks.tokenizer import VisualTokenizer
 
 PRESETS: Mapping[str, Mapping[str, int]] = MappingProxyType(
     {
@@ -195,7 +195,7 @@ class LlamaGen(StepwiseGenerator):
 
     def draws(
         self,
-        tokenizer: VisualTokenizer,
+        tokenizer: Tokenizer,
         *,
         grid: tuple[int, ...],
         settings: Mapping[str, Any],

@@ -237,6 +237,10 @@ class CodebookQuantizer(Quantizer):
     def codebook(self) -> Tensor:
         """The ``[K, D]`` table of this step, differentiable."""
 
+    def compared(self, z: Tensor) -> Tensor:
+        """What of a latent ``[B, D, *grid]`` is compared with the codewords: all of it by default."""
+        return z
+
     def assign(self, z: Tensor, codebook: Tensor, posterior: Posterior | None = None) -> Tensor:
         """Indices ``[B, *grid, 1]`` of ``z`` ``[B, D, *grid]``.
 
@@ -253,7 +257,7 @@ class CodebookQuantizer(Quantizer):
         """Quantize ``z`` ``[B, D, *grid]`` by the nearest codeword, with a straight-through gradient."""
         self.check_latent(z)
         with torch.autocast(z.device.type, enabled=False):
-            z = z.float()
+            z = self.compared(z.float())
             codebook = self.codebook()
             indices = self.assign(z, codebook, posterior)
             codes = look_up(indices, codebook)
