@@ -11,6 +11,7 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.images.manifest import SPLITS, load_manifest
 from vaevq_med.images.patients import person_of
 from vaevq_med.trained.network import StoredNetwork, StoredTokenizer
+from vaevq_med.trained.patients import TrainingPatients
 from vaevq_med.training import distributed
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def check_unseen(dataset: Any, stored: StoredNetwork) -> None:
     if split == "training":
         return
     moved = trained.get("split_hash") != manifest.split_hash
-    patients = stored.patients
+    patients = TrainingPatients(trained, str(stored.path))
     named = {str(entry["patient"]) for one in SPLITS for entry in manifest.entries(one) if "patient" in entry}
     known = patients.among(named)
     told_apart = known and len(known) == len(patients)
