@@ -204,6 +204,10 @@ def _counts(facts: CardFacts) -> Iterator[str]:
 
 def _training(facts: CardFacts) -> Iterator[tuple[str, str]]:
     stored = facts.stored
+    start = stored.data.get("started_from")
+    file = start.get("file") if isinstance(start, Mapping) else None
+    digest = _code(start.get("sha256")) if isinstance(start, Mapping) else ""
+    yield "started from", f"{_line(str(file))}, SHA-256 {digest or UNKNOWN}" if file else "no file is recorded"
     yield "steps", _number(stored.iteration) if stored.iteration else ""
     seed = stored.config.get("seed")
     yield "seed", _number(seed) if isinstance(seed, int) else ""
