@@ -165,6 +165,16 @@ def test_texts_of_a_checkpoint_are_only_texts(tmp_path: Path) -> None:
         assert path.is_dir() or b"/home/me" not in path.read_bytes(), path
 
 
+def test_what_a_training_started_from_is_told(tmp_path: Path) -> None:
+    state = torch.load(CHECKPOINT, weights_only=True)
+    state["data"]["started_from"] = {"file": "photographs_best.pt", "sha256": "ab12"}
+    torch.save(state, tmp_path / "a.pt")
+    for name, checkpoint in (("zoo", tmp_path / "a.pt"), ("other", CHECKPOINT)):
+        BundlePack("brats", tmp_path / name, checkpoint).run()
+    assert card_of(tmp_path / "zoo")[1]["started from"] == r"photographs\_best.pt, SHA-256 `ab12`"
+    assert card_of(tmp_path / "other")[1]["started from"] == "no file is recorded"
+
+
 def test_packages_of_others_are_found_in_a_definition() -> None:
     definition = {"_target_": "vaevq_med.networks.A", "parts": [{"_target_": "mine.B"}, 3], "c": {"_target_": "a.b.C"}}
     assert foreign_packages(definition) == ["a", "mine"]

@@ -27,7 +27,14 @@ from vaevq_med.images.manifest import Manifest, load_manifest
 from vaevq_med.networks.tokenizer import VisualTokenizer
 from vaevq_med.tokens.encode import EncodeTokens
 from vaevq_med.tokens.store import load_token_store
-from vaevq_med.trained import CheckpointError, StoredSegmenter, StoredTokenizer, read_trained, started_from
+from vaevq_med.trained import (
+    CheckpointError,
+    StoredSegmenter,
+    StoredTokenizer,
+    read_checkpoint,
+    read_trained,
+    started_from,
+)
 from vaevq_med.trained.pack import BundlePack
 from vaevq_med.trained.packed import HEADER
 from vaevq_med.trained.patients import HASHES
@@ -164,6 +171,15 @@ def test_commands_take_it_as_they_take_a_checkpoint(packed: Path, tmp_path: Path
         EncodeTokens(path, FIXTURES / "slices", tmp_path / name, workers=0, device="cpu").run()
         hashes.append(load_token_store(tmp_path / name).content_hash)
     assert hashes[0] == hashes[1]
+
+
+def test_a_training_does_not_go_on_from_it(packed: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match="found a folder, expected a checkpoint of a training run; a packed bundle"
+    ):
+        read_checkpoint(packed)
+    with pytest.raises(CheckpointError, match="found no 'network' entry, expected a checkpoint written by training"):
+        read_checkpoint(packed / "models/model.pt")
 
 
 def test_a_training_starts_from_it(packed: Path) -> None:

@@ -80,7 +80,7 @@ def check_unseen(dataset: Any, stored: StoredNetwork) -> None:
     """
     if dataset.split == "training":
         return
-    for name, trained in trainings(stored.data, stored.path.name):
+    for name, trained in trainings(stored.data, str(stored.path)):
         _check_training(dataset, trained, name)
 
 
