@@ -1,4 +1,4 @@
-"""The figures of ``fine_tuning.yaml`` and ``kmeans_start.yaml``: quality over shares of the patients, and over first steps.
+"""Curves of ``fine_tuning.yaml`` and ``kmeans_start.yaml``: quality over shares of patients, and over the first steps.
 
     python benchmarks/evidence/curves.py shares outputs/fine_tuning fine_tuning.png
     python benchmarks/evidence/curves.py steps sqlite:///kmeans_start.db kmeans_start.png

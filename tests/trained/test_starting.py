@@ -18,6 +18,7 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks import Decoder, Encoder, VisualTokenizer
 from vaevq_med.networks.quantizers import FSQ, SimVQ, VectorQuantizer
 from vaevq_med.networks.quantizers.base import Quantizer
+from vaevq_med.trained.patients import TrainingPatients, trainings, without_names
 from vaevq_med.trained.starting import adapted_channels, check_parts, start_network, take_weights
 
 
@@ -206,3 +207,21 @@ def test_names_of_parts_are_those_of_the_network() -> None:
     assert check_parts("freeze", "projector, latent", wide) == ["projector", "latent"]
     found = take_weights(wide, tokenizer().state_dict())
     assert "2 left new (projector.weight not there, projector.bias not there)" in str(found.parts["projector"])
+
+
+def test_names_of_patients_stay_at_home_with_what_was_started_from() -> None:
+    """A packed bundle has hashes in their place, also of the trainings before, which evaluations understand."""
+    before = {
+        "patients": ["BraTS-GLI-00001"],
+        "started_from": {"file": "a.pt", "data": {"patients": ["BraTS-GLI-00002"]}},
+    }
+    told = {"patients": ["BraTS-GLI-00000"], "started_from": {"file": "b.pt", "data": before}}
+    packed = without_names(told, "salt")
+    assert "BraTS-GLI" not in str(packed)
+    for number, (_, data) in enumerate(trainings(packed, "model.pt")):
+        patients = TrainingPatients(data, "model.pt")
+        names = [f"BraTS-GLI-{n:05d}" for n in range(3)]
+        assert patients.among(names) == {f"BraTS-GLI-{number:05d}"}
+    assert number == 2
+    assert "started_from" in without_names(told, "salt", hashes=False)
+    assert "BraTS-GLI" not in str(without_names(told, "salt", hashes=False))

@@ -200,3 +200,19 @@ def test_a_run_without_a_file_has_one_group_as_before(slice_dataset: Path, tmp_p
     network = torch.nn.Linear(2, 2)
     start = Start(directory=tmp_path)
     assert start.parameter_groups(start.network(network), 1e-3) == list(network.parameters())
+
+
+def test_a_network_that_was_not_started_is_no_silent_loss(tmp_path: Path) -> None:
+    start = Start(directory=tmp_path, freeze=["encoder"])
+    with pytest.raises(VaevqMedError, match=r"network: found one that is not made by @start"):
+        start.parameter_groups(torch.nn.Linear(2, 2), 1e-3)
+
+
+def test_a_packed_bundle_is_a_start_as_its_checkpoint_is(source: Path, slice_dataset: Path, tmp_path: Path) -> None:
+    from vaevq_med.trained.pack import BundlePack
+
+    BundlePack("brats", tmp_path / "packed", source).run()
+    for place in (tmp_path / "packed", tmp_path / "packed" / "models" / "model.safetensors"):
+        trainer = trainer_of(config_of(slice_dataset, tmp_path / "run", init_from=str(place)))
+        before = read_checkpoint(source)["ema"]
+        assert all(torch.equal(value, before[name]) for name, value in trainer.network.state_dict().items())
