@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = lazy(
         "PatchDiscriminator": "discriminator",
         "SliceSegmenter": "segmenter",
         "StaticCache": "generators.llama_blocks",
+        "TokenDiffusion": "generators.token_diffusion",
         "TrainingForward": "tokenizer",
         "VisualTokenizer": "tokenizer",
         "released_estimator": "tokenizer",
