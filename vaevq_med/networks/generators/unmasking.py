@@ -40,13 +40,12 @@ from vaevq_med.networks.generators.drawing import (
     fill_waits,
 )
 from vaevq_med.networks.generators.token_generator import Kept, TokenGenerator
-from vaevq_med.networks.ranges import check_choice
+from vaevq_med.networks.ranges import check_choice, check_sizes
 from vaevq_med.networks.tokenizer import VisualTokenizer
 
 AUTO = "auto"
 ORDERS = ("ancestral", "confidence", "halton", "purity")
-_STEPS = {"ancestral": 100}
-_FEW_STEPS = 12
+_ANCESTRAL_STEPS, _FEW_STEPS = 100, 12
 
 
 class CorruptedTokenGenerator(TokenGenerator):
@@ -93,8 +92,11 @@ class Reveal:
             )
         most = self.corruption.num_steps
         if self.num_steps is None:
-            object.__setattr__(self, "num_steps", min(_STEPS.get(self.order, _FEW_STEPS), most))
-        if self.steps < 1 or (self.order == "ancestral" and self.steps > most):
+            object.__setattr__(
+                self, "num_steps", min(_ANCESTRAL_STEPS, most) if self.order == "ancestral" else _FEW_STEPS
+            )
+        check_sizes(num_steps=self.steps)
+        if self.order == "ancestral" and self.steps > most:
             raise VaevqMedError(f"num_steps is {self.num_steps}; expected 1 to {most}, the times of the process")
 
     @property
