@@ -83,6 +83,7 @@ def check_clusters(found: Tensor, shape: torch.Size, num_clusters: int, where: s
     low, high = int(found.min()), int(found.max())
     if low < 0 or high != num_clusters - 1:
         raise VaevqMedError(
-            f"{where}: found clusters {low} to {high}, expected 0 to {num_clusters - 1}, as num_clusters is {num_clusters}"
+            f"{where}: found clusters {low} to {high}, expected 0 to {num_clusters - 1}, as num_clusters is "
+            f"{num_clusters}"
         )
     return found
