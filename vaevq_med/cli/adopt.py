@@ -47,9 +47,10 @@ def _command(kind: Any) -> Any:
 
         report = Adopt(kind.name, source, output, options, overwrite).run()
         channels = {1: "gray", 3: "color"}.get(report.in_channels, f"{report.in_channels} channels")
+        bits = "no indices" if report.bits is None else f"{report.bits:.4g} bits each"
         typer.echo(
             f"{report.output}: {report.parameters / 1e6:.1f} M parameters, {channels} at {report.image_size} pixels, "
-            f"positions of {'x'.join(map(str, report.factors))}, {report.bits:.4g} bits each ({report.quantizer})"
+            f"positions of {'x'.join(map(str, report.factors))}, {bits} ({report.quantizer})"
         )
         for note in report.notes:
             typer.echo(f"  {note}")

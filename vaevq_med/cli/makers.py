@@ -173,7 +173,9 @@ class CompareGeneration(Maker):
     )
     methods: str = option("", "Methods of --from; by default those of the study 'table2'.")
     generators: str = option(
-        "llamagen,ldm", "Those of the study 'table2': llamagen (over indices), ldm (over latents)."
+        "llamagen,ldm",
+        "Those of the studies 'table2' and 'priors': llamagen, maskgit, absorbing, vq_diffusion, vq_ddm (over "
+        "indices), ldm (over latents).",
     )
     generate_set: list[str] | None = option(
         None, "Override of generate.json, e.g. ldm:num_steps=50; repeat.", metavar="[NAME:]ID=VALUE"
@@ -188,7 +190,8 @@ class CompareGeneration(Maker):
 
     def content(self) -> dict[str, Any]:
         """What the study is of, as a file has it."""
-        generators, known = _bundled("table2", "generators"), _bundled("table2", "tokenizers", "methods")
+        generators = {**_bundled("table2", "generators"), **_bundled("priors", "generators")}
+        known = _bundled("table2", "tokenizers", "methods")
         chosen = list(dict.fromkeys(_parts(self.generators)))
         unknown = [name for name in chosen if name not in generators]
         if unknown or not chosen:

@@ -56,6 +56,26 @@ def encode_tokens(
     typer.echo(f"  labels: {store.content['label']['kind']}{names}")
 
 
+def cluster_codebook(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Checkpoint of a trained tokenizer.")],
+    tokens: Annotated[Path, typer.Argument(metavar="TOKENS", help="Folder of the token store of its indices.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="File to write, .npz.")],
+    num_clusters: Annotated[int, typer.Option(help="Clusters of each codebook.")] = 512,
+    seed: Annotated[int, typer.Option(help="Seed of k-means.")] = 0,
+) -> None:
+    """Cluster a tokenizer's codewords, weighted by their use, for the generator coarse_to_fine.
+
+    Exit code 0: the file is written; 2: nothing could be done.
+    """
+    from vaevq_med.tokens.clusters import ClusterCodebook
+
+    report = ClusterCodebook(checkpoint, tokens, output, num_clusters, seed).run()
+    books = f" in each of {report.num_codebooks} codebooks" if report.num_codebooks > 1 else ""
+    typer.echo(f"{output}: {report.num_embeddings:,} codewords in {num_clusters:,} clusters{books}")
+    typer.echo(f"  the largest has {report.largest:,}; {report.used:.1%} of the codewords are used in training")
+    typer.echo(f"Use it with --clusters {output} --num_clusters {num_clusters} and generation/coarse_to_fine.json.")
+
+
 @with_flags(EvaluateOptions)
 def evaluate_samples(
     samples: Annotated[

@@ -105,12 +105,10 @@ class EvaluationHandler:
                 "dataset_hash": manifest.content_hash,
             }
         if self.stored is not None:
-            bits = network.quantizer.bits_per_position
             record |= {
                 "network": {
                     "parameters": sum(parameter.numel() for parameter in network.parameters()),
-                    "bits_per_position": bits,
-                    "bits_per_pixel": bits / math.prod(network.factors),
+                    **network.bits(),
                 },
                 "is_discrete": network.quantizer.is_discrete,
                 "checkpoint": self.stored.path.name,

@@ -34,7 +34,7 @@ class AdoptReport:
         output: the checkpoint.
         kind: of the source.
         factors: image sizes over those of the latent grid.
-        bits: of a position.
+        bits: of a position; None of a continuous latent.
         quantizer: its class.
         image_size: side of an image.
         in_channels: of an image.
@@ -45,7 +45,7 @@ class AdoptReport:
     output: Path
     kind: str
     factors: tuple[int, ...]
-    bits: float
+    bits: float | None
     quantizer: str
     image_size: int
     in_channels: int

@@ -16,6 +16,7 @@ __getattr__, __dir__, __all__ = lazy(
         "RCSLoss": "rcs",
         "ReconstructionLoss": "reconstruction",
         "LayerTokenLoss": "vaevq_med.networks.generators.losses",
+        "TokenBound": "vaevq_med.networks.generators.losses",
         "TokenLoss": "vaevq_med.networks.generators.losses",
         "TokenizerObjective": "objective",
         "adaptive_weight": "adversarial",

@@ -110,6 +110,13 @@ ACTIVE_CHANNELS_RELATIVE = Figure(
 )
 BITS_PER_POSITION = Figure("bits_per_position", "Bits per position", 2, varies=False)
 BITS_PER_PIXEL = Figure("bits_per_pixel", "Bits per pixel", 3, varies=False)
+TOKEN_BITS = Figure(
+    "token_bits",
+    "Bits per token",
+    3,
+    convention="-log2 p of a token of the validation split, of the averaged weights, the least of all epochs; an upper "
+    "bound of it where the generator is a diffusion model of tokens; of one tokenizer's tokens alone comparable",
+)
 PARAMETERS = Figure("parameters", "Parameters (M)", 2, 1e-6, varies=False)
 IMAGES_PER_SECOND = Figure("images_per_second", "Training images/s", 1)
 PEAK_MEMORY = Figure("peak_memory_bytes", "Peak memory (GB)", 2, 1e-9)

@@ -5,6 +5,7 @@ from vaevq_med.core.lazy import lazy
 __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
+        "CoarseToFine": "generators.coarse_to_fine",
         "Decoder": "decoder",
         "DiagonalGaussian": "posterior",
         "Encoder": "encoder",
@@ -16,6 +17,7 @@ __getattr__, __dir__, __all__ = lazy(
         "Rectifier": "rectifier",
         "SliceSegmenter": "segmenter",
         "StaticCache": "generators.llama_blocks",
+        "TokenDiffusion": "generators.token_diffusion",
         "TrainingForward": "tokenizer",
         "VisualTokenizer": "tokenizer",
         "released_estimator": "tokenizer",

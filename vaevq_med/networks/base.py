@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -44,6 +45,14 @@ class Tokenizer(nn.Module, ABC):
     def decode(self, codes: Tensor) -> Tensor:
         """Images ``[B, C, H, W]``, nominally in [-1, 1], of codes or of a continuous latent, ``[B, D, *grid]``."""
 
+    def rectify(self, codes: Tensor) -> Tensor:
+        """Codes ``[B, D, *grid]`` as :meth:`decode_latent` takes them; where there is no rectifier, as they are."""
+        return codes
+
+    def decode_latent(self, latent: Tensor) -> Tensor:
+        """Images of a continuous latent, or of rectified codes; without a rectifier, what :meth:`decode` does."""
+        return self.decode(latent)
+
     @property
     @abstractmethod
     def factors(self) -> tuple[int, ...]:
@@ -68,6 +77,13 @@ class Tokenizer(nn.Module, ABC):
     def of_volumes(self) -> bool:
         """Whether a position stands for a piece of a volume, and not for one of a slice."""
         return self.takes_volumes and not self.slice_context
+
+    def bits(self) -> dict[str, float]:
+        """``bits_per_position`` and ``bits_per_pixel`` of the indices; empty of a continuous latent, which has none."""
+        bits = self.quantizer.bits_per_position
+        if bits is None:
+            return {}
+        return {"bits_per_position": bits, "bits_per_pixel": bits / math.prod(self.factors)}
 
     def grid_of(self, size: Sequence[int]) -> tuple[int, ...]:
         """The latent grid of images of a spatial size.

@@ -155,7 +155,7 @@ class GenerationPlan(Plan):
     known: ClassVar[tuple[Figure, ...]] = (
         *(figures.GFID, figures.PRECISION, figures.RECALL, figures.INCEPTION_SCORE),
         *(figures.MEMORIZED_FEATURE, figures.MEMORIZED_PIXEL),
-        *(figures.PARAMETERS, figures.IMAGES_PER_SECOND, figures.COUNT),
+        *(figures.TOKEN_BITS, figures.PARAMETERS, figures.IMAGES_PER_SECOND, figures.COUNT),
     )
 
     study: GeneratorStudy

@@ -49,7 +49,8 @@ class RunSummary:
     first step of each process, which warms up, is left out. A resumed run goes on counting where its checkpoint stood.
 
     The file holds ``parameters`` (those that are trained; a discriminator's are not counted), of a tokenizer
-    ``bits_per_position`` and ``bits_per_pixel``, ``iterations``, ``images``, ``images_per_second`` (None after a
+    ``bits_per_position`` and ``bits_per_pixel``, of a generator of tokens ``token_bits`` (the least that a validation
+    found), ``iterations``, ``images``, ``images_per_second`` (None after a
     single step), ``peak_memory_bytes`` (of the main process), ``peak_memory_of`` (``cuda`` or ``process``),
     ``processes``, ``device``, the ``micro_batch_size`` and ``precision`` that ``auto`` came to, and ``started_from``,
     the file that the run started from and what became of each part, where there is one.
@@ -103,12 +104,23 @@ class RunSummary:
         if self.checkpoint is not None:
             self.checkpoint.extra[_KEY] = dict(counts)
 
+    def _validated(self, name: str) -> float | None:
+        """A figure of the last validation, None before one or where it has no such figure."""
+        evaluator = None if self.checkpoint is None else self.checkpoint.evaluator
+        return None if evaluator is None else evaluator.state.metrics.get(name)
+
     def _write(self, engine: BaseTrainer) -> None:
         device, counts = engine.state.device, self._counts
+        bits = self._validated("token_bits")
+        if bits is not None:
+            counts["token_bits"] = min(bits, counts.get("token_bits", bits))
+            if self.checkpoint is not None:
+                self.checkpoint.extra[_KEY] = dict(counts)
         timed = counts["timed_images"] and counts["timed_seconds"]
         record = {
             "parameters": sum(p.numel() for p in engine.network.parameters() if p.requires_grad),
             **engine.summary(),
+            **({"token_bits": counts["token_bits"]} if "token_bits" in counts else {}),
             "iterations": engine.state.iteration,
             "images": counts["images"],
             "images_per_second": counts["timed_images"] / counts["timed_seconds"] if timed else None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -156,10 +155,7 @@ class TokenizerTrainer(BaseTrainer):
     def summary(self) -> dict[str, Any]:
         """Bits of the indices, where there are some."""
         network: VisualTokenizer = self.network  # type: ignore[assignment]
-        bits = network.quantizer.bits_per_position
-        if bits is None:
-            return {}
-        return {"bits_per_position": bits, "bits_per_pixel": bits / math.prod(network.factors)}
+        return network.bits()
 
     @property
     def is_adversarial(self) -> bool:

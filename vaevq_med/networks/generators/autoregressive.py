@@ -17,8 +17,7 @@ from one generator.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,10 +26,17 @@ from torch import Tensor
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.base import Tokenizer
 from vaevq_med.networks.generators.base import Draw, Wanted
-from vaevq_med.networks.generators.drawing import RandomSource, TokenRule, draw_indices
-from vaevq_med.networks.generators.static_steps import Kept, StepStore
+from vaevq_med.networks.generators.drawing import (
+    RandomSource,
+    TokenRule,
+    batch_size,
+    check_sources,
+    draw_indices,
+    evaluating,
+)
+from vaevq_med.networks.generators.static_steps import StepStore
 from vaevq_med.networks.generators.stepwise import StepwiseGenerator
-from vaevq_med.networks.ranges import check_range
+from vaevq_med.networks.generators.token_generator import Kept
 
 
 @torch.no_grad()
@@ -81,34 +87,22 @@ def generate_indices(
     rule = TokenRule(guidance_scale, temperature, top_k, top_p)
     if labels is None and rule.guided:
         raise VaevqMedError(f"guidance_scale is {guidance_scale} without labels; expected labels, or 1")
-    batch = _batch_size(labels, num_samples)
-    if isinstance(generator, Sequence) and len(generator) != batch:
-        raise VaevqMedError(f"found {len(generator)} generators; expected one, or one for each of {batch} samples")
-    classes, kept = network.check_labels(labels, batch), _kept(network, known, mask, batch)
+    batch = batch_size(labels, num_samples)
+    check_sources(generator, batch)
+    classes, kept = network.check_labels(labels, batch), network.kept(known, mask, batch)
     if rule.guided:
         classes = torch.cat([classes, torch.full_like(classes, network.null_class)])
     if store is None and classes.device.type == "cuda":
         store = StepStore()
     if store is None and dtype is not None and dtype != network.token_embedding.weight.dtype:
         network = copy.deepcopy(network).to(dtype)
-    with _evaluating(network), torch.autocast(classes.device.type, enabled=False):
+    with evaluating(network), torch.autocast(classes.device.type, enabled=False):
         if store is None:
             tokens = _grown(network, classes, rule, kept, generator, progress)
         else:
             steps = store.steps(network, rule, batch=batch, dtype=dtype, inpaint=kept is not None)
             tokens = steps.run(classes, kept, generator, progress)
     return tokens.view(batch, *network.grid_size, network.num_codebooks)
-
-
-@contextmanager
-def _evaluating(network: StepwiseGenerator) -> Iterator[None]:
-    """In evaluation mode; afterwards in the one that it was in."""
-    training = network.training
-    network.eval()
-    try:
-        yield
-    finally:
-        network.train(training)
 
 
 def _grown(
@@ -133,38 +127,6 @@ def _grown(
         if progress is not None:
             progress(place + 1, cache.capacity)
     return tokens
-
-
-def _batch_size(labels: Tensor | None, num_samples: int | None) -> int:
-    if labels is None:
-        if num_samples is None or num_samples < 1:
-            raise VaevqMedError(f"num_samples is {num_samples} without labels; expected at least 1")
-        return num_samples
-    if labels.ndim != 1 or len(labels) == 0 or num_samples not in (None, len(labels)):
-        raise VaevqMedError(
-            f"labels have shape {tuple(labels.shape)} and num_samples is {num_samples}; expected [B] and B or None"
-        )
-    return len(labels)
-
-
-def _kept(network: StepwiseGenerator, known: Tensor | None, mask: Tensor | None, batch: int) -> Kept | None:
-    """Mask and values of the known tokens, ``[B, h w G]`` each on the network's device."""
-    if known is None and mask is None:
-        return None
-    if known is None or mask is None:
-        raise VaevqMedError(f"found {'mask without known' if known is None else 'known without mask'}; expected both")
-    shape = (batch, *network.grid_size, network.num_codebooks)
-    if mask.ndim == 3:
-        mask = mask.unsqueeze(-1).expand(*mask.shape, network.num_codebooks)
-    if known.shape != shape or mask.shape != shape or mask.dtype != torch.bool:
-        raise VaevqMedError(
-            f"known has shape {tuple(known.shape)} and the mask {tuple(mask.shape)} of {mask.dtype}; "
-            f"expected {list(shape)} each, and torch.bool"
-        )
-    values = known.long().masked_fill(~mask.to(known.device), 0)
-    check_range("known indices", values, network.num_embeddings - 1)
-    device = network.token_embedding.weight.device
-    return mask.to(device).flatten(1), values.to(device).flatten(1)
 
 
 def autoregressive_draws(

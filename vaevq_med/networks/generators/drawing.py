@@ -6,11 +6,12 @@ Shapes and operations are the same whatever the values, so that a CUDA graph can
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.options import is_number
@@ -142,3 +143,41 @@ class TokenRule:
             conditional, unconditional = logits.chunk(2)
             logits = guided_logits(conditional, unconditional, self.guidance_scale)  # [B, K]
         return filter_logits(logits / self.temperature, top_k=self.top_k, top_p=self.top_p)
+
+
+def batch_size(labels: Tensor | None, num_samples: int | None) -> int:
+    """How many samples these ask for.
+
+    Raises:
+        VaevqMedError: neither says it, or they say different numbers.
+    """
+    if labels is None:
+        if num_samples is None or num_samples < 1:
+            raise VaevqMedError(f"num_samples is {num_samples} without labels; expected at least 1")
+        return num_samples
+    if labels.ndim != 1 or len(labels) == 0 or num_samples not in (None, len(labels)):
+        raise VaevqMedError(
+            f"labels have shape {tuple(labels.shape)} and num_samples is {num_samples}; expected [B] and B or None"
+        )
+    return len(labels)
+
+
+def check_sources(generator: RandomSource, batch: int) -> None:
+    """Refuse generators of another number than the samples.
+
+    Raises:
+        VaevqMedError: naming both.
+    """
+    if isinstance(generator, Sequence) and len(generator) != batch:
+        raise VaevqMedError(f"found {len(generator)} generators; expected one, or one for each of {batch} samples")
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """In evaluation mode; afterwards in the one that it was in."""
+    training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(training)

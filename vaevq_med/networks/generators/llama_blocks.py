@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -144,6 +145,9 @@ class LlamaBlock(nn.Module):
         ffn_dropout: of the perceptron's output.
         causal: whether a token attends to itself and those before it alone, or to all, as a masked or a diffusion model
             of tokens has it.
+        modulated: whether a condition scales and shifts what the attention and the perceptron are given, and scales
+            what they give (adaLN-Zero of DiT, arXiv 2212.09748). Where the layer that makes this of the condition
+            starts at zero, a block starts as the identity.
     """
 
     def __init__(
@@ -155,6 +159,7 @@ class LlamaBlock(nn.Module):
         residual_dropout: float,
         ffn_dropout: float,
         causal: bool = True,
+        modulated: bool = False,
     ) -> None:
         super().__init__()
         self.causal = causal
@@ -169,12 +174,26 @@ class LlamaBlock(nn.Module):
         self.gate_and_up = nn.Linear(width, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
         self.ffn_dropout = nn.Dropout(ffn_dropout)
+        self.modulation = nn.Linear(width, 6 * width) if modulated else None
 
     def forward(
-        self, x: Tensor, rotations: Tensor, cache: KeyValueCache | StaticCache | None = None, layer: int = 0
+        self,
+        x: Tensor,
+        rotations: Tensor,
+        cache: KeyValueCache | StaticCache | None = None,
+        layer: int = 0,
+        condition: Tensor | None = None,
     ) -> Tensor:
-        """Tokens ``[B, T, width]`` to tokens; with a cache, one token that attends to those written before."""
-        qkv = self.qkv(self.attention_norm(x)).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        """Tokens ``[B, T, width]`` to tokens; with a cache, one token that attends to those written before.
+
+        ``condition``, ``[B, width]``, is what a modulated block follows.
+        """
+        shifts: Sequence[Tensor | None] = (None,) * 6
+        if self.modulation is not None:
+            assert condition is not None
+            shifts = self.modulation(F.silu(condition)).unsqueeze(1).chunk(6, dim=-1)
+        normed = _modulated(self.attention_norm(x), shifts[0], shifts[1])
+        qkv = self.qkv(normed).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         (query, key), value = rotate(qkv[:2], rotations), qkv[2]
         bias = None
         if cache is not None:
@@ -183,6 +202,14 @@ class LlamaBlock(nn.Module):
         dropout = self.attention_dropout if self.training else 0.0
         is_causal = self.causal and cache is None
         attended = F.scaled_dot_product_attention(query, key, value, bias, dropout_p=dropout, is_causal=is_causal)
-        x = x + self.residual_dropout(self.projection(attended.transpose(1, 2).flatten(2)))
-        gate, up = self.gate_and_up(self.ffn_norm(x)).chunk(2, dim=-1)
-        return x + self.ffn_dropout(self.down(F.silu(gate) * up))
+        x = x + _gated(self.residual_dropout(self.projection(attended.transpose(1, 2).flatten(2))), shifts[2])
+        gate, up = self.gate_and_up(_modulated(self.ffn_norm(x), shifts[3], shifts[4])).chunk(2, dim=-1)
+        return x + _gated(self.ffn_dropout(self.down(F.silu(gate) * up)), shifts[5])
+
+
+def _modulated(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
+    return x if shift is None or scale is None else x * (1 + scale) + shift
+
+
+def _gated(x: Tensor, gate: Tensor | None) -> Tensor:
+    return x if gate is None else x * gate

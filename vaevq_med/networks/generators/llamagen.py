@@ -18,10 +18,9 @@ of the grid, and for all of it where there is no slice below.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -29,13 +28,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.core.options import is_int, is_number
 from vaevq_med.networks.base import Tokenizer
 from vaevq_med.networks.generators.autoregressive import autoregressive_draws
-from vaevq_med.networks.generators.base import Draw, Setting
-from vaevq_med.networks.generators.drawing import GUIDANCE_SCALE, MIN_TEMPERATURE
-from vaevq_med.networks.generators.llama_blocks import KeyValueCache, LlamaBlock, StaticCache, axial_rotations
+from vaevq_med.networks.generators.base import Draw
+from vaevq_med.networks.generators.llama_blocks import KeyValueCache, StaticCache, axial_rotations
 from vaevq_med.networks.generators.stepwise import StepwiseGenerator
+from vaevq_med.networks.generators.token_generator import TOKEN_SETTINGS
+from vaevq_med.networks.generators.trunk import check_trunk, make_blocks, pair, start
 from vaevq_med.networks.ranges import check_range, check_sizes
 
 PRESETS: Mapping[str, Mapping[str, int]] = MappingProxyType(
@@ -89,20 +88,7 @@ class LlamaGen(StepwiseGenerator):
     """
 
     presets: ClassVar[tuple[str, ...]] = ("preset",)
-    settings = MappingProxyType(
-        {
-            "guidance_scale": Setting(2.0, *GUIDANCE_SCALE),
-            "temperature": Setting(
-                1.0,
-                lambda value: is_number(value, MIN_TEMPERATURE, 1 / MIN_TEMPERATURE),
-                f"a number from {MIN_TEMPERATURE:g} to {1 / MIN_TEMPERATURE:g} (top_k 1 takes the likeliest)",
-            ),
-            "top_k": Setting(0, lambda value: is_int(value, 0, sys.maxsize), "a whole number, 0 to keep all"),
-            "top_p": Setting(
-                1.0, lambda value: is_number(value, sys.float_info.min, 1), "a number above 0 and at most 1"
-            ),
-        }
-    )
+    settings = TOKEN_SETTINGS
 
     def __init__(
         self,
@@ -122,19 +108,15 @@ class LlamaGen(StepwiseGenerator):
         sees_below: bool = False,
     ) -> None:
         super().__init__()
-        self.grid_size = (grid_size, grid_size) if isinstance(grid_size, int) else _pair(grid_size)
-        check_sizes(num_embeddings=num_embeddings, depth=depth, num_codebooks=num_codebooks)
-        check_sizes(grid_size=min(self.grid_size))
-        if num_classes < 0:
-            raise VaevqMedError(f"num_classes is {num_classes}; expected 0 or more")
-        if num_heads < 1 or width < 1 or width % (4 * num_heads):
-            raise VaevqMedError(
-                f"width is {width} with num_heads {num_heads}; expected a multiple of 4 channels for each head"
-            )
-        shares = {"token_dropout": token_dropout, "attention_dropout": attention_dropout, "ffn_dropout": ffn_dropout}
-        for name, share in {**shares, "residual_dropout": residual_dropout, "label_dropout": label_dropout}.items():
-            if not 0 <= share < 1:
-                raise VaevqMedError(f"{name} is {share}; expected from 0 to below 1")
+        self.grid_size = pair(grid_size)
+        check_sizes(num_embeddings=num_embeddings, num_codebooks=num_codebooks, grid_size=min(self.grid_size))
+        dropouts = {
+            "attention_dropout": attention_dropout,
+            "residual_dropout": residual_dropout,
+            "ffn_dropout": ffn_dropout,
+        }
+        shares = {"token_dropout": token_dropout, **dropouts, "label_dropout": label_dropout}
+        check_trunk(width=width, depth=depth, num_heads=num_heads, num_classes=num_classes, shares=shares)
         self.num_embeddings = num_embeddings
         self.num_codebooks = num_codebooks
         self.num_classes = num_classes
@@ -148,23 +130,10 @@ class LlamaGen(StepwiseGenerator):
             self.below_embedding = nn.Embedding(num_codebooks * (num_embeddings + 1), width)
             self.below_mixing = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in BELOW)
         self.token_dropout = nn.Dropout(token_dropout)
-        self.blocks = nn.ModuleList(
-            LlamaBlock(
-                width=width,
-                num_heads=num_heads,
-                attention_dropout=attention_dropout,
-                residual_dropout=residual_dropout,
-                ffn_dropout=ffn_dropout,
-            )
-            for _ in range(depth)
-        )
+        self.blocks = make_blocks(width=width, depth=depth, num_heads=num_heads, dropouts=dropouts)
         self.norm = nn.RMSNorm(width, eps=1e-5)
         self.heads = nn.ModuleList(nn.Linear(width, num_embeddings, bias=False) for _ in range(num_codebooks))
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-        for head in self.heads:
-            nn.init.zeros_(cast(nn.Linear, head).weight)
+        start(self, zero=self.heads)
 
     @classmethod
     def preset(cls, name: str, **options: Any) -> Self:
@@ -332,10 +301,7 @@ class LlamaGen(StepwiseGenerator):
         Raises:
             VaevqMedError: as for calling the network.
         """
-        if labels is not None and self.training and self.label_dropout:
-            device = labels.device if generator is None else generator.device
-            dropped = torch.rand(len(labels), generator=generator, device=device) < self.label_dropout
-            labels = labels.masked_fill(dropped.to(labels.device), self.null_class)
+        labels = self.dropped(labels, generator)
         hidden = self.features(indices, labels, below)
         tokens = indices.flatten(1).long()
         step = max(1, _LOSS_CHUNK // self.num_embeddings)
@@ -390,12 +356,6 @@ class LlamaGen(StepwiseGenerator):
             raise VaevqMedError(f"indices have shape {shape}; expected {flat}, or [B, {height}, {width}, {codebooks}]")
         check_range("indices", indices, self.num_embeddings - 1)
         return indices.flatten(1).long()
-
-
-def _pair(grid_size: tuple[int, int]) -> tuple[int, int]:
-    if len(grid_size) != 2:
-        raise VaevqMedError(f"grid_size is {tuple(grid_size)}; expected rows and columns, or one number for a square")
-    return int(grid_size[0]), int(grid_size[1])
 
 
 def _summed_cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:

@@ -15,6 +15,10 @@ from torch import Tensor, nn
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.generators.latent_diffusion import LatentDiffusionUNet
 from vaevq_med.networks.generators.llamagen import LlamaGen
+from vaevq_med.networks.generators.token_diffusion import TokenDiffusion
+
+TOKEN_BITS = "token_bits"
+"""What the bits of a token are called in records; an upper bound of them where a network has no likelihood."""
 
 
 class GeneratorLoss(nn.Module, ABC):
@@ -65,13 +69,36 @@ class TokenLoss(GeneratorLoss):
         return self.network.loss(values, labels, generator=generator)
 
     def figures(self, loss: float) -> dict[str, float]:
-        """The loss, and the perplexity of a token."""
+        """The loss in nats and in bits, and the perplexity of a token."""
         return token_figures(loss)
 
 
 def token_figures(loss: float) -> dict[str, float]:
-    """A loss in nats a token, and its perplexity ``exp(loss)``: K where nothing has been learned."""
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+    """A loss in nats a token, in bits, and its perplexity ``exp(loss)``: K where nothing has been learned."""
+    return {"loss": loss, TOKEN_BITS: loss / math.log(2), "perplexity": math.exp(min(loss, 700.0))}
+
+
+class TokenBound(GeneratorLoss):
+    """What a :class:`TokenDiffusion` minimizes in training mode; in evaluation mode its bound, in nats a token.
+
+    Args:
+        network: in training mode it drops labels.
+    """
+
+    key = "indices"
+
+    def __init__(self, *, network: TokenDiffusion) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, values: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The mean over all tokens, of one draw of time and corruption; arguments as for :class:`GeneratorLoss`."""
+        loss = self.network.loss if self.training else self.network.bound
+        return loss(values, labels, generator=generator)
+
+    def figures(self, loss: float) -> dict[str, float]:
+        """The bound in nats and in bits a token; no perplexity, which is at most ``exp`` of it."""
+        return {"loss": loss, TOKEN_BITS: loss / math.log(2)}
 
 
 class LayerTokenLoss(GeneratorLoss):

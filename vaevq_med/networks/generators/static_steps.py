@@ -22,9 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vaevq_med.networks.generators.captured import CudaGraphs, Graphs, Replayed
 from vaevq_med.networks.generators.drawing import RandomSource, TokenRule, fill_waits, soonest
 from vaevq_med.networks.generators.stepwise import StepwiseGenerator
-
-Kept = tuple[Tensor, Tensor]
-"""Where tokens are known, and their values; ``[B, h w G]`` each."""
+from vaevq_med.networks.generators.token_generator import Kept
 
 # Random numbers of a sample drawn at once: 4 MiB. By K alone, as a sample must not depend on the batch that it is in.
 _WAITS_AT_ONCE = 2**20

@@ -1,0 +1,188 @@
+"""The priors over tokens beside LlamaGen as their overlays train them and draw from them, at toy size."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import BUNDLE, OVERLAYS
+from helpers.bundles import TOY
+from helpers.stores import encode, write_checkpoint
+from monai.bundle import ConfigParser, ConfigWorkflow
+from typer.testing import CliRunner
+
+from vaevq_med.cli.app import app
+from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks.generators.token_diffusion import TokenDiffusion
+from vaevq_med.networks.tokenizer import VisualTokenizer
+from vaevq_med.tokens.clusters import ClusterCodebook
+from vaevq_med.tokens.store import TokenDataset
+
+DIFFUSIONS = {"absorbing": "absorbing", "maskgit": "absorbing", "vq_diffusion": "mask_replace", "vq_ddm": "uniform"}
+
+
+def run(file: str, overrides: dict[str, Any], *overlays: str) -> ConfigParser:
+    training = file.startswith("train")
+    workflow = ConfigWorkflow(
+        config_file=[str(BUNDLE / file), *(str(OVERLAYS / "generation" / f"{name}.json") for name in overlays)],
+        meta_file=str(BUNDLE / "metadata.json"),
+        logging_file=str(BUNDLE / "logging.conf"),
+        run_id="training" if training else "generating",
+        workflow_type="train" if training else "infer",
+        **overrides,
+    )
+    workflow.initialize()
+    workflow.run()
+    workflow.finalize()
+    return workflow.parser
+
+
+@pytest.fixture(scope="module")
+def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("tokenizer") / "best.pt")
+
+
+@pytest.fixture(scope="module")
+def store(tokenizer_path: Path, slice_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stores") / "indices"
+    encode(tokenizer_path, slice_dataset, folder, kind="indices")
+    return folder
+
+
+def toy(store: Path, output: Path, **further: Any) -> dict[str, Any]:
+    return {
+        "tokens_dir": str(store),
+        "output_dir": str(output),
+        "tracking_uri": "none",
+        "device": "cpu",
+        "max_epochs": 1,
+        "batch_size": 8,
+        "num_workers": 0,
+        "precision": "fp32",
+        "val_max_items": 4,
+        **TOY["autoregressive"],
+        **further,
+    }
+
+
+@pytest.mark.parametrize("name", DIFFUSIONS)
+def test_an_overlay_trains_a_token_diffusion_that_draws_and_inpaints(
+    name: str, store: Path, tokenizer_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parser = run("train_autoregressive.json", toy(store, tmp_path / "run"), name)
+    network = parser.get_parsed_content("network")
+    assert isinstance(network, TokenDiffusion)
+    assert network.corruption.process == DIFFUSIONS[name]
+    figures = parser.get_parsed_content("validate#evaluator").state.metrics
+    assert figures["token_bits"] == pytest.approx(figures["loss"] / math.log(2))
+    # K is 32, and a step or two have hardly taught anything.
+    assert 0.5 < figures["loss"] / math.log(32) < 1.6
+    summary = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert summary["token_bits"] == pytest.approx(figures["token_bits"])
+
+    drawing = {
+        "checkpoint_path": str(tmp_path / "run/checkpoints/best.pt"),
+        "tokenizer_path": str(tokenizer_path),
+        "device": "cpu",
+        "num_samples": 2,
+        "num_steps": 3,
+    }
+    run("generate.json", {**drawing, "generated_dir": str(tmp_path / "drawn")})
+    assert len(list((tmp_path / "drawn").glob("0*.png"))) == 2
+    decoded: list[torch.Tensor] = []
+    decode = VisualTokenizer.decode_indices
+    monkeypatch.setattr(
+        VisualTokenizer, "decode_indices", lambda self, indices: (decoded.append(indices), decode(self, indices))[1]
+    )
+    box = {"inpaint_tokens": str(store), "inpaint_split": "test", "inpaint_box": [8, 8, 20, 20]}
+    run("generate.json", {**drawing, **box, "generated_dir": str(tmp_path / "inpainted")})
+    known = TokenDataset(tokens_dir=store, split="test").store.array("test")[:2, 0].astype(np.int64)
+    gap = torch.zeros(8, 8, dtype=torch.bool)
+    gap[2:5, 2:5] = True  # positions of 4 pixels
+    (found,) = decoded
+    assert torch.equal(found[:, ~gap], torch.from_numpy(known)[:, ~gap])
+    assert not torch.equal(found[:, gap], torch.from_numpy(known)[:, gap])
+
+
+def test_a_resumed_run_keeps_the_least_bits(store: Path, tmp_path: Path) -> None:
+    parser = run("train_autoregressive.json", toy(store, tmp_path / "run"), "maskgit")
+    first = json.loads((tmp_path / "run" / "run.json").read_text())["token_bits"]
+    parser = run("train_autoregressive.json", toy(store, tmp_path / "run", max_epochs=2), "maskgit")
+    later = parser.get_parsed_content("validate#evaluator").state.metrics["token_bits"]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["token_bits"] == pytest.approx(min(first, later))
+
+
+def test_the_sizes_of_another_overlay_stay(store: Path, tmp_path: Path) -> None:
+    parser = ConfigParser()
+    folder = OVERLAYS / "generation"
+    for names in (("autoregressive_small_cpu", "maskgit"), ("maskgit", "autoregressive_small_cpu")):
+        files = [str(BUNDLE / "train_autoregressive.json"), *(str(folder / f"{name}.json") for name in names)]
+        parser.read_config(files)
+        definition = parser.get("network_def")
+        assert (definition["width"], definition["depth"], definition["process"]) == (256, 4, "absorbing")
+
+
+# --- coarse to fine -----------------------------------------------------------------------------------
+
+
+def command(*words: str) -> Any:
+    return CliRunner().invoke(app, ["cluster-codebook", *words])
+
+
+def test_coarse_to_fine_from_the_clusters_to_a_picture(store: Path, tokenizer_path: Path, tmp_path: Path) -> None:
+    clusters = tmp_path / "clusters.npz"
+    done = command(str(tokenizer_path), str(store), str(clusters), "--num-clusters", "5")
+    assert done.exit_code == 0, done.output
+    assert "32 codewords in 5 clusters" in done.output
+    chosen = {"clusters": str(clusters), "num_clusters": 5, "network_def#fine_depth": 1}
+    parser = run("train_autoregressive.json", toy(store, tmp_path / "run", **chosen), "coarse_to_fine")
+    figures = parser.get_parsed_content("validate#evaluator").state.metrics
+    assert figures["perplexity"] == pytest.approx(math.exp(figures["loss"]))
+    clusters.unlink()
+    drawing = {
+        "checkpoint_path": str(tmp_path / "run/checkpoints/best.pt"),
+        "tokenizer_path": str(tokenizer_path),
+        "device": "cpu",
+        "num_samples": 2,
+    }
+    run("generate.json", {**drawing, "generated_dir": str(tmp_path / "drawn")})
+    assert len(list((tmp_path / "drawn").glob("0*.png"))) == 2
+
+
+def test_what_has_no_codebook_is_refused_in_a_line(
+    store: Path, tokenizer_path: Path, slice_dataset: Path, tmp_path: Path
+) -> None:
+    fsq = {"_target_": "vaevq_med.networks.quantizers.FSQ", "levels": [4, 4], "embedding_dim": 4, "projection": True}
+    path = write_checkpoint(tmp_path / "fsq.pt", fsq)
+    encode(path, slice_dataset, tmp_path / "tokens", kind="indices")
+    with pytest.raises(VaevqMedError, match=r"fsq\.pt: found FSQ, which has no explicit codebook, expected one"):
+        ClusterCodebook(path, tmp_path / "tokens", tmp_path / "out.npz", 4).run()
+    with pytest.raises(VaevqMedError, match=r"fsq\.pt: found another tokenizer, expected that of the tokens"):
+        ClusterCodebook(path, store, tmp_path / "out.npz", 4).run()
+    with pytest.raises(VaevqMedError, match=r"found the suffix '\.json', expected \.npz"):
+        ClusterCodebook(path, store, tmp_path / "out.json", 4).run()
+    with pytest.raises(VaevqMedError, match="num_clusters is 33; expected 1 to 32, the distinct codewords"):
+        ClusterCodebook(tokenizer_path, store, tmp_path / "out.npz", 33).run()
+    assert not (tmp_path / "out.npz").exists()
+
+
+def test_each_codebook_has_clusters_of_its_own(slice_dataset: Path, tmp_path: Path) -> None:
+    fq = {
+        "_target_": "vaevq_med.networks.quantizers.FactorizedQuantizer",
+        "num_embeddings": 8,
+        "embedding_dim": 4,
+        "num_codebooks": 2,
+    }
+    path = write_checkpoint(tmp_path / "fq.pt", fq)
+    encode(path, slice_dataset, tmp_path / "tokens", kind="indices")
+    report = ClusterCodebook(path, tmp_path / "tokens", tmp_path / "out.npz", 3).run()
+    assert (report.num_embeddings, report.num_codebooks) == (8, 2)
+    with np.load(tmp_path / "out.npz") as file:
+        found = file["cluster_of"]
+    assert found.shape == (2, 8)
+    assert [sorted(set(row.tolist())) for row in found] == [[0, 1, 2]] * 2

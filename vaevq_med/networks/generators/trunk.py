@@ -1,0 +1,112 @@
+"""The stack of blocks that transformers of a grid are made of: what sizes it may have, how it is built and starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks.generators.llama_blocks import LlamaBlock
+from vaevq_med.networks.ranges import check_sizes
+
+
+def check_trunk(*, width: int, depth: int, num_heads: int, num_classes: int, shares: Mapping[str, float]) -> None:
+    """Refuse sizes that no stack of blocks has.
+
+    Args:
+        width: channels of a token.
+        depth: blocks.
+        num_heads: attention heads; ``width / num_heads`` is a multiple of 4.
+        num_classes: 0 or more.
+        shares: dropouts, by name.
+
+    Raises:
+        VaevqMedError: naming the first.
+    """
+    check_sizes(depth=depth)
+    if num_classes < 0:
+        raise VaevqMedError(f"num_classes is {num_classes}; expected 0 or more")
+    if num_heads < 1 or width < 1 or width % (4 * num_heads):
+        raise VaevqMedError(
+            f"width is {width} with num_heads {num_heads}; expected a multiple of 4 channels for each head"
+        )
+    for name, share in shares.items():
+        if not 0 <= share < 1:
+            raise VaevqMedError(f"{name} is {share}; expected from 0 to below 1")
+
+
+def make_blocks(
+    *,
+    width: int,
+    depth: int,
+    num_heads: int,
+    dropouts: Mapping[str, float],
+    causal: bool = True,
+    modulated: bool = False,
+) -> nn.ModuleList:
+    """``depth`` blocks.
+
+    Args:
+        width: channels of a token.
+        depth: blocks.
+        num_heads: attention heads.
+        dropouts: ``attention_dropout``, ``residual_dropout`` and ``ffn_dropout`` of :class:`LlamaBlock`.
+        causal: see there.
+        modulated: see there.
+    """
+    return nn.ModuleList(
+        LlamaBlock(
+            width=width,
+            num_heads=num_heads,
+            attention_dropout=dropouts["attention_dropout"],
+            residual_dropout=dropouts["residual_dropout"],
+            ffn_dropout=dropouts["ffn_dropout"],
+            causal=causal,
+            modulated=modulated,
+        )
+        for _ in range(depth)
+    )
+
+
+def start(network: nn.Module, *, zero: Iterable[nn.Module]) -> None:
+    """Weights of linear layers and embeddings as N(0, 0.02^2); those of ``zero``, biases included, as zero."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+    for module in zero:
+        for parameter in module.parameters():
+            nn.init.zeros_(parameter)
+
+
+def pair(grid_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of a grid, which one number gives for a square.
+
+    Raises:
+        VaevqMedError: there are not two of them.
+    """
+    if isinstance(grid_size, int):
+        return grid_size, grid_size
+    if len(grid_size) != 2:
+        raise VaevqMedError(f"grid_size is {tuple(grid_size)}; expected rows and columns, or one number for a square")
+    return int(grid_size[0]), int(grid_size[1])
+
+
+class TimeEmbedding(nn.Sequential):
+    """A vector of a time in [0, 1]: cosines and sines of 1,000 times it (arXiv 2006.11239), and two linear layers.
+
+    Args:
+        width: its length, even.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.width = width
+
+    def forward(self, times: Tensor) -> Tensor:
+        """``[B, width]`` of times ``[B]``."""
+        half = self.width // 2
+        frequencies = 10_000.0 ** (-torch.arange(half, dtype=torch.float32, device=times.device) / half)
+        angles = 1000 * times.float()[:, None] * frequencies
+        return super().forward(torch.cat([angles.cos(), angles.sin()], dim=1))
