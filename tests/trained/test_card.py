@@ -63,6 +63,7 @@ def test_it_says_what_the_network_is_and_what_is_unknown(tmp_path: Path) -> None
         "codewords in a codebook, K": "8",
         "channels of the latent, D": "4",
         "indices at a position, G": "1",
+        "input: channels, sides, range": "1, 32 x 32, [-1, 1]",
         "downsampling factor, f": "2 x 2",
         "bits a position": "3",
         "bits a pixel": "0.75",
@@ -162,6 +163,16 @@ def test_texts_of_a_checkpoint_are_only_texts(tmp_path: Path) -> None:
     assert "\n# of" not in body
     for path in (tmp_path / "zoo").rglob("*"):
         assert path.is_dir() or b"/home/me" not in path.read_bytes(), path
+
+
+def test_what_a_training_started_from_is_told(tmp_path: Path) -> None:
+    state = torch.load(CHECKPOINT, weights_only=True)
+    state["data"]["started_from"] = {"file": "photographs_best.pt", "sha256": "ab12"}
+    torch.save(state, tmp_path / "a.pt")
+    for name, checkpoint in (("zoo", tmp_path / "a.pt"), ("other", CHECKPOINT)):
+        BundlePack("brats", tmp_path / name, checkpoint).run()
+    assert card_of(tmp_path / "zoo")[1]["started from"] == r"photographs\_best.pt, SHA-256 `ab12`"
+    assert card_of(tmp_path / "other")[1]["started from"] == "no file is recorded"
 
 
 def test_packages_of_others_are_found_in_a_definition() -> None:

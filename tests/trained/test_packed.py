@@ -14,17 +14,27 @@ import torch
 from conftest import FIXTURES, write_slice_dataset
 from helpers.bundles import run_bundle
 from helpers.segmenters import write_segmenter
+from helpers.stores import write_checkpoint
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from vaevq_med.cli.app import app
+from vaevq_med.core import components
+from vaevq_med.core.components import trust
 from vaevq_med.core.errors import DataError, VaevqMedError
 from vaevq_med.evaluation.data import check_unseen
 from vaevq_med.images.manifest import Manifest, load_manifest
 from vaevq_med.networks.tokenizer import VisualTokenizer
 from vaevq_med.tokens.encode import EncodeTokens
 from vaevq_med.tokens.store import load_token_store
-from vaevq_med.trained import CheckpointError, StoredSegmenter, StoredTokenizer, read_trained, started_from
+from vaevq_med.trained import (
+    CheckpointError,
+    StoredSegmenter,
+    StoredTokenizer,
+    read_checkpoint,
+    read_trained,
+    started_from,
+)
 from vaevq_med.trained.pack import BundlePack
 from vaevq_med.trained.packed import HEADER
 from vaevq_med.trained.patients import HASHES
@@ -163,6 +173,15 @@ def test_commands_take_it_as_they_take_a_checkpoint(packed: Path, tmp_path: Path
     assert hashes[0] == hashes[1]
 
 
+def test_a_training_does_not_go_on_from_it(packed: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match="found a folder, expected a checkpoint of a training run; a packed bundle"
+    ):
+        read_checkpoint(packed)
+    with pytest.raises(CheckpointError, match="found no 'network' entry, expected a checkpoint written by training"):
+        read_checkpoint(packed / "models/model.pt")
+
+
 def test_a_training_starts_from_it(packed: Path) -> None:
     def fresh() -> VisualTokenizer:
         network = StoredTokenizer(CHECKPOINT).network()
@@ -175,6 +194,64 @@ def test_a_training_starts_from_it(packed: Path) -> None:
     for name, value in started_from(fresh(), packed).state_dict().items():
         assert torch.equal(value, expected[name]), name
     assert any(bool(value.any()) for value in expected.values())
+
+
+OUTSIDE = """
+import torch
+from torch import nn
+
+from vaevq_med.networks.quantizers import CodebookQuantizer
+
+
+class Mine(CodebookQuantizer):
+    def __init__(self, *, num_embeddings: int, embedding_dim: int) -> None:
+        super().__init__(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+        self.embedding = nn.Parameter(torch.randn(num_embeddings, embedding_dim))
+
+    def codebook(self):
+        return self.embedding
+"""
+
+
+def test_code_of_others_goes_through_all_of_it_once_it_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(components, "_named_by_user", set())
+    (tmp_path / "outside_packed.py").write_text(OUTSIDE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    quantizer = {"_target_": "outside_packed.Mine", "num_embeddings": 16, "embedding_dim": 4}
+    checkpoint = write_checkpoint(tmp_path / "a.pt", quantizer)
+    folder, dataset = tmp_path / "zoo", FIXTURES / "slices"
+    refused = r"'outside_packed\.Mine', expected one of a trusted package .*--trusted outside_packed"
+    with pytest.raises(VaevqMedError, match=refused):
+        BundlePack("brats", folder, checkpoint).run()
+    trust(["outside_packed"])
+    BundlePack("brats", folder, checkpoint).run()
+    monkeypatch.setattr(components, "_named_by_user", set())
+    for act in (lambda: [*BundleVerify(folder).run()], lambda: StoredTokenizer(folder).network()):
+        with pytest.raises(VaevqMedError, match=refused):
+            act()
+    card = (folder / "README.md").read_text()
+    assert "vaevq-med --trusted outside_packed bundle verify FOLDER" in card
+    assert "--trusted \"['outside_packed']\"" in card
+    trust(["outside_packed"])
+    assert len([*BundleVerify(folder).run()]) == 4
+    moved = folder.rename(tmp_path / "moved")
+    assert evaluated(moved, tmp_path / "b", dataset) == evaluated(checkpoint, tmp_path / "a", dataset)
+    network = StoredTokenizer(moved).network()
+    started = started_from(StoredTokenizer(checkpoint).network(), moved)
+    assert torch.equal(started.quantizer.codebook(), network.quantizer.codebook())
+
+
+def test_a_tokenizer_of_volumes_says_its_depth(tmp_path: Path) -> None:
+    """Without it the evaluation of a packed one would be given single slices."""
+    both = {"spatial_dims": 3, "within_slices": True}
+    checkpoint = write_checkpoint(tmp_path / "a.pt", both=both, depth=4)
+    BundlePack("brats", tmp_path / "zoo", checkpoint).run()
+    assert StoredTokenizer(tmp_path / "zoo").value("depth") == 4
+    metadata = json.loads((tmp_path / "zoo/configs/metadata.json").read_text())["network_data_format"]
+    assert metadata["inputs"]["image"]["spatial_shape"] == [4, 32, 32]
+    assert len([*BundleVerify(tmp_path / "zoo").run()]) == 4
 
 
 # --- what travels along --------------------------------------------------------------------------------

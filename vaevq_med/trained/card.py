@@ -31,6 +31,12 @@ _UNSAID = frozenset(
 _PARTS = ("network_def", "objective", "discriminator_def", "optimizer", "d_optimizer")
 """Whose inner settings are told, besides plain settings of the first level."""
 _PLAIN_WORD = re.compile(r"[\w.:+-]{1,80}")
+_SIZES = {
+    "codewords in a codebook, K": "num_embeddings",
+    "channels of the latent, D": "embedding_dim",
+    "indices at a position, G": "num_codebooks",
+}
+"""What a quantizer says of its sizes, by what the card calls them."""
 _NOT_FOR = (
     "It is not a medical device. Nothing that it makes may be used for the diagnosis, the treatment or the monitoring "
     "of a patient, and no diagnosis may be made on reconstructions: they look plausible where they are wrong, and "
@@ -92,8 +98,6 @@ def _front_matter(facts: CardFacts) -> Iterator[str]:
     yield f"license: {json.dumps(str(facts.metadata.get('license', UNKNOWN)).lower())}"
     yield f"library_name: {OWN}"
     yield f"tags: {json.dumps(tags)}"
-    if facts.stored.data.get("name"):
-        yield f"datasets: {json.dumps([_line(str(facts.stored.data['name']))])}"
     if facts.evaluation is not None:
         yield f"metrics: {json.dumps([figure.name for figure in facts.evaluation.figures])}"
     yield "---"
@@ -123,6 +127,11 @@ def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
 
 
+def _none_or(value: float | None) -> str:
+    """A number, or that there is none, as of a latent without a codebook."""
+    return "none" if value is None else _number(value)
+
+
 def _identity(facts: CardFacts) -> Iterator[tuple[str, str]]:
     stored, network = facts.stored, facts.network
     title = stored.config.get("_title_")
@@ -131,21 +140,18 @@ def _identity(facts: CardFacts) -> Iterator[tuple[str, str]]:
     quantizer = getattr(network, "quantizer", None)
     if quantizer is not None:
         yield "quantizer", f"`{type(quantizer).__name__}`"
-        yield "codewords in a codebook, K", _number(int(quantizer.num_embeddings))
-        yield "channels of the latent, D", _number(int(quantizer.embedding_dim))
-        yield "indices at a position, G", _number(int(quantizer.num_codebooks))
-        yield "indices decode to its images", "yes" if quantizer.is_discrete else "no"
+        for title, name in _SIZES.items():
+            yield title, _none_or(getattr(quantizer, name, None))
+        yield "indices decode to its images", "yes" if getattr(quantizer, "is_discrete", False) else "no"
     factors = getattr(network, "factors", None)
     if quantizer is not None and factors is not None:
-        bits = float(quantizer.bits_per_position)
+        bits = getattr(quantizer, "bits_per_position", None)
         yield "downsampling factor, f", " x ".join(map(str, factors))
-        yield "bits a position", _number(bits)
-        yield "bits a pixel", _number(bits / math.prod(factors))
+        yield "bits a position", _none_or(bits)
+        yield "bits a pixel", _none_or(None if bits is None else bits / math.prod(factors))
     shape = facts.metadata["network_data_format"]["inputs"]["image"]
-    yield (
-        "input",
-        f"{shape['num_channels']} channels, {' x '.join(map(str, shape['spatial_shape']))}, {shape['value_range']}",
-    )
+    sides = " x ".join(map(str, shape["spatial_shape"]))
+    yield "input: channels, sides, range", f"{shape['num_channels']}, {sides}, {shape['value_range']}"
     yield "parameters", _number(sum(parameter.numel() for parameter in network.parameters()))
     for name, part in network.named_children():
         yield f"parameters of `{name}`", _number(sum(parameter.numel() for parameter in part.parameters()))
@@ -198,6 +204,10 @@ def _counts(facts: CardFacts) -> Iterator[str]:
 
 def _training(facts: CardFacts) -> Iterator[tuple[str, str]]:
     stored = facts.stored
+    start = stored.data.get("started_from")
+    file = start.get("file") if isinstance(start, Mapping) else None
+    digest = _code(start.get("sha256")) if isinstance(start, Mapping) else ""
+    yield "started from", f"{_line(str(file))}, SHA-256 {digest or UNKNOWN}" if file else "no file is recorded"
     yield "steps", _number(stored.iteration) if stored.iteration else ""
     seed = stored.config.get("seed")
     yield "seed", _number(seed) if isinstance(seed, int) else ""

@@ -39,6 +39,11 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         CheckpointError: the file is missing, or not a checkpoint of this package.
     """
     path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(
+            f"{path}: found a folder, expected a checkpoint of a training run; a packed bundle has no optimizer, so "
+            "that nothing goes on from it"
+        )
     if not path.is_file():
         raise CheckpointError(
             f"{path}: found no checkpoint, expected one written by training "

@@ -20,7 +20,7 @@ from vaevq_med.networks.generators.base import Generator
 from vaevq_med.networks.tokenizer import VisualTokenizer
 from vaevq_med.networks.weights import read_weights
 from vaevq_med.trained.file import CheckpointError, load_state, network_hash, stored_shape
-from vaevq_med.trained.packed import read_trained, weights_file
+from vaevq_med.trained.packed import is_described, read_trained, weights_file
 from vaevq_med.trained.patients import TrainingPatients
 
 # The part of this package that a network's definition may name.
@@ -74,8 +74,7 @@ class StoredNetwork:
         path: a checkpoint written by training, the folder of a packed bundle, or a file of its weights; see
             :func:`vaevq_med.trained.packed.read_trained`.
         weights: ``ema`` for the averaged weights (the raw ones where none were kept), or ``network``.
-        config: settings of the training run, where ``path`` is a plain state dictionary, as bundles that were packed
-            by earlier versions name them.
+        config: settings of the training run, for a plain state dictionary that nothing beside it describes.
 
     Attributes:
         path: as it was given; a folder by its whole name.
@@ -99,12 +98,13 @@ class StoredNetwork:
         self.path = Path(path).resolve() if Path(path).is_dir() else Path(path)
         self.file = weights_file(self.path)
         self.weights = weights
-        if config is not None:
-            self._state: dict[str, Any] = {"network": read_weights(self.file)}
-            self.config = dict(config)
-        else:
-            self._state = read_trained(self.path)
+        # MONAI builds the components of a configuration, those of a network's definition too: the file's own are plain.
+        if config is None or is_described(self.file):
+            self._state: dict[str, Any] = read_trained(self.path)
             self.config = json.loads(self._state.get("config") or "{}")
+        else:
+            self._state = {"network": read_weights(self.file)}
+            self.config = dict(config)
         if weights == "network" and self._state.get("packed") == "ema":
             raise CheckpointError(
                 f"{self.path}: found a bundle of the averaged weights alone, expected the others for weights network: "

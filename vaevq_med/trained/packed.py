@@ -26,6 +26,7 @@ WEIGHTS = ("model.safetensors", "model.pt")
 """Files of weights of a packed bundle, the first that is there is read."""
 RECORD = "trained.json"
 HEADER = "vaevq_med"
+_CONFIGS = "configs/inference.json"
 _LARGEST_RECORD = 64 * 2**20
 _EXPECTED = "a checkpoint of a training run, a packed bundle, or its models/model.pt or models/model.safetensors"
 
@@ -121,6 +122,14 @@ def read_trained(path: str | Path) -> dict[str, Any]:
     return _before_records(file, state)
 
 
+def is_described(file: Path) -> bool:
+    """Whether a file of weights, or one about it, has the settings of the training for :func:`read_trained`."""
+    beside = (file.with_name(RECORD), file.parent.parent / _CONFIGS)
+    return file.is_file() and (
+        any(path.is_file() for path in beside) or (is_safetensors(file) and HEADER in header_of(file))
+    )
+
+
 def _record_of(file: Path) -> TrainingRecord | None:
     """What stands in the file's header, or beside it."""
     if is_safetensors(file) and (told := header_of(file).get(HEADER)) is not None:
@@ -161,7 +170,7 @@ def _check_unchanged(file: Path, record: TrainingRecord, tensors: Mapping[str, A
 def _before_records(file: Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """The weights of a bundle that was packed before there were records: what its configuration says of them."""
     root = file.parent.parent
-    configs = root / "configs" / "inference.json"
+    configs = root / _CONFIGS
     if not configs.is_file():
         raise CheckpointError(
             f"{file}: found weights alone, without the settings of their training ({RECORD} beside them), expected "
