@@ -175,6 +175,20 @@ def test_what_a_training_started_from_is_told(tmp_path: Path) -> None:
     assert card_of(tmp_path / "other")[1]["started from"] == "no file is recorded"
 
 
+def test_weights_of_others_keep_their_license(tmp_path: Path) -> None:
+    state = torch.load(CHECKPOINT, weights_only=True)
+    told = {"title": "VQModel of diffusers", "license": "theirs; see the card", "files": {"a.safetensors": "ab12"}}
+    state["data"] = {"adopted": told}
+    torch.save(state, tmp_path / "a.pt")
+    BundlePack("brats", tmp_path / "zoo", tmp_path / "a.pt").run()
+    front, _, body = card_of(tmp_path / "zoo")
+    assert front["license"] == "other"
+    assert "taken over: VQModel of diffusers, of a.safetensors (SHA-256 `ab12`)" in body
+    assert "Their license: theirs; see the card. `LICENSE` is that of the code of vaevq_med alone." in body
+    assert "Code and weights" not in body
+    assert json.loads((tmp_path / "zoo/configs/metadata.json").read_text())["license"] == told["license"]
+
+
 def test_packages_of_others_are_found_in_a_definition() -> None:
     definition = {"_target_": "vaevq_med.networks.A", "parts": [{"_target_": "mine.B"}, 3], "c": {"_target_": "a.b.C"}}
     assert foreign_packages(definition) == ["a", "mine"]

@@ -131,7 +131,7 @@ def test_a_segmentation_network_is_packed_alike(tmp_path: Path) -> None:
     assert metadata["inputs"]["image"]["spatial_shape"] == [3, 32, 32]
     assert metadata["outputs"]["pred"]["spatial_shape"] == [32, 32]
     assert len([*BundleVerify(tmp_path / "zoo").run()]) == 4
-    with pytest.raises(CheckpointError, match=r"SliceSegmenter, expected that of vaevq_med\.networks\.VisualTokenizer"):
+    with pytest.raises(CheckpointError, match="SliceSegmenter, expected that of "):
         BundlePack("brats", tmp_path / "other", checkpoint).run()
 
 

@@ -132,7 +132,5 @@ def test_commands_end_in_one_line_of_the_checkpoint_of_another_network(name: str
     arguments = ["encode-tokens", str(given), str(FIXTURES / "slices"), str(tmp_path / "tokens")]
     found = CliRunner().invoke(app, arguments)
     assert isinstance(found.exception, VaevqMedError)
-    expected = (
-        "expected that of vaevq_med.networks.VisualTokenizer" if name == "autoregressive" else "Git LFS to 5 bytes"
-    )
+    expected = "a checkpoint of vaevq_med.networks.LlamaGen" if name == "autoregressive" else "Git LFS to 5 bytes"
     assert expected in str(found.exception)

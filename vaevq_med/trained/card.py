@@ -82,7 +82,7 @@ def model_card(facts: CardFacts) -> str:
         ("Figures", [*_figures(facts.evaluation)]),
         ("Intended use", [f"{_line(str(metadata.get('intended_use', 'Research')))}."]),
         ("What it must not be used for", [f"- {sentence}" for sentence in _NOT_FOR]),
-        ("License", [*_license(metadata)]),
+        ("License", [*_license(metadata, _adopted(facts))]),
         ("How to load it", [*_loading(facts)]),
     )
     lines = [*_front_matter(facts), f"# {_line(str(metadata.get('name', facts.bundle)))}"]
@@ -95,7 +95,8 @@ def _front_matter(facts: CardFacts) -> Iterator[str]:
     """What a hub reads: JSON strings are YAML."""
     tags = ["monai", "medical", OWN, facts.bundle]
     yield "---"
-    yield f"license: {json.dumps(str(facts.metadata.get('license', UNKNOWN)).lower())}"
+    license = str(facts.metadata.get("license", UNKNOWN)).lower()
+    yield f"license: {json.dumps(license if re.fullmatch(r'[a-z0-9.-]+', license) else 'other')}"
     yield f"library_name: {OWN}"
     yield f"tags: {json.dumps(tags)}"
     if facts.evaluation is not None:
@@ -109,7 +110,15 @@ def _line(text: str) -> str:
 
 
 def _origin(facts: CardFacts) -> str:
-    """What the bundle says of itself, which an overlay may have changed."""
+    """What the bundle says of itself, which an overlay may have changed; of a network of others, whose it is."""
+    if adopted := _adopted(facts):
+        files = adopted.get("files")
+        known = files.items() if isinstance(files, Mapping) else ()
+        told = ", ".join(f"{_line(str(name))} (SHA-256 {_code(digest) or UNKNOWN})" for name, digest in known)
+        return (
+            f"A network that others trained, taken over: {_line(str(adopted.get('title', UNKNOWN)))}, of "
+            f"{told or UNKNOWN}. What the configurations of the bundle `{facts.bundle}` say of training is not how it was trained."
+        )
     return (
         f"A network that was trained by the bundle `{facts.bundle}` ({_line(str(facts.metadata.get('description')))}). "
         "An overlay may have changed that; the tables are of this network itself."
@@ -276,7 +285,19 @@ def _figures(evaluation: Evaluation | None) -> Iterator[str]:
         yield from words
 
 
-def _license(metadata: Mapping[str, Any]) -> Iterator[str]:
+def _adopted(facts: CardFacts) -> Mapping[str, Any]:
+    """What is told of a network that others trained; empty of one of this toolkit."""
+    told = facts.stored.data.get("adopted")
+    return told if isinstance(told, Mapping) else {}
+
+
+def _license(metadata: Mapping[str, Any], adopted: Mapping[str, Any]) -> Iterator[str]:
+    if adopted:
+        yield (
+            f"The weights are those of others: {_line(str(adopted.get('title', UNKNOWN)))}. Their license: "
+            f"{_line(str(adopted.get('license', UNKNOWN)))}. `LICENSE` is that of the code of {OWN} alone."
+        )
+        return
     yield (
         f"Code and weights: {_line(str(metadata.get('license', UNKNOWN)))}, see `LICENSE`. The data of the training "
         "has terms of its own, which are not known here: look whether they allow to give weights on that were trained "

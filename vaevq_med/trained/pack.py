@@ -230,6 +230,8 @@ def _metadata(source: Path, stored: StoredNetwork, network: nn.Module, evaluatio
     metadata["required_packages_version"]["vaevq_med"] = version("vaevq_med")
     name = stored.data.get("name") or "unknown"
     metadata["data_source"] = f"data set: {name} (the bundle is made for {metadata['data_source']})"
+    if isinstance(adopted := stored.data.get("adopted"), Mapping):  # weights of others have their own
+        metadata["license"] = str(adopted.get("license", "unknown"))
     formats = metadata["network_data_format"]
     given = input_shape(stored, network)
     made = output_of(network, given).shape[1:]
