@@ -215,6 +215,29 @@ def test_the_autoencoder_of_latent_diffusion_in_bits(tmp_path: Path, lora: bool)
         close(soft(x), network.decode(mean))
 
 
+def test_the_same_in_three_dimensions(tmp_path: Path) -> None:
+    """MedVAE's volumes: each axis padded at its far end, halved, repeated."""
+    net = VQGAN(latent=4, codes=2, attention=(1,), multipliers=(1, 1), blocks=1, channels=1, axes=3)
+    rng = torch.Generator().manual_seed(9)
+    state = net.state()
+    for name, (a, b) in {"quant_conv": (4, 4), "post_quant_conv": (2, 2)}.items():
+        state[f"{name}.weight"] = torch.randn(a, b, 1, 1, 1, generator=rng)
+        state[f"{name}.bias"] = torch.randn(a, generator=rng)
+    torch.save({"state_dict": state}, tmp_path / "vae3d.ckpt")
+    options = {"image_size": 8, "depth": 4, "latent_range": "-6,6"}
+    report, network = adopt("ldm-kl", tmp_path / "vae3d.ckpt", **options)
+    assert (report.factors, report.bits, network.takes_volumes) == ((2, 2, 2), 16.0, True)
+    x = small(1, 1, 1, 4, 8, 8)
+    with torch.no_grad():
+        mean, logvar = F.conv3d(net.encode(state, x), state["quant_conv.weight"], state["quant_conv.bias"]).chunk(2, 1)
+        posterior = network.encode(x)
+        assert isinstance(posterior, DiagonalGaussian)
+        close(posterior.mean, mean)
+        close(posterior.logvar, logvar)
+        features = F.conv3d(mean, state["post_quant_conv.weight"], state["post_quant_conv.bias"])
+        close(network.decode(mean), net.decode(state, features))
+
+
 def test_gray_images_through_a_network_of_colors(tmp_path: Path) -> None:
     """What the network makes of the image three times, averaged."""
     net = VQGAN()

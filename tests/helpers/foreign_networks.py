@@ -128,9 +128,10 @@ class VQGAN:
                 if level in self.attention:
                     h = attend(state, self.names.attention(side, level, levels, i), h)
             if number < levels - 1 and side == "encoder":
-                h = conv(state, self.names.step(side, level, levels), F.pad(h, (0, 1, 0, 1)), stride=2)
+                h = conv(state, self.names.step(side, level, levels), F.pad(h, (0, 1) * self.axes), stride=2)
             elif number < levels - 1:
-                h = h.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+                for axis in range(self.axes):
+                    h = h.repeat_interleave(2, dim=2 + axis)
                 h = conv(state, self.names.step(side, level, levels), h, padding=1)
         if side == "encoder":
             h = self._middle(state, side, h)
@@ -142,7 +143,8 @@ class VQGAN:
 
 
 def conv(state: State, name: str, x: Tensor, **further: int) -> Tensor:
-    return F.conv2d(x, state[f"{name}.weight"], state.get(f"{name}.bias"), **further)
+    layer = F.conv3d if x.ndim == 5 else F.conv2d
+    return layer(x, state[f"{name}.weight"], state.get(f"{name}.bias"), **further)
 
 
 def norm(state: State, name: str, x: Tensor) -> Tensor:
@@ -150,7 +152,8 @@ def norm(state: State, name: str, x: Tensor) -> Tensor:
     groups = x.reshape(len(x), 32, -1)
     mean, variance = groups.mean(dim=2, keepdim=True), groups.var(dim=2, unbiased=False, keepdim=True)
     even = ((groups - mean) / (variance + 1e-6).sqrt()).reshape(x.shape)
-    return even * state[f"{name}.weight"][:, None, None] + state[f"{name}.bias"][:, None, None]
+    weight, bias = (state[f"{name}.{part}"].reshape(-1, *[1] * (x.ndim - 2)) for part in ("weight", "bias"))
+    return even * weight + bias
 
 
 def swish(x: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from helpers.volumes import halves, volume_tokenizer
 from torch import nn
 
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.networks.blocks import AttentionBlock, Downsample, Upsample, slice_norm
+from vaevq_med.networks.blocks import AttentionBlock, Downsample, ShuffleUpsample, Upsample, slice_norm
+from vaevq_med.networks.decoder import Decoder
 from vaevq_med.networks.discriminator import PatchDiscriminator
 from vaevq_med.networks.encoder import Encoder
 from vaevq_med.networks.lean_convolution import upsampled_convolution
@@ -211,3 +212,22 @@ def test_what_does_not_fit_is_refused() -> None:
             quantizer=VectorQuantizer(num_embeddings=8, embedding_dim=4),
             embedding_dim=4,
         )
+
+
+def test_the_steps_of_open_magvit2_are_of_images() -> None:
+    """Both ends padded, and four channels for each pixel: by hand, and refused for what has other axes."""
+    down = Downsample(spatial_dims=2, num_channels=1, centered=True)
+    down.conv.weight.data = torch.arange(9.0).reshape(1, 1, 3, 3)
+    down.conv.bias.data.zero_()
+    # The kernel's middle, 4, is on the first pixel of each pair, and what follows it in its row, 5, on the second.
+    assert down(torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]]])).item() == 4.0
+    assert down(torch.tensor([[[[0.0, 1.0], [0.0, 0.0]]]])).item() == 5.0
+    up = ShuffleUpsample(num_channels=1)
+    up.conv.weight.data.zero_()
+    up.conv.bias.data = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert up(torch.zeros(1, 1, 1, 1)).tolist() == [[[[1.0, 2.0], [3.0, 4.0]]]]
+    for kind in (Encoder, Decoder):
+        with pytest.raises(VaevqMedError, match="resampling is 'magvit' with spatial_dims 3; expected 'vqgan', or"):
+            kind(spatial_dims=3, resampling="magvit")
+        with pytest.raises(VaevqMedError, match="resampling is 'bilinear'; expected one of vqgan, magvit"):
+            kind(resampling="bilinear")

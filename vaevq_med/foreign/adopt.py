@@ -110,7 +110,7 @@ class Adopt:
     def _quantizer(self, adopted: Adopted, channels: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """The int8 grid of a continuous latent, and where its range comes from."""
         options: Any = self.options
-        definition = {"_target_": _UNIFORM, "num_embeddings": 2**options.latent_bits}
+        definition = {"_target_": _UNIFORM, "num_embeddings": 2**options.latent_bits, "readout": "hard"}
         if bool(options.latent_range) == (options.latent_from is not None):
             found = "both" if options.latent_range else "neither"
             raise ForeignError(

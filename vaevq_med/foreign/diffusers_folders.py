@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from vaevq_med.foreign.adapted import adapted, codebook_of, held
 from vaevq_med.foreign.base import AdapterOptions, Adopted, Kind, LatentOptions
 from vaevq_med.foreign.errors import ForeignError
-from vaevq_med.foreign.folders import read_json, weights_in
+from vaevq_med.foreign.folders import plain, read_json, weights_in
 from vaevq_med.foreign.weights import Tensors
 
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
@@ -38,8 +38,7 @@ class _Folder(Kind):
                 f"{path}: found the class {found}, expected {self.class_name}; adopt --list names the kinds"
             )
         weights = weights_in(source, _WEIGHTS)
-        plain = {name: value for name, value in config.items() if not name.startswith("_")}
-        return plain, Tensors.read(weights, f"{self.class_name} of diffusers"), (path, weights)
+        return plain(config, config, path), Tensors.read(weights, f"{self.class_name} of diffusers"), (path, weights)
 
 
 class DiffusersVQFolder(_Folder):

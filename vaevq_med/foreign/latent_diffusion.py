@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vaevq_med.foreign.base import Adopted, AdoptOptions, Kind, LatentOptions, option
+from vaevq_med.core.declared import option
+from vaevq_med.foreign.base import Adopted, AdoptOptions, Kind, LatentOptions
 from vaevq_med.foreign.converted import adopted, convolutions
 from vaevq_med.foreign.errors import ForeignError
 from vaevq_med.foreign.taming import SPARE

@@ -10,7 +10,7 @@ from typing import Any
 from vaevq_med.foreign.adapted import adapted, held
 from vaevq_med.foreign.base import AdapterOptions, Adopted, Kind, LatentOptions
 from vaevq_med.foreign.errors import ForeignError
-from vaevq_med.foreign.folders import read_json, weights_in
+from vaevq_med.foreign.folders import plain, read_json, weights_in
 from vaevq_med.foreign.weights import Tensors
 
 _SIZES = {"VQ": "num_embeddings", "LFQ": "codebook_size"}
@@ -33,7 +33,7 @@ class _Folder(Kind):
         if entry not in config:
             raise ForeignError(f"{path}: found no {entry!r}, expected the configuration of {self.title}")
         weights = weights_in(source, ("pytorch_model.bin",))
-        return config, Tensors.read(weights, self.title), (path, weights)
+        return plain(config, config, path), Tensors.read(weights, self.title), (path, weights)
 
 
 class MedTokenizersIndices(_Folder):
