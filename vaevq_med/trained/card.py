@@ -117,7 +117,8 @@ def _origin(facts: CardFacts) -> str:
         told = ", ".join(f"{_line(str(name))} (SHA-256 {_code(digest) or UNKNOWN})" for name, digest in known)
         return (
             f"A network that others trained, taken over: {_line(str(adopted.get('title', UNKNOWN)))}, of "
-            f"{told or UNKNOWN}. What the configurations of the bundle `{facts.bundle}` say of training is not how it was trained."
+            f"{told or UNKNOWN}. What the configurations of the bundle "
+            f"`{facts.bundle}` say of training is not how it was trained."
         )
     return (
         f"A network that was trained by the bundle `{facts.bundle}` ({_line(str(facts.metadata.get('description')))}). "
