@@ -69,7 +69,7 @@ def test_the_slices_of_a_position_come_back_as_the_last_of_them() -> None:
     for first in (0, 4):
         expected = flat(volume[:, :, first + 3])
         for z in range(first, first + 4):
-            torch.testing.assert_close(found[:, :, z], expected, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(found[:, :, z], expected, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("halving", ["mean", "center"])
@@ -82,7 +82,7 @@ def test_a_repeated_slice_comes_back_as_in_2d(halving: str, within_slices: bool)
     volume = one.unsqueeze(2).expand(-1, -1, 8, -1, -1)
     found = deep(volume)
     for z in range(8):
-        torch.testing.assert_close(found[:, :, z], flat(one), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found[:, :, z], flat(one), atol=1e-4, rtol=1e-3)
 
 
 def test_a_decoder_with_a_context_starts_as_the_tokenizer_of_slices() -> None:
