@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vaevq_med.foreign.base import AdapterOptions, Adopted
+from vaevq_med.foreign.base import REPEATED, AdapterOptions, Adopted
 from vaevq_med.foreign.folders import numbers
 from vaevq_med.foreign.weights import Tensors
 
@@ -86,4 +86,5 @@ def adapted(
         files=files,
         depth=options.depth,
         latent_channels=latent_channels,
+        notes=(REPEATED,) if channels != own_channels else (),
     )

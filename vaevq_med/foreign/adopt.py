@@ -91,8 +91,6 @@ class Adopt:
         _try(network, adopted, self.source)
         self._write(kind, adopted, definition, measured)
         notes = list(adopted.notes)
-        if network.factors and adopted.in_channels == 1 and self.options.in_channels == 1:
-            notes.append("gray images: repeated to the network's channels on the way in, averaged on the way out")
         if measured:
             notes.append(f"range of the latent: {', '.join(_ranges(definition['quantizer']))}, {measured['how']}")
         return AdoptReport(

@@ -93,6 +93,9 @@ class Adopted:
     notes: tuple[str, ...] = field(default_factory=tuple)
 
 
+REPEATED = "gray images: repeated to the network's channels on the way in, averaged on the way out"
+
+
 class Kind(ABC):
     """A kind of foreign tokenizer; a class of it in a module of this room, or in one of a package's entry points.
 

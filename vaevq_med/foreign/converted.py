@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vaevq_med.foreign.base import Adopted, AdoptOptions
+from vaevq_med.foreign.base import REPEATED, Adopted, AdoptOptions
 from vaevq_med.foreign.errors import ForeignError
 from vaevq_med.foreign.vqgan import Halves, identity, of_gray
 from vaevq_med.foreign.weights import Tensors
@@ -62,6 +62,7 @@ def adopted(
             f"--in-channels: found {channels}, expected {halves.in_channels}, as {path} has, or 1, which is repeated"
         )
     network = dict(state)
+    notes = (REPEATED,) if channels != halves.in_channels else ()
     if channels != halves.in_channels:
         network, averaged = of_gray(network, halves), averaged and of_gray(dict(averaged), halves)
     definition = {
@@ -74,4 +75,4 @@ def adopted(
         "quantizer": dict(quantizer),
     }
     size = options.image_size or image_size
-    return Adopted(definition, network, size, channels, averaged=averaged, files=(path,), **further)
+    return Adopted(definition, network, size, channels, averaged=averaged, files=(path,), notes=notes, **further)

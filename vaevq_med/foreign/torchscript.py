@@ -14,7 +14,7 @@ from vaevq_med.core.declared import option
 from vaevq_med.foreign.adapted import adapted
 from vaevq_med.foreign.base import AdapterOptions, Adopted, Kind, LatentOptions
 from vaevq_med.foreign.errors import ForeignError
-from vaevq_med.networks.adapters.torchscript import check_trusted
+from vaevq_med.networks.adapters.torchscript import check_trusted, load_program
 
 _NAMES = ("encoder", "decoder")
 
@@ -106,7 +106,7 @@ def _loaded(path: Path) -> Any:
     if not path.is_file():
         raise ForeignError(f"{path}: found no file, expected a TorchScript program")
     try:
-        return torch.jit.load(path, map_location="cpu").float().eval()
+        return load_program(str(path))
     except Exception as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ForeignError(f"{path}: found no TorchScript program ({line[:120]}), expected one") from None

@@ -7,6 +7,7 @@ the user has said so, ``--trusted torchscript``, whoever wrote the checkpoint.
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,18 @@ def check_trusted() -> None:
             "found a TorchScript program, expected one that the user trusts, as its code runs: --trusted "
             f"\"['{TRUST}']\" after a bundle, vaevq-med --trusted {TRUST} before a command"
         )
+
+
+def load_program(source: Any, device: torch.device | str = "cpu") -> Any:
+    """A program of a trusted archive, in fp32.
+
+    Args:
+        source: a path, or a file that is open.
+        device: where it goes.
+    """
+    with warnings.catch_warnings():  # PyTorch calls TorchScript old; it is what such tokenizers are published in
+        warnings.simplefilter("ignore")
+        return torch.jit.load(source, map_location=device).float().eval()
 
 
 class TorchScriptPair(ForeignTokenizer):
@@ -85,7 +98,7 @@ class TorchScriptPair(ForeignTokenizer):
         archive: Tensor = getattr(self, f"{name}_archive")
         if name not in self._loaded or self._loaded[name][0] != archive.device:
             content = io.BytesIO(archive.cpu().numpy().tobytes())
-            self._loaded[name] = archive.device, torch.jit.load(content, map_location=archive.device).float().eval()
+            self._loaded[name] = archive.device, load_program(content, archive.device)
         return self._loaded[name][1]
 
     def foreign_encode(self, images: Tensor) -> Tensor:
