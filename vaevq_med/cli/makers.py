@@ -171,8 +171,8 @@ class CompareGeneration(Maker):
     methods: str = option("", "Methods of --from; by default those of the study 'table2'.")
     generators: str = option(
         "llamagen,ldm",
-        "Those of the studies 'table2' and 'priors': llamagen, maskgit, absorbing, vq_diffusion, vq_ddm (over indices), "
-        "ldm (over latents).",
+        "Those of the studies 'table2' and 'priors': llamagen, maskgit, absorbing, vq_diffusion, vq_ddm (over "
+        "indices), ldm (over latents).",
     )
     generate_set: list[str] | None = option(
         None, "Override of generate.json, e.g. ldm:num_steps=50; repeat.", metavar="[NAME:]ID=VALUE"
