@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = lazy(
         "AdversarialTerm": "adversarial",
         "DCRLoss": "dcr",
         "DenoisingLoss": "vaevq_med.networks.generators.losses",
+        "FlowLoss": "vaevq_med.networks.generators.losses",
         "GeneratorLoss": "vaevq_med.networks.generators.losses",
         "KLLoss": "kl",
         "LatentLoss": "vaevq_med.networks.generators.losses",

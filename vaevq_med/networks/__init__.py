@@ -9,6 +9,8 @@ __getattr__, __dir__, __all__ = lazy(
         "Decoder": "decoder",
         "DiagonalGaussian": "posterior",
         "Encoder": "encoder",
+        "FlowTransformer": "generators.flow",
+        "FlowUNet": "generators.flow",
         "KeyValueCache": "generators.llama_blocks",
         "LatentDiffusionUNet": "generators.latent_diffusion",
         "LlamaGen": "generators.llamagen",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from monai.networks.schedulers import DDIMScheduler
@@ -78,6 +78,19 @@ def set_ddim_steps(scheduler: DDIMScheduler, num_steps: int) -> None:
     scheduler.set_timesteps(num_steps)
     interval = scheduler.num_train_timesteps // num_steps
     scheduler.timesteps = (torch.arange(num_steps) * interval).flip(0) + scheduler.steps_offset
+
+
+class Steps(Protocol):
+    """A schedule that goes from noise to a latent, such as MONAI's ``DDIMScheduler``.
+
+    Attributes:
+        timesteps: of the steps, from the first.
+    """
+
+    timesteps: Tensor
+
+    def step(self, model_output: Tensor, timestep: int, sample: Tensor) -> tuple[Tensor, Any]:
+        """The sample after the step at a time, and anything."""
 
 
 class NoisePredictor(Generator):
@@ -199,6 +212,40 @@ def generate_images(
     """
     scheduler = scheduler or ldm_scheduler()
     set_ddim_steps(scheduler, num_steps)
+    return integrated_images(
+        network,
+        tokenizer,
+        labels,
+        num_images=num_images,
+        grid_size=grid_size,
+        scheduler=scheduler,
+        guidance_scale=guidance_scale,
+        quantize=quantize,
+        dtype=dtype,
+        generator=generator,
+        graphs=graphs,
+    )
+
+
+def integrated_images(
+    network: NoisePredictor,
+    tokenizer: VisualTokenizer,
+    labels: Tensor | None,
+    *,
+    num_images: int | None,
+    grid_size: tuple[int, ...],
+    scheduler: Steps,
+    guidance_scale: float,
+    quantize: bool,
+    dtype: torch.dtype | None,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    graphs: Graphs | None = None,
+) -> Tensor:
+    """Draw images by a schedule whose times were chosen; the arguments are those of :func:`generate_images`.
+
+    Raises:
+        VaevqMedError: an argument out of range, or a network without its scale factor.
+    """
     check_guidance(guidance_scale)
     if labels is not None and num_images not in (None, len(labels)):
         raise VaevqMedError(f"num_images is {num_images} with {len(labels)} labels; expected one of the two")
@@ -228,6 +275,34 @@ def _noise(count: int, shape: Sequence[int], generator: torch.Generator | Sequen
     return torch.stack([torch.randn(*shape, generator=of_one) for of_one in generator])
 
 
+def latent_draws(
+    make: Callable[..., Tensor], network: NoisePredictor, tokenizer: VisualTokenizer, **given: Any
+) -> Draw:
+    """What draws latents and decodes them.
+
+    Args:
+        make: :func:`generate_images` or its like.
+        network: in evaluation mode.
+        tokenizer: on the same device.
+        **given: further arguments of ``make``.
+    """
+
+    def draw(wanted: Wanted) -> Tensor:
+        if wanted.known is not None or wanted.mask is not None:
+            raise VaevqMedError("found known tokens for a diffusion model; expected an autoregressive generator")
+        return make(
+            network,
+            tokenizer,
+            wanted.labels,
+            num_images=None if wanted.labels is not None else len(wanted.seeds),
+            dtype=wanted.dtype,
+            generator=[torch.Generator().manual_seed(seed) for seed in wanted.seeds],
+            **given,
+        )
+
+    return draw
+
+
 def diffusion_draws(
     network: NoisePredictor,
     tokenizer: Tokenizer,
@@ -251,30 +326,15 @@ def diffusion_draws(
     scheduler = ldm_scheduler(num_train_timesteps)
     check_ddim_steps(settings["num_steps"], num_train_timesteps)
 
-    def draw(wanted: Wanted) -> Tensor:
-        if wanted.known is not None or wanted.mask is not None:
-            raise VaevqMedError("found known tokens for a diffusion model; expected an autoregressive generator")
-        return generate_images(
-            network,
-            tokenizer,
-            wanted.labels,
-            num_images=None if wanted.labels is not None else len(wanted.seeds),
-            grid_size=grid,
-            scheduler=scheduler,
-            dtype=wanted.dtype,
-            generator=[torch.Generator().manual_seed(seed) for seed in wanted.seeds],
-            **settings,
-        )
-
-    return draw
+    return latent_draws(generate_images, network, tokenizer, grid_size=grid, scheduler=scheduler, **settings)
 
 
 def denoised(
     predict: Callable[..., Tensor],
     latent: Tensor,
     labels: Tensor | None,
-    scheduler: DDIMScheduler,
-    times: Sequence[int],
+    scheduler: Steps,
+    times: Sequence[float],
     null_class: int | None = None,
     guidance_scale: float = 1.0,
 ) -> Tensor:

@@ -8,7 +8,6 @@ of one head at the lower three resolutions, cross-attention to one learned vecto
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -22,12 +21,13 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.options import is_int
 from vaevq_med.networks.base import Tokenizer
 from vaevq_med.networks.generators.base import Draw, Setting
-from vaevq_med.networks.generators.ddim import NoisePredictor, diffusion_draws
+from vaevq_med.networks.generators.ddim import diffusion_draws
 from vaevq_med.networks.generators.drawing import GUIDANCE_SCALE
+from vaevq_med.networks.generators.scaled import ScaledPredictor
 from vaevq_med.networks.ranges import check_range, check_sizes
 
 
-class LatentDiffusionUNet(NoisePredictor):
+class LatentDiffusionUNet(ScaledPredictor):
     """Predicts the noise in a latent ``[B, D, h, w]`` at a time, given a class.
 
     One index more than the classes is the *null class*, which stands for no class: training puts it in place of a share
@@ -58,7 +58,6 @@ class LatentDiffusionUNet(NoisePredictor):
             "quantize": Setting(True, lambda value: isinstance(value, bool), "True or False"),
         }
     )
-    scale_factor: Tensor
 
     def __init__(
         self,
@@ -101,8 +100,6 @@ class LatentDiffusionUNet(NoisePredictor):
             transformer_num_layers=1,
             cross_attention_dim=cross_attention_dim,
         )
-        self.register_buffer("scale_factor", torch.tensor(math.nan))
-        self._read: tuple[Tensor | None, int | None, float] = (None, None, math.nan)
 
     def sizes(self, tokens: Mapping[str, Any], where: str) -> dict[str, tuple[Any, Any]]:
         """The embedding dimension; the grid has to be one that the network can halve."""
@@ -126,44 +123,6 @@ class LatentDiffusionUNet(NoisePredictor):
         """Draws by DDIM, with the times trained with."""
         num_train_timesteps = int(trained_with("num_train_timesteps"))
         return diffusion_draws(self, tokenizer, grid=grid, settings=settings, num_train_timesteps=num_train_timesteps)
-
-    def prepare(self, values: Callable[[], Tensor]) -> None:
-        """Measure the scale factor."""
-        self.set_scale_factor(values())
-
-    def set_scale_factor(self, latents: Tensor) -> float:
-        """Measure what latents are multiplied by before diffusion, ``1 / std`` of some of them (Sec. 4.3.2 there).
-
-        It is kept in the network's state, since samples are divided by it before they are decoded.
-
-        Args:
-            latents: ``[B, D, h, w]`` of the training split; the deviation is over all their elements.
-
-        Raises:
-            VaevqMedError: they have no spread, or are not finite.
-        """
-        std = float(latents.double().std())
-        if not (math.isfinite(std) and std > 0):
-            raise VaevqMedError(f"the latents have the standard deviation {std}; expected a finite one above 0")
-        self.scale_factor.fill_(1 / std)
-        return 1 / std
-
-    def measured_scale_factor(self) -> float:
-        """The factor that was measured.
-
-        Raises:
-            VaevqMedError: none was, or it is not above 0.
-        """
-        # Read again only where it was written: to read it makes the host wait for a device.
-        version = None if self.scale_factor.is_inference() else self.scale_factor._version
-        known, known_version, factor = self._read
-        if known is not self.scale_factor or known_version != version or version is None:
-            factor = float(self.scale_factor)
-            self._read = self.scale_factor, version, factor
-        if not (math.isfinite(factor) and factor > 0):
-            found = "no scale factor" if math.isnan(factor) else f"the scale factor {factor:g}"
-            raise VaevqMedError(f"found {found}; expected one measured in training, above 0")
-        return factor
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
         """The noise in ``x``.
