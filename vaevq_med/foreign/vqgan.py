@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vaevq_med.foreign.errors import ForeignError
 from vaevq_med.foreign.weights import Tensors
+from vaevq_med.trained.starting import adapted_channels
 
 _BASE = 256
 """Image size at which the levels with attention are counted; any other that f divides runs through the same layers."""
@@ -188,6 +189,6 @@ def of_gray(state: dict[str, Tensor], halves: Halves) -> dict[str, Tensor]:
     halves.encoder["in_channels"] = halves.decoder["out_channels"] = 1
     return {
         **state,
-        first: state[first].sum(dim=1, keepdim=True),
-        **{f"{last}.{name}": state[f"{last}.{name}"].mean(dim=0, keepdim=True) for name in ("weight", "bias")},
+        first: adapted_channels(state[first], 1, axis=1),
+        **{f"{last}.{name}": adapted_channels(state[f"{last}.{name}"], 1, axis=0) for name in ("weight", "bias")},
     }
