@@ -89,7 +89,7 @@ class Steps(Protocol):
 
     timesteps: Tensor
 
-    def step(self, model_output: Tensor, timestep: int, sample: Tensor) -> tuple[Tensor, Any]:
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor) -> tuple[Tensor, Any]:
         """The sample after the step at a time, and anything."""
 
 
@@ -229,7 +229,7 @@ def generate_images(
 
 def integrated_images(
     network: NoisePredictor,
-    tokenizer: VisualTokenizer,
+    tokenizer: Tokenizer,
     labels: Tensor | None,
     *,
     num_images: int | None,
@@ -276,7 +276,7 @@ def _noise(count: int, shape: Sequence[int], generator: torch.Generator | Sequen
 
 
 def latent_draws(
-    make: Callable[..., Tensor], network: NoisePredictor, tokenizer: VisualTokenizer, **given: Any
+    make: Callable[..., Tensor], network: NoisePredictor, tokenizer: Tokenizer, **given: Any
 ) -> Draw:
     """What draws latents and decodes them.
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.options import is_int
+from vaevq_med.networks.base import Tokenizer
 from vaevq_med.networks.generators.base import Draw, Setting
 from vaevq_med.networks.generators.captured import Graphs
 from vaevq_med.networks.generators.ddim import NoisePredictor, integrated_images, latent_draws
@@ -27,7 +28,6 @@ from vaevq_med.networks.generators.llama_blocks import axial_rotations
 from vaevq_med.networks.generators.scaled import ScaledPredictor
 from vaevq_med.networks.generators.trunk import TimeEmbedding, check_trunk, make_blocks, start
 from vaevq_med.networks.ranges import check_range, check_sizes
-from vaevq_med.networks.tokenizer import VisualTokenizer
 
 FLOW_SETTINGS = MappingProxyType(
     {
@@ -95,7 +95,7 @@ class EulerSteps:
 
 def flow_images(
     network: NoisePredictor,
-    tokenizer: VisualTokenizer,
+    tokenizer: Tokenizer,
     labels: Tensor | None = None,
     *,
     num_images: int | None = None,
@@ -126,7 +126,7 @@ def flow_images(
 
 def flow_draws(
     network: NoisePredictor,
-    tokenizer: VisualTokenizer,
+    tokenizer: Tokenizer,
     grid: tuple[int, ...],
     settings: Mapping[str, Any],
     trained_with: Callable[[str], Any],
@@ -143,7 +143,7 @@ class FlowUNet(LatentDiffusionUNet):
 
     def draws(
         self,
-        tokenizer: VisualTokenizer,
+        tokenizer: Tokenizer,
         *,
         grid: tuple[int, ...],
         settings: Mapping[str, Any],
@@ -203,7 +203,7 @@ class FlowTransformer(ScaledPredictor):
 
     def draws(
         self,
-        tokenizer: VisualTokenizer,
+        tokenizer: Tokenizer,
         *,
         grid: tuple[int, ...],
         settings: Mapping[str, Any],
@@ -231,8 +231,9 @@ class FlowTransformer(ScaledPredictor):
             raise VaevqMedError(f"labels have shape {tuple(context.shape)}; expected [{x.shape[0]}]")
         check_range("labels", context, self.null_class)
         condition = self.class_embedding(context.long()) + self.time_embedding(timesteps.expand(x.shape[0]) / 1000)
-        rotations = axial_rotations(*x.shape[2:], self.head_dim, device=x.device)[1:]
+        height, width = x.shape[2:]
+        rotations = axial_rotations(height, width, self.head_dim, device=x.device)[1:]
         tokens = self.entry(x.flatten(2).mT)
         for block in self.blocks:
             tokens = block(tokens, rotations, condition=condition)
-        return self.exit(self.norm(tokens)).mT.unflatten(2, x.shape[2:])
+        return self.exit(self.norm(tokens)).mT.unflatten(2, (height, width))

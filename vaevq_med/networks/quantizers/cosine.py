@@ -6,10 +6,11 @@ LlamaGen, arXiv 2406.06525; 32 of ViT-VQGAN) the codewords of a large codebook s
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vaevq_med.networks.quantizers.base import CodebookQuantizer, new_codewords
+from vaevq_med.networks.quantizers.base import Cluster, CodebookQuantizer, new_codewords, put_at_centers
 
 
 class CosineVQ(CodebookQuantizer):
@@ -44,3 +45,10 @@ class CosineVQ(CodebookQuantizer):
     def compared(self, z: Tensor) -> Tensor:
         """The direction of ``z`` ``[B, D, *grid]``, to which the gradient passes straight through."""
         return F.normalize(z, dim=1)
+
+    def start_codebook(self, latents: Tensor, cluster: Cluster) -> bool:
+        """Put the codewords at the centers of the directions, at length 1."""
+        done = put_at_centers(self.embedding, self.compared(latents.float()), cluster)
+        with torch.no_grad():
+            self.embedding.copy_(self.codebook())
+        return done
