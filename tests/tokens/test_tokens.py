@@ -523,7 +523,7 @@ def test_options_out_of_range_are_refused(checkpoint: Path, slice_dataset: Path,
 def test_checkpoints_that_are_no_discrete_tokenizers_are_refused(slice_dataset: Path, tmp_path: Path) -> None:
     generator = tmp_path / "generator.pt"
     config = {"network_def": {"_target_": "vaevq_med.networks.Encoder"}, "image_size": 32, "in_channels": 1}
-    torch.save({"network": {}, "config": json.dumps(config)}, generator)
+    torch.save({"network": {"weight": torch.zeros(1)}, "config": json.dumps(config)}, generator)
     refuse(r"found a checkpoint of vaevq_med\.networks\.Encoder, expected", generator, slice_dataset, tmp_path / "out")
     soft = write_checkpoint(
         tmp_path / "soft.pt", {**SIMVQ, "_target_": "vaevq_med.networks.quantizers.SoftVQ", "num_segments": 2}
