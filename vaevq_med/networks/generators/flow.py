@@ -231,7 +231,8 @@ class FlowTransformer(ScaledPredictor):
             raise VaevqMedError(f"labels have shape {tuple(context.shape)}; expected [{x.shape[0]}]")
         check_range("labels", context, self.null_class)
         condition = self.class_embedding(context.long()) + self.time_embedding(timesteps.expand(x.shape[0]) / 1000)
-        rotations = axial_rotations(*x.shape[2:], self.head_dim, device=x.device)[1:]
+        height, width = x.shape[2:]
+        rotations = axial_rotations(height, width, self.head_dim, device=x.device)[1:]
         tokens = self.entry(x.flatten(2).mT)
         for block in self.blocks:
             tokens = block(tokens, rotations, condition=condition)
