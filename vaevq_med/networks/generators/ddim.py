@@ -334,7 +334,7 @@ def denoised(
     latent: Tensor,
     labels: Tensor | None,
     scheduler: Steps,
-    times: Sequence[float],
+    times: Sequence[Any],
     null_class: int | None = None,
     guidance_scale: float = 1.0,
 ) -> Tensor:

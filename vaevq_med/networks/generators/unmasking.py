@@ -143,7 +143,7 @@ def halton_order(height: int, width: int) -> Tensor:
     The points of the sequence fall into cells of the grid; a cell's place is that of its first point.
 
     >>> halton_order(2, 2)
-    tensor([0, 3, 2, 1])
+    tensor([2, 1, 0, 3])
     """
     places: dict[int, int] = {}
     number = 0
