@@ -125,7 +125,8 @@ class Tokenizer(nn.Module, ABC):
         """Images ``[B, C, H, W]`` of probabilities of codewords, ``[B, *grid, K]``; see :meth:`Quantizer.mean_codes`.
 
         A generator that gives probabilities is decoded by the mean of the codewords instead of by one that is drawn.
-        Where one codeword has probability 1, the image is to the bit that of :meth:`decode_indices`.
+        Where one codeword has probability 1, the image is that of :meth:`decode_indices`, to the bit where codes are
+        looked up.
         """
         return self._decode_alike(self.quantizer.mean_codes(probabilities))
 

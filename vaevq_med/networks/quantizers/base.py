@@ -112,7 +112,8 @@ class Quantizer(nn.Module, ABC):
             probabilities: ``[B, *grid, K]``, of each position adding up to 1.
 
         Returns:
-            ``sum_k p_k e_k``, ``[B, D, *grid]`` in fp32; of one codeword's probability 1, that code to the bit.
+            ``sum_k p_k e_k``, ``[B, D, *grid]`` in fp32; of one codeword's probability 1, that code to the bit, where
+            codes are looked up, and to rounding where they are computed (a projection's sums round by their number).
 
         Raises:
             VaevqMedError: the quantizer has more than one table of codewords, so that a distribution over K says not
