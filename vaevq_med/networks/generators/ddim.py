@@ -275,9 +275,7 @@ def _noise(count: int, shape: Sequence[int], generator: torch.Generator | Sequen
     return torch.stack([torch.randn(*shape, generator=of_one) for of_one in generator])
 
 
-def latent_draws(
-    make: Callable[..., Tensor], network: NoisePredictor, tokenizer: Tokenizer, **given: Any
-) -> Draw:
+def latent_draws(make: Callable[..., Tensor], network: NoisePredictor, tokenizer: Tokenizer, **given: Any) -> Draw:
     """What draws latents and decodes them.
 
     Args:
