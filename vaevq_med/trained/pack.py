@@ -88,6 +88,7 @@ class BundlePack:
                 "output, or remove what is there to replace it"
             )
         network = stored.network()
+        _check_finite(stored)
         evaluation = None if self.metrics is None else Evaluation.read(self.metrics)
         if evaluation is not None and self.metrics is not None:
             evaluation.check_of(stored.sha256, stored.weights, self.metrics)
@@ -181,6 +182,15 @@ def _kind(source: Path) -> type[StoredNetwork]:
     module, _, name = target.rpartition(".")
     kind: type[StoredNetwork] = getattr(import_module(module), name)
     return kind
+
+
+def _check_finite(stored: StoredNetwork) -> None:
+    """Refuse weights that nobody can use."""
+    for name, value in stored.tensors.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise VaevqMedError(
+                f"{stored.path}: found {name} with values that are NaN or infinite, expected finite weights to pack"
+            )
 
 
 def _record(stored: StoredNetwork, *, hashes: bool) -> TrainingRecord:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
@@ -102,6 +102,7 @@ class ForeignTokenizer(Tokenizer):
     def decode(self, codes: Tensor) -> Tensor:
         """Images ``[B, C, H, W]``, nominally in [-1, 1], of codes or of a continuous latent."""
         images = (self.foreign_decode(codes) - self.low) * (2 / (self.high - self.low)) - 1
+        check_channels(images, self.own_channels, "the foreign network's output")
         return images if self.in_channels == self.own_channels else images.mean(dim=1, keepdim=True)
 
 
@@ -122,23 +123,3 @@ def needed(package: str, extra: str = "") -> Any:
         told = f"pip install vaevq_med[{extra}]" if extra else f"pip install {root}"
         found = "it is not installed" if getattr(error, "name", None) == root else f"it cannot be imported ({error})"
         raise VaevqMedError(f"package {root}: {found}, expected it for this tokenizer; {told}") from None
-
-
-def built(kind: Any, config: Any, what: str) -> Any:
-    """A foreign network of the arguments that its own file gives.
-
-    Args:
-        kind: its class.
-        config: the arguments by name.
-        what: what messages call the class.
-
-    Raises:
-        VaevqMedError: the class takes others.
-    """
-    try:
-        return kind(**cast(dict[str, Any], config))
-    except (TypeError, ValueError, KeyError, RuntimeError, NotImplementedError, AttributeError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise VaevqMedError(
-            f"{what}: found arguments that it does not take ({line}), expected those of its own file"
-        ) from None
