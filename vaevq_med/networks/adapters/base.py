@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import importlib
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -37,10 +37,15 @@ class ForeignTokenizer(Tokenizer):
 
     Attributes:
         in_channels: image channels C.
+        needed_packages: whose classes it builds.
+        needed_trust: what the user has to trust for it to be loaded, and why.
 
     Raises:
         VaevqMedError: channels or a range that cannot be.
     """
+
+    needed_packages: ClassVar[tuple[str, ...]] = ()
+    needed_trust: ClassVar[Mapping[str, str]] = {}
 
     def __init__(
         self,

@@ -29,6 +29,8 @@ class DiffusersKL(ForeignTokenizer):
         VaevqMedError: the package is not installed, or arguments that do not fit.
     """
 
+    needed_packages = ("diffusers",)
+
     def __init__(
         self,
         *,

@@ -25,6 +25,8 @@ class DiffusersVQ(ForeignTokenizer):
         VaevqMedError: the package is not installed, or arguments that do not fit.
     """
 
+    needed_packages = ("diffusers",)
+
     def __init__(
         self,
         *,

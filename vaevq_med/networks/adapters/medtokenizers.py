@@ -18,6 +18,7 @@ from vaevq_med.networks.quantizers.base import Quantizer
 class _MedTokenizer(ForeignTokenizer):
     """What both have: the network, of the arguments in its ``config.json``."""
 
+    needed_packages = ("medtokenizers",)
     architecture: ClassVar[str]
 
     def __init__(

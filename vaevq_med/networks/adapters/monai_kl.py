@@ -27,6 +27,8 @@ class MonaiKL(ForeignTokenizer):
         VaevqMedError: arguments that do not fit.
     """
 
+    needed_packages = ("monai",)
+
     def __init__(
         self,
         *,

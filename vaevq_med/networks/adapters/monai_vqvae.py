@@ -26,6 +26,8 @@ class MonaiVQVAE(ForeignTokenizer):
         VaevqMedError: arguments that do not fit.
     """
 
+    needed_packages = ("monai",)
+
     def __init__(
         self,
         *,
