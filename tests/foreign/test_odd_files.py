@@ -87,9 +87,7 @@ def test_a_file_of_old_names_of_attention_is_the_network_that_diffusers_loads(
         ({"layers_per_block": None}, "found arguments that it does not take"),
     ],
 )
-def test_a_damaged_configuration_is_refused_in_a_line(
-    values: dict[str, Any], said: str, kl: tuple[Any, Path]
-) -> None:
+def test_a_damaged_configuration_is_refused_in_a_line(values: dict[str, Any], said: str, kl: tuple[Any, Path]) -> None:
     path = kl[1] / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
     line = refused("diffusers-kl", kl[1], latent_range="-3,3")
@@ -136,7 +134,7 @@ def test_a_network_without_finite_output_is_refused(value: float, tmp_path: Path
 def test_a_range_is_finite(text: str) -> None:
     from vaevq_med.foreign.folders import numbers
 
-    with pytest.raises(ForeignError, match="--latent-range: found .*, expected two finite numbers"):
+    with pytest.raises(ForeignError, match=r"--latent-range: found .*, expected two finite numbers"):
         numbers(text, "latent_range")
 
 
@@ -167,5 +165,5 @@ class Widening(ForeignTokenizer):
 
 
 def test_outputs_of_other_channels_than_the_inputs_are_not_averaged() -> None:
-    with pytest.raises(VaevqMedError, match="output has 5 channels .*; expected 3"):
+    with pytest.raises(VaevqMedError, match=r"output has 5 channels .*; expected 3"):
         Widening()(torch.zeros(1, 1, 4, 4))

@@ -74,7 +74,7 @@ _WEIGHTS = torch.zeros(2, 2)
         ({"ema": [1]}, "found a 'ema' that is no state dictionary"),
         ({"feature_weights": {"vgg": 1}}, "feature_weights is"),
         ({"data": {"patients": 7}}, "patients: found 7, expected a list of names"),
-        ({"data": {"patients": "anna"}}, "patients: found \"anna\", expected a list of names"),
+        ({"data": {"patients": "anna"}}, 'patients: found "anna", expected a list of names'),
         ({"data": {"started_from": "a.pt"}}, "started_from is"),
         ({"data": {"started_from": {"data": 3}}}, "data.started_from.data is"),
         ({"network": {3: _WEIGHTS}}, "found a 'network' that is no state dictionary"),

@@ -1,4 +1,4 @@
-"""Networks of other packages in a packed bundle: what the card and the metadata say of them, and what verify refuses."""
+"""Networks of other packages in a packed bundle: what card and metadata say of them, and what verify refuses."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ def test_the_card_of_programs_says_that_they_run(tmp_path: Path, trusted: None) 
     assert "trust(['torchscript'])" in card
     assert "Nothing in it is unpickled or run" not in card
     components._named_by_user.discard("torchscript")
-    with pytest.raises(VaevqMedError, match="safetensors: found a TorchScript program, expected one that the user trusts"):
+    with pytest.raises(
+        VaevqMedError, match="safetensors: found a TorchScript program, expected one that the user trusts"
+    ):
         [*BundleVerify(tmp_path / "zoo").run()]
 
 

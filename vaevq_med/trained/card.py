@@ -341,7 +341,9 @@ def _loading(facts: CardFacts) -> Iterator[str]:
     command = "".join(f" --trusted {name}" for name in trusted)
     bundle = f' --trusted "{trusted!r}"' if trusted else ""
     versions = facts.metadata.get("required_packages_version", {})
-    if needed := [f"{name} {versions.get(name, '')}".strip() for name in told_by_parts(facts.network, "needed_packages")]:
+    if needed := [
+        f"{name} {versions.get(name, '')}".strip() for name in told_by_parts(facts.network, "needed_packages")
+    ]:
         yield f"It was packed with {', '.join(needed)}, whose classes it is built of: that has to be installed."
         yield ""
     if packages:

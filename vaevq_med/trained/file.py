@@ -80,6 +80,7 @@ class _DataTold(Options):
     started_from: _StartTold | None = None
     tokens: dict[str, Any] | None = None
     recipe: dict[str, Any] | None = None
+    adopted: dict[str, Any] | None = None
 
 
 class _Told(Options):

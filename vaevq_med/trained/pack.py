@@ -271,7 +271,7 @@ def _of_others(adopted: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "name": f"Taken over: {title}",
         "task": "Visual tokenization by a network of others",
-        "description": f"{title}, taken over from {names} (vaevq-med adopt {adopted.get('kind', '')}); not trained here",
+        "description": f"{title}, taken over from {names} (adopt {adopted.get('kind', '')}); not trained here",
         "authors": f"those of the weights, who are not known here: {title}",
         "copyright": f"that of the weights' authors; their license: {license}",
         "license": license,

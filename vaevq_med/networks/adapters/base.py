@@ -7,6 +7,7 @@ grid, so that codes, indices and bits mean what they mean everywhere.
 from __future__ import annotations
 
 import importlib
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -63,8 +64,8 @@ class ForeignTokenizer(Tokenizer):
             raise VaevqMedError(
                 f"in_channels is {in_channels}; expected {own_channels}, as the foreign network has, or 1, repeated"
             )
-        if len(value_range) != 2 or not value_range[0] < value_range[1]:
-            raise VaevqMedError(f"value_range is {list(value_range)}; expected a smaller and a larger number")
+        if len(value_range) != 2 or not -math.inf < value_range[0] < value_range[1] < math.inf:
+            raise VaevqMedError(f"value_range is {list(value_range)}; expected a smaller and a larger number, finite")
         self.quantizer = quantizer
         self.embedding_dim = quantizer.embedding_dim
         self.own_channels = own_channels

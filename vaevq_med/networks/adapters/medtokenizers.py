@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.components import constructed
+from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.adapters.base import ForeignTokenizer, needed
 from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.quantizers.base import Quantizer
