@@ -16,7 +16,7 @@ from vaevq_med.foreign.weights import Tensors
 from vaevq_med.networks.adapters.base import needed
 
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-"""Of attention, in files from before diffusers 0.15, such as the autoencoders of Stable Diffusion."""
+"""Of attention, in files of older versions of diffusers, such as the autoencoders of Stable Diffusion."""
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 
