@@ -23,6 +23,7 @@ from vaevq_med.foreign.errors import ForeignError
 from vaevq_med.foreign.registry import kind_of
 from vaevq_med.networks.base import Tokenizer
 from vaevq_med.networks.posterior import DiagonalGaussian
+from vaevq_med.trained.file import CheckpointError
 from vaevq_med.trained.network import StoredTokenizer
 
 
@@ -303,7 +304,7 @@ def test_a_program_runs_where_it_is_trusted_alone(tmp_path: Path, trusted: None)
     said = "found a TorchScript program, expected one that the user trusts"
     with pytest.raises(ComponentError, match=said):
         adopt("torchscript", folder, levels="5,5")
-    with pytest.raises(ComponentError, match=said):
+    with pytest.raises(CheckpointError, match=said):
         StoredTokenizer(report.output).network()
 
 

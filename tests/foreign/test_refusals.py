@@ -101,6 +101,14 @@ def another_shape(path: Path) -> None:
     torch.save(state, path)
 
 
+def a_web_page(path: Path) -> None:
+    path.write_text("<!DOCTYPE html><html>not found</html>")
+
+
+def nothing(path: Path) -> None:
+    path.touch()
+
+
 def a_program(path: Path) -> None:
     torch.jit.script(torch.nn.Conv2d(1, 1, 1)).save(path)
 
@@ -108,17 +116,17 @@ def a_program(path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "suffix", "expected"),
     [
-        (pointer, "ckpt", "found a pointer of Git LFS in place of the weights, expected the 345,678,901 bytes that it"),
-        (pointer, "safetensors", "found a pointer of Git LFS in place of the weights"),
+        (pointer, "ckpt", "found a pointer of Git LFS to 345678901 bytes in place of the weights (git lfs pull"),
+        (pointer, "safetensors", "found a pointer of Git LFS to 345678901 bytes"),
         (
             a_pickle,
             "ckpt",
-            "found a pickle of more than weights (print), which could run code, expected tensors",
+            "found an unreadable file: a pickle that names print, which is code and is not run, expected a file",
         ),
-        (an_old_pickle, "pt", "found a pickle of more than weights"),
-        (cut, "ckpt", "found a damaged or truncated file"),
-        (cut_safetensors, "safetensors", "of safetensors, expected"),
-        (no_safetensors, "safetensors", "found no header of safetensors, expected a file of weights"),
+        (an_old_pickle, "pt", "found an unreadable file: a pickle"),
+        (cut, "ckpt", "that is truncated or altered, expected a file of weights"),
+        (cut_safetensors, "safetensors", "found a truncated or altered safetensors file of"),
+        (no_safetensors, "safetensors", "found a truncated or altered safetensors file of 27 bytes"),
         (missing_keys, "ckpt", "found no tensor 'encoder.mid.block_2.conv1.weight' among"),
         (further_keys, "ckpt", "found 1 tensors without a place (encoder.down.0.block.0.temb_proj.weight), expected"),
         (
@@ -129,7 +137,9 @@ def a_program(path: Path) -> None:
         (gumbel, "ckpt", "found a Gumbel quantizer (quantize.proj), which draws its indices, expected the nearest"),
         (no_tensors, "ckpt", "found no tensors by name (epoch, optimizer), expected the weights of VQGAN"),
         (another_shape, "ckpt", "found shape [7, 32, 3, 3] of 'decoder.layers.7.conv2.weight'"),
-        (a_program, "pt", "found a TorchScript archive, a program, expected a file of weights"),
+        (a_web_page, "ckpt", "found a web page, expected a file of weights"),
+        (nothing, "ckpt", "found an empty file, expected a file of weights"),
+        (a_program, "pt", "found an unreadable file: a TorchScript archive, which is a program, expected a file"),
     ],
 )
 def test_one_line_says_what_is_wrong(
@@ -198,7 +208,9 @@ def test_a_kind_of_another_package_is_found(monkeypatch: pytest.MonkeyPatch, tmp
 
 def test_a_checkpoint_of_no_tokenizer_is_refused_without_building_it(tmp_path: Path) -> None:
     definition = {"_target_": "vaevq_med.networks.LlamaGen"}
-    atomic_save({"network": {}, "config": json.dumps({"network_def": definition})}, tmp_path / "a.pt")
+    atomic_save(
+        {"network": {"a": torch.zeros(1)}, "config": json.dumps({"network_def": definition})}, tmp_path / "a.pt"
+    )
     said = r"found a checkpoint of vaevq_med.networks.LlamaGen, expected that of a tokenizer, such as .*VisualTokenizer"
     with pytest.raises(CheckpointError, match=said):
         StoredTokenizer(tmp_path / "a.pt").check_target()

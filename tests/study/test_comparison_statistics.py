@@ -169,6 +169,7 @@ def result(plan: Plan, method: Method, seed: int, psnr: list[float], patients: l
         {"path": f"i{i}", "patient": p, "psnr": repr(v)} for i, (v, p) in enumerate(zip(psnr, patients, strict=True))
     ]
     provenance = {"split": "test", "n": len(psnr), "fid_weights_sha256": more.get("weights", "f" * 64)}
+    provenance |= more.get("provenance", {})
     return RowResult(Row(plan, method, seed), metrics, provenance, CONVENTIONS, run, rows)
 
 
@@ -342,3 +343,15 @@ def test_bars_and_curves(plan: Plan, table: Table, tmp_path: Path) -> None:
     assert sweep_curves(swept.methods, tmp_path / "sweep.png")
     with Image.open(tmp_path / "sweep.png") as picture:
         assert picture.size[0] > picture.size[1]
+
+
+def test_images_of_different_sizes_are_told_under_the_table(plan: Plan) -> None:
+    def told(*sides: int) -> str:
+        results = [
+            result(plan, method, 0, [20.0, 22.0], ["A", "B"], provenance={"image_size": side})
+            for method, side in zip(plan.methods, sides, strict=True)
+        ]
+        return "\n".join(make_table(plan, results).notes)
+
+    assert "The sides of the images differ, 64 pixels: VAEVQ_50% & co; 256 pixels: VQGAN." in told(256, 64)
+    assert "sides of the images" not in told(256, 256)

@@ -13,7 +13,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.core.names import listed
+from vaevq_med.core.names import in_one_line, listed
 
 GROUP = "vaevq_med.components"
 OWN = "vaevq_med"
@@ -126,12 +126,34 @@ def build(definition: Any, base: type, *, own: str = OWN) -> Any:
         own: the part of this package that they may lie in.
 
     Raises:
-        ComponentError: see :func:`resolve`.
+        ComponentError: see :func:`resolve` and :func:`constructed`.
     """
     if isinstance(definition, Mapping):
         built = {key: build(value, base, own=own) for key, value in definition.items() if key != "_notes_"}
         target = built.pop("_target_", None)
-        return built if target is None else resolve(target, base, own=own)(**built)
+        return built if target is None else constructed(resolve(target, base, own=own), built, f"component {target}")
     if isinstance(definition, list):
         return [build(value, base, own=own) for value in definition]
     return definition
+
+
+def constructed(kind: Callable[..., Any], arguments: Any, what: str) -> Any:
+    """What a class makes of the arguments that a file gives, which may be of any names, types and sizes.
+
+    Args:
+        kind: the class.
+        arguments: by name.
+        what: what messages call the class.
+
+    Raises:
+        ComponentError: the class takes others; the line has what it said.
+    """
+    try:
+        return kind(**arguments)
+    except VaevqMedError:
+        raise
+    except Exception as error:  # whatever a class raises of values that it does not check
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ComponentError(
+            f"{what}: found arguments that it does not take ({in_one_line(said)[:200]}), expected those of its own file"
+        ) from error

@@ -115,6 +115,7 @@ class EvaluationHandler:
                 "checkpoint_sha256": self.stored.sha256,
                 "iteration": self.stored.iteration,
                 "weights": self.stored.weights,
+                "image_size": self.stored.value("image_size", None),
             }
             if "adopted" in self.stored.data:
                 record["adopted"] = dict(self.stored.data["adopted"])

@@ -55,6 +55,7 @@ def adapted(
     files: tuple[Path, ...],
     quantizer: Mapping[str, Any] | None = None,
     latent_channels: int | None = None,
+    notes: tuple[str, ...] = (),
 ) -> Adopted:
     """The tokenizer.
 
@@ -68,6 +69,7 @@ def adapted(
         files: of which it is made.
         quantizer: definition; None for a continuous latent.
         latent_channels: of a continuous latent.
+        notes: what the user has to be told.
     """
     channels = options.in_channels or own_channels
     ranged = {"value_range": list(numbers(options.value_range, "value_range"))} if options.value_range else {}
@@ -86,5 +88,5 @@ def adapted(
         files=files,
         depth=options.depth,
         latent_channels=latent_channels,
-        notes=(REPEATED,) if channels != own_channels else (),
+        notes=(*notes, *((REPEATED,) if channels != own_channels else ())),
     )

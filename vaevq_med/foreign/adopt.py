@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vaevq_med.core.components import build
+from vaevq_med.core.components import ComponentError, build
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.files import file_sha256
+from vaevq_med.core.names import in_one_line
 from vaevq_med.foreign.base import Adopted, AdoptOptions, Kind
 from vaevq_med.foreign.errors import ForeignError
 from vaevq_med.foreign.folders import numbers
@@ -80,7 +81,7 @@ class Adopt:
         if self.output.exists() and not (self.overwrite and self.output.is_file()):
             raise ForeignError(f"{self.output}: found something there, expected nothing; --overwrite replaces a file")
         kind = kind_of(self.kind)()
-        adopted = kind.read(self.source, self.options)
+        adopted = _read(kind, self.source, self.options)
         definition = dict(adopted.definition)
         measured: dict[str, Any] = {}
         if adopted.latent_channels is not None:
@@ -151,6 +152,25 @@ class Adopt:
             ) from None
 
 
+def _read(kind: Kind, source: Path, options: AdoptOptions) -> Adopted:
+    """What a kind reads; of values that it does not check, and of which Python or PyTorch complains, a line.
+
+    Raises:
+        VaevqMedError: the source is something else.
+    """
+    try:
+        return kind.read(source, options)
+    except (
+        *(TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError, RuntimeError),
+        UnicodeError,
+    ) as error:
+        line = (str(error).strip().splitlines() or ["no reason given"])[0]
+        raise ForeignError(
+            f"{source}: found values that do not belong in it ({type(error).__name__}: {in_one_line(line)[:160]}), "
+            f"expected those of {kind.title}: {kind.source}"
+        ) from error
+
+
 def _ranges(quantizer: Mapping[str, Any]) -> list[str]:
     pairs = list(dict.fromkeys(zip(quantizer["low"], quantizer["high"], strict=True)))
     told = [f"{low:.3g} to {high:.3g}" for low, high in pairs]
@@ -163,7 +183,10 @@ def _built(definition: Mapping[str, Any], state: Mapping[str, Tensor], source: P
     Raises:
         VaevqMedError: tensors are missing, left over, or of another shape.
     """
-    network: Any = build(definition, nn.Module, own="vaevq_med.networks")
+    try:
+        network: Any = build(definition, nn.Module, own="vaevq_med.networks")
+    except ComponentError as error:
+        raise ForeignError(f"{source}: {error}") from error
     assert isinstance(network, Tokenizer)
     own = network.state_dict()
     missing, left = [name for name in own if name not in state], [name for name in state if name not in own]
@@ -218,6 +241,11 @@ def _try(network: Tokenizer, adopted: Adopted, source: Path) -> None:
             f"{source}: found a latent of shape {shape} and an image of {list(decoded.shape[1:])} for one of "
             f"{list(images.shape[1:])}, expected {wanted} and an image of the same shape"
         )
+    for name, values in (("a latent", latent), ("an image", decoded)):
+        if not bool(torch.isfinite(values).all()):
+            raise ForeignError(
+                f"{source}: found {name} with values that are NaN or infinite, of a blank image, expected finite ones"
+            )
 
 
 @torch.inference_mode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        found = "no file" if isinstance(error, FileNotFoundError) else f"no JSON ({error})"
+    except (OSError, ValueError, RecursionError) as error:
+        found = "no file" if isinstance(error, FileNotFoundError) else f"no JSON ({str(error)[:120]})"
         raise ForeignError(f"{path}: found {found}, expected the network's configuration") from None
     if not isinstance(content, dict):
         raise ForeignError(f"{path}: found {type(content).__name__}, expected an object of JSON")
@@ -80,8 +81,8 @@ def numbers(text: str, name: str) -> tuple[float, float]:
         low, high = (float(part) for part in text.split(","))
     except ValueError:
         low, high = 0.0, 0.0
-    if not low < high:
+    if not low < high or not math.isfinite(high - low):
         raise ForeignError(
-            f"--{name.replace('_', '-')}: found {text!r}, expected two numbers, the smaller first, e.g. -1,1"
+            f"--{name.replace('_', '-')}: found {text!r}, expected two finite numbers, the smaller first, e.g. -1,1"
         )
     return low, high

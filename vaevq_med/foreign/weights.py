@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,70 +11,18 @@ import torch
 from torch import Tensor
 
 from vaevq_med.foreign.errors import ForeignError
+from vaevq_med.networks.weight_file import read_weight_file
 
-_POINTER = b"version https://git-lfs"
-_SAFETENSORS = ".safetensors"
+_EXPECTED = "a file of weights: tensors by name alone (TorchScript programs are of the kind torchscript)"
 
 
 def read_content(path: Path) -> Any:
-    """What a file of weights holds: of ``.safetensors`` its tensors, of any other what ``torch.save`` was given.
+    """What a file of weights holds, see :func:`vaevq_med.networks.weight_file.read_weight_file`.
 
     Raises:
         ForeignError: it is missing, a pointer of Git LFS, damaged, or a pickle that holds more than data.
     """
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "no file"
-        raise ForeignError(f"{path}: found {found}, expected a file of weights")
-    with path.open("rb") as file:
-        head = file.read(200)
-    if head.startswith(_POINTER):
-        size = re.search(rb"^size (\d+)", head, flags=re.MULTILINE)
-        meant = f"the {int(size[1]):,} bytes that it" if size else "what it"
-        raise ForeignError(
-            f"{path}: found a pointer of Git LFS in place of the weights, expected {meant} points to: git lfs pull"
-        )
-    if path.suffix == _SAFETENSORS:
-        return _read_safetensors(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ForeignError(f"{path}: {_complaint(str(error))}") from None
-
-
-def _complaint(said: str) -> str:
-    """What torch says of a file, in one line of found and expected."""
-    if "TorchScript archive" in said:
-        return "found a TorchScript archive, a program, expected a file of weights; the kind torchscript reads such"
-    blocked = re.search(r"GLOBAL ([\w.]+)", said) or re.search(r"(?:class|global|type) [`']?([\w.]+\.[\w.]+)", said)
-    if "weights_only" in said or "Weights only load failed" in said or "Unsupported operand" in said:
-        what = f" ({blocked[1]})" if blocked else ""
-        return (
-            f"found a pickle of more than weights{what}, which could run code, expected tensors by name alone; where "
-            "you trust its maker, load it there and save its state dictionary"
-        )
-    first = (said.strip().splitlines() or ["no reason given"])[0]
-    return f"found a damaged or truncated file ({first[:120]}), expected a file of weights"
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        try:
-            header = json.loads(file.read(length)) if length <= size - 8 else None
-            ends = [entry["data_offsets"][1] for name, entry in (header or {}).items() if name != "__metadata__"]
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise ForeignError(f"{path}: found no header of safetensors, expected a file of weights") from None
-    whole = 8 + length + max(ends, default=0)
-    if size < whole:
-        raise ForeignError(f"{path}: found {size:,} bytes of safetensors, expected {whole:,}: the file is truncated")
-    try:
-        return load_file(path)
-    except Exception as error:
-        first = (str(error).strip().splitlines() or ["no reason given"])[0]
-        raise ForeignError(f"{path}: found a damaged file ({first}), expected safetensors") from None
+    return read_weight_file(path, _EXPECTED, ForeignError)
 
 
 def is_tensors(value: Any) -> bool:

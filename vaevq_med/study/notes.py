@@ -51,6 +51,7 @@ def _tokenizer_notes(plan: Plan, results: Sequence[RowResult], methods: Sequence
         who = ", ".join(continuous)
         yield f"{who}: continuous, no indices hold what is decoded; left out of the tests and the bold."
     yield from _given(results)
+    yield from _sides(results)
     yield from _stages(methods)
     yield from _missing(plan, results)
 
@@ -132,6 +133,21 @@ def _given(results: Sequence[RowResult]) -> Iterator[str]:
         )
         latent = told.get("latent", {}).get("how")
         yield f"{method.title}: {source}; not trained here{f'; range of its latent {latent}' if latent else ''}."
+
+
+def _sides(results: Sequence[RowResult]) -> Iterator[str]:
+    """Which rows are of images of another size, so that their figures are of other pixels."""
+    found: dict[int, list[str]] = {}
+    for result in results:
+        side = result.provenance.get("image_size")
+        if isinstance(side, int) and result.row.method.title not in found.setdefault(side, []):
+            found[side].append(result.row.method.title)
+    if len(found) > 1:
+        told = "; ".join(f"{side} pixels: {', '.join(titles)}" for side, titles in sorted(found.items()))
+        yield (
+            f"The sides of the images differ, {told}. Their figures are of the same slices at different sizes: PSNR, "
+            "SSIM and the like, bits an image and the tests do not compare tokenizers of different sizes."
+        )
 
 
 def _stages(methods: Sequence[MethodResult]) -> Iterator[str]:

@@ -320,15 +320,40 @@ def foreign_packages(definition: Any) -> list[str]:
     return sorted({*own, *(name for item in inner for name in foreign_packages(item))} - {OWN})
 
 
+def told_by_parts(network: nn.Module, name: str) -> dict[str, str]:
+    """What the classes of a network's parts say of what they need, as adapters of other packages' networks do.
+
+    Args:
+        network: built.
+        name: of the class attribute, texts or a mapping of them: ``needed_packages``, ``needed_trust``.
+    """
+    found: dict[str, str] = {}
+    for part in network.modules():
+        told = getattr(type(part), name, ())
+        found |= told if isinstance(told, Mapping) else dict.fromkeys(told, "")
+    return found
+
+
 def _loading(facts: CardFacts) -> Iterator[str]:
     packages = foreign_packages(facts.stored.value("network_def"))
-    command = "".join(f" --trusted {name}" for name in packages)
-    bundle = f' --trusted "{packages!r}"' if packages else ""
+    programs = told_by_parts(facts.network, "needed_trust")
+    trusted = [*packages, *programs]
+    command = "".join(f" --trusted {name}" for name in trusted)
+    bundle = f' --trusted "{trusted!r}"' if trusted else ""
+    versions = facts.metadata.get("required_packages_version", {})
+    if needed := [
+        f"{name} {versions.get(name, '')}".strip() for name in told_by_parts(facts.network, "needed_packages")
+    ]:
+        yield f"It was packed with {', '.join(needed)}, whose classes it is built of: that has to be installed."
+        yield ""
     if packages:
         yield f"The network has parts of {', '.join(packages)}, whose code runs: it has to be installed and trusted."
         yield ""
+    for name, why in programs.items():
+        yield f"{why[0].upper()}{why[1:]}: load it where you trust its makers alone, by the word {name}."
+        yield ""
     kind = type(facts.stored).__name__
-    trust = [f"from {OWN}.core.components import trust", "", f"trust({packages!r})"] if packages else []
+    trust = [f"from {OWN}.core.components import trust", "", f"trust({trusted!r})"] if trusted else []
     yield from (
         f"Where `{OWN}` is installed, `FOLDER` being this bundle and `DATA` a data set of it:",
         "",
@@ -345,6 +370,12 @@ def _loading(facts: CardFacts) -> Iterator[str]:
         f'network = {kind}("FOLDER").network()',
         "```",
         "",
-        "Other commands take the folder wherever they take a checkpoint. Nothing in it is unpickled or run but the "
-        "configurations in `configs/`, which are programs of MONAI: read them before you run one of a stranger.",
+        "Other commands take the folder wherever they take a checkpoint. "
+        + (
+            "Its weights are programs, and so are the configurations in `configs/`, of MONAI: read those, too, before "
+            "you run one of a stranger."
+            if programs
+            else "Nothing in it is unpickled or run but the configurations in `configs/`, which are programs of MONAI: "
+            "read them before you run one of a stranger."
+        ),
     )

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ConfigDict, Field
 from torch import Tensor, nn
 
-from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.core.errors import DataError, VaevqMedError
 from vaevq_med.core.files import atomic_binary_writer
 from vaevq_med.core.names import in_one_line
+from vaevq_med.core.options import Options, expect
 from vaevq_med.images.reading import SHAPES, shape_of
 from vaevq_med.networks.weight_file import read_weight_file
 
@@ -54,7 +56,65 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def is_state_dict(state: object) -> bool:
     """Whether a file held tensors by name alone, as a packed bundle's does."""
-    return isinstance(state, Mapping) and bool(state) and all(isinstance(value, Tensor) for value in state.values())
+    return (
+        isinstance(state, Mapping)
+        and bool(state)
+        and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items())
+    )
+
+
+class _StartTold(Options):
+    """What the training says of the file that it started from."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    data: _DataTold | None = None
+
+
+class _DataTold(Options):
+    """What a checkpoint says of its data, as far as something is read of it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    patients: list[str | int] | None = None
+    started_from: _StartTold | None = None
+    tokens: dict[str, Any] | None = None
+    recipe: dict[str, Any] | None = None
+    adopted: dict[str, Any] | None = None
+
+
+class _Told(Options):
+    """What a checkpoint says beside its weights and its configuration; who wrote it may have written anything."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    iteration: int = Field(default=0, ge=0)
+    extra: dict[str, Any] | None = Field(default=None, description="an object")
+    data: _DataTold | None = None
+    feature_weights: dict[str, str] | None = Field(default=None, description="an object of hashes")
+
+
+_DEEPEST = 64
+"""Objects and lists in one another, of what a checkpoint says: far more than any configuration has."""
+
+
+def _is_deep(value: Any) -> bool:
+    level = {id(value): value}
+    for _ in range(_DEEPEST):
+        inner = (one.values() if isinstance(one, Mapping) else one for one in level.values())
+        items = (item for one in inner if not isinstance(one, str | bytes | Tensor) for item in one)
+        level = {id(item): item for item in items if isinstance(item, Mapping | list | tuple)}
+        if not level:
+            return False
+    return True
+
+
+def _check_dense(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse tensors without plain numbers in memory."""
+    for name, value in tensors.items():
+        if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_nested:
+            kind = "without values (meta)" if value.is_meta else f"{value.dtype} {value.layout}".replace("torch.", "")
+            raise CheckpointError(f"{path}: found {in_one_line(name)}, a tensor {kind}, expected dense numbers")
 
 
 def as_checkpoint(state: Any, path: Path) -> dict[str, Any]:
@@ -69,16 +129,29 @@ def as_checkpoint(state: Any, path: Path) -> dict[str, Any]:
     """
     if not isinstance(state, dict) or "network" not in state:
         raise CheckpointError(f"{path}: found no 'network' entry, expected a checkpoint written by training")
-    if not is_state_dict(state["network"]):
-        raise CheckpointError(f"{path}: found a 'network' that is no state dictionary, expected tensors by name")
+    for name in ("network", "ema"):
+        if (name == "network" or state.get(name) is not None) and not is_state_dict(state[name]):
+            raise CheckpointError(f"{path}: found a {name!r} that is no state dictionary, expected tensors by name")
+        _check_dense(state.get(name) or {}, path)
     if state.get("format", FORMAT) != FORMAT:
         raise CheckpointError(f"{path}: found checkpoint format {state['format']}, expected {FORMAT}")
     try:
         config = json.loads(state.get("config") or "{}")
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: found a 'config' that is no JSON object, expected the training's configuration")
+    told = {name: state[name] for name in _Told.model_fields if name in state}
+    if _is_deep([config, told]):
+        raise CheckpointError(
+            f"{path}: found objects within objects, more than {_DEEPEST} deep, expected the settings of a training"
+        )
+    patients = told["data"].get("patients") if isinstance(told.get("data"), Mapping) else None
+    try:
+        _Told.read(told, str(path))
+        expect(not isinstance(patients, str | int | float), f"{path}: data.patients", patients, "a list of names")
+    except (DataError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(str(error) if isinstance(error, DataError) else f"{path}: {error}") from None
     return state
 
 

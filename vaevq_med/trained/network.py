@@ -16,6 +16,7 @@ from torch import nn
 from vaevq_med.core.components import ComponentError, build, resolve
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.files import file_sha256
+from vaevq_med.core.options import is_int
 from vaevq_med.networks.base import Tokenizer
 from vaevq_med.networks.generators.base import Generator
 from vaevq_med.networks.weights import read_weights
@@ -25,7 +26,9 @@ from vaevq_med.trained.patients import TrainingPatients
 
 # The part of this package that a network's definition may name.
 _OWN = "vaevq_med.networks"
-
+_SIZES = ("image_size", "in_channels", "depth")
+"""Settings that are whole numbers; None of a run without one, where that may be."""
+_LARGEST = 2**16
 
 _TOKENIZER = "that of a tokenizer, such as vaevq_med.networks.VisualTokenizer"
 
@@ -56,8 +59,13 @@ def _plain(value: Any, config: Mapping[str, Any], path: Path, depth: int = 0) ->
     if isinstance(value, str):
         if value.startswith("@"):
             found: Any = config
-            for key in value[1:].replace("::", "#").split("#"):
-                found = found[int(key)] if isinstance(found, list) else found[key]
+            try:
+                for key in value[1:].replace("::", "#").split("#"):
+                    found = found[int(key)] if isinstance(found, list) else found[key]
+            except (KeyError, IndexError, TypeError, ValueError):
+                raise CheckpointError(
+                    f"{path}: found the reference {value[:80]!r} to nothing, expected a setting of the run"
+                ) from None
             return _plain(found, config, path, depth + 1)
         if value.startswith(("$", "%")):
             raise CheckpointError(
@@ -119,10 +127,14 @@ class StoredNetwork:
         """
         if default and key not in self.config:
             return default[0]
-        try:
-            return _plain(self.config[key], self.config, self.path)
-        except (KeyError, IndexError) as error:
-            raise CheckpointError(f"{self.path}: found no setting {error}, expected the run's configuration") from error
+        if key not in self.config:
+            raise CheckpointError(f"{self.path}: found no setting {key!r}, expected the run's configuration")
+        found = _plain(self.config[key], self.config, self.path)
+        if key in _SIZES and not (is_int(found, 1, _LARGEST) or (found is None and default)):
+            raise CheckpointError(
+                f"{self.path}: {key} is {str(found)[:80]!r}; expected a whole number from 1 to {_LARGEST}"
+            )
+        return found
 
     @property
     def iteration(self) -> int:
@@ -198,7 +210,10 @@ class StoredNetwork:
     def _build(self, kind: type[nn.Module], expected: str) -> Any:
         """The network of this kind, with its weights, in evaluation mode."""
         definition = self.value("network_def")
-        network = build(definition, nn.Module, own=_OWN)
+        try:
+            network = build(definition, nn.Module, own=_OWN)
+        except VaevqMedError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
         if not isinstance(network, kind):
             raise CheckpointError(f"{self.path}: found a checkpoint of {_target(definition)}, expected {expected}")
         load_state(network, self.tensors, self.path, "network", "the one that its own network_def describes")
@@ -283,7 +298,9 @@ class StoredTokenizer(StoredNetwork):
     @property
     def readout(self) -> str | None:
         """How the quantizer is decoded, or None where that is not said."""
-        return self._readout or self.value("network_def")["quantizer"].get("readout")
+        definition = self.value("network_def")
+        quantizer = definition.get("quantizer") if isinstance(definition, Mapping) else None
+        return self._readout or (quantizer.get("readout") if isinstance(quantizer, Mapping) else None)
 
     def network(self) -> Tokenizer:
         """Build the tokenizer and load its weights.

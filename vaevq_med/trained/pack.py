@@ -18,7 +18,7 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.files import atomic_binary_writer, atomic_write_text, file_sha256
 from vaevq_med.core.maker import MADE_BY
 from vaevq_med.core.resources import bundle_path, overlay_files
-from vaevq_med.trained.card import CardFacts, model_card
+from vaevq_med.trained.card import CardFacts, model_card, told_by_parts
 from vaevq_med.trained.figures import Evaluation
 from vaevq_med.trained.file import stored_shape
 from vaevq_med.trained.network import StoredNetwork
@@ -88,6 +88,7 @@ class BundlePack:
                 "output, or remove what is there to replace it"
             )
         network = stored.network()
+        _check_finite(stored)
         evaluation = None if self.metrics is None else Evaluation.read(self.metrics)
         if evaluation is not None and self.metrics is not None:
             evaluation.check_of(stored.sha256, stored.weights, self.metrics)
@@ -183,6 +184,15 @@ def _kind(source: Path) -> type[StoredNetwork]:
     return kind
 
 
+def _check_finite(stored: StoredNetwork) -> None:
+    """Refuse weights that nobody can use."""
+    for name, value in stored.tensors.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise VaevqMedError(
+                f"{stored.path}: found {name} with values that are NaN or infinite, expected finite weights to pack"
+            )
+
+
 def _record(stored: StoredNetwork, *, hashes: bool) -> TrainingRecord:
     """All that is known of the training and may be given away."""
     config: dict[str, Any] = {k: value for k, value in stored.config.items() if isinstance(value, int | float | bool)}
@@ -231,7 +241,12 @@ def _metadata(source: Path, stored: StoredNetwork, network: nn.Module, evaluatio
     name = stored.data.get("name") or "unknown"
     metadata["data_source"] = f"data set: {name} (the bundle is made for {metadata['data_source']})"
     if isinstance(adopted := stored.data.get("adopted"), Mapping):  # weights of others have their own
-        metadata["license"] = str(adopted.get("license", "unknown"))
+        metadata |= _of_others(adopted)
+        for side in ("inputs", "outputs"):
+            for specification in metadata["network_data_format"][side].values():
+                specification["modality"] = "unknown"
+    for package in told_by_parts(network, "needed_packages"):
+        metadata["required_packages_version"][package] = version(package).split("+")[0]
     formats = metadata["network_data_format"]
     given = input_shape(stored, network)
     made = output_of(network, given).shape[1:]
@@ -245,6 +260,30 @@ def _metadata(source: Path, stored: StoredNetwork, network: nn.Module, evaluatio
     if evaluation is not None:
         metadata["eval_metrics"] = {figure.name: round(figure.value, 6) for figure in evaluation.figures}
     return metadata
+
+
+def _of_others(adopted: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata of a network that others trained: what is known of it, in place of what a bundle says of its own."""
+    title = str(adopted.get("title", "a network of others"))
+    files = adopted.get("files")
+    names = ", ".join(map(str, files)) if isinstance(files, Mapping) and files else "files that are not known"
+    license = str(adopted.get("license", "unknown"))
+    return {
+        "name": f"Taken over: {title}",
+        "task": "Visual tokenization by a network of others",
+        "description": f"{title}, taken over from {names} (adopt {adopted.get('kind', '')}); not trained here",
+        "authors": f"those of the weights, who are not known here: {title}",
+        "copyright": f"that of the weights' authors; their license: {license}",
+        "license": license,
+        "references": [title],
+        "data_source": "that of the training is not known here",
+        "image_classes": "an image in [-1, 1]",
+        "pred_classes": "the reconstructed image in [-1, 1]",
+        "intended_use": (
+            f"Research, to compare tokenizers, within the license of the weights ({license}); not a medical device"
+        ),
+        "changelog": {version("vaevq_med"): "taken over"},
+    }
 
 
 def _files_of(folder: Path) -> list[str]:

@@ -117,9 +117,10 @@ def read_trained(path: str | Path) -> dict[str, Any]:
         return as_checkpoint(state, file)
     record = _record_of(file)
     if record is not None:
+        found = as_checkpoint(record.as_state(state), file)
         _check_unchanged(file, record, state)
-        return record.as_state(state)
-    return _before_records(file, state)
+        return found
+    return as_checkpoint(_before_records(file, state), file)
 
 
 def is_described(file: Path) -> bool:
@@ -147,6 +148,8 @@ def _parsed(text: str, where: str) -> TrainingRecord:
         return TrainingRecord.read(values, where)
     except VaevqMedError as error:
         raise CheckpointError(str(error)) from None
+    except RecursionError:
+        raise CheckpointError(f"{where}: found objects too deep in one another, expected a training's record") from None
 
 
 def _text(path: Path) -> str:

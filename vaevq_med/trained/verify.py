@@ -17,8 +17,9 @@ import torch
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.files import file_sha256
 from vaevq_med.core.maker import MADE_BY
+from vaevq_med.networks.weight_file import header_of
 from vaevq_med.trained.network import StoredNetwork
-from vaevq_med.trained.packed import MODELS, WEIGHTS, weights_file
+from vaevq_med.trained.packed import HEADER, MODELS, RECORD, WEIGHTS, weights_file
 from vaevq_med.trained.passing import input_shape, output_of
 
 _METADATA: Mapping[str, type] = {
@@ -54,6 +55,11 @@ class BundleVerify:
         """
         weights_file(self.folder)  # refuses what is no bundle
         made = _object(self.folder / MADE_BY)
+        if not {"network", "files"} & made.keys():
+            raise VaevqMedError(
+                f"{self.folder / MADE_BY}: found neither the network's hash nor those of files, expected what bundle "
+                f"pack wrote: {_AGAIN}"
+            )
         yield self._check_files(made)
         stored = self._stored(made)
         yield f"weights: those that were packed, {stored.content_hash[:19]}..., of iteration {stored.iteration}"
@@ -95,7 +101,17 @@ class BundleVerify:
                         f"{path}: found weights of {kept[name].content_hash[:19]}, expected "
                         f"{str(made['network'])[:19]}, as {MADE_BY} says: {_AGAIN}"
                     )
+        self._check_records()
         return next(iter(kept.values()))
+
+    def _check_records(self) -> None:
+        """Refuse a header of weights that says something else than the record beside them."""
+        weights, beside = (self.folder / MODELS / name for name in ("model.safetensors", RECORD))
+        header = header_of(weights).get(HEADER) if weights.is_file() else None
+        if header is not None and beside.is_file() and json.loads(header) != _object(beside):
+            raise VaevqMedError(
+                f"{beside}: found another record than that in the header of {weights.name}, expected the same: {_AGAIN}"
+            )
 
 
 def _check_metadata(metadata: Mapping[str, Any], path: Path) -> Mapping[str, Any]:

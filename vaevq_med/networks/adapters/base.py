@@ -7,9 +7,10 @@ grid, so that codes, indices and bits mean what they mean everywhere.
 from __future__ import annotations
 
 import importlib
+import math
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -37,10 +38,15 @@ class ForeignTokenizer(Tokenizer):
 
     Attributes:
         in_channels: image channels C.
+        needed_packages: whose classes it builds.
+        needed_trust: what the user has to trust for it to be loaded, and why.
 
     Raises:
         VaevqMedError: channels or a range that cannot be.
     """
+
+    needed_packages: ClassVar[tuple[str, ...]] = ()
+    needed_trust: ClassVar[Mapping[str, str]] = {}
 
     def __init__(
         self,
@@ -58,8 +64,8 @@ class ForeignTokenizer(Tokenizer):
             raise VaevqMedError(
                 f"in_channels is {in_channels}; expected {own_channels}, as the foreign network has, or 1, repeated"
             )
-        if len(value_range) != 2 or not value_range[0] < value_range[1]:
-            raise VaevqMedError(f"value_range is {list(value_range)}; expected a smaller and a larger number")
+        if len(value_range) != 2 or not -math.inf < value_range[0] < value_range[1] < math.inf:
+            raise VaevqMedError(f"value_range is {list(value_range)}; expected a smaller and a larger number, finite")
         self.quantizer = quantizer
         self.embedding_dim = quantizer.embedding_dim
         self.own_channels = own_channels
@@ -102,6 +108,7 @@ class ForeignTokenizer(Tokenizer):
     def decode(self, codes: Tensor) -> Tensor:
         """Images ``[B, C, H, W]``, nominally in [-1, 1], of codes or of a continuous latent."""
         images = (self.foreign_decode(codes) - self.low) * (2 / (self.high - self.low)) - 1
+        check_channels(images, self.own_channels, "the foreign network's output")
         return images if self.in_channels == self.own_channels else images.mean(dim=1, keepdim=True)
 
 
@@ -122,23 +129,3 @@ def needed(package: str, extra: str = "") -> Any:
         told = f"pip install vaevq_med[{extra}]" if extra else f"pip install {root}"
         found = "it is not installed" if getattr(error, "name", None) == root else f"it cannot be imported ({error})"
         raise VaevqMedError(f"package {root}: {found}, expected it for this tokenizer; {told}") from None
-
-
-def built(kind: Any, config: Any, what: str) -> Any:
-    """A foreign network of the arguments that its own file gives.
-
-    Args:
-        kind: its class.
-        config: the arguments by name.
-        what: what messages call the class.
-
-    Raises:
-        VaevqMedError: the class takes others.
-    """
-    try:
-        return kind(**cast(dict[str, Any], config))
-    except (TypeError, ValueError, KeyError, RuntimeError, NotImplementedError, AttributeError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise VaevqMedError(
-            f"{what}: found arguments that it does not take ({line}), expected those of its own file"
-        ) from None

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from vaevq_med.networks.adapters.base import ForeignTokenizer, built, needed
+from vaevq_med.core.components import constructed
+from vaevq_med.networks.adapters.base import ForeignTokenizer, needed
 from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.quantizers.base import Quantizer
 
@@ -28,6 +29,8 @@ class DiffusersKL(ForeignTokenizer):
         VaevqMedError: the package is not installed, or arguments that do not fit.
     """
 
+    needed_packages = ("diffusers",)
+
     def __init__(
         self,
         *,
@@ -36,7 +39,7 @@ class DiffusersKL(ForeignTokenizer):
         in_channels: int | None = None,
         value_range: Sequence[float] = (-1.0, 1.0),
     ) -> None:
-        network = built(needed("diffusers", "diffusers").AutoencoderKL, config, "AutoencoderKL")
+        network = constructed(needed("diffusers", "diffusers").AutoencoderKL, config, "AutoencoderKL")
         widths = list(network.config.block_out_channels)
         super().__init__(
             quantizer=quantizer,

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from vaevq_med.networks.adapters.base import ForeignTokenizer, built, needed
+from vaevq_med.core.components import constructed
+from vaevq_med.networks.adapters.base import ForeignTokenizer, needed
 from vaevq_med.networks.quantizers.base import Quantizer
 
 
@@ -24,6 +25,8 @@ class DiffusersVQ(ForeignTokenizer):
         VaevqMedError: the package is not installed, or arguments that do not fit.
     """
 
+    needed_packages = ("diffusers",)
+
     def __init__(
         self,
         *,
@@ -32,7 +35,7 @@ class DiffusersVQ(ForeignTokenizer):
         in_channels: int | None = None,
         value_range: Sequence[float] = (-1.0, 1.0),
     ) -> None:
-        network = built(needed("diffusers", "diffusers").VQModel, config, "VQModel")
+        network = constructed(needed("diffusers", "diffusers").VQModel, config, "VQModel")
         widths = list(network.config.block_out_channels)
         super().__init__(
             quantizer=quantizer,

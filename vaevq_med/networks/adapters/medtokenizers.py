@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from vaevq_med.core.components import constructed
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.networks.adapters.base import ForeignTokenizer, built, needed
+from vaevq_med.networks.adapters.base import ForeignTokenizer, needed
 from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.quantizers.base import Quantizer
 
@@ -17,6 +18,7 @@ from vaevq_med.networks.quantizers.base import Quantizer
 class _MedTokenizer(ForeignTokenizer):
     """What both have: the network, of the arguments in its ``config.json``."""
 
+    needed_packages = ("medtokenizers",)
     architecture: ClassVar[str]
 
     def __init__(
@@ -29,7 +31,7 @@ class _MedTokenizer(ForeignTokenizer):
     ) -> None:
         needed("medtokenizers", "medtokenizers")
         kind = getattr(importlib.import_module("medtokenizers.networks"), self.architecture)
-        network = built(kind, config, self.architecture)
+        network = constructed(kind, config, self.architecture)
         super().__init__(
             quantizer=quantizer,
             factors=[int(network.spatial_compression)] * int(network.dim),

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vaevq_med.networks.adapters.base import ForeignTokenizer, built
+from vaevq_med.core.components import constructed
+from vaevq_med.networks.adapters.base import ForeignTokenizer
 from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.quantizers.base import Quantizer
 
@@ -26,6 +27,8 @@ class MonaiKL(ForeignTokenizer):
         VaevqMedError: arguments that do not fit.
     """
 
+    needed_packages = ("monai",)
+
     def __init__(
         self,
         *,
@@ -35,7 +38,7 @@ class MonaiKL(ForeignTokenizer):
         value_range: Sequence[float] = (0.0, 1.0),
     ) -> None:
         kind = self.architecture()
-        network = built(kind, config, kind.__name__)
+        network = constructed(kind, config, kind.__name__)
         widths = list(config.get("channels") or config.get("num_channels") or (32, 64, 64, 64))
         super().__init__(
             quantizer=quantizer,

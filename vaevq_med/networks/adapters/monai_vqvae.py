@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from vaevq_med.networks.adapters.base import ForeignTokenizer, built
+from vaevq_med.core.components import constructed
+from vaevq_med.networks.adapters.base import ForeignTokenizer
 from vaevq_med.networks.quantizers.base import Quantizer
 
 
@@ -25,6 +26,8 @@ class MonaiVQVAE(ForeignTokenizer):
         VaevqMedError: arguments that do not fit.
     """
 
+    needed_packages = ("monai",)
+
     def __init__(
         self,
         *,
@@ -35,7 +38,7 @@ class MonaiVQVAE(ForeignTokenizer):
     ) -> None:
         from monai.networks.nets import VQVAE
 
-        network = built(VQVAE, config, "VQVAE")
+        network = constructed(VQVAE, config, "VQVAE")
         super().__init__(
             quantizer=quantizer,
             factors=[math.prod(step[0] for step in network.encoder.downsample_parameters)] * network.spatial_dims,

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -65,6 +65,9 @@ class TorchScriptPair(ForeignTokenizer):
         VaevqMedError: the user has not trusted TorchScript.
     """
 
+    needed_trust: ClassVar[Mapping[str, str]] = {
+        TRUST: "its weights are programs of TorchScript, whose code runs where they are loaded"
+    }
     encoder_archive: Tensor
     decoder_archive: Tensor
 
