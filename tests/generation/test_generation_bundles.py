@@ -783,7 +783,8 @@ def test_inpainting_keeps_what_the_box_does_not_touch(
         changed = drawing("autoregressive", **{**inpaint, "inpaint_box": box})
         assert "inpaint_box" in refusal("generate.json", changed, capsys)
     assert "both or neither" in refusal("generate.json", drawing("autoregressive", inpaint_box=[0, 0, 8, 8]), capsys)
-    assert "diffusion" in refusal("generate.json", drawing("diffusion", **inpaint), capsys)
+    said = refusal("generate.json", drawing("diffusion", **inpaint), capsys)
+    assert "found LatentDiffusionUNet, a generator of latents, expected one that inpaints (CoarseToFine, L" in said
 
 
 def test_two_codebooks_four_channels_and_no_labels(

@@ -143,7 +143,13 @@ def test_coarse_to_fine_from_the_clusters_to_a_picture(store: Path, tokenizer_pa
     parser = run("train_autoregressive.json", toy(store, tmp_path / "run", **chosen), "coarse_to_fine")
     figures = parser.get_parsed_content("validate#evaluator").state.metrics
     assert figures["perplexity"] == pytest.approx(math.exp(figures["loss"]))
+    table = parser.get_parsed_content("network").cluster_of.clone()
     clusters.unlink()
+    parser = run("train_autoregressive.json", toy(store, tmp_path / "run", **chosen, max_epochs=2), "coarse_to_fine")
+    assert parser.get_parsed_content("train#trainer").state.epoch == 2
+    assert torch.equal(parser.get_parsed_content("network").cluster_of, table)
+    with pytest.raises(SystemExit):
+        run("train_autoregressive.json", toy(store, tmp_path / "anew", **chosen), "coarse_to_fine")
     drawing = {
         "checkpoint_path": str(tmp_path / "run/checkpoints/best.pt"),
         "tokenizer_path": str(tokenizer_path),

@@ -15,6 +15,7 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.names import did_you_mean
 from vaevq_med.core.options import expect, is_int
 from vaevq_med.images.dataset import mix_seeds
+from vaevq_med.networks.generators.inpainting import inpainting_generators
 from vaevq_med.tokens.store import TokenDataset
 from vaevq_med.tokens.views import View
 from vaevq_med.trained.network import StoredGenerator
@@ -122,7 +123,11 @@ class SamplePlan(Dataset[dict[str, Any]]):
     def _known(self, tokens_dir: Path, split: str) -> TokenDataset:
         tokens = self.stored.tokens
         if tokens["kind"] != "indices":
-            raise VaevqMedError("inpaint_tokens: found a diffusion model, expected an autoregressive generator")
+            definition = self.stored.config.get("network_def")
+            target = str(definition.get("_target_") if isinstance(definition, dict) else None).rpartition(".")[2]
+            raise VaevqMedError(
+                f"inpaint_tokens: found {target}, a generator of {tokens['kind']}, expected {inpainting_generators()}"
+            )
         if len(tokens["grid"]) != 2:
             raise VaevqMedError("inpaint_tokens: found a generator of layers of volumes, expected one of images")
         return TokenDataset(

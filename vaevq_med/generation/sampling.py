@@ -15,6 +15,7 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.options import expect
 from vaevq_med.networks.base import Tokenizer
 from vaevq_med.networks.generators.base import Generator, Wanted
+from vaevq_med.networks.generators.inpainting import inpainting_generators
 from vaevq_med.trained.network import StoredGenerator
 from vaevq_med.training.base_evaluator import BaseEvaluator
 
@@ -138,8 +139,8 @@ class ImageSampler(BaseEvaluator):
         """Images ``[B, C, H, W]``, one a label and seed; the other arguments as for ``generate_indices``."""
         if known is not None and not self.network.inpaints:
             raise VaevqMedError(
-                f"inpaint_tokens: found {type(self.network).__name__}, which draws whole images alone, expected a "
-                "generator that inpaints"
+                f"inpaint_tokens: found {type(self.network).__name__}, which draws whole images alone, expected "
+                f"{inpainting_generators()}"
             )
         classes = labels if self.network.num_classes else None
         return self._draw(Wanted(classes, seeds, known, mask, self.autocast_dtype))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -16,11 +18,13 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
 
 
 def check_sizes(**sizes: int) -> None:
-    """Raise a VaevqMedError that names the first of the sizes that is below 1.
+    """Raise a VaevqMedError that names the first of the sizes that is no whole number, or below 1.
 
     >>> check_sizes(num_embeddings=8, embedding_dim=4)
     """
     for name, size in sizes.items():
+        if not isinstance(size, Integral) or isinstance(size, bool):
+            raise VaevqMedError(f"{name} is {size!r}; expected a whole number")
         if size < 1:
             raise VaevqMedError(f"{name} is {size}; expected at least 1")
 

@@ -19,8 +19,10 @@ from vaevq_med.core.components import trust
 from vaevq_med.core.errors import VaevqMedError, causes, foreseen
 from vaevq_med.core.options import expect, is_int
 from vaevq_med.images.manifest import load_manifest
+from vaevq_med.networks.initial import built_for_weights
 from vaevq_med.trained.device import named_device
 from vaevq_med.training import distributed
+from vaevq_med.training.checkpoint import resumed_file
 from vaevq_med.training.config import check_config
 from vaevq_med.training.current import own_config, running_parser
 from vaevq_med.training.lists import put_lists
@@ -63,14 +65,24 @@ def run(engine: Any) -> None:
         raise SystemExit(130)
 
 
+def _goes_on(parser: ConfigParser) -> bool:
+    """Whether the weights of the run's networks come from its own checkpoint."""
+    definition = parser.get("checkpoint")
+    if not isinstance(definition, Mapping) or not {"directory", "resume"} <= definition.keys():
+        return False
+    directory, resume = (parser.get_parsed_content(f"checkpoint#{name}") for name in ("directory", "resume"))
+    return resumed_file(directory, resume) is not None
+
+
 def _built(parser: ConfigParser, build: str) -> Any:
-    """Build what an id names.
+    """Build what an id names; the files that its networks start from are not read where the run goes on.
 
     Raises:
         VaevqMedError: naming the component that the configuration does not build.
     """
     try:
-        return parser.get_parsed_content(build)
+        with built_for_weights() if _goes_on(parser) else contextlib.nullcontext():
+            return parser.get_parsed_content(build)
     except Exception as error:
         if foreseen(error) is not None or os.environ.get(_TRACEBACK):
             raise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from vaevq_med.networks.generators.base import Wanted
 from vaevq_med.networks.generators.clusters import cluster_codewords
 from vaevq_med.networks.generators.coarse_to_fine import CoarseToFine
 from vaevq_med.networks.generators.drawing import TokenRule
+from vaevq_med.networks.initial import built_for_weights
 
 SIZES: dict[str, Any] = {"width": 8, "depth": 1, "fine_depth": 1, "num_heads": 2}
 K = 6
@@ -200,6 +203,18 @@ def test_clusters_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     file.write_bytes(b"nothing")
     with pytest.raises(VaevqMedError, match="found an unreadable file"):
         CoarseToFine(num_clusters=2, **options)
+    for wrong, complaint in [
+        ([[0, 0, 2, 2, 2, 0]], "found no codeword in the cluster 1, expected one or more in each"),
+        ([[0.0, 0.6, 1.0, 2.0, 2.0, 2.9]], "found clusters that are no whole numbers, expected whole numbers"),
+        ([[0.0, math.nan, 1.0, 2.0, 2.0, 2.0]], "found clusters that are no whole numbers"),
+        ([["a", "b", "c", "a", "b", "c"]], "found clusters of the type <U1, expected whole numbers"),
+    ]:
+        np.savez(file, cluster_of=np.array(wrong))
+        with pytest.raises(VaevqMedError, match=complaint):
+            CoarseToFine(num_clusters=3, **options)
+    np.savez(file, cluster_of=np.array([[0, 1, 2, 0, 1, 2], [0, 2, 2, 2, 2, 2]]))
+    with pytest.raises(VaevqMedError, match="found no codeword in the cluster 1 of the codebook 1"):
+        CoarseToFine(num_clusters=3, num_codebooks=2, **options)
     np.savez(file, cluster_of=np.array([[0, 1, 0, 1, 0, 1]]))
     with pytest.raises(VaevqMedError, match="found clusters 0 to 1, expected 0 to 2, as num_clusters is 3"):
         CoarseToFine(num_clusters=3, **options)
@@ -208,3 +223,52 @@ def test_clusters_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     assert CoarseToFine(num_clusters=2, **options).cluster_of.tolist() == [[0, 1, 0, 1, 0, 1]]
     with pytest.raises(VaevqMedError, match="clusters: found none, expected a file of clusters; make it with: vaevq"):
         CoarseToFine(num_clusters=2, **{**options, "clusters": None}).check_ready()
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"label_dropout": 1.5}, "label_dropout is 1.5; expected from 0 to below 1"),
+        ({"label_dropout": math.nan}, "label_dropout is nan; expected from 0 to below 1"),
+        ({"num_clusters": 2.0}, "num_clusters is 2.0; expected a whole number"),
+        ({"num_clusters": 0}, "num_clusters is 0; expected at least 1"),
+        ({"fine_depth": 1.5}, "fine_depth is 1.5; expected a whole number"),
+        ({"fine_depth": 0}, "fine_depth is 0; expected at least 1"),
+    ],
+)
+def test_numbers_out_of_their_range_are_refused(options: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(VaevqMedError, match=complaint):
+        CoarseToFine(**{"num_embeddings": 6, "num_clusters": 2, "grid_size": 2, **SIZES, **options})
+
+
+def test_clusters_of_another_tokenizer_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "clusters.npz"
+    options: dict[str, Any] = {"num_embeddings": 4, "num_clusters": 2, "grid_size": 2, "clusters": file, **SIZES}
+    tokens = {
+        "kind": "indices",
+        "grid": [2, 2],
+        "label": {"names": []},
+        "tokenizer": {"num_embeddings": 4, "num_codebooks": 1, "content_hash": "sha256:own"},
+    }
+    table = np.array([[0, 1, 0, 1]])
+    np.savez(file, cluster_of=table, provenance=np.array(json.dumps({"tokenizer": "sha256:own"})))
+    CoarseToFine(**options).check_fit(tokens, "tokens")
+    np.savez(file, cluster_of=table)  # which says nothing
+    CoarseToFine(**options).check_fit(tokens, "tokens")
+    np.savez(file, cluster_of=table, provenance=np.array(json.dumps({"tokenizer": "sha256:other"})))
+    network = CoarseToFine(**options)
+    complaint = "npz: found clusters of the tokenizer sha256:other, expected those of sha256:own, which made the tokens"
+    with pytest.raises(VaevqMedError, match=complaint):
+        network.check_fit(tokens, "tokens")
+    for provenance in ("[]", "no JSON"):
+        np.savez(file, cluster_of=table, provenance=np.array(provenance))
+        with pytest.raises(VaevqMedError, match="found an unreadable file"):
+            CoarseToFine(**options)
+
+
+def test_no_file_is_read_where_the_weights_follow(tmp_path: Path) -> None:
+    options = {"num_embeddings": 4, "num_clusters": 2, "grid_size": 2, "clusters": tmp_path / "none.npz", **SIZES}
+    with built_for_weights():
+        CoarseToFine(**options).prepare(lambda: torch.zeros(0))
+    with pytest.raises(VaevqMedError, match="found no clusters"):
+        CoarseToFine(**options)

@@ -11,9 +11,11 @@ from monai.networks.schedulers.rectified_flow import RFlowScheduler
 from torch import Tensor, nn
 
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.networks.generators.ddim import denoised
-from vaevq_med.networks.generators.flow import EulerSteps, FlowPath, FlowTransformer
-from vaevq_med.networks.generators.losses import FlowLoss
+from vaevq_med.networks.generators.ddim import denoised, ldm_scheduler
+from vaevq_med.networks.generators.flow import EulerSteps, FlowPath, FlowTransformer, FlowUNet
+from vaevq_med.networks.generators.latent_diffusion import LatentDiffusionUNet
+from vaevq_med.networks.generators.llamagen import LlamaGen
+from vaevq_med.networks.generators.losses import FlowLoss, LatentLoss
 
 
 def integrated(velocity: Any, noise: Tensor, num_steps: int) -> Tensor:
@@ -62,7 +64,7 @@ class Known(nn.Module):
 
     def __init__(self, answer: Any) -> None:
         super().__init__()
-        self.answer, self.null_class = answer, 3
+        self.answer, self.null_class, self.predicts = answer, 3, "velocity"
         self.given: dict[str, Tensor] = {}
 
     def measured_scale_factor(self) -> float:
@@ -129,6 +131,38 @@ def test_what_does_not_fit_is_refused() -> None:
         EulerSteps(0, FlowPath())
     with pytest.raises(VaevqMedError, match="direction_weight is -1; expected 0 or more"):
         FlowLoss(network=network, scheduler=FlowPath(), direction_weight=-1)
+    with pytest.raises(VaevqMedError, match="direction_weight is inf; expected 0 or more"):
+        FlowLoss(network=network, scheduler=FlowPath(), direction_weight=math.inf)
     with pytest.raises(VaevqMedError, match="found no scale factor; expected one measured"):
         FlowLoss(network=network, scheduler=FlowPath())(torch.zeros(1, 2, 4, 4), torch.zeros(1, dtype=torch.int64))
     assert math.isnan(network.scale_factor.item())
+
+
+def test_a_loss_refuses_a_network_and_a_schedule_of_something_else() -> None:
+    sizes: dict[str, Any] = {"in_channels": 2, "num_channels": 32, "channel_mult": (1, 2), "cross_attention_dim": 8}
+    noise, velocity = LatentDiffusionUNet(**sizes), FlowUNet(**sizes)
+    with pytest.raises(VaevqMedError, match="is a LatentDiffusionUNet, which predicts 'noise'; expected one"):
+        FlowLoss(network=noise, scheduler=FlowPath())
+    with pytest.raises(VaevqMedError, match=r"is a FlowUNet, which predicts 'velocity'; expected .* 'noise'"):
+        LatentLoss(network=velocity, scheduler=ldm_scheduler())
+    with pytest.raises(VaevqMedError, match="is a DDIMScheduler, of the prediction_type 'epsilon'; expected one of"):
+        FlowLoss(network=velocity, scheduler=ldm_scheduler())  # type: ignore[arg-type]
+    with pytest.raises(VaevqMedError, match="the scheduler's prediction_type is 'velocity'; expected 'epsilon'"):
+        LatentLoss(network=noise, scheduler=FlowPath())  # type: ignore[arg-type]
+    tokens = LlamaGen(num_embeddings=8, grid_size=2, width=8, depth=1, num_heads=2)
+    with pytest.raises(VaevqMedError, match="is a LlamaGen, which says of no latent what it predicts; expected"):
+        FlowLoss(network=tokens, scheduler=FlowPath())  # type: ignore[arg-type]
+
+
+def test_the_transformer_sees_the_same_times_on_every_scale() -> None:
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"in_channels": 2, "width": 16, "depth": 1, "num_heads": 2}
+    networks = [FlowTransformer(**options), FlowTransformer(**options, num_train_timesteps=10)]
+    with torch.no_grad():
+        for parameter in networks[0].parameters():
+            parameter.normal_(std=0.3)
+    networks[1].load_state_dict(networks[0].state_dict())
+    x, times = torch.randn(2, 2, 3, 3), torch.tensor([0.25, 0.5])
+    torch.testing.assert_close(networks[1](x, 10 * times), networks[0](x, 1000 * times))
+    with pytest.raises(VaevqMedError, match=r"num_train_timesteps is 10 in the network; expected that of the .*, 1000"):
+        FlowLoss(network=networks[1], scheduler=FlowPath())

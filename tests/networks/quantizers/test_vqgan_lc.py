@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from vaevq_med.cli.app import app
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks.initial import built_for_weights
 from vaevq_med.networks.quantizers import VQGANLC
 from vaevq_med.networks.quantizers.vqgan_lc import read_features
 from vaevq_med.trained.network import StoredTokenizer
@@ -118,6 +119,14 @@ def test_files_that_do_not_fit_are_refused_in_one_line(tmp_path: Path, capsys: p
         VQGANLC(num_embeddings=5, embedding_dim=2, num_features=0)
 
 
+def test_no_file_is_read_where_the_weights_follow(tmp_path: Path) -> None:
+    with built_for_weights():
+        quantizer = VQGANLC(num_embeddings=5, embedding_dim=2, num_features=3, features=tmp_path / "none.npz")
+    assert quantizer.features.shape == (5, 3)
+    with pytest.raises(VaevqMedError, match="found no feature codebook"):
+        VQGANLC(num_embeddings=5, embedding_dim=2, num_features=3, features=tmp_path / "none.npz")
+
+
 @pytest.mark.peer
 def test_it_agrees_with_a_frozen_codebook_of_vector_quantize_pytorch() -> None:
     """Outputs, indices, losses and gradients; the peer's SimVQ with a frozen codebook of another width is the method.
@@ -171,6 +180,10 @@ def test_the_command_makes_what_the_overlay_trains_on_and_an_evaluation_does_wit
     expected = (raw - raw.mean(dim=0)) @ (raw - raw.mean(dim=0)).T
     torch.testing.assert_close(kept / kept.trace(), expected / expected.trace())
     path.unlink()
+    further = run_bundle("train.json", {**overrides, "max_epochs": 2}, "vqgan_lc", run_id="training")
+    assert further.get_parsed_content("train#trainer").state.epoch == 2
+    assert torch.equal(further.get_parsed_content("network").quantizer.features, quantizer.features)
+    quantizer = further.get_parsed_content("network").quantizer
     stored = StoredTokenizer(Path(overrides["output_dir"]) / "checkpoints" / "last.pt", weights="network")
     assert stored.value("network_def")["quantizer"]["features"] is None
     assert torch.equal(stored.network().quantizer.codebook(), quantizer.codebook())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -47,23 +49,44 @@ def cluster_codewords(
     return first.argsort().argsort()[numbers].astype(np.int64)
 
 
-def read_clusters(path: str | Path) -> Tensor:
-    """Clusters ``[G, K]`` of a file that ``vaevq-med cluster-codebook`` wrote; nothing in it can run.
+@dataclass(frozen=True)
+class Clusters:
+    """What a file of clusters holds.
+
+    Attributes:
+        cluster_of: int64 ``[G, K]``.
+        tokenizer: content hash of the tokenizer whose codewords they are of; None where the file does not say.
+    """
+
+    cluster_of: Tensor
+    tokenizer: str | None
+
+
+def read_clusters(path: str | Path) -> Clusters:
+    """Clusters of a file that ``vaevq-med cluster-codebook`` wrote; nothing in it can run.
 
     Raises:
-        VaevqMedError: there is no such file, or no clusters in it.
+        VaevqMedError: there is no such file, or there are no clusters in it, or they are no whole numbers.
     """
     path = Path(path)
     if not path.is_file():
         raise VaevqMedError(f"{path}: found no clusters, expected a file made by: {MAKE}")
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return torch.from_numpy(archive["cluster_of"].astype(np.int64))
+            found = archive["cluster_of"]
+            said = json.loads(str(archive["provenance"])) if "provenance" in archive.files else {}
+            tokenizer = said.get("tokenizer")
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise VaevqMedError(
             f"{path}: found an unreadable file ({reason}), expected clusters made by: {MAKE}"
         ) from error
+    whole = found.dtype.kind in "iu" or (found.dtype.kind == "f" and bool((found == np.trunc(found)).all()))
+    if not whole or (found.dtype.kind == "f" and not np.isfinite(found).all()):
+        numbers = found.dtype.kind == "f"
+        what = "clusters that are no whole numbers" if numbers else f"clusters of the type {found.dtype}"
+        raise VaevqMedError(f"{path}: found {what}, expected whole numbers, made by: {MAKE}")
+    return Clusters(torch.from_numpy(found.astype(np.int64)), tokenizer)
 
 
 def check_clusters(found: Tensor, shape: torch.Size, num_clusters: int, where: str) -> Tensor:
@@ -76,7 +99,7 @@ def check_clusters(found: Tensor, shape: torch.Size, num_clusters: int, where: s
         where: what they were read from, for the message.
 
     Raises:
-        VaevqMedError: the shape is another, or they are not C clusters.
+        VaevqMedError: the shape is another, or they are not C clusters, or one has no member.
     """
     if found.shape != shape:
         raise VaevqMedError(f"{where}: found clusters of {list(found.shape)} codewords, expected {list(shape)}")
@@ -86,4 +109,11 @@ def check_clusters(found: Tensor, shape: torch.Size, num_clusters: int, where: s
             f"{where}: found clusters {low} to {high}, expected 0 to {num_clusters - 1}, as num_clusters is "
             f"{num_clusters}"
         )
+    for book, row in enumerate(found):
+        empty = (torch.bincount(row, minlength=num_clusters) == 0).nonzero().flatten().tolist()
+        if empty:
+            of = f" of the codebook {book}" if len(found) > 1 else ""
+            raise VaevqMedError(
+                f"{where}: found no codeword in the cluster {empty[0]}{of}, expected one or more in each"
+            )
     return found

@@ -33,7 +33,9 @@ from vaevq_med.networks.generators.llama_blocks import axial_rotations
 from vaevq_med.networks.generators.llamagen import LlamaGen
 from vaevq_med.networks.generators.static_steps import StepStore
 from vaevq_med.networks.generators.token_generator import TOKEN_SETTINGS, TokenGenerator
-from vaevq_med.networks.generators.trunk import make_blocks, start
+from vaevq_med.networks.generators.trunk import check_shares, make_blocks, start
+from vaevq_med.networks.initial import weights_follow
+from vaevq_med.networks.ranges import check_sizes
 
 # Logits that the loss holds at once: 64 MiB in fp32.
 _CHUNK = 2**24
@@ -53,7 +55,8 @@ class CoarseToFine(TokenGenerator):
         num_classes: labels are below it, and it is the null class; 0 for none.
         num_codebooks: G, indices a position.
         clusters: file of the clusters, which ``vaevq-med cluster-codebook`` writes; it is read when a new run starts,
-            and never where the weights come from a checkpoint.
+            and never where the weights come from a checkpoint. Where it says of which tokenizer they are, tokens of
+            another one are refused.
         token_dropout: as for :class:`LlamaGen`, of both.
         attention_dropout: likewise.
         residual_dropout: likewise.
@@ -88,10 +91,10 @@ class CoarseToFine(TokenGenerator):
         label_dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        if not 1 <= num_clusters <= num_embeddings:
+        check_sizes(num_embeddings=num_embeddings, num_clusters=num_clusters, fine_depth=fine_depth)
+        if num_clusters > num_embeddings:
             raise VaevqMedError(f"num_clusters is {num_clusters}; expected 1 to the {num_embeddings} codewords")
-        if fine_depth < 1:
-            raise VaevqMedError(f"fine_depth is {fine_depth}; expected at least 1")
+        check_shares(label_dropout=label_dropout)
         dropouts = {
             "attention_dropout": attention_dropout,
             "residual_dropout": residual_dropout,
@@ -123,13 +126,27 @@ class CoarseToFine(TokenGenerator):
         fine = nn.ModuleList([self.class_embedding, self.token_embedding, self.blocks, self.heads])
         start(fine, zero=self.heads)
         found = torch.full((num_codebooks, num_embeddings), -1)
-        if clusters is not None:
-            found = check_clusters(read_clusters(clusters), found.shape, num_clusters, str(clusters))
+        self._made_of: tuple[str, str] | None = None
+        if clusters is not None and not weights_follow():
+            read = read_clusters(clusters)
+            found = check_clusters(read.cluster_of, found.shape, num_clusters, str(clusters))
+            self._made_of = None if read.tokenizer is None else (read.tokenizer, str(clusters))
         self.register_buffer("cluster_of", found)
 
+    def check_fit(self, tokens: Mapping[str, Any], where: str) -> None:
+        """Refuse tokens of other sizes, or of another tokenizer than the one whose codewords were clustered."""
+        super().check_fit(tokens, where)
+        found = tokens["tokenizer"].get("content_hash")
+        if self._made_of is not None and found is not None and found != self._made_of[0]:
+            raise VaevqMedError(
+                f"{self._made_of[1]}: found clusters of the tokenizer {self._made_of[0][:19]}, expected those of "
+                f"{found[:19]}, which made the tokens {where}; make them with: {MAKE}"
+            )
+
     def prepare(self, values: Callable[[], Tensor]) -> None:
-        """Refuse a network without clusters."""
-        self.check_ready()
+        """Refuse a network without clusters, but where they come with its weights."""
+        if not weights_follow():
+            self.check_ready()
 
     def check_ready(self) -> None:
         """Refuse a network without clusters."""

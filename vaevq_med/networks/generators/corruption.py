@@ -15,12 +15,14 @@ those of 2111.14822 in a form without a table of K by K.
 from __future__ import annotations
 
 import math
+import sys
 
 import torch
 from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.networks.ranges import check_choice
+from vaevq_med.core.options import is_int
+from vaevq_med.networks.ranges import check_choice, check_sizes
 
 PROCESSES = ("absorbing", "mask_replace", "uniform")
 
@@ -42,7 +44,7 @@ class Corruption:
         masked: ``c``, likewise.
 
     Raises:
-        VaevqMedError: there is no such process, or T is below 2.
+        VaevqMedError: there is no such process, or T is no whole number or below 2.
 
     Example:
         >>> Corruption("absorbing", num_embeddings=8, num_steps=4).masked.tolist()
@@ -51,6 +53,9 @@ class Corruption:
 
     def __init__(self, process: str, *, num_embeddings: int, num_steps: int) -> None:
         check_choice("process", process, PROCESSES)
+        check_sizes(num_embeddings=num_embeddings)
+        if not is_int(num_steps, 0, sys.maxsize):
+            raise VaevqMedError(f"num_steps is {num_steps!r}; expected a whole number, 2 or more")
         if num_steps < 2:
             raise VaevqMedError(f"num_steps is {num_steps}; expected 2 or more")
         self.process = process

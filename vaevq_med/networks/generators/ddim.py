@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from monai.networks.schedulers import DDIMScheduler
@@ -15,6 +15,7 @@ from vaevq_med.networks.base import Tokenizer
 from vaevq_med.networks.generators.base import Draw, Generator, Wanted
 from vaevq_med.networks.generators.captured import CudaGraphs, Graphs, Replayed
 from vaevq_med.networks.generators.drawing import check_guidance, guided_logits
+from vaevq_med.networks.generators.inpainting import inpainting_generators
 
 
 def ldm_scheduler(num_train_timesteps: int = 1000) -> DDIMScheduler:
@@ -97,10 +98,12 @@ class NoisePredictor(Generator):
     """A generator of latents that predicts the noise in them, called with ``x``, ``timesteps`` and ``context``.
 
     Attributes:
+        predicts: what it gives: ``noise``, or, of a flow, ``velocity``. A loss and a schedule are of one of the two.
         in_channels: D, channels of the latent.
     """
 
     kind = "latents"
+    predicts: ClassVar[str] = "noise"
     in_channels: int
 
     @abstractmethod
@@ -287,7 +290,7 @@ def latent_draws(make: Callable[..., Tensor], network: NoisePredictor, tokenizer
 
     def draw(wanted: Wanted) -> Tensor:
         if wanted.known is not None or wanted.mask is not None:
-            raise VaevqMedError("found known tokens for a diffusion model; expected an autoregressive generator")
+            raise VaevqMedError(f"found known tokens for {type(network).__name__}; expected {inpainting_generators()}")
         return make(
             network,
             tokenizer,

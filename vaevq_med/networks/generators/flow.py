@@ -44,9 +44,14 @@ class FlowPath:
     Args:
         num_train_timesteps: what t is multiplied by for the network; times are not rounded.
 
+    Attributes:
+        prediction_type: what a network of it gives, in the manner of MONAI's schedules.
+
     Raises:
         VaevqMedError: it is below 1.
     """
+
+    prediction_type = "velocity"
 
     def __init__(self, num_train_timesteps: int = 1000) -> None:
         check_sizes(num_train_timesteps=num_train_timesteps)
@@ -139,6 +144,7 @@ def flow_draws(
 class FlowUNet(LatentDiffusionUNet):
     """LDM-4's U-Net as a network of velocities; the arguments are those of :class:`LatentDiffusionUNet`."""
 
+    predicts = "velocity"
     settings = FLOW_SETTINGS
 
     def draws(
@@ -164,6 +170,7 @@ class FlowTransformer(ScaledPredictor):
         width: channels of a token.
         depth: blocks.
         num_heads: attention heads; ``width / num_heads`` is a multiple of 4.
+        num_train_timesteps: of the :class:`FlowPath` that it is trained with.
 
     Raises:
         VaevqMedError: a number is out of its range, or sizes do not fit together.
@@ -174,16 +181,25 @@ class FlowTransformer(ScaledPredictor):
         torch.Size([2, 4, 8, 6])
     """
 
+    predicts = "velocity"
     settings = FLOW_SETTINGS
 
     def __init__(
-        self, *, in_channels: int, num_classes: int = 0, width: int = 768, depth: int = 12, num_heads: int = 12
+        self,
+        *,
+        in_channels: int,
+        num_classes: int = 0,
+        width: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        num_train_timesteps: int = 1000,
     ) -> None:
         super().__init__()
-        check_sizes(in_channels=in_channels)
+        check_sizes(in_channels=in_channels, num_train_timesteps=num_train_timesteps)
         check_trunk(width=width, depth=depth, num_heads=num_heads, num_classes=num_classes, shares={})
         self.in_channels = in_channels
         self.num_classes = num_classes
+        self.num_train_timesteps = num_train_timesteps
         self.head_dim = width // num_heads
         self.class_embedding = nn.Embedding(num_classes + 1, width)
         self.time_embedding = TimeEmbedding(width)
@@ -230,7 +246,8 @@ class FlowTransformer(ScaledPredictor):
         if context.shape != (x.shape[0],):
             raise VaevqMedError(f"labels have shape {tuple(context.shape)}; expected [{x.shape[0]}]")
         check_range("labels", context, self.null_class)
-        condition = self.class_embedding(context.long()) + self.time_embedding(timesteps.expand(x.shape[0]) / 1000)
+        times = timesteps.expand(x.shape[0]) / self.num_train_timesteps
+        condition = self.class_embedding(context.long()) + self.time_embedding(times)
         height, width = x.shape[2:]
         rotations = axial_rotations(height, width, self.head_dim, device=x.device)[1:]
         tokens = self.entry(x.flatten(2).mT)

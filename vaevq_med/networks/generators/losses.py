@@ -197,6 +197,18 @@ class DenoisingLoss:
         return F.mse_loss(predicted.float(), noise.float())
 
 
+def check_predicts(network: NoisePredictor, wanted: str) -> None:
+    """Refuse a network whose output means something else; it says what in :attr:`NoisePredictor.predicts`.
+
+    Raises:
+        VaevqMedError: naming both.
+    """
+    found = getattr(network, "predicts", None)
+    if found != wanted:
+        kind = f"which predicts {found!r}" if found else "which says of no latent what it predicts"
+        raise VaevqMedError(f"network is a {type(network).__name__}, {kind}; expected one that predicts {wanted!r}")
+
+
 class LatentLoss(GeneratorLoss):
     """The denoising loss of :class:`LatentDiffusionUNet`; labels are dropped in training mode only.
 
@@ -204,12 +216,17 @@ class LatentLoss(GeneratorLoss):
         network: with its scale factor measured.
         scheduler: noise schedule.
         label_dropout: share of the labels that give way to the null class.
+
+    Raises:
+        VaevqMedError: the network predicts something else, the schedule is of something else, or a share is out of its
+            range.
     """
 
     key = "latent"
 
     def __init__(self, *, network: LatentDiffusionUNet, scheduler: Scheduler, label_dropout: float = 0.1) -> None:
         super().__init__()
+        check_predicts(network, "noise")
         self.network = network
         self._dropping = DenoisingLoss(scheduler=scheduler, label_dropout=label_dropout)
         self._keeping = DenoisingLoss(scheduler=scheduler, label_dropout=0.0)
@@ -233,7 +250,8 @@ class FlowLoss(GeneratorLoss):
         direction_weight: of the cosine's term.
 
     Raises:
-        VaevqMedError: a number is out of its range.
+        VaevqMedError: a number is out of its range, the network or the scheduler is of something else, or they
+            count the time differently.
     """
 
     key = "latent"
@@ -249,8 +267,21 @@ class FlowLoss(GeneratorLoss):
         super().__init__()
         if not 0 <= label_dropout < 1:
             raise VaevqMedError(f"label_dropout is {label_dropout}; expected a number in [0, 1)")
-        if not direction_weight >= 0:
+        if not 0 <= direction_weight < math.inf:
             raise VaevqMedError(f"direction_weight is {direction_weight}; expected 0 or more")
+        check_predicts(network, "velocity")
+        kind = getattr(scheduler, "prediction_type", None)
+        if kind != "velocity":
+            raise VaevqMedError(
+                f"scheduler is a {type(scheduler).__name__}, of the prediction_type {str(kind)!r}; expected one of "
+                "'velocity', such as FlowPath"
+            )
+        total = getattr(network, "num_train_timesteps", scheduler.num_train_timesteps)
+        if total != scheduler.num_train_timesteps:
+            raise VaevqMedError(
+                f"num_train_timesteps is {total} in the network; expected that of the scheduler, "
+                f"{scheduler.num_train_timesteps}"
+            )
         self.network = network
         self.label_dropout = label_dropout
         self.direction_weight = direction_weight

@@ -65,8 +65,9 @@ class TokenDiffusion(CorruptedTokenGenerator):
             the masked cross-entropies times ``1 - t / T`` in place of ``1 / t`` (arXiv 2111.12701). ``masked``: their
             mean over the masked tokens of the batch, of which there are ``cos(pi u / 2)`` of an image, u uniform
             (MaskGIT). The last two are for the process ``absorbing``.
-        auxiliary_weight: of ``-log p(x_0 | x_t)``, times ``2 - t / T``, beside the bound; 5e-4 in VQ-Diffusion.
-        label_smoothing: of ``masked``; 0.1 in MaskGIT.
+        auxiliary_weight: of ``-log p(x_0 | x_t)``, times ``2 - t / T``, beside the bound; 5e-4 in VQ-Diffusion. The
+            other objectives do not read it.
+        label_smoothing: of ``masked``; 0.1 in MaskGIT. The other objectives do not read it.
         token_dropout: share of the channels of embedded tokens dropped in training.
         attention_dropout: of the attention weights.
         residual_dropout: of each attention's output.
@@ -135,8 +136,12 @@ class TokenDiffusion(CorruptedTokenGenerator):
                 f"objective is {objective!r} with the process {process!r}; expected 'bound', as {objective!r} is for "
                 "'absorbing'"
             )
-        if not auxiliary_weight >= 0:
+        if not 0 <= auxiliary_weight < math.inf:
             raise VaevqMedError(f"auxiliary_weight is {auxiliary_weight}; expected 0 or more")
+        if auxiliary_weight and objective != "bound":
+            raise _unread("auxiliary_weight", auxiliary_weight, objective, "bound")
+        if label_smoothing and objective != "masked":
+            raise _unread("label_smoothing", label_smoothing, objective, "masked")
         self.num_embeddings = num_embeddings
         self.num_codebooks = num_codebooks
         self.num_classes = num_classes
@@ -305,6 +310,12 @@ class TokenDiffusion(CorruptedTokenGenerator):
                     checkpoint(_weighted, cost, head, *part, use_reentrant=False, preserve_rng_state=False),
                 )
         return total
+
+
+def _unread(name: str, value: float, objective: str, reader: str) -> VaevqMedError:
+    return VaevqMedError(
+        f"{name} is {value} with the objective {objective!r}; expected 0, as {reader!r} alone reads it"
+    )
 
 
 def _weighted(

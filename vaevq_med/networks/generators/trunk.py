@@ -32,6 +32,11 @@ def check_trunk(*, width: int, depth: int, num_heads: int, num_classes: int, sha
         raise VaevqMedError(
             f"width is {width} with num_heads {num_heads}; expected a multiple of 4 channels for each head"
         )
+    check_shares(**shares)
+
+
+def check_shares(**shares: float) -> None:
+    """Raise a VaevqMedError that names the first of the shares that is not from 0 to below 1."""
     for name, share in shares.items():
         if not 0 <= share < 1:
             raise VaevqMedError(f"{name} is {share}; expected from 0 to below 1")

@@ -61,7 +61,8 @@ class Quantizer(nn.Module, ABC):
         is_discrete: whether ``indices_to_codes(indices)`` gives what the decoder was fed.
         size_arguments: arguments that fix K; where there are several they change together, and no sweep can set one.
         initial_files: arguments that name a file, or None, of values for a new run's start; where the weights come
-            from a checkpoint they are None, so that the file is not needed.
+            from a checkpoint they are None, or ``networks.initial.weights_follow`` is true while the network is
+            built, so that the file is not needed.
         first_argument: argument of ``indices_to_codes`` that decodes so many of the first codebooks, coarser; None
             where all of them are needed.
         readouts: names of the ways to decode one trained quantizer, where there are several.

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks.initial import weights_follow
 from vaevq_med.networks.quantizers.base import CodebookQuantizer
 from vaevq_med.networks.ranges import check_sizes
 from vaevq_med.networks.weight_file import read_weight_file
@@ -63,7 +64,8 @@ class VQGANLC(CodebookQuantizer):
         super().__init__(num_embeddings=num_embeddings, embedding_dim=embedding_dim, assignment=assignment)
         check_sizes(num_features=num_features)
         shape = (num_embeddings, num_features)
-        table = torch.randn(shape) if features is None else read_features(features, num_embeddings=num_embeddings)
+        given = None if weights_follow() else features
+        table = torch.randn(shape) if given is None else read_features(given, num_embeddings=num_embeddings)
         if tuple(table.shape) != shape:
             make = _COMMAND.format(path=features, count=num_embeddings)
             raise VaevqMedError(
