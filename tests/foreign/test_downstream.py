@@ -98,7 +98,7 @@ def test_a_readout_without_indices_is_refused_by_the_codec(tmp_path: Path) -> No
         "norm_num_groups": 8,
     }
     checkpoint = adopt(tmp_path, "monai-kl", AutoencoderKL(**arguments), arguments, latent_range="-1,1")
-    with pytest.raises(CodecError, match="found a UniformQuantizer whose indices do not decode to its images"):
+    with pytest.raises(CodecError, match="found UniformQuantizer, whose images are not decoded from indices"):
         Model(StoredTokenizer(checkpoint, readout="soft"), device="cpu")
 
 
