@@ -60,3 +60,23 @@ def test_without_it_nothing_is_in_the_weights() -> None:
 def test_other_axes_are_refused() -> None:
     with pytest.raises(VaevqMedError, match="the rectifier's spatial_dims is 3; expected the encoder's, 2"):
         tokenizer(rectifier=rectifier(spatial_dims=3))
+
+
+def test_within_slices_a_slice_that_repeats_is_what_it_is_alone() -> None:
+    """A 3D rectifier whose kernels are 2D ones at their middle makes of each slice what the 2D one makes of it."""
+    flat = Rectifier(embedding_dim=4, num_channels=32)
+    deep = Rectifier(embedding_dim=4, num_channels=32, spatial_dims=3, within_slices=True)
+    whole = Rectifier(embedding_dim=4, num_channels=32, spatial_dims=3)
+    torch.manual_seed(0)
+    for one in flat.parameters():
+        torch.nn.init.normal_(one, 0, 0.1)
+    for other in (deep, whole):
+        for name, value in other.named_parameters():
+            own = dict(flat.named_parameters())[name].data
+            value.data = torch.stack([0 * own, own, 0 * own], 2) if own.ndim == 4 else own
+    codes = torch.randn(2, 4, 3, 8, 8)
+    expected = torch.stack([flat(codes[:, :, z]) for z in range(3)], 2)
+    torch.testing.assert_close(deep(codes), expected, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(whole(codes), expected, atol=1e-3)
+    with pytest.raises(VaevqMedError, match="within_slices is true with spatial_dims 2"):
+        Rectifier(embedding_dim=4, within_slices=True)

@@ -12,10 +12,12 @@ from helpers.stores import write_checkpoint
 
 from vaevq_med.codec.case import CompressedCase
 from vaevq_med.codec.compress import compress_case
+from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.study.file import check_study
 from vaevq_med.study.rates.file import RateDistortionStudy
 from vaevq_med.study.rates.run import RunRates
 from vaevq_med.study.rates.tokenizers import TokenizerCandidate, shares
+from vaevq_med.trained.file import atomic_save, read_checkpoint
 
 CHECKPOINT = Path(__file__).parents[1] / "fixtures" / "simvq.pt"
 SHAPE = (40, 44, 10)
@@ -26,11 +28,11 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("cases")
     x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in SHAPE), indexing="ij")
     ball = (x**2 + y**2 < 0.7) & (abs(z) < 0.8)
-    (root / "BraTS-GLI-00000-000").mkdir()
+    (root / "BraTS-GLI-00009-000").mkdir()
     for number, contrast in enumerate(("t1n", "t1c", "t2w", "t2f")):
         smooth = 400 + 150 * np.sin((5 + number) * x + 3 * z) + 90 * np.cos(9 * y)
         image = nib.Nifti1Image(np.where(ball, smooth, 0).astype(np.int16), np.diag([1, -1, 1, 1]))
-        nib.save(image, root / "BraTS-GLI-00000-000" / f"BraTS-GLI-00000-000-{contrast}.nii.gz")
+        nib.save(image, root / "BraTS-GLI-00009-000" / f"BraTS-GLI-00009-000-{contrast}.nii.gz")
     return root
 
 
@@ -106,6 +108,24 @@ def test_a_case_is_coded_once_a_setting(cases: Path, tmp_path: Path, monkeypatch
     assert (report.missing, report.expected) == (0, 4)
     assert coded == [0, 1e-4]
     for contrast in ("t1c", "t2f"):
-        (tmp_path / "out" / "records" / f"BraTS-GLI-00000-000_{contrast}" / "toy@0.json").unlink()
+        (tmp_path / "out" / "records" / f"BraTS-GLI-00009-000_{contrast}" / "toy@0.json").unlink()
     assert run_of(cases, tmp_path / "out", settings=[0, 1e-4]).run().missing == 0
     assert coded == [0, 1e-4, 0]
+
+
+def test_a_patient_of_the_training_is_no_case_of_the_study(cases: Path, tmp_path: Path) -> None:
+    """At once and before anything is coded, whoever saw it: this training, or the one that it started from."""
+    for data in (
+        {"patients": ["BraTS-GLI-00009"]},
+        {"started_from": {"file": "a.pt", "data": {"patients": ["BraTS-GLI-00009"]}}},
+    ):
+        state = read_checkpoint(CHECKPOINT)
+        atomic_save({**state, "data": {**state["data"], **data}}, tmp_path / "seen.pt")
+        command = run_of(cases, tmp_path / "out", checkpoint=str(tmp_path / "seen.pt"))
+        with pytest.raises(VaevqMedError, match=r"toy: found patient BraTS-GLI-00009, whom .* was trained on"):
+            command.run()
+        with pytest.raises(VaevqMedError, match="was trained on"):
+            command.dry_run()
+    assert not (tmp_path / "out").exists()
+    allowed = RunRates(command.study.model_copy(update={"split": "training"}))
+    assert [row.name for row in allowed.rows] == ["toy"]

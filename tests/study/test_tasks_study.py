@@ -265,7 +265,10 @@ def test_a_copy_with_lesions_reads_as_what_was_put_in(
 def test_a_tokenizer_codes_the_copies(cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizers = [{"name": "toy", "checkpoint": str(CHECKPOINT)}]
     command = run_of(cases, tmp_path / "out", monkeypatch, codecs=[], tokenizers=tokenizers, segmenter=None)
-    object.__setattr__(command, "items", command.items[:1])
+    with pytest.raises(VaevqMedError, match=r"toy: found patient BraTS-GLI-00000, whom .* was trained on"):
+        command.dry_run()
+    command.__dict__.pop("rows", None)
+    object.__setattr__(command, "items", command.items[1:2])
     assert command.run().missing == 0
     records = {record["row"]: record for record in command.records()}
     assert records["toy"]["bytes"] < records["original"]["bytes"]

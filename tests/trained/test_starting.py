@@ -18,8 +18,9 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks import Decoder, Encoder, VisualTokenizer
 from vaevq_med.networks.quantizers import FSQ, SimVQ, VectorQuantizer
 from vaevq_med.networks.quantizers.base import Quantizer
+from vaevq_med.trained.fitting import adapted_channels, check_definitions
 from vaevq_med.trained.patients import TrainingPatients, trainings, without_names
-from vaevq_med.trained.starting import adapted_channels, check_parts, start_network, take_weights
+from vaevq_med.trained.starting import check_parts, start_network, take_weights
 
 
 def tokenizer(
@@ -225,3 +226,85 @@ def test_names_of_patients_stay_at_home_with_what_was_started_from() -> None:
     assert number == 2
     assert "started_from" in without_names(told, "salt", hashes=False)
     assert "BraTS-GLI" not in str(without_names(told, "salt", hashes=False))
+
+
+def test_a_quantizer_of_another_class_is_left_new_whatever_its_shapes() -> None:
+    before, after = moved(tokenizer()), moved(tokenizer(), seed=4)
+    kept = after.quantizer.embedding.clone()
+    named = {"quantizer": {"_target_": "vaevq_med.networks.quantizers.GaussianQuantizer"}}
+    found = take_weights(after, before.state_dict(), given=named)
+    assert "1 left new (quantizer.embedding was GaussianQuantizer)" in str(found.parts["quantizer"])
+    assert torch.equal(after.quantizer.embedding, kept)
+    same = {"quantizer": {"_target_": "vaevq_med.networks.quantizers.vq.VectorQuantizer"}}
+    take_weights(after, before.state_dict(), given=same)
+    assert torch.equal(after.quantizer.embedding, before.quantizer.embedding)
+
+
+@pytest.mark.parametrize("of_posterior", [True, False])
+def test_a_posterior_of_d_is_no_point_of_twice_d(of_posterior: bool) -> None:
+    posterior, point = moved(tokenizer(variational=True)), moved(tokenizer(dim=8), seed=4)
+    before, after = (posterior, point) if of_posterior else (point, posterior)
+    kept = after.quant_conv.weight.clone()
+    assert before.quant_conv.weight.shape == kept.shape
+    found = take_weights(after, before.state_dict(), parts=["encoder", "latent"])
+    assert "quant_conv.weight is of " in str(found.parts["latent"])
+    assert found.record()["latent"]["units"] == []
+    assert torch.equal(after.quant_conv.weight, kept)
+
+
+ENCODER = {"_target_": "vaevq_med.networks.Encoder", "channel_mult": [1, 2], "in_channels": 3, "image_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("there", "said"),
+    [
+        ({"resampling": "magvit"}, "encoder: found resampling 'magvit' in the network to start from, expected 'vqgan'"),
+        ({"middle_attention": False}, "encoder: found middle_attention False in .*, expected True"),
+        ({"_target_": "vaevq_med.networks.encoder.Encoder", "channel_mult": (1, 2), "in_channels": 1}, None),
+        ({"image_size": 64, "attention_resolutions": [], "dropout": 0.1, "resampling": "vqgan"}, None),
+    ],
+)
+def test_the_same_tensors_may_be_another_network(there: dict[str, Any], said: str | None) -> None:
+    before, after = moved(tokenizer()), moved(tokenizer(), seed=4)
+    options = {"given": {"encoder": {**ENCODER, **there}}, "own": {"encoder": ENCODER}}
+    if said is None:
+        assert take_weights(after, before.state_dict(), **options).parts["encoder"].units == ["encoder"]
+        return
+    with pytest.raises(VaevqMedError, match=said):
+        take_weights(after, before.state_dict(), **options)
+    take_weights(after, before.state_dict(), parts=["decoder"], **options)
+
+
+def test_slices_of_a_definition_start_volumes() -> None:
+    """What is along z may differ; what is in the plane, and how volumes are normalized, may not."""
+    deep = {**ENCODER, "spatial_dims": 3, "within_slices": True, "downsampling": [[1, 2, 2]]}
+    check_definitions("encoder", {"encoder": ENCODER}, {"encoder": deep})
+    whole = {**deep, "within_slices": False}
+    with pytest.raises(VaevqMedError, match=r"within_slices False .* expected True"):
+        check_definitions("encoder", {"encoder": whole}, {"encoder": deep})
+    with pytest.raises(VaevqMedError, match="downsampling"):
+        check_definitions("encoder", {"encoder": ENCODER}, {"encoder": {**deep, "downsampling": [[1, 1, 2]]}})
+
+
+def test_tensors_that_the_encoder_has_no_place_for_are_another_encoder() -> None:
+    weights = {**tokenizer().state_dict(), "encoder.more.weight": torch.ones(1)}
+    with pytest.raises(VaevqMedError, match=r"encoder.more.weight: found shape \[1\] .* expected no such tensor"):
+        take_weights(tokenizer(), weights)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda one: torch.full_like(one, float("nan")), "found values that are not finite in the weights to start"),
+        (lambda one: torch.full_like(one, float("inf")), "found values that are not finite in the weights to start"),
+        (lambda one: one.int(), "found int32 in the weights to start from, expected floats"),
+        (lambda one: torch.complex(one, one), "found complex64 in the weights to start from, expected floats"),
+    ],
+)
+def test_numbers_that_are_no_weights_are_refused(change: Any, said: str) -> None:
+    after, weights = tokenizer(), dict(moved(tokenizer()).state_dict())
+    kept = {name: value.clone() for name, value in after.state_dict().items()}
+    weights["encoder.layers.0.weight"] = change(weights["encoder.layers.0.weight"])
+    with pytest.raises(VaevqMedError, match=f"encoder.layers.0.weight: {said}"):
+        take_weights(after, weights)
+    assert all(torch.equal(value, kept[name]) for name, value in after.state_dict().items())

@@ -12,6 +12,7 @@ import torch
 from conftest import toy_config, trainer_of
 from helpers.bundles import evaluation_overrides, quick, run_bundle
 from ignite.engine import Events
+from torch import nn
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.trained.file import atomic_save, read_checkpoint
@@ -82,6 +83,9 @@ def test_a_resumed_run_does_not_read_the_file_again(
     halved = config_of(slice_dataset, tmp_path / "halved", **settings, **lengths)
     trainer_of({**halved, "max_epochs": 1}, "vqgan").run()
     copy.unlink()
+    without = trainer_of({**halved, "init_from": None}, "vqgan")
+    assert len(without.optimizer.param_groups[0]["params"]) == 1
+    assert without.state.iteration == 4
     capsys.readouterr()
     resumed = trainer_of(halved, "vqgan")
     assert f"init_from {copy} is not read: the run goes on from" in capsys.readouterr().err
@@ -155,7 +159,23 @@ def test_other_parts_are_not_frozen_by_a_resumed_run(slice_dataset: Path, tmp_pa
         ({"freeze": "encodr"}, "freeze: found 'encodr', expected some of encoder, decoder, quantizer, latent"),
         ({"freeze": ["encoder", "decoder", "latent"]}, "which leaves no parameter to train, expected fewer parts"),
         ({"init_parts": "encoder"}, "init_parts: found .* without init_from, expected a file"),
-        ({"loaded_learning_rate_ratio": 0.0}, "loaded_learning_rate_ratio: found 0.0, expected a number above 0"),
+        (
+            {"loaded_learning_rate_ratio": 0.0},
+            "ratio: found 0.0, expected a finite number above 0",
+        ),
+        (
+            {"loaded_learning_rate_ratio": float("inf")},
+            "ratio: found inf, expected a finite number",
+        ),
+        (
+            {"loaded_learning_rate_ratio": float("nan")},
+            "ratio: found nan, expected a finite number",
+        ),
+        ({"init_from": 5}, "init_from: found 5, expected the name of a file or a folder"),
+        (
+            {"freeze": "quantizer", "codebook_init": "kmeans"},
+            "codebook_init: found kmeans with the quantizer in fr",
+        ),
         ({"init_from": "nowhere.pt"}, "nowhere.pt: found no checkpoint"),
     ],
 )
@@ -193,12 +213,12 @@ def test_the_patients_of_the_start_are_no_test(
     atomic_save(state, path)
     with pytest.raises(SystemExit):
         run_bundle("evaluate.json", {**evaluation_overrides(config), **without}, run_id="evaluating")
-    said = capsys.readouterr().err
-    assert re.search(r"BraTS-GLI-00002, whom last\.pt, which \S*best\.pt started from, was trained on", said), said
+    told = capsys.readouterr().err
+    assert re.search(r"BraTS-GLI-00002, whom last.pt, which \S*best.pt started from, was trained on", told)
 
 
 def test_a_run_without_a_file_has_one_group_as_before(slice_dataset: Path, tmp_path: Path) -> None:
-    network = torch.nn.Linear(2, 2)
+    network = nn.Linear(2, 2)
     start = Start(directory=tmp_path)
     assert start.parameter_groups(start.network(network), 1e-3) == list(network.parameters())
 
@@ -206,7 +226,7 @@ def test_a_run_without_a_file_has_one_group_as_before(slice_dataset: Path, tmp_p
 def test_a_network_that_was_not_started_is_no_silent_loss(tmp_path: Path) -> None:
     start = Start(directory=tmp_path, freeze=["encoder"])
     with pytest.raises(VaevqMedError, match=r"network: found one that is not made by @start"):
-        start.parameter_groups(torch.nn.Linear(2, 2), 1e-3)
+        start.parameter_groups(nn.Linear(2, 2), 1e-3)
 
 
 def test_a_packed_bundle_is_a_start_as_its_checkpoint_is(source: Path, slice_dataset: Path, tmp_path: Path) -> None:
@@ -217,3 +237,59 @@ def test_a_packed_bundle_is_a_start_as_its_checkpoint_is(source: Path, slice_dat
         trainer = trainer_of(config_of(slice_dataset, tmp_path / "run", init_from=str(place)))
         before = read_checkpoint(source)["ema"]
         assert all(torch.equal(value, before[name]) for name, value in trainer.network.state_dict().items())
+
+
+def test_clusters_do_not_take_the_place_of_a_loaded_codebook(
+    source: Path, slice_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_of(slice_dataset, tmp_path / "run", init_from=str(source), codebook_init="kmeans")
+    with pytest.raises(SystemExit):
+        trainer_of(config)
+    told = capsys.readouterr().err
+    assert "codebook_init: found kmeans with a quantizer that was loaded from" in told
+    assert "expected init_parts without quantizer, or codebook_init random" in told
+    trainer_of({**config, "init_parts": ["encoder", "decoder", "latent"]})
+
+
+def test_an_encoder_that_computes_something_else_is_no_start(
+    source: Path, slice_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_of(slice_dataset, tmp_path / "run", init_from=str(source), init_parts=["encoder"])
+    with pytest.raises(SystemExit):
+        trainer_of({**config, "network_def#encoder#resampling": "magvit"})
+    assert (
+        "encoder: found resampling 'vqgan' in the network to start from, expected 'magvit'" in capsys.readouterr().err
+    )
+
+
+def test_a_convolution_that_was_left_new_has_the_new_rate(tmp_path: Path) -> None:
+    network = nn.ModuleDict(
+        {"encoder": nn.Linear(2, 2), "quant_conv": nn.Linear(2, 2), "post_quant_conv": nn.Linear(2, 2)}
+    )
+    start = Start(directory=tmp_path, learning_rate_ratio=0.5)
+    start.record = {"parts": {"encoder": {"units": ["encoder"]}, "latent": {"units": ["quant_conv"]}}}
+    new, loaded = start.parameter_groups(network, 1.0)
+    assert {id(one) for one in new["params"]} == {id(one) for one in network["post_quant_conv"].parameters()}
+    assert (len(loaded["params"]), loaded["lr"]) == (4, 0.5)
+
+
+def test_a_start_that_has_seen_who_judges_it_is_told(
+    source: Path, slice_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer_of(config_of(slice_dataset, tmp_path / "clean", init_from=str(source)))
+    assert "split, whom" not in capsys.readouterr().err
+    state = read_checkpoint(source)
+    state["data"]["patients"].append("BraTS-GLI-00001")
+    atomic_save(state, tmp_path / "seen.pt")
+    trainer_of(config_of(slice_dataset, tmp_path / "run", init_from=str(tmp_path / "seen.pt")))
+    told = capsys.readouterr().err
+    assert re.search(r"found patient BraTS-GLI-00001 in the (validation|test) split, whom seen.pt was trained on", told)
+
+
+def test_a_vae_without_a_posterior_is_refused_when_it_is_built(
+    slice_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_of(slice_dataset, tmp_path / "run")
+    with pytest.raises(SystemExit):
+        trainer_of({**config, "network_def#variational": False}, "kl_vae")
+    assert "found a tokenizer with variational false, expected true" in capsys.readouterr().err

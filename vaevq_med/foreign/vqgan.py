@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vaevq_med.foreign.errors import ForeignError
 from vaevq_med.foreign.weights import Tensors
-from vaevq_med.trained.starting import adapted_channels
+from vaevq_med.trained.fitting import adapted_channels
 
 _BASE = 256
 """Image size at which the levels with attention are counted; any other that f divides runs through the same layers."""

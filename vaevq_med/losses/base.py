@@ -42,6 +42,13 @@ class LossTerm(nn.Module, ABC):
         return {}
 
 
+def no_continuous_path() -> VaevqMedError:
+    """Of a term of the continuous path and a tokenizer that has none."""
+    return VaevqMedError(
+        "paths is 'continuous'; found a tokenizer with variational false, expected true, or paths 'both'"
+    )
+
+
 def paths(output: TokenizerOutput, which: str = "both") -> list[Tensor]:
     """The reconstructions of an output.
 
@@ -56,9 +63,7 @@ def paths(output: TokenizerOutput, which: str = "both") -> list[Tensor]:
     if which == "both":
         return [path for path in (output.reconstruction, output.reconstruction_continuous) if path is not None]
     if output.reconstruction_continuous is None:
-        raise VaevqMedError(
-            "paths is 'continuous'; found a tokenizer with variational false, expected true, or paths 'both'"
-        )
+        raise no_continuous_path()
     return [output.reconstruction_continuous]
 
 

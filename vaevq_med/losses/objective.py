@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.names import did_you_mean
 from vaevq_med.losses.adversarial import AdversarialTerm, adaptive_weight
-from vaevq_med.losses.base import LossTerm, paths
+from vaevq_med.losses.base import LossTerm, no_continuous_path, paths
 from vaevq_med.losses.known_gradient import cut_at_reconstructions, gradients, with_gradient
 from vaevq_med.networks.outputs import LossOutput, TokenizerOutput
 
@@ -71,6 +71,19 @@ class TokenizerObjective(nn.Module):
         used = {name: term for name, term in terms.items() if term is not None and name in self.weights}
         self.terms = nn.ModuleDict(used)
         self.adversarial = adversarial
+
+    def check_paths(self, network: nn.Module) -> None:
+        """Refuse a tokenizer without the continuous path that a term is of.
+
+        Args:
+            network: the tokenizer that is trained.
+
+        Raises:
+            VaevqMedError: it has none.
+        """
+        asked = [getattr(term, "paths", None) for term in (*self.terms.values(), self.adversarial)]
+        if "continuous" in asked and not getattr(network, "variational", True):
+            raise no_continuous_path()
 
     @contextmanager
     def one_update(self) -> Iterator[None]:

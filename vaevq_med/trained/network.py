@@ -74,6 +74,19 @@ def _plain(value: Any, config: Mapping[str, Any], path: Path, depth: int = 0) ->
     return value
 
 
+def known_definition(config: Mapping[str, Any], where: str | Path) -> Any:
+    """The ``network_def`` of a run's settings, plain values; None where there is none, or it is not plain.
+
+    Args:
+        config: of the run, unresolved.
+        where: it is from, for messages.
+    """
+    try:
+        return _plain(config["network_def"], config, Path(where))
+    except (CheckpointError, KeyError, IndexError, TypeError, ValueError):
+        return None
+
+
 class StoredNetwork:
     """A trained network and the settings it was trained with.
 

@@ -121,3 +121,27 @@ def trainings(data: Mapping[str, Any], name: str) -> Iterator[tuple[str, Mapping
         yield name, data
         before = data.get(STARTED_FROM) or {}
         name, data = f"{before.get('file')}, which {name} started from,", before.get("data") or {}
+
+
+def first_seen(data: Mapping[str, Any], name: str, patients: Iterable[str]) -> tuple[str, str] | None:
+    """The first of some patients whom a training, or one that it started from, has seen, and the name of its file.
+
+    Args:
+        data: as a checkpoint or a packed bundle has it.
+        name: of its file.
+        patients: names.
+
+    Returns:
+        None where it has seen none of them.
+
+    Examples:
+        >>> first_seen({NAMES: ["anna", "berta"]}, "best.pt", ["clara", "berta"])
+        ('berta', 'best.pt')
+    """
+    asked = sorted(set(patients))
+    for where, trained in trainings(data, name):
+        known = TrainingPatients(trained, where).among(asked)
+        found = next((patient for patient in asked if person_of(patient) in known), None)
+        if found is not None:
+            return found, where
+    return None

@@ -5,15 +5,7 @@ quantizer) and whatever else it holds, by its name. Encoder and decoder have to 
 network, and is refused. The others are taken whole or left new, each of the two convolutions by itself: a codebook of
 another size says nothing about this one.
 
-What is adapted, and nothing else:
-
-- The image channels of the first and of the last convolution. An image whose M channels are alike is to give what one
-  whose N channels are alike gave: each new input kernel is the sum of the old ones over M, each new output kernel the
-  mean of the old ones. Three channels to one are so the sum of the first convolution's kernels; one to four are
-  repeated there and divided by four.
-- The convolution before the quantizer, between a point and a posterior: the kernels of the mean are those of the point.
-  A posterior's log variance that the weights do not have keeps its own start.
-- Kernels of slices become kernels of volumes, see :mod:`vaevq_med.trained.inflation`.
+What is adapted says :mod:`vaevq_med.trained.fitting`. A quantizer of another class is left new whatever its shapes.
 """
 
 from __future__ import annotations
@@ -31,15 +23,14 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.names import listed
 from vaevq_med.networks.processes import rank
 from vaevq_med.networks.ranges import check_choice
-from vaevq_med.trained.inflation import HALVINGS, halving_kernels, inflated_kernel, is_flat_of
-from vaevq_med.trained.network import StoredNetwork
+from vaevq_med.trained.fitting import FITTING, Fit, check_definitions, check_values, other_class
+from vaevq_med.trained.inflation import HALVINGS
+from vaevq_med.trained.network import StoredNetwork, known_definition
 from vaevq_med.trained.patients import HASHES, NAMES, STARTED_FROM
 
 logger = logging.getLogger(__name__)
 
 _LATENT = ("quant_conv", "post_quant_conv")
-_FITTING = ("encoder", "decoder")
-"""Parts whose tensors all have to fit."""
 _NAMED = 3
 """Tensors that a line names."""
 
@@ -89,6 +80,7 @@ class PartStart:
         adapted: names of those whose channels changed, with what changed.
         inflated: names of those that became 3D kernels.
         new: names of those that kept their own start, with why.
+        units: what was loaded as a whole, the part or one of its convolutions.
     """
 
     asked: bool = True
@@ -96,6 +88,7 @@ class PartStart:
     adapted: dict[str, str] = field(default_factory=dict)
     inflated: list[str] = field(default_factory=list)
     new: dict[str, str] = field(default_factory=dict)
+    units: list[str] = field(default_factory=list)
 
     @property
     def is_loaded(self) -> bool:
@@ -135,13 +128,14 @@ class StartReport:
         return lines
 
     def record(self) -> dict[str, Any]:
-        """Plain values, by part: its counts of tensors, what was adapted, and the line."""
+        """Plain values, by part: its counts of tensors, what was adapted, the units loaded, and the line."""
         return {
             name: {
                 "loaded": len(part.loaded),
                 "adapted": dict(part.adapted),
                 "inflated": len(part.inflated),
                 "new": len(part.new),
+                "units": list(part.units),
                 "told": str(part),
             }
             for name, part in self.parts.items()
@@ -153,85 +147,20 @@ def _some(names: Mapping[str, str]) -> str:
     return ", ".join(told) + (", ..." if len(names) > _NAMED else "")
 
 
-def adapted_channels(kernel: Tensor, channels: int, axis: int) -> Tensor:
-    """A convolution's kernels, or its bias, for another number of image channels.
-
-    Args:
-        kernel: ``[out, in, ...]``, or a bias ``[out]``.
-        channels: M, what the axis is to have.
-        axis: 1 for what comes in, whose kernels are summed and shared out; 0 for what goes out, whose mean is repeated.
-
-    Examples:
-        >>> rgb = torch.tensor([[[[0.25]], [[0.5]], [[0.25]]]])
-        >>> adapted_channels(rgb, 1, axis=1).flatten().tolist()
-        [1.0]
-        >>> adapted_channels(torch.ones(1, 1, 1, 1), 4, axis=1).flatten().tolist()
-        [0.25, 0.25, 0.25, 0.25]
-        >>> adapted_channels(torch.tensor([1.0, 2.0, 3.0]), 2, axis=0).tolist()
-        [2.0, 2.0]
-    """
-    whole = kernel.sum(dim=axis, keepdim=True) / channels if axis else kernel.mean(dim=axis, keepdim=True)
-    return whole.repeat_interleave(channels, dim=axis)
-
-
-class _Fit:
-    """How given tensors become those of a network."""
-
-    def __init__(self, network: nn.Module, weights: Mapping[str, Tensor], halving: str) -> None:
-        self.own = network.state_dict()
-        self.weights = weights
-        self.halved = halving_kernels(network) if halving == "mean" else set()
-        self.channels = dict(_image_channels(network))
-        codes, known = self.own.get("post_quant_conv.weight"), weights.get("post_quant_conv.weight")
-        self.same_latent = codes is not None and known is not None and codes.shape[1] == known.shape[1]
-
-    def __call__(self, name: str) -> tuple[Tensor, str, str] | None:
-        """The tensor, whether it is ``loaded``, ``adapted`` or ``inflated``, and what was adapted; None: no fit."""
-        like, given = self.own[name], self.weights.get(name)
-        if given is None:
-            return None
-        kind, told, axis = "loaded", "", self.channels.get(name)
-        if axis is not None and given.ndim > axis and given.shape[axis] != like.shape[axis]:
-            told = f"from {given.shape[axis]} to {like.shape[axis]} channels"
-            kind, given = "adapted", adapted_channels(given, like.shape[axis], axis)
-        elif name.startswith("quant_conv.") and self.same_latent:
-            if given.shape[0] == 2 * like.shape[0]:
-                kind, told, given = "adapted", "the mean's half of a posterior", given[: like.shape[0]]
-            elif 2 * given.shape[0] == like.shape[0] and given.shape[1:] == like.shape[1:]:
-                kind, told = "adapted", "the mean's half, the log variance left new"
-                given = torch.cat([given.to(like), like[given.shape[0] :]])
-        if given.shape != like.shape and is_flat_of(given, like):
-            kind = kind if kind == "adapted" else "inflated"
-            given = inflated_kernel(given, like.shape[2], pairs=name in self.halved)
-        return (given, kind, told) if given.shape == like.shape else None
-
-    def why(self, name: str) -> str:
-        """Why a tensor does not fit."""
-        given = self.weights.get(name)
-        return "not there" if given is None else f"is {list(given.shape)} there, {list(self.own[name].shape)} here"
-
-
-def _image_channels(network: nn.Module) -> list[tuple[str, int]]:
-    """Names of the tensors with an axis of image channels, and that axis."""
-    first = getattr(getattr(network, "encoder", None), "first_layer", None)
-    last = getattr(network, "last_layer", None)
-    found = []
-    for name, parameter in network.named_parameters():
-        if parameter is first:
-            found.append((name, 1))
-        if parameter is last:
-            found += [(name, 0), (name.removesuffix("weight") + "bias", 0)]
-    return found
-
-
-def _whole(name: str) -> str:
+def unit_of(name: str) -> str:
     """What is taken whole or not at all, beside a part that has to fit: a convolution about the latent, or the part."""
     return name.partition(".")[0]
 
 
 @torch.no_grad()
 def take_weights(
-    network: nn.Module, weights: Mapping[str, Tensor], *, parts: Sequence[str] | None = None, halving: str = "mean"
+    network: nn.Module,
+    weights: Mapping[str, Tensor],
+    *,
+    parts: Sequence[str] | None = None,
+    halving: str = "mean",
+    given: Any = None,
+    own: Any = None,
 ) -> StartReport:
     """Start a network by the weights of another one.
 
@@ -240,36 +169,49 @@ def take_weights(
         weights: a state dictionary.
         parts: which parts are taken; None for all.
         halving: ``mean`` or ``center``, see :mod:`vaevq_med.trained.inflation`.
+        given: definition of the network that the weights are of, plain values, where it is known.
+        own: that of ``network``, likewise.
 
     Raises:
-        VaevqMedError: encoder or decoder are asked for and do not fit, the network has no such part, or nothing was
-            left to take. The network is then as it was.
+        VaevqMedError: encoder or decoder are asked for and do not fit or compute something else, a tensor is not
+            finite or not of floats, the network has no such part, or nothing was left to take. The network is then as
+            it was.
     """
     check_choice("halving", halving, HALVINGS)
     wanted = parts_of(network) if parts is None else check_parts("init_parts", parts, network)
-    fit, report, chosen = _Fit(network, weights, halving), StartReport(), {}
+    fit, report, chosen = Fit(network, weights, halving), StartReport(), {}
     units: dict[str, list[str]] = {}
     for name in fit.own:
-        units.setdefault(_whole(name), []).append(name)
+        units.setdefault(unit_of(name), []).append(name)
     for unit, names in units.items():
         part_name = part_of(unit)
         part = report.parts.setdefault(part_name, PartStart(asked=part_name in wanted))
         if not part.asked:
             part.new |= dict.fromkeys(names, "")
             continue
+        was = other_class(unit, given, network) if unit == "quantizer" else None
+        if was is not None:
+            part.new |= dict.fromkeys(names, f"was {was}")
+            continue
         fitted = {name: fit(name) for name in names}
         lacking = [name for name, found in fitted.items() if found is None]
-        if lacking and part_name in _FITTING:
-            raise VaevqMedError(_misfit(lacking[0], fit, part_name))
+        if part_name in FITTING:
+            surplus = sorted(n for n in weights.keys() - fit.own.keys() if part_of(n) == part_name)
+            if lacking or surplus:
+                raise VaevqMedError(_misfit((lacking or surplus)[0], fit, part_name))
+            check_definitions(part_name, given, own)
         for name, found in fitted.items():
             if lacking or found is None:
                 part.new[name] = fit.why(name) if name in lacking else ""
                 continue
             chosen[name], kind, told = found
+            check_values(name, fit.weights[name], fit.own[name])
             if kind == "adapted":
                 part.adapted[name] = told
             else:
                 getattr(part, kind).append(name)
+        if not lacking:
+            part.units.append(unit)
         part.new = dict(sorted(part.new.items(), key=lambda item: not item[1]))  # those that say why come first
     if not chosen:
         raise VaevqMedError(
@@ -282,38 +224,45 @@ def take_weights(
     return report
 
 
-def _misfit(name: str, fit: _Fit, part: str) -> str:
-    given, like = fit.weights.get(name), fit.own[name]
+def _misfit(name: str, fit: Fit, part: str) -> str:
+    given, like = fit.weights.get(name), fit.own.get(name)
     found = "nothing" if given is None else f"shape {list(given.shape)}"
-    flat = f" or the same without z, {[*like.shape[:2], *like.shape[3:]]}" if like.ndim == 5 else ""
+    expected = "no such tensor" if like is None else str(list(like.shape))
+    if like is not None and like.ndim == 5:
+        expected += f" or the same without z, {[*like.shape[:2], *like.shape[3:]]}"
     return (
-        f"{name}: found {found} in the weights to start from, expected {list(like.shape)}{flat}: the {part} has to be "
+        f"{name}: found {found} in the weights to start from, expected {expected}: the {part} has to be "
         "the same but for image channels and z; name the other parts in init_parts to leave it new"
     )
 
 
-def read_start(init_from: str | Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+def read_start(init_from: str | Path) -> tuple[Mapping[str, Tensor], Any, dict[str, Any]]:
     """Weights to start from, the averaged ones where there are some, and where they come from.
 
     Args:
         init_from: a checkpoint, a packed bundle or its weights, see :func:`vaevq_med.trained.packed.read_trained`.
 
     Returns:
-        The state dictionary, and ``file``, ``sha256``, ``weights``, ``iteration`` and the ``data`` that it was trained
-        on, which says in ``started_from`` what that training started from.
+        The state dictionary; the definition of its network, None where that is not known; and ``file``, ``sha256``,
+        ``weights``, ``iteration`` and the ``data`` that it was trained on, which says in ``started_from`` what that
+        training started from.
 
     Raises:
         VaevqMedError: there is no such file, or it is no checkpoint.
     """
     stored = StoredNetwork(init_from)
     told = ("split_hash", "content_hash", NAMES, HASHES, STARTED_FROM)
-    return stored.tensors, {
-        "file": stored.path.name,
-        "sha256": stored.sha256,
-        "weights": stored.kept,
-        "iteration": stored.iteration,
-        "data": {name: stored.data[name] for name in told if name in stored.data},
-    }
+    return (
+        stored.tensors,
+        known_definition(stored.config, stored.path),
+        {
+            "file": stored.path.name,
+            "sha256": stored.sha256,
+            "weights": stored.kept,
+            "iteration": stored.iteration,
+            "data": {name: stored.data[name] for name in told if name in stored.data},
+        },
+    )
 
 
 def start_network(
@@ -322,6 +271,7 @@ def start_network(
     *,
     parts: Sequence[str] | None = None,
     halving: str = "mean",
+    own: Any = None,
     say: Callable[..., None] = logger.warning,
 ) -> dict[str, Any]:
     """Start a network as a file has it, by :func:`take_weights`, and say what became of each part in a line.
@@ -331,6 +281,7 @@ def start_network(
         init_from: see :func:`read_start`.
         parts: which parts are taken; None for all.
         halving: as for :func:`take_weights`.
+        own: likewise.
         say: takes a format and its values.
 
     Returns:
@@ -339,9 +290,9 @@ def start_network(
     Raises:
         VaevqMedError: there is no such file, or its network is another.
     """
-    weights, source = read_start(init_from)
+    weights, given, source = read_start(init_from)
     try:
-        report = take_weights(network, weights, parts=parts, halving=halving)
+        report = take_weights(network, weights, parts=parts, halving=halving, given=given, own=own)
     except VaevqMedError as error:
         raise VaevqMedError(f"init_from {init_from}: {error}") from None
     if rank() == 0:

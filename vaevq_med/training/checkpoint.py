@@ -19,7 +19,7 @@ from vaevq_med import __version__
 from vaevq_med.core.errors import VaevqMedError, foreseen
 from vaevq_med.images.manifest import SPLITS
 from vaevq_med.trained.file import FORMAT, CheckpointError, atomic_save, load_state, read_checkpoint
-from vaevq_med.trained.patients import STARTED_FROM
+from vaevq_med.trained.patients import STARTED_FROM, first_seen
 from vaevq_med.training import distributed
 from vaevq_med.training.base import BaseTrainer
 from vaevq_med.training.current import known_values
@@ -207,6 +207,7 @@ class TrainingCheckpoint:
         source = resumed_file(self.directory, self.resume)
         if source is not None:
             self.load(engine, source)
+        self._warn_of_seen(engine)
         engine.add_event_handler(Events.STARTED, self._started)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._iteration_completed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._epoch_completed)
@@ -343,6 +344,24 @@ class TrainingCheckpoint:
                     f"feature_weights is a file of {name} of the hash {now[name][:19]}, was {before[name][:19]} in "
                     f"{path}; expected the same to go on: {_OTHERWISE}"
                 )
+
+    def _warn_of_seen(self, engine: BaseTrainer) -> None:
+        """Say in a line where the file that the run started from has seen patients that are to judge it."""
+        before, manifest = self.data.get(STARTED_FROM) or {}, getattr(self.dataset, "manifest", None)
+        if not before or manifest is None or not distributed.is_main():
+            return
+        for split in ("validation", "test"):
+            patients = {str(entry["patient"]) for entry in manifest.entries(split) if "patient" in entry}
+            seen = first_seen(before.get("data") or {}, str(before.get("file")), patients)
+            if seen is not None:
+                engine.logger.warning(
+                    "found patient %s in the %s split, whom %s was trained on, expected none: figures of validation "
+                    "and best.pt may rest on patients that were seen, and an evaluation on them is refused",
+                    seen[0],
+                    split,
+                    seen[1],
+                )
+                return
 
     @property
     def started_from(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from vaevq_med.networks.ranges import check_choice
 from vaevq_med.networks.tokenizer import VisualTokenizer
 from vaevq_med.training import distributed
 from vaevq_med.training.base import BaseTrainer
+from vaevq_med.training.start import Start
 
 logger = logging.getLogger(__name__)
 
@@ -42,23 +43,39 @@ class CodebookStart:
         num_batches: batches that are encoded, of each process.
         seed: of the clustering.
         checkpoint: the run's checkpoint handler, which keeps what was done.
+        start: what the run started from, whose quantizer is neither loaded nor frozen where it starts here.
 
     Raises:
         VaevqMedError: an option is out of its range; when the run starts, there are fewer latents than codewords.
     """
 
-    def __init__(self, *, init: str = "random", num_batches: int = 8, seed: int = 0, checkpoint: Any = None) -> None:
+    def __init__(
+        self,
+        *,
+        init: str = "random",
+        num_batches: int = 8,
+        seed: int = 0,
+        checkpoint: Any = None,
+        start: Start | None = None,
+    ) -> None:
         self.init = check_choice("codebook_init", init, INITS)
         if num_batches < 1:
             raise VaevqMedError(f"codebook_init_batches: found {num_batches}, expected 1 or more")
         self.num_batches = num_batches
         self.seed = seed
         self.checkpoint = checkpoint
+        self.start = start
         self._latents = 0
 
     def attach(self, engine: BaseTrainer) -> None:
-        """Register the event."""
+        """Register the event, once the network has its start.
+
+        Raises:
+            VaevqMedError: the quantizer was loaded, or is frozen.
+        """
         if self.init != "random":
+            if self.start is not None:
+                self.start.check_codebook_init(self.init)
             engine.add_event_handler(Events.STARTED, self._started)
 
     def _started(self, engine: BaseTrainer) -> None:

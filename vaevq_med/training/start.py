@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.core.names import listed
 from vaevq_med.networks.quantizers.base import FollowsLatents
 from vaevq_med.trained.file import read_checkpoint
+from vaevq_med.trained.network import known_definition
 from vaevq_med.trained.patients import STARTED_FROM
-from vaevq_med.trained.starting import check_parts, is_given, part_of, start_network
+from vaevq_med.trained.starting import check_parts, is_given, part_of, start_network, unit_of
 from vaevq_med.training import distributed
 from vaevq_med.training.checkpoint import resumed_file
+from vaevq_med.training.current import current_config
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +57,16 @@ class Start:
         directory: str | Path,
         resume: bool | str = "auto",
     ) -> None:
+        if init_from is not None and not isinstance(init_from, str | Path):
+            raise VaevqMedError(f"init_from: found {init_from!r}, expected the name of a file or a folder")
         self.init_from = init_from if is_given(init_from) else None
         self.parts = parts if is_given(parts) else None
         self.freeze = freeze if is_given(freeze) else ()
         self.learning_rate_ratio = learning_rate_ratio
-        if not learning_rate_ratio > 0:
-            raise VaevqMedError(f"loaded_learning_rate_ratio: found {learning_rate_ratio}, expected a number above 0")
+        if not 0 < learning_rate_ratio < math.inf:
+            raise VaevqMedError(
+                f"loaded_learning_rate_ratio: found {learning_rate_ratio}, expected a finite number above 0"
+            )
         if self.init_from is None and self.parts is not None:
             raise VaevqMedError(f"init_parts: found {parts} without init_from, expected a file to start from beside it")
         self.resumed = resumed_file(directory, resume)
@@ -71,15 +79,15 @@ class Start:
         Raises:
             VaevqMedError: the file does not fit, there is no such part, or nothing is left to train.
         """
-        if self.init_from is not None:
-            if self.resumed is not None:
-                self.record = _kept_record(self.resumed)
-                if distributed.is_main():
-                    logger.warning("init_from %s is not read: the run goes on from %s", self.init_from, self.resumed)
-            else:
-                self.record = start_network(network, self.init_from, parts=self.parts)
-                if distributed.is_main():
-                    logger.warning("  discriminator and averages of the optimizers: new")
+        if self.resumed is not None:
+            self.record = _kept_record(self.resumed)
+            if self.init_from is not None and distributed.is_main():
+                logger.warning("init_from %s is not read: the run goes on from %s", self.init_from, self.resumed)
+        elif self.init_from is not None:
+            own = known_definition(current_config(), "this run")
+            self.record = start_network(network, self.init_from, parts=self.parts, own=own)
+            if distributed.is_main():
+                logger.warning("  discriminator and averages of the optimizers: new")
         self._made = True
         frozen = check_parts("freeze", self.freeze, network)
         for name, parameter in network.named_parameters():
@@ -111,20 +119,37 @@ class Start:
         trained = {name: one for name, one in network.named_parameters() if one.requires_grad}
         if self.record is None:
             return list(trained.values())
-        loaded = {name for name, told in self.record["parts"].items() if _is_loaded(told)}
+        loaded = {unit for told in self.record["parts"].values() for unit in told["units"]}
         groups: list[dict[str, Any]] = [
-            {"params": [one for name, one in trained.items() if part_of(name) not in loaded]},
+            {"params": [one for name, one in trained.items() if unit_of(name) not in loaded]},
             {
-                "params": [one for name, one in trained.items() if part_of(name) in loaded],
+                "params": [one for name, one in trained.items() if unit_of(name) in loaded],
                 "lr": learning_rate * self.learning_rate_ratio,
                 "name": "loaded",
             },
         ]
         return [group for group in groups if group["params"]]
 
+    def check_codebook_init(self, init: str) -> None:
+        """Refuse another start of a quantizer that is frozen, or that was loaded.
 
-def _is_loaded(told: Mapping[str, Any]) -> bool:
-    return bool(told["loaded"] or told["adapted"] or told["inflated"])
+        Args:
+            init: what puts its codewords elsewhere, for the message.
+
+        Raises:
+            VaevqMedError: it is.
+        """
+        if "quantizer" in map(str, listed(self.freeze)):
+            raise VaevqMedError(
+                f"codebook_init: found {init} with the quantizer in freeze, which would move it; expected "
+                "codebook_init random, or freeze without quantizer"
+            )
+        told = (self.record or {}).get("parts", {}).get("quantizer", {})
+        if self.resumed is None and told.get("units"):
+            raise VaevqMedError(
+                f"codebook_init: found {init} with a quantizer that was loaded from {self.init_from}, expected "
+                "init_parts without quantizer, or codebook_init random"
+            )
 
 
 def _kept_record(path: Path) -> dict[str, Any] | None:

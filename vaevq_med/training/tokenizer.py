@@ -102,6 +102,7 @@ class TokenizerTrainer(BaseTrainer):
                 "objective.adversarial.adaptive is true with a frozen decoder, at whose last layer its weight is "
                 "measured; expected false, or no objective.adversarial"
             )
+        objective.check_paths(network)
         training_network = training_network or TrainingForward(network)
         require_ddp(training_network, "training_network", "multi_gpu")
         if objective.adversarial is not None and discriminator is not None:

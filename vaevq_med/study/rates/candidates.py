@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -67,6 +67,10 @@ class Candidate(ABC):
     @abstractmethod
     def slices_alone(self) -> bool:
         """Whether each slice is coded without the others."""
+
+    def first_seen(self, patients: Collection[str]) -> tuple[str, str] | None:
+        """The first of some patients whom it was trained on, and by which file; None without."""
+        return None
 
     @abstractmethod
     def made_of(self) -> Mapping[str, Any]:

@@ -131,7 +131,7 @@ class VolumeStudy(AnyStudy):
         input: folder of cases, as ``slice-extract`` knows them.
         cases: CSV of paths, for another layout.
         split_file: who stands in which split; None takes every patient.
-        split: whose patients are coded.
+        split: whose patients are coded; under ``training`` also those whom a tokenizer was trained on.
         recipe: whose window makes intensities comparable.
         contrasts: of each case that are coded.
         bits: a sample of the data that classical codecs are given.

@@ -18,6 +18,7 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.files import atomic_write_text
 from vaevq_med.core.folder import BusyError, OutputFolder
 from vaevq_med.networks.features import FeatureNetwork, feature_network
+from vaevq_med.prepare.volumes.find import Case
 from vaevq_med.study.rates.candidates import Candidate
 from vaevq_med.study.rates.file import VolumeStudy
 from vaevq_med.study.rates.rows import candidates
@@ -34,6 +35,10 @@ class Item(Protocol):
     @property
     def name(self) -> str:
         """Of its folder of records."""
+
+    @property
+    def case(self) -> Case:
+        """The examination."""
 
     def mark(self) -> str:
         """Hash of all that its content depends on."""
@@ -130,8 +135,22 @@ class RunRecords(ABC, Generic[I]):
 
     @cached_property
     def rows(self) -> list[Candidate]:
-        """What is compared."""
-        return self.find_rows()
+        """What is compared.
+
+        Raises:
+            VaevqMedError: one of them was trained on a patient of the study.
+        """
+        rows = self.find_rows()
+        if self.study.split != "training":
+            patients = {item.case.patient for item in self.items}
+            for row in rows:
+                seen = row.first_seen(patients)
+                if seen is not None:
+                    raise VaevqMedError(
+                        f"{row.name}: found patient {seen[0]}, whom {seen[1]} was trained on, expected none; name "
+                        "other patients in split_file, or say split: training to code them all the same"
+                    )
+        return rows
 
     @cached_property
     def network(self) -> FeatureNetwork | None:

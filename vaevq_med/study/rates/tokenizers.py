@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
@@ -21,6 +21,7 @@ from vaevq_med.study.rates.candidates import Candidate, Coded, processor_seconds
 from vaevq_med.study.rates.file import TokenizerPart
 from vaevq_med.study.rates.scans import Scan, ScanFile
 from vaevq_med.trained.network import StoredTokenizer
+from vaevq_med.trained.patients import first_seen
 
 _TOKENS = "tokens/"
 
@@ -52,10 +53,19 @@ class TokenizerCandidate(Candidate):
         """A tokenizer of single slices looks at each by itself; its entropy coder may look at the slice below."""
         return not self.model.network.takes_volumes
 
+    def first_seen(self, patients: Collection[str]) -> tuple[str, str] | None:
+        """By the checkpoint's training, or what it started from."""
+        stored = self._stored
+        return first_seen(stored.data, str(stored.path), patients)
+
+    @cached_property
+    def _stored(self) -> StoredTokenizer:
+        return StoredTokenizer(self.part.checkpoint)
+
     @cached_property
     def model(self) -> Model:
         """The tokenizer, on one core."""
-        return Model(StoredTokenizer(self.part.checkpoint), device="cpu")
+        return Model(self._stored, device="cpu")
 
     @cached_property
     def coder(self) -> IndexCoder:
