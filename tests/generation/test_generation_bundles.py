@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from conftest import BUNDLE, MODALITIES, OVERLAYS
 from helpers.bundles import TOY, states_equal
+from helpers.generator_overlays import generator_kind
 from helpers.graphs import Recorder
 from helpers.processes import gradients
 from helpers.stores import encode, write_checkpoint
@@ -471,9 +472,10 @@ def test_a_grid_of_pictures_places_each() -> None:
 
 @pytest.mark.parametrize("overlay", sorted(path.stem for path in (OVERLAYS / "generation").glob("*.json")))
 def test_every_overlay_is_read(overlay: str) -> None:
-    """By the files whose kind its name says, or, of another name, by one of them."""
+    """By the files whose kind its network or its name says, or, of another name, by one of them."""
     path = OVERLAYS / "generation" / f"{overlay}.json"
-    kinds = [kind for kind in KINDS if overlay.startswith((f"{kind}_", "generator_"))]
+    of_network = generator_kind(path)
+    kinds = [of_network] if of_network else [k for k in KINDS if overlay.startswith((f"{k}_", "generator_"))]
     for bundle in (BUNDLE, BUNDLE.parent / "imagenet"):
         refused = []
         for kind in kinds or KINDS:
@@ -898,7 +900,9 @@ def test_generation_refuses_the_wrong_checkpoints(
     swapped = drawing("autoregressive", checkpoint_path=str(tokenizer_path))
     assert "expected a generator's" in refusal("generate.json", swapped, capsys)
     swapped = drawing("autoregressive", tokenizer_path=str(checkpoints["diffusion"]))
-    assert "expected that of vaevq_med.networks.VisualTokenizer" in refusal("generate.json", swapped, capsys)
+    assert "expected that of a tokenizer, such as vaevq_med.networks.VisualTokenizer" in refusal(
+        "generate.json", swapped, capsys
+    )
     unscaled = read_checkpoint(checkpoints["diffusion"])
     missing = drawing("diffusion", checkpoint_path=str(tmp_path / "unscaled.pt"))
     for factor, said in ((math.nan, "no scale factor"), (0.0, "the scale factor 0"), (-1.0, "the scale factor -1")):

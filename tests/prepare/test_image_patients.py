@@ -344,7 +344,7 @@ def test_an_evaluation_knows_the_patients_and_refuses_those_it_was_trained_on(
     assert set(trained) == {n for n, splits in where(data).items() if splits == {"training"}}
     # Dealt anew; named otherwise; named no longer: none hides what was trained on.
     for again, said in (
-        ({"patient": pattern, "split": {"training": 0.2, "validation": 0.0}}, "whom best.pt was trained on"),
+        ({"patient": pattern, "split": {"training": 0.2, "validation": 0.0}}, "checkpoints/best.pt was trained on"),
         ({"patient": r"^(?P<patient>\d_)", "split": {"training": 0.2, "validation": 0.0}}, "dealt to other splits"),
         ({"split": {"training": 0.2, "validation": 0.0}}, "dealt to other splits"),
     ):

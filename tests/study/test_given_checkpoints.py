@@ -155,5 +155,5 @@ def test_what_a_given_row_cannot_have(slice_dataset: Path, tmp_path: Path, forei
         _ = study(slice_dataset, tmp_path / "out", twice).plan
     with pytest.raises(VaevqMedError, match="found no checkpoint, expected one written by training"):
         _ = study(slice_dataset, tmp_path / "out", f"a={tmp_path / 'none.pt'}").plan
-    with pytest.raises(VaevqMedError, match="found 'learning_rate', which"):
+    with pytest.raises(VaevqMedError, match=r"found the unknown id 'learning_rate', expected one of evaluate\.json"):
         _ = study(slice_dataset, tmp_path / "out", f"a={foreign['vqvae']}", assignments=["a:learning_rate=1e-3"]).plan

@@ -34,7 +34,7 @@ def with_config(path: Path, part: str, **values: Any) -> Path:
     ("part", "values", "said"),
     [
         ("network_def#quantizer", {"colour": 1}, "SimVQ: found arguments .*'colour'"),
-        ("network_def#quantizer", {"num_embeddings": "many"}, "SimVQ"),
+        ("network_def#quantizer", {"num_embeddings": "many"}, "num_embeddings is 'many'; expected a whole number"),
         ("network_def#quantizer", {"num_embeddings": 10**14}, "SimVQ: found arguments"),
         ("network_def", {"quantizer": None}, "VisualTokenizer: found arguments"),
         ("network_def", {"encoder": "none"}, "VisualTokenizer: found arguments"),

@@ -191,7 +191,7 @@ def test_a_checkpoint_of_before_goes_on_under_todays_names(slice_dataset: Path, 
     assert old["train"]["preprocessing"]["_target_"] == "Compose"
     bundle = record(slice_dataset, {}, "simvq").config
     today = {**old, "train": {**old["train"], **{key: bundle["train"][key] for key in ("dataset", "preprocessing")}}}
-    today |= {"augment": "flip", "stack_modalities": False}
+    today |= {"augment": "flip", "stack_modalities": False, "train_patients": 1.0}
     assert difference(RunRecord(old), RunRecord(today), images) is None
     assert "RandFlipd" in str(difference(RunRecord(old), RunRecord({**today, "augment": None}), images))
 

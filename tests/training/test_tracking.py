@@ -30,7 +30,11 @@ def tracker_of(folder: Path, extra: dict[str, Any] | None = None, **settings: An
     (folder / "checkpoints").mkdir(exist_ok=True)
     (folder / "checkpoints" / "last.pt").write_bytes(b"weights")
     checkpoint: Any = SimpleNamespace(
-        directory=folder / "checkpoints", extra={} if extra is None else extra, interrupted_by=None, change_tags=dict
+        directory=folder / "checkpoints",
+        extra={} if extra is None else extra,
+        interrupted_by=None,
+        change_tags=dict,
+        start_tags=dict,
     )
     given = {"tracking_uri": "http://mlflow.example", "interval": 2, "patience": 0.05, **settings}
     return MLflowTracker(checkpoint=checkpoint, pictures=folder / "validation", config={"a": 1}, **given)

@@ -81,8 +81,10 @@ class Plan:
         }
         everywhere = [config for pair in configs.values() for config in pair]
         chosen = [(key, everywhere) for key in study.set]
-        chosen += [(key, [*configs[m.name]]) for m in plan.methods for key in m.overrides]
+        chosen += [(key, [*configs[m.name]]) for m in plan.methods if not m.given for key in m.overrides]
         check_ids("set", chosen, own, ("train.json", "evaluate.json"))
+        of_given = [(key, [evaluation]) for m in plan.methods if m.given for key in m.overrides]
+        check_ids("set", of_given, own, ("evaluate.json",))
         plan.columns()
         for row in plan.rows()[: len(plan.methods)]:
             for command in row.commands():

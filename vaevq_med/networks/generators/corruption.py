@@ -157,7 +157,7 @@ class Corruption:
         kept_now, _, masked_now = self._shares(times)
         into_mask = 1 - (1 - masked_now) / (1 - masked)
         still_masked = (masked / masked_now).log() if self.has_mask else torch.full_like(masked, -math.inf)
-        still = torch.where(is_mask, still_masked, -math.inf).to(log_origin)
+        still = torch.where(is_mask, still_masked, -math.inf).to(log_origin.dtype)
         share = into_mask / masked_now if self.has_mask else torch.zeros_like(masked)
 
         def mixed(log_values: Tensor, log_sum: Tensor | float) -> Tensor:
@@ -208,4 +208,4 @@ class Corruption:
 
 def _column(shares: Tensor, like: Tensor) -> Tensor:
     """The logarithm of shares ``[R]`` as a column."""
-    return shares.log().to(like)[:, None]
+    return shares.log().to(like.dtype)[:, None]

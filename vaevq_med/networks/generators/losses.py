@@ -290,10 +290,10 @@ class FlowLoss(GeneratorLoss):
     def forward(self, values: Tensor, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """One draw of times and noise; arguments as for :class:`GeneratorLoss`, the generator on the CPU."""
         batch, device = len(values), values.device
-        times = self.path.times(batch, generator).to(device)
+        times = self.path.times(batch, generator).to(device, non_blocking=True)
         noise = torch.randn(values.shape, generator=generator).to(device, values.dtype, non_blocking=True)
         dropped = torch.rand(batch, generator=generator) < (self.label_dropout if self.training else 0.0)
-        labels = labels.masked_fill(dropped.to(device), self.network.null_class)
+        labels = labels.masked_fill(dropped.to(device, non_blocking=True), self.network.null_class)
         latents = values * self.network.measured_scale_factor()
         noisy, velocity = self.path.noisy(latents, noise, times), self.path.velocity(latents, noise)
         moments = self.path.num_train_timesteps * times
