@@ -57,8 +57,9 @@ def draw(panels: Mapping[str, Points], along: str, path: Path) -> None:
                 axis.plot([x] * len(values), values, ".", color=f"C{number}", markersize=3)
         axis.set_xlabel(along)
         axis.set_ylabel(TITLES[name])
-        axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
+        handles, labels = axis.get_legend_handles_labels()  # the lines of all panels are the same
+    canvas.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
     save_figure(canvas, path)
 
 
