@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,32 @@ class _Folder(Kind):
     source = "a folder with config.json and diffusion_pytorch_model.safetensors"
     license = "diffusers Apache-2.0; see the model's card for the weights"
     class_name: ClassVar[str]
+    target: ClassVar[str]
+    codebook: ClassVar[str] = ""
+    spare: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def latent(self, tensors: Tensors, config: Mapping[str, Any]) -> dict[str, Any]:
+        """What :func:`adapted` is told of the latent."""
+
+    def read(self, source: Path, options: AdapterOptions) -> Adopted:
+        """Read a folder.
+
+        Raises:
+            ForeignError: it is another network's.
+        """
+        config, tensors, files, notes = self.opened(source)
+        return adapted(
+            self.target,
+            {"config": config},
+            held(tensors, self.codebook, self.spare),
+            options,
+            own_channels=int(config.get("in_channels", 3)),
+            image_size=256,
+            files=files,
+            notes=notes,
+            **self.latent(tensors, config),
+        )
 
     def opened(self, source: Path) -> tuple[dict[str, Any], Tensors, tuple[Path, ...], tuple[str, ...]]:
         """The configuration, the tensors, the files, and what the user has to be told.
@@ -74,26 +101,14 @@ class DiffusersVQFolder(_Folder):
     name = "diffusers-vq"
     title = "VQModel of diffusers"
     class_name = "VQModel"
+    target = "diffusers_vq.DiffusersVQ"
     options = AdapterOptions
+    codebook = "quantize.embedding.weight"
+    spare = ("quantize.",)
 
-    def read(self, source: Path, options: AdapterOptions) -> Adopted:
-        """Read a folder.
-
-        Raises:
-            ForeignError: it is another network's.
-        """
-        config, tensors, files, notes = self.opened(source)
-        return adapted(
-            "diffusers_vq.DiffusersVQ",
-            {"config": config},
-            held(tensors, "quantize.embedding.weight", ("quantize.",)),
-            options,
-            own_channels=int(config.get("in_channels", 3)),
-            image_size=256,
-            files=files,
-            notes=notes,
-            quantizer=codebook_of(tensors, "quantize.embedding.weight"),
-        )
+    def latent(self, tensors: Tensors, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Its codebook."""
+        return {"quantizer": codebook_of(tensors, self.codebook)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,23 +122,9 @@ class DiffusersKLFolder(_Folder):
     name = "diffusers-kl"
     title = "AutoencoderKL of diffusers"
     class_name = "AutoencoderKL"
+    target = "diffusers_kl.DiffusersKL"
     options = KLFolderOptions
 
-    def read(self, source: Path, options: KLFolderOptions) -> Adopted:
-        """Read a folder.
-
-        Raises:
-            ForeignError: it is another network's.
-        """
-        config, tensors, files, notes = self.opened(source)
-        return adapted(
-            "diffusers_kl.DiffusersKL",
-            {"config": config},
-            held(tensors),
-            options,
-            own_channels=int(config.get("in_channels", 3)),
-            image_size=256,
-            files=files,
-            notes=notes,
-            latent_channels=int(config.get("latent_channels", 4)),
-        )
+    def latent(self, tensors: Tensors, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Its channels."""
+        return {"latent_channels": int(config.get("latent_channels", 4))}
