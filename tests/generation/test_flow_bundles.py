@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ from conftest import BUNDLE, OVERLAYS
 from helpers.bundles import TOY
 from helpers.stores import encode, write_checkpoint
 from monai.bundle import ConfigParser, ConfigWorkflow
+from torch.nn.modules.module import register_module_forward_hook
+
+from vaevq_med.networks.generators.flow import FlowTransformer, FlowUNet
 
 
 def run(file: str, overrides: dict[str, Any], *overlays: str) -> ConfigParser:
@@ -65,5 +69,12 @@ def test_an_overlay_trains_a_flow_that_draws(name: str, slice_dataset: Path, tmp
         "num_samples": 2,
         "num_steps": 3,
     }
+    passes: list[int] = []
+    hook = register_module_forward_hook(
+        lambda module, given, found: passes.append(1) if isinstance(module, FlowTransformer | FlowUNet) else None
+    )
     run("generate.json", {**drawing, "generated_dir": str(tmp_path / "drawn")})
+    hook.remove()
     assert len(list((tmp_path / "drawn").glob("0*.png"))) == 2
+    told = json.loads((tmp_path / "drawn/drawing.json").read_text())
+    assert told["network_calls"] == len(passes) == 3

@@ -143,7 +143,8 @@ def drawing(checkpoints: dict[str, Path], tokenizer_path: Path, tmp_path: Path) 
 
 
 def pictures(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    """What is in the folder, but for the seconds that it took."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "drawing.json"}
 
 
 # --- training ---------------------------------------------------------------------------------------
@@ -613,8 +614,13 @@ def test_generation_goes_on_where_it_stood(
     monkeypatch.setattr(ImageSampler, "sample", counted)
     run_bundle("generate.json", overrides)
     assert (drawn, pictures(folder)) == ([1], before)
+    told = json.loads((folder / "drawing.json").read_text())
+    assert told["batch_size"] == 1
+    assert told["network_calls"] == 8 * 8  # positions of a picture
     run_bundle("generate.json", overrides)
     assert (drawn, pictures(folder)) == ([1], before)
+    # Where nothing is drawn, what was told remains.
+    assert json.loads((folder / "drawing.json").read_text()) == told
     run_bundle("generate.json", {**overrides, "num_samples": 6})
     assert drawn == [1, 1]
     said = refusal("generate.json", {**overrides, "seed": 1}, capsys)

@@ -92,8 +92,16 @@ def test_an_overlay_trains_a_token_diffusion_that_draws_and_inpaints(
         "num_samples": 2,
         "num_steps": 3,
     }
+    passes: list[int] = []
+    features = TokenDiffusion.features
+    monkeypatch.setattr(
+        TokenDiffusion, "features", lambda self, tokens, *rest: (passes.append(1), features(self, tokens, *rest))[1]
+    )
     run("generate.json", {**drawing, "generated_dir": str(tmp_path / "drawn")})
     assert len(list((tmp_path / "drawn").glob("0*.png"))) == 2
+    told = json.loads((tmp_path / "drawn/drawing.json").read_text())
+    assert told["network_calls"] == len(passes) == 3
+    assert told["seconds_per_image"] > 0
     decoded: list[torch.Tensor] = []
     decode = VisualTokenizer.decode_indices
     monkeypatch.setattr(
@@ -158,6 +166,8 @@ def test_coarse_to_fine_from_the_clusters_to_a_picture(store: Path, tokenizer_pa
     }
     run("generate.json", {**drawing, "generated_dir": str(tmp_path / "drawn")})
     assert len(list((tmp_path / "drawn").glob("0*.png"))) == 2
+    told = json.loads((tmp_path / "drawn/drawing.json").read_text())
+    assert told["network_calls"] == math.prod(parser.get_parsed_content("network").grid_size) + 1
 
 
 def test_what_has_no_codebook_is_refused_in_a_line(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -126,6 +127,8 @@ class ImageSampler(BaseEvaluator):
         )
         grid = tuple(map(int, stored.tokens["grid"]))
         self._draw = network.draws(tokenizer, grid=grid, settings=settings, trained_with=stored.value)
+        self._calls = network.network_calls(grid=grid, settings=settings)
+        self._times: list[tuple[int, float]] = []
 
     def run(self, global_epoch: int = 1) -> None:  # type: ignore[override]
         """Draw what is to be drawn."""
@@ -133,6 +136,23 @@ class ImageSampler(BaseEvaluator):
             super().run(global_epoch)
         else:
             self.fire_event(Events.COMPLETED)
+
+    def drawing(self) -> dict[str, Any] | None:
+        """What it took: ``network_calls`` an image, ``seconds_per_image`` with decoding, ``batch_size``, ``device``.
+
+        The first batch, which warms up, is left out of the seconds where there are others. None where nothing was
+        drawn.
+        """
+        if not self._times:
+            return None
+        timed = self._times[1:] or self._times
+        device = self.state.device
+        return {
+            "network_calls": self._calls,
+            "seconds_per_image": sum(seconds for _, seconds in timed) / sum(images for images, _ in timed),
+            "batch_size": max(images for images, _ in timed),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        }
 
     @torch.no_grad()
     def sample(self, labels: Tensor, seeds: Sequence[int], known: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -147,5 +167,9 @@ class ImageSampler(BaseEvaluator):
 
     def _iteration(self, engine: SupervisedEvaluator, batchdata: dict[str, Any]) -> dict[str, Any]:
         labels, seeds = batchdata[Keys.LABEL].to(engine.state.device), batchdata["seed"].tolist()
+        began = time.perf_counter()
         images = self.inferer(labels, self.sample, seeds, batchdata.get("known"), batchdata.get("mask"))
+        if images.is_cuda:
+            torch.cuda.synchronize(images.device)
+        self._times.append((len(seeds), time.perf_counter() - began))
         return {Keys.PRED: images.float().clamp(-1, 1)}

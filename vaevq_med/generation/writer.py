@@ -26,13 +26,16 @@ from vaevq_med.core.maker import Maker
 from vaevq_med.core.names import listed
 from vaevq_med.core.options import expect, is_int
 from vaevq_med.generation.plan import SamplePlan
-from vaevq_med.images.generated import LIST_NAME, SETTINGS_NAME
+from vaevq_med.generation.sampling import ImageSampler
+from vaevq_med.images.generated import DRAWING_NAME, LIST_NAME, SETTINGS_NAME
 from vaevq_med.training import distributed
 
 KINDS = ("png", "npz")
 _GRID_SAMPLES = 64
 _REPLACE = "choose another --generated_dir, or replace them with --overwrite True"
-_OWN = re.compile(r"\.?(\d{6,}(-channel\d)?\.(png|npz)|samples\.csv|grid\.png|generation\.json)(\.part|\..*)?")
+_OWN = re.compile(
+    r"\.?(\d{6,}(-channel\d)?\.(png|npz)|samples\.csv|grid\.png|generation\.json|drawing\.json)(\.part|\..*)?"
+)
 
 
 def _png(picture: NDArray[np.uint8]) -> bytes:
@@ -64,7 +67,8 @@ class SampleWriter:
     ``000000.npz``, if asked for, ``image`` float32 ``[C, H, W]`` in [-1, 1] and ``label``. ``samples.csv`` (file,
     number, label, name of the label, seed, and the inpainted image) lists those that are there, after each batch.
     ``generation.json``, what the samples depend on and how many there are to be, is written with the first batch, and
-    ``grid.png``, the first 64, at the end. Until the first batch is drawn nothing changes in the folder.
+    ``grid.png``, the first 64, at the end, and with it ``drawing.json``, what drawing took
+    (:meth:`ImageSampler.drawing`). Until the first batch is drawn nothing changes in the folder.
 
     Args:
         output_dir: folder of these files and no others.
@@ -132,7 +136,8 @@ class SampleWriter:
         Another run may have begun in the folder while the first batch was drawn.
         """
         if self._check():
-            (self.output_dir / LIST_NAME).unlink(missing_ok=True)
+            for name in (LIST_NAME, DRAWING_NAME):
+                (self.output_dir / name).unlink(missing_ok=True)
         self.maker.begin(_REPLACE, overwrite=self.overwrite)
         self._replaces = False
         missing = set(self.missing())
@@ -206,6 +211,9 @@ class SampleWriter:
                 self._begin()
             self._write_list()
             self._write_grid()
+            drawing = engine.drawing() if isinstance(engine, ImageSampler) else None
+            if drawing is not None:
+                atomic_write_text(self.output_dir / DRAWING_NAME, json.dumps(drawing, indent=2) + "\n")
 
     def _write_grid(self) -> None:
         shown = range(min(_GRID_SAMPLES, len(self.plan)))

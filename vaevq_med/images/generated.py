@@ -19,6 +19,7 @@ from vaevq_med.images.pixels import read_image
 
 LIST_NAME = "samples.csv"
 SETTINGS_NAME = "generation.json"
+DRAWING_NAME = "drawing.json"
 _CHANNEL = re.compile(r"-channel\d+\.png$")
 _COLORED, _DARK = 0.25, 0.1
 """Saturation above which an image is in color, and brightness up to which a pixel does not count.

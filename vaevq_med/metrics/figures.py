@@ -117,6 +117,19 @@ TOKEN_BITS = Figure(
     convention="-log2 p of a token of the validation split, of the averaged weights, the least of all epochs; an upper "
     "bound of it where the generator is a diffusion model of tokens; of one tokenizer's tokens alone comparable",
 )
+NETWORK_CALLS = Figure(
+    "network_calls",
+    "Network calls",
+    0,
+    convention="passes through the generator that an image takes, one of twice the batch under guidance",
+    varies=False,
+)
+SECONDS_PER_IMAGE = Figure(
+    "seconds_per_image",
+    "Seconds an image",
+    3,
+    convention="of drawing and decoding, by the clock, in batches; of one machine alone comparable",
+)
 PARAMETERS = Figure("parameters", "Parameters (M)", 2, 1e-6, varies=False)
 IMAGES_PER_SECOND = Figure("images_per_second", "Training images/s", 1)
 PEAK_MEMORY = Figure("peak_memory_bytes", "Peak memory (GB)", 2, 1e-9)

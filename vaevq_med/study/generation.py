@@ -155,7 +155,8 @@ class GenerationPlan(Plan):
     known: ClassVar[tuple[Figure, ...]] = (
         *(figures.GFID, figures.PRECISION, figures.RECALL, figures.INCEPTION_SCORE),
         *(figures.MEMORIZED_FEATURE, figures.MEMORIZED_PIXEL),
-        *(figures.TOKEN_BITS, figures.PARAMETERS, figures.IMAGES_PER_SECOND, figures.COUNT),
+        *(figures.TOKEN_BITS, figures.NETWORK_CALLS, figures.SECONDS_PER_IMAGE),
+        *(figures.PARAMETERS, figures.IMAGES_PER_SECOND, figures.COUNT),
     )
 
     study: GeneratorStudy

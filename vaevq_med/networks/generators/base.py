@@ -107,6 +107,17 @@ class Generator(nn.Module, ABC):
             VaevqMedError: a setting does not fit the training.
         """
 
+    def network_calls(self, *, grid: tuple[int, ...], settings: Mapping[str, Any]) -> int | None:
+        """Passes through the network that one image takes, the tokenizer's left out; None of one that does not say.
+
+        With guidance a pass is of twice the batch, and counts once.
+
+        Args:
+            grid: positions of the tokens along each axis.
+            settings: a value for each of :attr:`settings`.
+        """
+        return None
+
     def check_plane(self, tokens: Mapping[str, Any], where: str) -> None:
         """Refuse a grid of other than two axes, for a network that is made for rows and columns.
 

@@ -269,3 +269,7 @@ class CoarseToFine(TokenGenerator):
             return tokenizer.decode_indices(self.indices(wanted, rule, sources, store))
 
         return draw
+
+    def network_calls(self, *, grid: tuple[int, ...], settings: Mapping[str, Any]) -> int:
+        """One a cluster label, of the network of labels, and one of the network of indices."""
+        return self.sequence_length + 1

@@ -228,6 +228,10 @@ class FlowTransformer(ScaledPredictor):
         """Draws by Euler's steps."""
         return flow_draws(self, tokenizer, grid, settings, trained_with)
 
+    def network_calls(self, *, grid: tuple[int, ...], settings: Mapping[str, Any]) -> int:
+        """One a step."""
+        return int(settings["num_steps"])
+
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
         """The velocity at ``x``, ``[B, D, h, w]``.
 

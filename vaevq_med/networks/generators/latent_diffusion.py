@@ -124,6 +124,10 @@ class LatentDiffusionUNet(ScaledPredictor):
         num_train_timesteps = int(trained_with("num_train_timesteps"))
         return diffusion_draws(self, tokenizer, grid=grid, settings=settings, num_train_timesteps=num_train_timesteps)
 
+    def network_calls(self, *, grid: tuple[int, ...], settings: Mapping[str, Any]) -> int:
+        """One a step."""
+        return int(settings["num_steps"])
+
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None) -> Tensor:
         """The noise in ``x``.
 

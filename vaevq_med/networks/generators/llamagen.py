@@ -182,6 +182,10 @@ class LlamaGen(StepwiseGenerator):
             )
         return autoregressive_draws(self, tokenizer, settings)
 
+    def network_calls(self, *, grid: tuple[int, ...], settings: Mapping[str, Any]) -> int:
+        """One an index: the first takes the label."""
+        return self.sequence_length
+
     def rotations(self, device: torch.device) -> Tensor:
         """:func:`axial_rotations` of the sequence, ``[h w G, head_dim / 2, 2]``; fp32 whatever the weights' type."""
         table = axial_rotations(*self.grid_size, self.head_dim, num_codebooks=self.num_codebooks, device=device)

@@ -36,7 +36,7 @@ from vaevq_med.networks.generators.corruption import Corruption
 from vaevq_med.networks.generators.llama_blocks import axial_rotations
 from vaevq_med.networks.generators.token_generator import TOKEN_SETTINGS
 from vaevq_med.networks.generators.trunk import TimeEmbedding, check_trunk, make_blocks, pair, start
-from vaevq_med.networks.generators.unmasking import AUTO, ORDERS, CorruptedTokenGenerator, unmasking_draws
+from vaevq_med.networks.generators.unmasking import AUTO, ORDERS, CorruptedTokenGenerator, revealing, unmasking_draws
 from vaevq_med.networks.ranges import check_choice, check_sizes
 
 OBJECTIVES = ("bound", "reweighted", "masked")
@@ -181,6 +181,10 @@ class TokenDiffusion(CorruptedTokenGenerator):
             VaevqMedError: the order is not one of the process, or there are more steps than times.
         """
         return unmasking_draws(self, tokenizer, settings)
+
+    def network_calls(self, *, grid: tuple[int, ...], settings: Mapping[str, Any]) -> int:
+        """One a step."""
+        return revealing(self.corruption, settings).steps
 
     def features(self, tokens: Tensor, labels: Tensor | None, times: Tensor) -> Tensor:
         """What the heads are given, ``[B, h w G, width]``.

@@ -46,6 +46,7 @@ from vaevq_med.networks.ranges import check_choice, check_sizes
 AUTO = "auto"
 ORDERS = ("ancestral", "confidence", "halton", "purity")
 _ANCESTRAL_STEPS, _FEW_STEPS = 100, 12
+_OF_REVEAL = ("order", "num_steps", "choice_temperature", "purity_weight")
 
 
 class CorruptedTokenGenerator(TokenGenerator):
@@ -289,6 +290,19 @@ def _revealed(
     return tokens
 
 
+def revealing(corruption: Corruption, settings: Mapping[str, Any]) -> Reveal:
+    """The order and the steps that the settings of a generator ask for.
+
+    Args:
+        corruption: that the network undoes.
+        settings: those of :class:`Reveal` among others, by name.
+
+    Raises:
+        VaevqMedError: see :class:`Reveal`.
+    """
+    return Reveal(corruption, **{name: settings[name] for name in _OF_REVEAL})
+
+
 def unmasking_draws(network: CorruptedTokenGenerator, tokenizer: Tokenizer, settings: Mapping[str, Any]) -> Draw:
     """What draws indices and decodes them.
 
@@ -300,9 +314,8 @@ def unmasking_draws(network: CorruptedTokenGenerator, tokenizer: Tokenizer, sett
     Raises:
         VaevqMedError: see :class:`Reveal`.
     """
-    names = ("order", "num_steps", "choice_temperature", "purity_weight")
-    reveal = Reveal(network.corruption, **{name: settings[name] for name in names})
-    rule = TokenRule(**{name: value for name, value in settings.items() if name not in names})
+    reveal = revealing(network.corruption, settings)
+    rule = TokenRule(**{name: value for name, value in settings.items() if name not in _OF_REVEAL})
     device = network.token_embedding.weight.device
 
     def draw(wanted: Wanted) -> Tensor:
