@@ -4,32 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import BUNDLE, OVERLAYS
 from helpers.bundles import TOY
+from helpers.bundles import run_generator as run
 from helpers.stores import encode, write_checkpoint
-from monai.bundle import ConfigParser, ConfigWorkflow
 from torch.nn.modules.module import register_module_forward_hook
 
 from vaevq_med.networks.generators.flow import FlowTransformer, FlowUNet
-
-
-def run(file: str, overrides: dict[str, Any], *overlays: str) -> ConfigParser:
-    training = file.startswith("train")
-    workflow = ConfigWorkflow(
-        config_file=[str(BUNDLE / file), *(str(OVERLAYS / "generation" / f"{name}.json") for name in overlays)],
-        meta_file=str(BUNDLE / "metadata.json"),
-        logging_file=str(BUNDLE / "logging.conf"),
-        run_id="training" if training else "generating",
-        workflow_type="train" if training else "infer",
-        **overrides,
-    )
-    workflow.initialize()
-    workflow.run()
-    workflow.finalize()
-    return workflow.parser
 
 
 @pytest.mark.parametrize("name", ["flow", "flow_transformer"])

@@ -12,8 +12,9 @@ import pytest
 import torch
 from conftest import BUNDLE, OVERLAYS
 from helpers.bundles import TOY
+from helpers.bundles import run_generator as run
 from helpers.stores import encode, write_checkpoint
-from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.bundle import ConfigParser
 from typer.testing import CliRunner
 
 from vaevq_med.cli.app import app
@@ -24,22 +25,6 @@ from vaevq_med.tokens.clusters import ClusterCodebook
 from vaevq_med.tokens.store import TokenDataset
 
 DIFFUSIONS = {"absorbing": "absorbing", "maskgit": "absorbing", "vq_diffusion": "mask_replace", "vq_ddm": "uniform"}
-
-
-def run(file: str, overrides: dict[str, Any], *overlays: str) -> ConfigParser:
-    training = file.startswith("train")
-    workflow = ConfigWorkflow(
-        config_file=[str(BUNDLE / file), *(str(OVERLAYS / "generation" / f"{name}.json") for name in overlays)],
-        meta_file=str(BUNDLE / "metadata.json"),
-        logging_file=str(BUNDLE / "logging.conf"),
-        run_id="training" if training else "generating",
-        workflow_type="train" if training else "infer",
-        **overrides,
-    )
-    workflow.initialize()
-    workflow.run()
-    workflow.finalize()
-    return workflow.parser
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +79,12 @@ def test_an_overlay_trains_a_token_diffusion_that_draws_and_inpaints(
     }
     passes: list[int] = []
     features = TokenDiffusion.features
-    monkeypatch.setattr(
-        TokenDiffusion, "features", lambda self, tokens, *rest: (passes.append(1), features(self, tokens, *rest))[1]
-    )
+
+    def counted(self: TokenDiffusion, tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
+        passes.append(len(tokens))
+        return features(self, tokens, *rest)
+
+    monkeypatch.setattr(TokenDiffusion, "features", counted)
     run("generate.json", {**drawing, "generated_dir": str(tmp_path / "drawn")})
     assert len(list((tmp_path / "drawn").glob("0*.png"))) == 2
     told = json.loads((tmp_path / "drawn/drawing.json").read_text())

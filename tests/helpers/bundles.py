@@ -17,19 +17,26 @@ def run_bundle(
 ) -> ConfigParser:
     """What ``python -m monai.bundle run`` does, in this process; a bundle's own overlays go before shared ones."""
     known = {name: bundle / "overlays" / f"{name}.json" for name in overlays}
-    shared = (path if path.is_file() else OVERLAYS / path.name for path in known.values())
+    shared = (path if path.is_file() else OVERLAYS / f"{name}.json" for name, path in known.items())
     workflow = ConfigWorkflow(
         config_file=[str(bundle / file), *map(str, shared)],
         meta_file=str(bundle / "metadata.json"),
         logging_file=str(bundle / "logging.conf"),
         run_id=run_id,
-        workflow_type="train" if file == "train.json" else "infer",
+        workflow_type="train" if file.startswith("train") else "infer",
         **overrides,
     )
     workflow.initialize()
     workflow.run()
     workflow.finalize()
     return workflow.parser
+
+
+def run_generator(file: str, overrides: dict[str, Any], *overlays: str) -> ConfigParser:
+    """The same of a generator's training, or of drawing from it, with overlays of generators."""
+    training = file.startswith("train")
+    names = [f"generation/{name}" for name in overlays]
+    return run_bundle(file, overrides, *names, run_id="training" if training else "generating")
 
 
 def evaluation_overrides(toy: dict[str, Any]) -> dict[str, Any]:
