@@ -288,6 +288,25 @@ def phantom(
     typer.echo(f"{output}: cases {len(cases)}, subjects {subjects}")
 
 
+def label_maps(
+    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Folder of dataset.json, with segmentations.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder of the data set of label maps.")],
+    keep_empty: Annotated[bool, typer.Option("--keep-empty", help="Keep segmented slices that show no tumor.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace label maps of other images.")] = False,
+) -> None:
+    """Make images of a data set's segmentations, a channel a region: what a tokenizer of label maps is trained on."""
+    from vaevq_med.prepare.label_maps import LabelMaps
+
+    with counted() as counting:
+        report = LabelMaps(dataset, output, keep_empty, overwrite).run(**counting)
+    counts = ", ".join(f"{count:,} {split}" for split, count in report.images.items())
+    typer.echo(f"{report.output}: label maps: {counts}")
+    for reason, count in report.left_out.items():
+        if count:
+            typer.echo(f"  left out: {count:,} slices {reason}")
+    typer.echo("Train on them with bundles/overlays/label_maps.json, see docs/label_maps.md.")
+
+
 @with_flags(CodebookOptions)
 def feature_codebook(
     dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Folder of dataset.json.")],

@@ -1,8 +1,9 @@
-"""Reconstruction terms: squared, absolute, and squared under a calibrated Gaussian likelihood."""
+"""Reconstruction terms: squared, absolute, squared under a calibrated Gaussian likelihood, and those of masks."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vaevq_med.losses.base import PATH_REDUCTIONS, PATHS, LossTerm, combine, paths
@@ -10,7 +11,7 @@ from vaevq_med.networks.outputs import TokenizerOutput
 from vaevq_med.networks.processes import mean_without_gradient
 from vaevq_med.networks.ranges import check_choice
 
-KINDS = ("l2", "l1", "calibrated")
+KINDS = ("l2", "l1", "calibrated", "bce", "dice")
 
 
 def calibrated_likelihood(error: Tensor) -> Tensor:
@@ -27,13 +28,22 @@ def calibrated_likelihood(error: Tensor) -> Tensor:
     return slope - slope.detach() + 0.5 * overall.log()
 
 
+def _soft_dice_loss(shares: Tensor, masks: Tensor) -> Tensor:
+    """1 less the Dice of shares in [0, 1] and masks, ``[B, C, *size]``, each channel over the batch; the mean."""
+    axes = [0, *range(2, masks.ndim)]
+    common, both = (shares * masks).sum(axes), (shares + masks).sum(axes)  # [C]
+    return 1 - (2 * common / both.clamp_min(1e-6)).mean()
+
+
 class ReconstructionLoss(LossTerm):
     """Error of the reconstruction, a mean over every pixel and channel (or a sum over those of an image).
 
     Args:
         kind: ``"l2"`` squared error (VAEVQ's paper), ``"l1"`` absolute error (VQGAN, the released code), or
             ``"calibrated"``, see :func:`calibrated_likelihood`: with it, KL and RCS divided by the pixel count enter
-            with weight 1.
+            with weight 1. Of label maps, whose channels are masks at -1 and 1, the decoder's output may be read as
+            logits instead: ``"bce"``, binary cross-entropy, or ``"dice"``, 1 less the soft Dice of a channel over the
+            batch (arXiv 1606.04797), mean over the channels.
         reduction: ``"mean"`` over every element; ``"sum"`` over an image's elements, mean over the batch.
         path_reduction: ``"sum"`` (the paper) or ``"mean"`` (the released code) of the quantized and the continuous
             path.
@@ -60,6 +70,10 @@ class ReconstructionLoss(LossTerm):
         return factor * combine(errors, self.path_reduction)
 
     def _error(self, path: Tensor, target: Tensor) -> Tensor:
+        if self.kind == "bce":
+            return F.binary_cross_entropy_with_logits(path, (target + 1) / 2)
+        if self.kind == "dice":
+            return _soft_dice_loss(path.sigmoid(), (target + 1) / 2)
         difference = path - target
         if self.kind == "l1":
             return difference.abs().mean()

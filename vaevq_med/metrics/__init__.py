@@ -12,6 +12,7 @@ __getattr__, __dir__, __all__ = lazy(
         "FrechetDistance": "statistics",
         "ImageMetric": "base",
         "InterSliceError": "volumes",
+        "LabelDice": "labels",
         "NearestNeighbors": "neighbors",
         "PSNR": "reconstruction",
         "PrecisionRecall": "neighbors",
