@@ -266,7 +266,10 @@ def test_check_config_names_the_nearest_id() -> None:
     [
         ("vaevq_med.networks.quantizers.SimVq", "did you mean 'SimVQ'?"),
         ("vaevq_med.networks.quantizers.zzz.Q", "Python finds no vaevq_med.networks.quantizers.zzz"),
-        ("my_quantizer.cosine.CosineVQ", "Python finds no my_quantizer.cosine"),
+        (
+            "my_quantizer.cosine.CosineVQ",
+            "Python finds no my_quantizer.cosine; install its package, or name the folder that holds it in PYTHONPATH",
+        ),
         ("torch.nn.Zebra", "torch.nn has no Zebra"),
     ],
 )

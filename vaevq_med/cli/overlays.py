@@ -7,12 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from vaevq_med.core.resources import overlay_files, overlay_text, overlay_title
+from vaevq_med.core.resources import overlay_text, overlay_title, overlays_that_fit
 
 
 def overlays(
     bundle: Annotated[
-        str, typer.Option(help="The bundle whose own overlays are listed too: name or folder.")
+        str,
+        typer.Option(help="The bundle whose overlays are listed, shared ones that fit it and its own: name or folder."),
     ] = "brats",
     as_json: Annotated[bool, typer.Option("--json", help="Print names, titles, notes and files as JSON.")] = False,
 ) -> None:
@@ -23,7 +24,7 @@ def overlays(
     from vaevq_med.study.bundle import Bundle
 
     folder = Bundle.find(bundle).path
-    files = {**overlay_files(folder), **overlay_files(folder, "generation")}
+    files = {**overlays_that_fit(folder), **overlays_that_fit(folder, "generation")}
     rows: list[dict[str, Any]] = [
         {
             "name": name,

@@ -109,12 +109,18 @@ def _find(target: str) -> tuple[type | None, str | None]:
         except Exception as error:
             raise ComponentError(f"component {target!r}: its module fails to import ({error})") from error
         name, *rest = parts[end:]
-        kind = getattr(module, name, None)
+        if not hasattr(module, name):
+            raise ComponentError(
+                f"component {target!r}: {module_name} has no {name}, expected the name of a class in it"
+            )
+        kind = getattr(module, name)
         # What a module merely imports is not its own, such as a module of PyTorch.
         if not isinstance(kind, type) or kind.__module__.split(".")[0] not in trusted_packages() or len(rest) > 1:
             return None, None
         return kind, rest[0] if rest else None
-    raise ComponentError(f"component {target!r}: found no such module, expected the dotted name of a class in one")
+    raise ComponentError(
+        f"component {target!r}: found no such module, expected one of an installed package or of a folder in PYTHONPATH"
+    )
 
 
 def build(definition: Any, base: type, *, own: str = OWN) -> Any:

@@ -72,6 +72,24 @@ def overlay_files(bundle: Path, kind: str = "") -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
+def overlays_that_fit(bundle: Path, kind: str = "") -> dict[str, Path]:
+    """Of :func:`overlay_files` the bundle's own, and the shared ones where it trains what they are about.
+
+    Those of ``bundles/overlays`` are about a network with a quantizer in ``train.json``, those of the generators about
+    ``train_autoregressive.json`` and ``train_diffusion.json``. A file that cannot be read takes none.
+    """
+    own = bundle / "overlays" / kind
+    if kind:
+        shared = any(bundle.glob("train_*.json"))
+    else:
+        try:
+            config = json.loads((bundle / "train.json").read_text(encoding="utf-8"))
+            shared = config["network_def"]["quantizer"] is not None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            shared = False
+    return {name: path for name, path in overlay_files(bundle, kind).items() if shared or path.parent == own}
+
+
 def overlay_path(name: str, bundle: Path, kind: str = "") -> Path:
     """File of an overlay, by its path or by its name; see :func:`overlay_files`.
 

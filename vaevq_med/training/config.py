@@ -97,6 +97,8 @@ def _located(path: str, target: str) -> Any:
     module, _, name = target.rpartition(".")
     owner = locate(module)
     otherwise = f"Python finds no {module}" if owner is None else f"{module} has no {name}"
+    if owner is None and locate(module.partition(".")[0]) is None:
+        otherwise += "; install its package, or name the folder that holds it in PYTHONPATH"
     hint = did_you_mean(name, [] if owner is None else dir(owner), otherwise)
     raise ConfigError(f"{path}: found {target!r}, expected a class or a function: {hint}")
 

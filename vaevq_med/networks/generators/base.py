@@ -61,13 +61,14 @@ class Generator(nn.Module, ABC):
         kind: which of a store's arrays it is trained on.
         settings: of drawing, by name; ``guidance_scale`` is 1 in a network without classes.
         inpaints: whether it draws around indices that are given (:attr:`Wanted.known`).
-        num_classes: labels are below it; 0 for none. It is the index of the null class too.
+        num_classes: labels are below it; 0 for none. It is the index of the null class too, and has to be the
+            store's, also in a network that does not look at labels.
     """
 
     kind: ClassVar[Literal["indices", "latents"]]
     settings: ClassVar[Mapping[str, Setting]]
     inpaints: ClassVar[bool] = False
-    num_classes: int
+    num_classes: int = 0
 
     @property
     def null_class(self) -> int:
