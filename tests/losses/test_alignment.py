@@ -16,8 +16,9 @@ from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.losses import AlignmentLoss, TokenizerObjective, marginal_cosine, marginal_distance_matrix
+from vaevq_med.losses.adversarial import AdversarialTerm
 from vaevq_med.losses.reconstruction import ReconstructionLoss
-from vaevq_med.networks import Projector
+from vaevq_med.networks import PatchDiscriminator, Projector
 from vaevq_med.networks.outputs import QuantizerOutput, TokenizerOutput
 
 
@@ -124,6 +125,13 @@ def test_slices_of_a_volume_and_no_pieces_of_one(term: AlignmentLoss) -> None:
         term(volumes, output_of(projected[:, :, :1]))
 
 
+def test_tokens_that_are_no_places_are_refused(term: AlignmentLoss) -> None:
+    images = torch.zeros(1, 1, 64, 64)
+    for grid in ((1, 16), (16,)):
+        with pytest.raises(VaevqMedError, match="for images of 64x64; expected positions that are places of the image"):
+            term(images, output_of(torch.zeros(1, 40, *grid)))
+
+
 def test_a_tokenizer_without_a_projector_is_told(term: AlignmentLoss) -> None:
     with pytest.raises(VaevqMedError, match=r"found a tokenizer without. Set network_def#projector"):
         term(torch.zeros(1, 1, 8, 8), output_of(None))
@@ -212,6 +220,29 @@ def test_the_adaptive_weight_is_the_ratio_at_the_latent() -> None:
     network.quant_conv.requires_grad_(False)
     with pytest.raises(VaevqMedError, match=r"terms.alignment.adaptive is true with a frozen latent"):
         objective.check_adaptive(network)
+
+
+def test_it_stands_beside_the_weight_of_the_gan() -> None:
+    network = tokenizer(levels=2, projector=projector())
+    discriminator = PatchDiscriminator(in_channels=1, num_channels=8, num_layers=1)
+    images = maps(0, 2, 1, 32, 32).clamp(-1, 1)
+    term = AlignmentLoss(adaptive=True)
+    terms = {"reconstruction": ReconstructionLoss(), "alignment": term}
+    weights = {"reconstruction": 1.0, "alignment": 0.1}
+    layers = {"last_layer": network.last_layer, "latent_layer": network.latent_layer}
+    output = network.reconstruct_full(images, noise=network.draw_noise(images))
+    found = []
+    for adversarial in (None, AdversarialTerm(weight=0.8)):
+        objective = TokenizerObjective(terms=terms, weights=weights, adversarial=adversarial)
+        found.append(objective.generator(images, output, discriminator=discriminator, **layers))
+    without, both = found
+    ratio = without.terms["alignment_adaptive_weight"]
+    torch.testing.assert_close(both.terms["alignment_adaptive_weight"], ratio)
+    gan = 0.8 * both.terms["adaptive_weight"] * both.terms["adversarial"]
+    torch.testing.assert_close(both.total, without.total + gan)
+    (whole,) = torch.autograd.grad(both.total, network.latent_layer, retain_graph=True)
+    (half,) = torch.autograd.grad(without.total, network.latent_layer, retain_graph=True)
+    assert not torch.allclose(whole, half)
 
 
 def test_a_step_trains_the_projector_and_what_made_the_codes() -> None:

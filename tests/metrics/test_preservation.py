@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from helpers.features import Pixels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
@@ -20,6 +21,7 @@ from vaevq_med.metrics import (
     class_divergence,
     lesion_recall,
     lesions_found,
+    preservation,
     size_edges,
 )
 from vaevq_med.metrics.preservation import KEPT
@@ -110,12 +112,16 @@ def test_agreement_and_divergence_by_scipy(seed: int) -> None:
 def test_the_class_of_the_same_picture_is_the_same_to_the_bit() -> None:
     images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     agreement, divergence = ClassAgreement(), ClassDivergence()
-    assert agreement.network is divergence.network
+    assert agreement.figure.convention.endswith("; by efficientnet-lite0")
     assert agreement.per_image(images, images).tolist() == [1.0] * 3
     assert divergence.per_image(images, images).tolist() == [0.0] * 3
     moved = divergence.measure(images, images.flip(2), {})
     assert set(moved) == {"class_kl"}
     assert bool((moved["class_kl"] > 0).all())
     assert divergence.per_image(images[:, :1], images[:, :1]).tolist() == [0.0] * 3
-    with pytest.raises(VaevqMedError, match=r"'squeeze'|weights"):
+
+
+def test_a_network_without_classes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preservation, "feature_network", lambda *_: Pixels())
+    with pytest.raises(VaevqMedError, match="network is 'squeeze', which has no classes; expected efficientnet-lite0"):
         ClassAgreement(network="squeeze")

@@ -152,8 +152,8 @@ class AlignmentLoss(LossTerm):
         """The weighted sum of both halves for images ``[B, C, H, W]``, a scalar.
 
         Raises:
-            VaevqMedError: the tokenizer has no projector, one of another number of features, or positions that stand
-                for pieces of a volume; or the network has no such stage.
+            VaevqMedError: the tokenizer has no projector, one of another number of features, or positions that are no
+                places of an image or stand for pieces of a volume; or the network has no such stage.
         """
         projected = output.projected
         if projected is None:
@@ -165,6 +165,12 @@ class AlignmentLoss(LossTerm):
             raise VaevqMedError(
                 f"the latent's grid is {tuple(projected.shape[2:])} for volumes of {target.shape[2]} slices; expected "
                 "one position a slice, as AlignmentLoss has features of slices"
+            )
+        (height, width), (rows, columns) = target.shape[-2:], projected.shape[-2:]
+        if projected.ndim < 4 or height * columns != width * rows:
+            raise VaevqMedError(
+                f"the latent's grid is {tuple(projected.shape[2:])} for images of {height}x{width}; expected positions "
+                "that are places of the image"
             )
         images, projected = some_slices([target, projected], self.num_slices)
         features = self._features(images, projected)

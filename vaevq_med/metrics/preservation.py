@@ -7,7 +7,7 @@ reconstruction, and the answers are averaged within bins of size, since what is 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.metrics.base import ImageMetric
 from vaevq_med.metrics.figures import Figure
 from vaevq_med.metrics.segmentation import LEAST_ML, Mask, lesion_numbers, voxel_ml
-from vaevq_med.networks.features import FeatureNetwork, feature_network
+from vaevq_med.networks.features import feature_network
 
 KEPT = 0.5
 """Share of a lesion's voxels that is found where it counts as kept, as for ``lesions_detected``."""
@@ -107,15 +107,6 @@ def class_divergence(original: Tensor, reconstruction: Tensor) -> Tensor:
     return (wanted.exp() * (wanted - found)).sum(dim=1).clamp_min(0)
 
 
-@lru_cache(maxsize=2)
-def _classifier(network: str, weights: str | Path | None) -> FeatureNetwork:
-    """One for all metrics that ask for it."""
-    found = feature_network(network, weights)
-    if not found.num_classes:
-        raise VaevqMedError(f"network is {network!r}, which has no classes; expected efficientnet-lite0 or inception")
-    return found
-
-
 class _OfClasses(ImageMetric):
     """A figure of the class logits of original and reconstruction.
 
@@ -129,7 +120,13 @@ class _OfClasses(ImageMetric):
     """
 
     def __init__(self, *, network: str = "efficientnet-lite0", weights: str | Path | None = None) -> None:
-        self.network = _classifier(network, weights)
+        self.network = feature_network(network, weights)
+        if not self.network.num_classes:
+            raise VaevqMedError(
+                f"network is {network!r}, which has no classes; expected efficientnet-lite0 or inception"
+            )
+        own = self.figure
+        self.figure = replace(own, convention=f"{own.convention}; by {network}")  # type: ignore[misc]
 
     def _logits(self, target: Tensor, reconstruction: Tensor) -> tuple[Tensor, Tensor]:
         """Of both, ``[B, classes]``."""
