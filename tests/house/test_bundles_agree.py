@@ -18,7 +18,7 @@ SHARED = {"bundle_root", "dataset_dir", "output_dir"}
 GENERATION = {"bundle_root", "dataset_dir", "output_dir", "experiment"}
 DIFFERENT = {
     "train.json": SHARED | {"_notes_", "experiment", "in_channels"},
-    "evaluate.json": SHARED | {"experiment", "split"},
+    "evaluate.json": SHARED | {"experiment", "metrics", "split"},
     "train_autoregressive.json": GENERATION,
     "train_diffusion.json": GENERATION,
     "generate.json": {"bundle_root", "output_dir", "tokenizer_path"},

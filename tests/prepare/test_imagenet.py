@@ -740,6 +740,8 @@ def test_the_bundle_trains_evaluates_and_infers(
     record = json.loads((tmp_path / "run/evaluation/validation/metrics.json").read_text())
     assert record["summary"]["overall"]["psnr"]["n"] == 3
     assert record["summary"]["overall"]["rfid"]["n"] == 3
+    assert 0 <= record["summary"]["overall"]["class_agreement"]["value"] <= 1
+    assert record["summary"]["overall"]["class_kl"]["value"] > 0
     assert record["summary"]["modality"] == {}
     written = sorted((tmp_path / "run/predictions/validation/reconstructions").rglob("*.png"))
     assert len(written) == 3

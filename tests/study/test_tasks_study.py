@@ -16,6 +16,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from scipy.stats import spearmanr
 from torch import Tensor
 from typer.testing import CliRunner
@@ -174,6 +175,42 @@ def test_what_keeps_scores_as_the_original_and_what_erases_scores_nothing(
     assert keeps.pairs == original.pairs == (erases.pairs[1], erases.pairs[1])
     assert f"| 0.0, 0 of {erases.pairs[1]} regions |" in report.table
     assert erases.spread("frd").mean > 1
+
+
+def test_lesions_are_counted_by_the_sizes_of_the_training_patients(
+    cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    splits = {"training": [0, 1], "validation": [3], "test": [2]}
+    named = {split: [f"BraTS-GLI-0000{n}" for n in numbers] for split, numbers in splits.items()}
+    dealt = {name: split for split, names in named.items() for name in names}
+    (tmp_path / "splits.json").write_text(json.dumps(dealt))
+    plain = {"split_file": str(tmp_path / "splits.json"), "radiomics": False, "detectability": None}
+    command = run_of(cases, tmp_path / "out", monkeypatch, [Keeps(), Erases()], **plain)
+    report = command.run()
+    volumes = []
+    for name in named["training"]:
+        labels = np.asanyarray(nib.load(cases / f"{name}-000" / f"{name}-000-seg.nii.gz").dataobj)
+        numbers, count = ndimage.label(labels > 0, structure=np.ones((3, 3, 3)))
+        volumes += [0.0015 * (numbers == number).sum() for number in range(1, count + 1)]
+    edges = command.size_edges()
+    assert edges == pytest.approx(tuple(np.quantile(volumes, (1 / 3, 2 / 3))))
+    original, keeps, erases = Report(command.study, command.rows, command.records(), edges=edges).points
+    assert keeps.lesions == original.lesions
+    assert sum(kept for kept, _ in original.lesions) == sum(there for _, there in original.lesions) == 1
+    assert [kept for kept, _ in erases.lesions] == [0, 0, 0]
+    # The tumors grow from patient to patient, so that the test patient's is large.
+    assert original.spread("lesion_recall_large").mean == 1
+    assert erases.spread("lesion_recall_large").mean == 0
+    assert original.spread("lesion_recall_small").n == 0
+    assert keeps.spread("delta_dice_whole_tumor").mean == 0
+    assert erases.spread("delta_dice_whole_tumor").mean == -original.spread("dice_whole_tumor").mean
+    assert "Lesions by size: small to " in report.table
+    assert "0 small, 0 medium, 1 large" in report.table
+    given = run_of(cases, tmp_path / "out", monkeypatch, [Keeps()], **plain, lesion_sizes=[1e-3, 1e3])
+    assert given.size_edges() == (1e-3, 1e3)
+    assert "| Medium lesions kept (%)" in given.run().table
+    with pytest.raises(VaevqMedError, match=r"lesion_sizes is .* expected two rising volumes in ml"):
+        run_of(cases, tmp_path / "out", monkeypatch, lesion_sizes=[2.0, 1.0])
 
 
 def test_tables_figures_and_records_hold_no_nan(cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,8 @@ from helpers.processes import gradients
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "variant", ["train", "information_matched", "rvq", "lfq", "ibq", "wasserstein_vq", "coherent_dcr_assignments"]
+    "variant",
+    ["train", "information_matched", "rvq", "lfq", "ibq", "wasserstein_vq", "coherent_dcr_assignments", "aligned"],
 )
 def test_two_processes_have_the_gradients_of_one(variant: str, toy_overrides: dict[str, Any], tmp_path: Path) -> None:
     shared = {
@@ -52,4 +53,6 @@ def test_two_processes_have_the_gradients_of_one(variant: str, toy_overrides: di
             # A bias before a normalization has no gradient but rounding.
             difference = float((two[part][name] - gradient).abs().max())
             assert difference < 1e-5 * largest + 1e-3 * float(gradient.abs().max()), f"{part} {name}"
-    assert two["terms"]["adaptive_weight"] == pytest.approx(one["terms"]["adaptive_weight"], rel=1e-3)
+    weights = ["adaptive_weight", *(["alignment_adaptive_weight"] if variant == "aligned" else [])]
+    for name in weights:
+        assert two["terms"][name] == pytest.approx(one["terms"][name], rel=1e-3)

@@ -76,6 +76,37 @@ def cluster_codebook(
     typer.echo(f"Use it with --clusters {output} --num_clusters {num_clusters} and generation/coarse_to_fine.json.")
 
 
+def reduce_codebook(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="Checkpoint of a trained tokenizer, or a packed bundle.")
+    ],
+    tokens: Annotated[
+        Path,
+        typer.Argument(
+            metavar="TOKENS",
+            help="Token store that it made: of indices, to cluster codewords by use; of latents, to cluster those.",
+        ),
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Checkpoint to write.")],
+    num_embeddings: Annotated[int, typer.Option(help="Codewords of the new one, at most as many as before.")],
+    seed: Annotated[int, typer.Option(help="Seed of k-means.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
+) -> None:
+    """Give a trained tokenizer fewer codewords, for another rate; what is written is a checkpoint as any other.
+
+    Exit code 0: the file is written; 2: nothing could be done.
+    """
+    from vaevq_med.tokens.reduction import ReduceCodebook
+
+    report = ReduceCodebook(checkpoint, tokens, output, num_embeddings, seed, overwrite).run()
+    typer.echo(
+        f"{output}: {report.num_embeddings:,} codewords became {report.reduced:,}, by clusters of {report.source}"
+    )
+    alike = "" if report.distinct == report.reduced else f"; only {report.distinct:,} of them are distinct"
+    typer.echo(f"  {report.bits:.2f} bits a position{alike}")
+    typer.echo("Evaluate it as it is, or fine-tune it with --init_from and the overlay vqgan.")
+
+
 @with_flags(EvaluateOptions)
 def evaluate_samples(
     samples: Annotated[

@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
         "AdversarialTerm": "adversarial",
+        "AlignmentLoss": "alignment",
         "DCRLoss": "dcr",
         "DenoisingLoss": "vaevq_med.networks.generators.losses",
         "FlowLoss": "vaevq_med.networks.generators.losses",
@@ -28,6 +29,8 @@ __getattr__, __dir__, __all__ = lazy(
         "generator_loss": "adversarial",
         "kl_per_token": "vaevq_med.networks.posterior",
         "kl_to_standard_normal": "kl",
+        "marginal_cosine": "alignment",
+        "marginal_distance_matrix": "alignment",
         "representation_coherence": "rcs",
     },
 )

@@ -40,25 +40,23 @@ def generator_loss(fake: Tensor, kind: str = "hinge", per_image: bool = False) -
     return -fake.mean() if kind == "hinge" else F.softplus(-fake).mean()
 
 
-def adaptive_weight(
-    of_likelihood: Tensor, of_adversarial: Tensor, *, epsilon: float = 1e-4, maximum: float = 1e4
-) -> Tensor:
+def adaptive_weight(of_likelihood: Tensor, of_term: Tensor, *, epsilon: float = 1e-4, maximum: float = 1e4) -> Tensor:
     """VQGAN's weight (arXiv 2012.09841, Eq. 7): gradient norm of one loss over that of the other, at one layer.
 
-    ``|dL_rec| / (|dL_G| + 1e-4)``, at most ``maximum``. Across processes the gradients are averaged first, so that
+    ``|dL_rec| / (|dL| + 1e-4)``, at most ``maximum``. Across processes the gradients are averaged first, so that
     every process has the weight of the whole batch.
 
     Args:
-        of_likelihood: gradient of the reconstruction and the perceptual loss by the weight of the decoder's last
-            convolution.
-        of_adversarial: that of the generator's loss.
+        of_likelihood: gradient of the reconstruction and the perceptual loss by the weight of a convolution: for the
+            GAN the decoder's last, for a loss of the latent the last one before it.
+        of_term: that of the term whose weight it is.
         epsilon: added to the denominator.
         maximum: upper bound.
 
     >>> adaptive_weight(torch.tensor([3.0, 4.0]), torch.tensor([0.0]), maximum=7.0)
     tensor(7.)
     """
-    above, below = (mean_without_gradient(gradient.float()).norm() for gradient in (of_likelihood, of_adversarial))
+    above, below = (mean_without_gradient(gradient.float()).norm() for gradient in (of_likelihood, of_term))
     return (above / (below + epsilon)).clamp(0, maximum)
 
 

@@ -17,7 +17,14 @@ PATH_REDUCTIONS = ("sum", "mean")
 
 
 class LossTerm(nn.Module, ABC):
-    """A scalar of the target and a tokenizer's output; unweighted, its reduction stated by the class."""
+    """A scalar of the target and a tokenizer's output; unweighted, its reduction stated by the class.
+
+    Attributes:
+        adaptive: multiply its weight by the ratio of the gradient norms of the reconstruction and perceptual loss and
+            of this term, at the last convolution before the latent.
+    """
+
+    adaptive: bool = False
 
     @abstractmethod
     def forward(self, target: Tensor, output: TokenizerOutput) -> Tensor:

@@ -24,6 +24,8 @@ _TAKEN = frozenset(
 )
 """What a step logs beside the terms."""
 _LIKELIHOOD_TERMS = ("reconstruction", "perceptual")
+# As far as VA-VAE lets the weight of an alignment rise (arXiv 2501.01423, the released code).
+_MOST_AT_THE_LATENT = 1e8
 
 
 class TokenizerObjective(nn.Module):
@@ -85,6 +87,32 @@ class TokenizerObjective(nn.Module):
         if "continuous" in asked and not getattr(network, "variational", True):
             raise no_continuous_path()
 
+    def check_adaptive(self, network: nn.Module, *, compiled: bool = False) -> None:
+        """Refuse a layer at which an adaptive weight cannot be measured.
+
+        Args:
+            network: the tokenizer that is trained.
+            compiled: whether its graph is compiled, which can be gone through once alone.
+
+        Raises:
+            VaevqMedError: naming the option.
+        """
+        asked = [(f"terms.{name}", "latent_layer") for name in self._steered()]
+        if self.adversarial is not None and self.adversarial.adaptive:
+            asked.append(("adversarial", "last_layer"))
+        for option, layer in asked:
+            if not getattr(network, layer).requires_grad:
+                where = "decoder, at whose last layer" if layer == "last_layer" else "latent, at whose convolution"
+                raise VaevqMedError(
+                    f"objective.{option}.adaptive is true with a frozen {where} its weight is measured; expected "
+                    f"false, or no objective.{option}"
+                )
+        if compiled and self._steered():
+            raise VaevqMedError(
+                f"compile is true with objective.terms.{self._steered()[0]}.adaptive, which goes through the decoder "
+                "twice; expected one of them false"
+            )
+
     @contextmanager
     def one_update(self) -> Iterator[None]:
         """Count the calls inside as parts of one batch: what steers the terms moves once, and not after an error."""
@@ -112,11 +140,18 @@ class TokenizerObjective(nn.Module):
         """Whether the GAN takes part at iteration ``step``, counted from 0."""
         return self.adversarial is not None and step >= self.adversarial.start_step
 
-    def _weighted_sum(self, values: Mapping[str, Tensor], names: Iterable[str], target: Tensor) -> Tensor:
+    def _steered(self) -> list[str]:
+        """Terms whose weight is measured at the convolution before the latent."""
+        return [name for name, term in self._named_terms() if term.adaptive]
+
+    def _weighted_sum(
+        self, values: Mapping[str, Tensor], names: Iterable[str], target: Tensor, ratios: Mapping[str, Tensor]
+    ) -> Tensor:
         """The weighted sum of the named terms, zero without any."""
         total = torch.zeros((), device=target.device)
         for name in names:
-            total = total + self.weights[name] * values[name]
+            weight = self.weights[name]
+            total = total + (weight * ratios[name] if name in ratios else weight) * values[name]
         return total
 
     def generator(
@@ -127,6 +162,7 @@ class TokenizerObjective(nn.Module):
         discriminator: nn.Module | None = None,
         step: int = 0,
         last_layer: Tensor | None = None,
+        latent_layer: Tensor | None = None,
     ) -> LossOutput:
         """The tokenizer's loss.
 
@@ -135,11 +171,12 @@ class TokenizerObjective(nn.Module):
             output: of the training forward pass on them.
             discriminator: needed once the GAN has started.
             step: iteration, counted from 0.
-            last_layer: weight of the decoder's last convolution; needed for the adaptive weight.
+            last_layer: weight of the decoder's last convolution; needed for the GAN's adaptive weight.
+            latent_layer: weight of the last convolution before the latent; needed for the adaptive weight of a term.
 
         Returns:
             The total, and each term unweighted and detached; with the GAN also ``adversarial`` and, if adaptive,
-            ``adaptive_weight``.
+            ``adaptive_weight``; and ``NAME_adaptive_weight`` of a term that has one.
 
         Raises:
             VaevqMedError: the GAN has started and the discriminator, or the last layer, is missing.
@@ -149,35 +186,64 @@ class TokenizerObjective(nn.Module):
             raise VaevqMedError(f"the GAN started at step {adversarial.start_step}; found no discriminator")
         if adversarial is not None and adversarial.adaptive and last_layer is None:
             raise VaevqMedError("the adaptive weight needs the decoder's last layer; found none")
-        weighed = adversarial is not None and adversarial.adaptive
+        weighed, steered = adversarial is not None and adversarial.adaptive, self._steered()
+        if steered and latent_layer is None:
+            raise VaevqMedError(f"the adaptive weight of {steered[0]} needs the layer before the latent; found none")
         # What the adaptive weight compares goes back to the images once, and from there as one gradient.
         judged = cut_at_reconstructions(output) if weighed else output
         values = {
             name: _scalar(name, term(target, judged if name in _LIKELIHOOD_TERMS else output))
             for name, term in self.terms.items()
         }
-        likelihood = self._weighted_sum(values, [name for name in self.terms if name in _LIKELIHOOD_TERMS], target)
-        total = self._weighted_sum(values, [name for name in self.terms if name not in _LIKELIHOOD_TERMS], target)
-        if adversarial is None or discriminator is None:
-            total = total + likelihood
-        elif not weighed or last_layer is None:
-            values["adversarial"] = gan = adversarial.generator(output, discriminator)
-            total = total + likelihood + adversarial.weight * gan
-        else:
+        likelihood = self._weighted_sum(values, [name for name in self.terms if name in _LIKELIHOOD_TERMS], target, {})
+        graph: tuple[Sequence[Tensor], Sequence[Tensor] | None] = [likelihood], None
+        if weighed and last_layer is not None:
             pairs = [pair for pair in zip(paths(output), paths(judged), strict=True) if pair[0].requires_grad]
             images, leaves = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
             # The perceptual loss' graph is gone before the discriminator's is made.
-            of_likelihood = gradients(likelihood, leaves)
+            graph = images, gradients(likelihood, leaves)
+        ratios = self._ratios(values, graph, latent_layer) if steered and latent_layer is not None else {}
+        others = [name for name in self.terms if name not in _LIKELIHOOD_TERMS]
+        total = self._weighted_sum(values, others, target, ratios)
+        if adversarial is None or discriminator is None:
+            total = total + likelihood
+        elif graph[1] is None or last_layer is None:
+            values["adversarial"] = gan = adversarial.generator(output, discriminator)
+            total = total + likelihood + adversarial.weight * gan
+        else:
+            of_likelihood = graph[1]
             values["adversarial"] = gan = adversarial.generator(judged, discriminator)
             of_gan = gradients(gan, leaves)
-            values["adaptive_weight"] = _ratio_at(last_layer, images, of_likelihood, of_gan)
+            values["adaptive_weight"] = adaptive_weight(
+                _gradient_at(last_layer, images, of_likelihood), _gradient_at(last_layer, images, of_gan)
+            )
             weight = adversarial.weight * values["adaptive_weight"]
             both = [one + weight.to(two.dtype) * two for one, two in zip(of_likelihood, of_gan, strict=True)]
             total = total + with_gradient(likelihood.detach() + weight * gan.detach(), images, both)
         terms = {name: value.detach() for name, value in values.items()}
+        terms |= {f"{name}_adaptive_weight": ratio for name, ratio in ratios.items()}
         for name, term in self._named_terms():
             terms |= {f"{name}_{figure}": value.detach().clone() for figure, value in term.figures().items()}
         return LossOutput(total=total, terms=terms)
+
+    def _ratios(
+        self,
+        values: Mapping[str, Tensor],
+        likelihood: tuple[Sequence[Tensor], Sequence[Tensor] | None],
+        layer: Tensor,
+    ) -> dict[str, Tensor]:
+        """The adaptive weights of the terms that have one.
+
+        Args:
+            values: the terms.
+            likelihood: reconstruction and perceptual loss, as that scalar, or as the images and its gradient by each.
+            layer: weight of the last convolution before the latent.
+        """
+        of_likelihood = _gradient_at(layer, *likelihood)
+        return {
+            name: adaptive_weight(of_likelihood, _gradient_at(layer, [values[name]]), maximum=_MOST_AT_THE_LATENT)
+            for name in self._steered()
+        }
 
     def discriminator(
         self, target: Tensor, output: TokenizerOutput, *, discriminator: nn.Module, step: int = 0
@@ -209,6 +275,9 @@ def _scalar(name: str, value: Tensor) -> Tensor:
     return value
 
 
-def _ratio_at(layer: Tensor, images: Sequence[Tensor], *known: Sequence[Tensor]) -> Tensor:
-    """The adaptive weight of two losses whose gradients by the images are known, at the weight that makes these."""
-    return adaptive_weight(*(torch.autograd.grad(images, layer, of_one, retain_graph=True)[0] for of_one in known))
+def _gradient_at(layer: Tensor, outputs: Sequence[Tensor], known: Sequence[Tensor] | None = None) -> Tensor:
+    """The gradient by a layer's weight of a loss, or of one whose gradients by ``outputs`` are known."""
+    if not any(one.requires_grad for one in outputs):
+        return torch.zeros_like(layer)
+    (found,) = torch.autograd.grad(outputs, layer, known, retain_graph=True, materialize_grads=True)
+    return found

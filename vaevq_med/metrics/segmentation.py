@@ -189,9 +189,9 @@ def lesion_scores(
     if either.any():
         box = _box(either)
         prediction, reference = prediction[box], reference[box]
-    voxel_ml = _voxel_ml(spacing)
-    found, found_sizes = _lesions(prediction, least_ml / voxel_ml)
-    there, sizes = _lesions(reference, least_ml / voxel_ml)
+    voxel = voxel_ml(spacing)
+    found, found_sizes = lesion_numbers(prediction, least_ml / voxel)
+    there, sizes = lesion_numbers(reference, least_ml / voxel)
     counts = np.bincount((there * len(found_sizes) + found).ravel(), minlength=len(sizes) * len(found_sizes))
     overlaps = counts.reshape(len(sizes), len(found_sizes))[1:, 1:]
     union = sizes[1:, None] + found_sizes[None, 1:] - overlaps
@@ -223,7 +223,7 @@ def volume_ml(mask: Mask, spacing: Sequence[float]) -> float:
         >>> volume_ml(np.ones((10, 10, 10), bool), (1.0, 1.0, 2.0))
         2.0
     """
-    return int(mask.sum()) * _voxel_ml(spacing)
+    return int(mask.sum()) * voxel_ml(spacing)
 
 
 def region_scores(prediction: Mask, reference: Mask, spacing: Sequence[float] | None) -> dict[str, float]:
@@ -314,7 +314,8 @@ def _check(prediction: Mask, reference: Mask) -> None:
         )
 
 
-def _voxel_ml(spacing: Sequence[float]) -> float:
+def voxel_ml(spacing: Sequence[float]) -> float:
+    """Volume in ml of a voxel of so many mm along each axis."""
     return math.prod(map(float, spacing)) / 1000
 
 
@@ -324,8 +325,13 @@ def _box(mask: Mask) -> tuple[slice, ...]:
     return tuple(slice(max(0, int(end[0]) - 1), int(end[-1]) + 2) for end in ends)
 
 
-def _lesions(mask: Mask, least: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The number of the lesion of each voxel, 0 outside of any, and the size of each, in voxels, from number 0 on."""
+def lesion_numbers(mask: Mask, least: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The number of the lesion of each voxel, 0 outside of any, and the size of each, in voxels, from number 0 on.
+
+    Args:
+        mask: bool, of any number of axes; parts that touch, corners included, are one.
+        least: voxels of a lesion; smaller parts are left out, where there is a larger one.
+    """
     parts, _ = ndimage.label(mask, structure=np.ones((3,) * mask.ndim))
     sizes = np.bincount(parts.ravel())
     kept = np.flatnonzero(sizes[1:] >= min(least, sizes[1:].max(initial=0))) + 1

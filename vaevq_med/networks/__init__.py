@@ -16,6 +16,7 @@ __getattr__, __dir__, __all__ = lazy(
         "LlamaGen": "generators.llamagen",
         "ModulatedDecoder": "decoder",
         "PatchDiscriminator": "discriminator",
+        "Projector": "projector",
         "Rectifier": "rectifier",
         "SliceSegmenter": "segmenter",
         "StaticCache": "generators.llama_blocks",

@@ -58,6 +58,7 @@ class TokenizerOutput:
         latent: what the quantizer was given, ``[B, D, *grid]``.
         posterior: the encoder's posterior, or None for a plain VQ tokenizer.
         quantizer: the quantizer's output.
+        projected: what the projector made of the latent or of the codes, ``[B, F, *grid]``, or None without one.
     """
 
     reconstruction: Tensor
@@ -65,6 +66,7 @@ class TokenizerOutput:
     latent: Tensor
     posterior: Posterior | None
     quantizer: QuantizerOutput
+    projected: Tensor | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class LossOutput:
 
     Attributes:
         total: the scalar that is differentiated.
-        terms: the detached, unweighted value of each term, and ``adaptive_weight`` where one is in use.
+        terms: the detached, unweighted value of each term, and the adaptive weights that are in use.
     """
 
     total: Tensor

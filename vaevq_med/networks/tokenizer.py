@@ -19,6 +19,7 @@ from vaevq_med.networks.decoder import Decoder
 from vaevq_med.networks.encoder import Encoder
 from vaevq_med.networks.outputs import Posterior, TokenizerOutput
 from vaevq_med.networks.posterior import DiagonalGaussian
+from vaevq_med.networks.projector import Projector
 from vaevq_med.networks.quantizers.base import Quantizer
 from vaevq_med.networks.ranges import check_choice
 from vaevq_med.networks.rectifier import Rectifier
@@ -84,6 +85,8 @@ class VisualTokenizer(Tokenizer):
             one to a grid ``d h w``. 0 is a tokenizer of single images.
         rectifier: of codes, before they are decoded, such as :class:`~vaevq_med.networks.Rectifier`; the continuous
             path does without.
+        projector: of the latent or of the codes to the features of another network, see
+            :class:`~vaevq_med.networks.Projector`; read by a loss alone.
 
     Attributes:
         takes_volumes: whether it is given volumes ``[B, C, d, H, W]``.
@@ -104,6 +107,7 @@ class VisualTokenizer(Tokenizer):
         estimator: str = "straight_through",
         slice_context: int = 0,
         rectifier: Rectifier | None = None,
+        projector: Projector | None = None,
     ) -> None:
         super().__init__()
         if slice_context < 0 or (slice_context and encoder.spatial_dims != 2):
@@ -124,6 +128,8 @@ class VisualTokenizer(Tokenizer):
                 f"the rectifier's spatial_dims is {rectifier.spatial_dims}; expected the encoder's, "
                 f"{encoder.spatial_dims}"
             )
+        if projector is not None and projector.embedding_dim != embedding_dim:
+            raise VaevqMedError(f"the projector's embedding_dim is {projector.embedding_dim}; expected {embedding_dim}")
         if decoder.embedding_dim not in (None, embedding_dim):
             raise VaevqMedError(f"the decoder's embedding_dim is {decoder.embedding_dim}; expected {embedding_dim}")
         shrinks, enlarges = encoder.downsampling_factors, decoder.upsampling_factors
@@ -137,6 +143,7 @@ class VisualTokenizer(Tokenizer):
         self.decoder = decoder
         self.quantizer = quantizer
         self.rectifier = rectifier
+        self.projector = projector
         self.embedding_dim = embedding_dim
         self.variational = variational
         self.quantize_from = quantize_from
@@ -165,6 +172,11 @@ class VisualTokenizer(Tokenizer):
     def last_layer(self) -> Tensor:
         """Weight of the decoder's last convolution, for VQGAN's adaptive weight."""
         return self.decoder.last_layer
+
+    @property
+    def latent_layer(self) -> Tensor:
+        """Weight of the last convolution before the latent, for the adaptive weight of a loss of the latent."""
+        return cast(Tensor, self.quant_conv.weight)
 
     def encode(self, images: Tensor) -> DiagonalGaussian | Tensor:
         """The posterior of ``[B, C, H, W]``, or, without one, the latent ``[B, D, *grid]``."""
@@ -222,7 +234,10 @@ class VisualTokenizer(Tokenizer):
         encoded = self.encode(images)
         if not isinstance(encoded, DiagonalGaussian):
             quantized = self.quantize(encoded)
-            return TokenizerOutput(self.decode(quantized.quantized), None, encoded, None, quantized)
+            projected = self._projected(encoded, quantized.quantized)
+            return TokenizerOutput(
+                self.decode(quantized.quantized), None, encoded, None, quantized, projected=projected
+            )
         sample = encoded.sample(generator, noise)
         latent = sample if self.quantize_from == "sample" else encoded.mean
         quantized = self.quantize(latent, encoded)
@@ -230,7 +245,15 @@ class VisualTokenizer(Tokenizer):
         if self.estimator == "released":
             fed = released_estimator(quantized.codes, encoded)
         reconstruction, continuous = self.decode_latent(torch.cat([self.rectify(fed), sample])).chunk(2)
-        return TokenizerOutput(reconstruction, continuous, latent, cast(Posterior, encoded), quantized)
+        projected = self._projected(sample, fed)
+        return TokenizerOutput(
+            reconstruction, continuous, latent, cast(Posterior, encoded), quantized, projected=projected
+        )
+
+    def _projected(self, sample: Tensor, quantized: Tensor) -> Tensor | None:
+        if self.projector is None:
+            return None
+        return self.projector(sample if self.projector.reads == "sample" else quantized)
 
 
 class TrainingForward(nn.Module):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.files import atomic_binary_writer
 from vaevq_med.networks.generators.clusters import cluster_codewords
-from vaevq_med.tokens.store import load_token_store
+from vaevq_med.tokens.store import TokenStore, load_token_store
 from vaevq_med.trained.network import StoredTokenizer
 
 
@@ -59,18 +61,11 @@ class ClusterCodebook:
         """
         if self.output.suffix != ".npz":
             raise VaevqMedError(f"output {self.output}: found the suffix {self.output.suffix!r}, expected .npz")
-        if not 0 <= self.seed < 2**32:
-            raise VaevqMedError(f"--seed: found {self.seed}, expected 0 to {2**32 - 1}")
+        check_seed(self.seed)
         store = load_token_store(self.tokens)
         if store.kind != "indices":
             raise VaevqMedError(f"{self.tokens}: found a store of {store.kind}, expected one of indices")
-        described = store.tokenizer
-        stored = StoredTokenizer.of_hash(self.checkpoint, described["content_hash"], described["readout"])
-        if stored is None:
-            raise VaevqMedError(
-                f"{self.checkpoint}: found another tokenizer, expected that of the tokens {self.tokens}"
-            )
-        quantizer = stored.network().quantizer
+        quantizer = tokenizer_of(store, self.checkpoint).network().quantizer
         table = quantizer.codebook()
         if table is None:
             raise VaevqMedError(
@@ -84,7 +79,7 @@ class ClusterCodebook:
             raise VaevqMedError(
                 f"{self.checkpoint}: found {len(tables)} tables for {books} indices a position, expected one each"
             )
-        counts = self._counts(store.array("training"), books, quantizer.num_embeddings)
+        counts = codewords_used(store.array("training"), books, quantizer.num_embeddings)
         if tables.ndim == 2:
             clusters = [cluster_codewords(tables, counts.sum(axis=0), self.num_clusters, self.seed)] * books
         else:
@@ -94,7 +89,7 @@ class ClusterCodebook:
             ]
         found = np.stack(clusters)
         provenance = {
-            "tokenizer": described["content_hash"],
+            "tokenizer": store.tokenizer["content_hash"],
             "tokens": store.content_hash,
             "num_clusters": self.num_clusters,
             "seed": self.seed,
@@ -104,10 +99,40 @@ class ClusterCodebook:
         largest = max(int(np.bincount(row).max()) for row in found)
         return ClusterReport(found.shape[1], books, largest, float((counts > 0).mean()))
 
-    def _counts(self, array: np.ndarray, books: int, size: int) -> np.ndarray:
-        """How often each codeword is used, ``[G, K]``."""
-        counts = np.zeros((books, size), dtype=np.int64)
-        for item in array:
-            for book in range(books):
-                counts[book] += np.bincount(item[..., book].reshape(-1).astype(np.int64), minlength=size)
-        return counts
+
+def check_seed(seed: int) -> None:
+    """Refuse what k-means takes for no seed.
+
+    Raises:
+        VaevqMedError: saying which.
+    """
+    if not 0 <= seed < 2**32:
+        raise VaevqMedError(f"--seed: found {seed}, expected 0 to {2**32 - 1}")
+
+
+def tokenizer_of(store: TokenStore, checkpoint: Path) -> StoredTokenizer:
+    """The weights of a checkpoint, averaged or not, that a store's tokens were made by.
+
+    Raises:
+        VaevqMedError: they are another tokenizer's.
+    """
+    described = store.tokenizer
+    stored = StoredTokenizer.of_hash(checkpoint, described["content_hash"], described["readout"])
+    if stored is None:
+        raise VaevqMedError(f"{checkpoint}: found another tokenizer, expected that of the tokens {store.root}")
+    return stored
+
+
+def codewords_used(array: NDArray[Any], books: int, size: int) -> NDArray[np.int64]:
+    """How often each codeword is used, ``[G, K]``.
+
+    Args:
+        array: of a store of indices, ``[..., G]``.
+        books: G.
+        size: K.
+    """
+    counts = np.zeros((books, size), dtype=np.int64)
+    for item in array:
+        for book in range(books):
+            counts[book] += np.bincount(item[..., book].reshape(-1).astype(np.int64), minlength=size)
+    return counts

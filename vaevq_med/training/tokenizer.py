@@ -93,15 +93,7 @@ class TokenizerTrainer(BaseTrainer):
     ) -> None:
         if objective.adversarial is not None and (discriminator is None or d_optimizer is None):
             raise VaevqMedError("objective.adversarial is set: found no discriminator or no d_optimizer, expected both")
-        if (
-            objective.adversarial is not None
-            and objective.adversarial.adaptive
-            and not network.last_layer.requires_grad
-        ):
-            raise VaevqMedError(
-                "objective.adversarial.adaptive is true with a frozen decoder, at whose last layer its weight is "
-                "measured; expected false, or no objective.adversarial"
-            )
+        objective.check_adaptive(network, compiled=compile)
         objective.check_paths(network)
         training_network = training_network or TrainingForward(network)
         require_ddp(training_network, "training_network", "multi_gpu")
@@ -181,6 +173,7 @@ class TokenizerTrainer(BaseTrainer):
                     discriminator=None if self.discriminator is None else unwrapped(self.discriminator),
                     step=0 if adversarial is None else adversarial.start_step,
                     last_layer=network.last_layer,
+                    latent_layer=network.latent_layer,
                 )
             raise DiscardError
         return loss
@@ -212,6 +205,7 @@ class TokenizerTrainer(BaseTrainer):
                                 discriminator=discriminator,
                                 step=self.state.iteration - 1,
                                 last_layer=network.last_layer,
+                                latent_layer=network.latent_layer,
                             )
                         (loss.total * share).backward()
                     self._accumulate(terms, loss, share, "loss")

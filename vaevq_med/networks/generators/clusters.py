@@ -43,10 +43,15 @@ def cluster_codewords(
         return np.arange(len(codebook))
     from sklearn.cluster import KMeans
 
-    weights = np.maximum(counts.astype(np.float64), 1e-3)
-    model = KMeans(num_clusters, n_init=3, random_state=seed).fit(codebook.astype(np.float64), sample_weight=weights)
+    model = KMeans(num_clusters, n_init=3, random_state=seed)
+    model.fit(codebook.astype(np.float64), sample_weight=use_weights(counts))
     _, first, numbers = np.unique(model.labels_, return_index=True, return_inverse=True)
     return first.argsort().argsort()[numbers].astype(np.int64)
+
+
+def use_weights(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """What codewords weigh that are used so often: a thousandth of one use where they never are."""
+    return np.maximum(counts.astype(np.float64), 1e-3)
 
 
 @dataclass(frozen=True)

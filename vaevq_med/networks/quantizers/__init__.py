@@ -14,6 +14,7 @@ from vaevq_med.networks.quantizers.nearest import nearest_codeword
 from vaevq_med.networks.quantizers.residual import ResidualQuantizer
 from vaevq_med.networks.quantizers.simvq import SimVQ
 from vaevq_med.networks.quantizers.softvq import SoftVQ
+from vaevq_med.networks.quantizers.sq_vae import SQVAE
 from vaevq_med.networks.quantizers.vq import VectorQuantizer
 from vaevq_med.networks.quantizers.vqbridge import FVQ
 from vaevq_med.networks.quantizers.vqgan_lc import VQGANLC
@@ -25,6 +26,7 @@ __all__ = [
     "IFSQ",
     "LFQ",
     "MGVQ",
+    "SQVAE",
     "VQGANLC",
     "CodebookQuantizer",
     "CoherentVQ",

@@ -57,7 +57,7 @@ def soft_codes(
     >>> mixture.item(), index.item()
     (2.0, 0)
     """
-    latents, keys, values, step = _prepare(latents, keys, values, temperature, chunk_size)
+    latents, keys, values, step = prepare(latents, keys, values, temperature, chunk_size)
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         logits = latents @ keys.T
         return torch.softmax(logits, dim=1) @ values, logits.argmax(dim=1)
@@ -83,7 +83,7 @@ def assignment_statistics(
     >>> [round(value, 4) for value in entropy.tolist()], mean.tolist()
     ([1.3863, 1.3863, 1.3863], [0.25, 0.25, 0.25, 0.25])
     """
-    latents, keys, _, step = _prepare(latents, keys, keys, temperature, chunk_size)
+    latents, keys, _, step = prepare(latents, keys, keys, temperature, chunk_size)
     if torch.jit.is_tracing() or torch.compiler.is_exporting():
         logs = torch.log_softmax(latents @ keys.T, dim=1)
         return -(logs.exp() * logs).sum(dim=1), logs.exp().mean(dim=0)
@@ -126,7 +126,7 @@ def assignment_entropy(
     return entropy.mean() + (mean * mean.log()).sum()
 
 
-def _prepare(
+def prepare(
     latents: Tensor, keys: Tensor, values: Tensor, temperature: float, chunk_size: int | None
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Latents divided by the temperature, keys and values in a common type, and latents a chunk."""

@@ -12,6 +12,13 @@ from vaevq_med.study.rates.file import VolumeStudy
 
 Diameter = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
 Strength = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Volume = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _rising(values: list[float]) -> list[float]:
+    if values != sorted(set(values)):
+        raise refuse(f"lesion_sizes is {values}; expected two rising volumes in ml", "volumes")
+    return values
 
 
 class Detectability(Part):
@@ -39,6 +46,8 @@ class TasksStudy(VolumeStudy):
         contrasts: of each case that are coded.
         lossless: whether codecs that can are also run without loss.
         segmenter: checkpoint of a segmentation network; None leaves segmentation out.
+        lesion_sizes: in ml, where small lesions end and large ones begin; None for the tertiles of the lesions of the
+            split file's training patients.
         radiomics: whether features of the tumor's regions are compared.
         detectability: synthetic lesions, or None for none.
     """
@@ -47,6 +56,7 @@ class TasksStudy(VolumeStudy):
     contrasts: Annotated[list[str], Field(min_length=1), AfterValidator(each_once)] = ["t1n", "t1c", "t2w", "t2f"]
     lossless: bool = False
     segmenter: Path | None = None
+    lesion_sizes: Annotated[list[Volume], Field(min_length=2, max_length=2), AfterValidator(_rising)] | None = None
     radiomics: bool = True
     detectability: Detectability | None = Detectability()
 

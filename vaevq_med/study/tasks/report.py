@@ -15,6 +15,7 @@ from typing import Any
 from vaevq_med.core.files import atomic_write_text
 from vaevq_med.evaluation.volumes import FIGURES as VOLUME_FIGURES
 from vaevq_med.metrics.figures import Figure
+from vaevq_med.metrics.preservation import SIZES, lesion_recall
 from vaevq_med.metrics.segmentation import FIGURES as SEGMENTATION_FIGURES
 from vaevq_med.study.rates.candidates import Candidate
 from vaevq_med.study.rates.curves import Spread
@@ -32,6 +33,8 @@ SHORT = {"whole_tumor": "WT", "tumor_core": "TC", "enhancing_tumor": "ET"}
 RELIABLE = 0.9
 """Intraclass correlation above which a feature counts as reproduced."""
 BYTES = Figure("bytes", "Bytes a volume", 0, convention="of a case's files, divided by its contrasts")
+LESIONS_OF = "whole_tumor"
+"""The region whose lesions are counted by their size."""
 _DICE, _DISTANCE = (next(f for f in SEGMENTATION_FIGURES if f.name == name) for name in ("dice", "hd95_mm"))
 
 
@@ -67,6 +70,25 @@ EXPENSIVE = (
     _of_region(_DISTANCE, "whole_tumor"),
     _of_region(_BIAS, "whole_tumor"),
     _of_region(_ERROR, "whole_tumor"),
+    Figure(
+        "delta_dice_whole_tumor",
+        "ΔDice WT",
+        3,
+        higher_is_better=True,
+        convention="mean over cases of Dice less that of the originals, by the same segmentation network",
+    ),
+    *(
+        Figure(
+            f"lesion_recall_{size}",
+            f"{size.capitalize()} lesions kept (%)",
+            1,
+            100,
+            higher_is_better=True,
+            convention=f"share of the {size} lesions of WT, of all cases, of whose voxels the segmentation network "
+            "finds half or more",
+        )
+        for size in SIZES
+    ),
     Figure(
         "icc_share",
         "ICC > 0.9 (%)",
@@ -130,6 +152,7 @@ class Point:
         title: in tables.
         records: by name of the case.
         originals: likewise, of the originals.
+        edges: where small lesions end and large ones begin, in ml; None where that is not known.
     """
 
     row: Candidate
@@ -137,11 +160,19 @@ class Point:
     title: str
     records: Mapping[str, Mapping[str, Any]]
     originals: Mapping[str, Mapping[str, Any]]
+    edges: tuple[float, float] | None = None
 
     @cached_property
     def cases(self) -> Mapping[str, Mapping[str, float]]:
-        """Figures of each case."""
-        return {name: of_case(record) for name, record in self.records.items()}
+        """Figures of each case, beside them how far each Dice is from the original's."""
+        found = {}
+        for name, record in self.records.items():
+            own, before = of_case(record), of_case(self.originals[name]) if name in self.originals else {}
+            changes = {
+                f"delta_{key}": own[key] - before[key] for key in own if key.startswith("dice_") and key in before
+            }
+            found[name] = own | changes
+        return found
 
     def spread(self, figure: str) -> Spread:
         """A figure over the cases that have it, with an interval over patients; of some, of all cases at once."""
@@ -162,7 +193,20 @@ class Point:
             "icc_shape_share": (self.shapes.share(RELIABLE), "shapes"),
             "auc": (sum(areas) / len(areas) if areas else math.nan, "lesions"),
             "contrast_kept": (self._kept(), "lesions"),
+            **{
+                f"lesion_recall_{size}": (kept / there if there else math.nan, "sizes")
+                for size, (kept, there) in zip(SIZES, self.lesions, strict=False)
+            },
         }
+
+    @cached_property
+    def lesions(self) -> list[tuple[int, int]]:
+        """How many lesions of each size are kept, and how many there are, over all cases; empty without sizes."""
+        if self.edges is None:
+            return []
+        return lesion_recall(
+            [lesion for name in self._shared("sizes") for lesion in self.records[name]["sizes"]], self.edges
+        )
 
     @cached_property
     def features(self) -> Reproducibility:
@@ -236,6 +280,7 @@ def write_report(
     *,
     asked: Sequence[str] = (),
     remarks: Sequence[str] = (),
+    edges: tuple[float, float] | None = None,
 ) -> tuple[list[Path], str]:
     """Write ``table.md``, ``records.csv``, ``results.json``, ``dice.png`` and ``detectability.png``.
 
@@ -245,11 +290,12 @@ def write_report(
         records: those that are there.
         asked: names of all cases of the study.
         remarks: what else a reader has to know.
+        edges: where small lesions end and large ones begin, in ml.
 
     Returns:
         The files, and the tables as Markdown.
     """
-    report = Report(study, rows, records, asked=asked, remarks=remarks)
+    report = Report(study, rows, records, asked=asked, remarks=remarks, edges=edges)
     table = report.markdown()
     texts = {
         "table.md": table,
@@ -272,6 +318,7 @@ class Report:
         records: those that are there.
         asked: names of all cases of the study.
         remarks: what else a reader has to know.
+        edges: where small lesions end and large ones begin, in ml.
     """
 
     def __init__(
@@ -282,8 +329,9 @@ class Report:
         *,
         asked: Sequence[str] = (),
         remarks: Sequence[str] = (),
+        edges: tuple[float, float] | None = None,
     ) -> None:
-        self.study, self.records, self.remarks = study, records, remarks
+        self.study, self.records, self.remarks, self.edges = study, records, remarks, edges
         self.cases = sorted({record["case"] for record in records})
         self.absent = sorted({*asked} - {*self.cases})
         originals = {record["case"]: record for record in records if record["row"] == ORIGINAL}
@@ -293,7 +341,7 @@ class Report:
             for setting in settings:
                 own = {r["case"]: r for r in records if r["row"] == row.name and r["setting"] == setting}
                 title = row.title if len(settings) == 1 else f"{row.title} @ {setting:g}"
-                self.points.append(Point(row, setting, title, own, originals))
+                self.points.append(Point(row, setting, title, own, originals, edges))
         self.figures = [f for f in FIGURES if any(point.spread(f.name).n for point in self.points)]
 
     def has(self, figure: str) -> bool:
@@ -436,6 +484,12 @@ class Report:
             for point in self.points
             if not self.whole(point)
         ]
+        counted = next((point for point in self.points if point.row.name == ORIGINAL and point.lesions), None)
+        if self.edges is not None and counted is not None:
+            numbers = ", ".join(f"{there} {size}" for size, (_, there) in zip(SIZES, counted.lesions, strict=True))
+            notes.append(
+                f"Lesions by size: small to {self.edges[0]:.3g} ml, large above {self.edges[1]:.3g} ml; {numbers}."
+            )
         first = next((point for point in self.points if point.features.correlations), None)
         if first is not None:
             found = first.features
@@ -533,6 +587,7 @@ class Report:
             "figures": {figure.name: point.spread(figure.name).to_json() for figure in self.figures},
             "radiomics": _reproduced(point.features),
             "shapes": {**_reproduced(point.shapes), "regions": list(point.pairs)},
+            "lesions_by_size": [list(counts) for counts in point.lesions],
             "detectability": [
                 plain({"strength": strength, "diameter_mm": diameter, **vars(found)})
                 for (strength, diameter), found in point.detections.items()

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.evaluation.volumes import VolumeJudge
+from vaevq_med.metrics.preservation import lesions_found, size_edges
 from vaevq_med.metrics.segmentation import region_scores
 from vaevq_med.study.rates.candidates import Candidate, Coded, as_judged, mask_bytes
 from vaevq_med.study.rates.recording import Measure, Record, RunRecords
@@ -26,9 +27,10 @@ from vaevq_med.study.tasks.cases import (
     find_case_files,
     lesioned_cases,
     through_window,
+    training_lesions,
 )
 from vaevq_med.study.tasks.file import TasksStudy
-from vaevq_med.study.tasks.report import write_report
+from vaevq_med.study.tasks.report import LESIONS_OF, write_report
 from vaevq_med.study.tasks.rows import ORIGINAL, Original
 from vaevq_med.tasks.detectability import response
 from vaevq_med.tasks.radiomics import LEVELS, region_features, shape_features
@@ -42,7 +44,7 @@ class RunTasks(RunRecords[CaseFile]):
     """All rows of a study, and the originals, on all of its cases."""
 
     command: ClassVar[str] = "tasks"
-    format: ClassVar[int] = 2
+    format: ClassVar[int] = 3
 
     study: TasksStudy
 
@@ -85,6 +87,17 @@ class RunTasks(RunRecords[CaseFile]):
     def remarks(self) -> list[str]:
         """What a reader has to know of the segmentation network."""
         return [] if self.segmenter is None else self.segmenter.stored.check_window(self.items[0].recipe.to_dict())
+
+    def size_edges(self) -> tuple[float, float] | None:
+        """Where small lesions end and large ones begin, in ml; None where nothing says it."""
+        study = self.study
+        if study.segmenter is None:
+            return None
+        if study.lesion_sizes is not None:
+            return study.lesion_sizes[0], study.lesion_sizes[1]
+        if study.split_file is None:
+            return None
+        return size_edges(training_lesions(study, LESIONS_OF))
 
     def depends_on(self) -> Mapping[str, Any]:
         """The instruments."""
@@ -145,16 +158,18 @@ class RunTasks(RunRecords[CaseFile]):
         """Scores against the experts' segmentation, and the shape of what was found, by region."""
         segmenter = self.segmenter
         if segmenter is None:
-            return {"segmentation": None, "shapes": None}
+            return {"segmentation": None, "shapes": None, "sizes": None}
         volume = torch.from_numpy(np.stack([units[contrast] for contrast in segmenter.contrasts]))
         found = to_masks(segmenter.segment(volume)).numpy()
         spacing = next(iter(content.scans.values())).spacing
         masks = dict(zip(segmenter.regions, found, strict=True))
-        scores = None
+        scores = sizes = None
         if content.regions is not None:
             scores = {name: region_scores(mask, content.regions[name], spacing) for name, mask in masks.items()}
+            if LESIONS_OF in masks:
+                sizes = lesions_found(masks[LESIONS_OF], content.regions[LESIONS_OF], spacing)
         shapes = {name: shape_features(mask, spacing) for name, mask in masks.items()}
-        return {"segmentation": scores, "shapes": flat(shapes)}
+        return {"segmentation": scores, "shapes": flat(shapes), "sizes": sizes}
 
     def _lesions(
         self, content: CaseContent, copies: Sequence[Lesioned], units: Units, row: Candidate, setting: float
@@ -179,7 +194,8 @@ class RunTasks(RunRecords[CaseFile]):
     def write_report(self, records: Sequence[Record]) -> tuple[list[Path], str]:
         """The table, the detectability, the rank correlations, and the figures."""
         asked = [item.name for item in self.items]
-        return write_report(self.study, self.rows, records, asked=asked, remarks=self.remarks)
+        edges = self.size_edges()
+        return write_report(self.study, self.rows, records, asked=asked, remarks=self.remarks, edges=edges)
 
 
 def _of_contrast(coded: Coded, judge: VolumeJudge) -> dict[str, Any]:
