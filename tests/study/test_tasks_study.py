@@ -34,6 +34,7 @@ from vaevq_med.study.tasks.file import TasksStudy
 from vaevq_med.study.tasks.report import Report
 from vaevq_med.study.tasks.rows import Original
 from vaevq_med.study.tasks.run import RunTasks
+from vaevq_med.trained.patients import NAMES
 
 pytest.importorskip("imagecodecs")
 SHAPE = (44, 48, 16)
@@ -118,7 +119,7 @@ class Thresholds:
     contrasts = ("t2f", "t1c")
     regions = REGIONS
     content_hash = "thresholds"
-    stored = SimpleNamespace(check_window=lambda recipe: [f"unknown window of {recipe['name']}"])
+    stored = SimpleNamespace(check_window=lambda recipe: [f"unknown window of {recipe['name']}"], data={})
 
     def segment(self, volume: Tensor) -> Tensor:
         assert volume.dtype == torch.float32
@@ -313,6 +314,17 @@ def test_a_tokenizer_codes_the_copies(cases: Path, tmp_path: Path, monkeypatch: 
         lesion[:2] for lesion in records["original"]["lesions"]
     ]
     assert all(math.isfinite(value) for lesion in records["toy"]["lesions"] for value in lesion)
+
+
+def test_a_segmenter_that_has_seen_a_patient_is_refused(
+    cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = run_of(cases, tmp_path / "out", monkeypatch)
+    patient = command.items[0].case.patient
+    monkeypatch.setattr(Thresholds, "stored", SimpleNamespace(check_window=lambda recipe: [], data={NAMES: [patient]}))
+    with pytest.raises(VaevqMedError, match=rf"segmenter: found patient {patient}, whom segmenter.pt was trained on"):
+        command.dry_run()
+    run_of(cases, tmp_path / "out", monkeypatch, split="training").dry_run()
 
 
 def test_wrong_fields_are_one_line(cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

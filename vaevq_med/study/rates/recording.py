@@ -47,6 +47,23 @@ class Item(Protocol):
 I = TypeVar("I", bound=Item)  # noqa: E741
 
 
+def refuse_seen(name: str, seen: tuple[str, str] | None) -> None:
+    """Refuse a network that was trained on a patient of the study.
+
+    Args:
+        name: what it is called in the study's file.
+        seen: the patient, and the file of the training; None where there is none.
+
+    Raises:
+        VaevqMedError: naming both.
+    """
+    if seen is not None:
+        raise VaevqMedError(
+            f"{name}: found patient {seen[0]}, whom {seen[1]} was trained on, expected none; name other patients in "
+            "split_file, or say split: training to code them all the same"
+        )
+
+
 @dataclass(frozen=True)
 class RecordsReport:
     """What a study ends with.
@@ -144,12 +161,7 @@ class RunRecords(ABC, Generic[I]):
         if self.study.split != "training":
             patients = {item.case.patient for item in self.items}
             for row in rows:
-                seen = row.first_seen(patients)
-                if seen is not None:
-                    raise VaevqMedError(
-                        f"{row.name}: found patient {seen[0]}, whom {seen[1]} was trained on, expected none; name "
-                        "other patients in split_file, or say split: training to code them all the same"
-                    )
+                refuse_seen(row.name, row.first_seen(patients))
         return rows
 
     @cached_property

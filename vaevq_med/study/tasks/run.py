@@ -19,7 +19,7 @@ from vaevq_med.evaluation.volumes import VolumeJudge
 from vaevq_med.metrics.preservation import lesions_found, size_edges
 from vaevq_med.metrics.segmentation import region_scores
 from vaevq_med.study.rates.candidates import Candidate, Coded, as_judged, mask_bytes
-from vaevq_med.study.rates.recording import Measure, Record, RunRecords
+from vaevq_med.study.rates.recording import Measure, Record, RunRecords, refuse_seen
 from vaevq_med.study.tasks.cases import (
     CaseContent,
     CaseFile,
@@ -35,6 +35,7 @@ from vaevq_med.study.tasks.rows import ORIGINAL, Original
 from vaevq_med.tasks.detectability import response
 from vaevq_med.tasks.radiomics import LEVELS, region_features, shape_features
 from vaevq_med.tasks.segmentation import Segmenter, load_segmenter, to_masks
+from vaevq_med.trained.patients import first_seen
 
 Units = Mapping[str, NDArray[np.float32]]
 
@@ -65,7 +66,8 @@ class RunTasks(RunRecords[CaseFile]):
         """The segmentation network, on one core as the codecs.
 
         Raises:
-            VaevqMedError: it cannot be read, or needs slices or a contrast that the study does not have.
+            VaevqMedError: it cannot be read, needs slices or a contrast that the study does not have, or was trained on
+                a patient of the study.
         """
         if self.study.segmenter is None:
             return None
@@ -81,6 +83,9 @@ class RunTasks(RunRecords[CaseFile]):
                 f"recipe {recipe.name} cuts {recipe.axis} slices; expected axial ones for the segmenter"
             )
         found.stored.check_window(recipe.to_dict())
+        if self.study.split != "training":
+            patients = {item.case.patient for item in self.items}
+            refuse_seen("segmenter", first_seen(found.stored.data, str(self.study.segmenter), patients))
         return found
 
     @property
