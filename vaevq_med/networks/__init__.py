@@ -21,6 +21,8 @@ __getattr__, __dir__, __all__ = lazy(
         "StaticCache": "generators.llama_blocks",
         "TokenDiffusion": "generators.token_diffusion",
         "TrainingForward": "tokenizer",
+        "ViTDecoder": "vit",
+        "ViTEncoder": "vit",
         "VisualTokenizer": "tokenizer",
         "released_estimator": "tokenizer",
         "vqgan_preset": "encoder",

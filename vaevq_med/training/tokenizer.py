@@ -138,9 +138,8 @@ class TokenizerTrainer(BaseTrainer):
                 if module is not None:
                     module.to(memory_format=torch.channels_last)
         if compile:
-            network.encoder.layers.compile()
-            # Without the last convolution: the adaptive weight differentiates that one alone, and more than once.
-            network.decoder.layers.compile()
+            network.encoder.compile_layers()
+            network.decoder.compile_layers()
             if discriminator is not None:
                 unwrapped(discriminator).compile()
         self._attach(train_handlers)
