@@ -18,6 +18,8 @@ __getattr__, __dir__, __all__ = lazy(
         "PatchDiscriminator": "discriminator",
         "Rectifier": "rectifier",
         "SliceSegmenter": "segmenter",
+        "SlotDecoder": "slots",
+        "SlotEncoder": "slots",
         "StaticCache": "generators.llama_blocks",
         "TokenDiffusion": "generators.token_diffusion",
         "TrainingForward": "tokenizer",

@@ -80,11 +80,14 @@ class BaseDecoder(Backbone):
         z_channels: channels in.
         embedding_dim: D, channels of the codes that it reads beside the features; None where it reads none.
         upsampling_factors: image sizes over those of the grid, an axis each.
+        num_prefixes: at how many positions of its last axis a grid may end: n where any first ones make an image, 1
+            where all are needed.
     """
 
     z_channels: int
     embedding_dim: int | None = None
     upsampling_factors: tuple[int, ...]
+    num_prefixes: int = 1
 
     @property
     @abstractmethod

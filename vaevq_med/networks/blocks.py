@@ -301,7 +301,7 @@ def recompute_levels(levels: Sequence[Sequence[nn.Module]], chosen: Sequence[int
     for number, blocks in enumerate(levels):
         for block in blocks:
             if hasattr(block, "recompute"):
-                block.recompute = number in chosen
+                cast(Any, block).recompute = number in chosen
 
 
 class OutputHead(ConditionedSequential):

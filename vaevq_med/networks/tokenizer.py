@@ -16,7 +16,7 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.backbone import BaseDecoder, BaseEncoder
 from vaevq_med.networks.base import Tokenizer
 from vaevq_med.networks.blocks import convolution
-from vaevq_med.networks.outputs import Posterior, TokenizerOutput
+from vaevq_med.networks.outputs import Posterior, QuantizerOutput, TokenizerOutput
 from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.quantizers.base import Quantizer
 from vaevq_med.networks.ranges import check_choice
@@ -155,6 +155,22 @@ class VisualTokenizer(Tokenizer):
     def factors(self) -> tuple[int, ...]:
         """Image sizes over those of the latent grid, an axis each."""
         return (1, *self.encoder.downsampling_factors) if self.slice_context else self.encoder.downsampling_factors
+
+    @property
+    def patchwise(self) -> bool:  # type: ignore[override]
+        """As the encoder says."""
+        return self.encoder.patchwise
+
+    @property
+    def num_prefixes(self) -> int:
+        """Slots of a nested decoder, otherwise as the quantizer says."""
+        slots = self.decoder.num_prefixes
+        return slots if slots > 1 else super().num_prefixes
+
+    def _codes_of_prefix(self, quantized: QuantizerOutput, count: int) -> Tensor:
+        if self.decoder.num_prefixes > 1:
+            return quantized.quantized[..., :count]
+        return super()._codes_of_prefix(quantized, count)
 
     @property
     def finest_channels(self) -> int:
