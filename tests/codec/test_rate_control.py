@@ -14,7 +14,6 @@ from vaevq_med.codec.rate_control import (
     constrained_indices,
     context_constrained_indices,
     latents_of,
-    num_rates,
 )
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.quantizers import FSQ, MGVQ, CoherentVQ, ResidualQuantizer, VectorQuantizer
@@ -122,12 +121,12 @@ def test_the_first_codebooks_alone_are_decoded(kind: str) -> None:
         quantizer, argument = MGVQ(num_embeddings=8, embedding_dim=6, num_codebooks=3), "num_active"
     quantizer.eval()
     indices = torch.randint(8, (2, 3, 3, 3))
-    assert num_rates(quantizer) == 3  # type: ignore[arg-type]
+    assert quantizer.num_prefixes == 3  # type: ignore[arg-type]
     for count in (1, 2, 3):
         found = quantizer.first_codes(indices[..., :count])  # type: ignore[operator]
         assert torch.equal(found, quantizer.indices_to_codes(indices, **{argument: count}))  # type: ignore[operator]
     whole = VectorQuantizer(num_embeddings=8, embedding_dim=4)
-    assert num_rates(whole) == 1
+    assert whole.num_prefixes == 1
     assert torch.equal(whole.first_codes(indices[..., :1]), whole.indices_to_codes(indices[..., :1]))
     with pytest.raises(VaevqMedError, match=r"shape \(1, 2, 2, 2\); expected \[B, \*grid, 1\]"):
         whole.first_codes(torch.zeros(1, 2, 2, 2, dtype=torch.int64))

@@ -30,6 +30,7 @@ BASIC = {"precision", "micro_batch_size", "batch_size", "max_epochs", "image_siz
 MOST_GIB_AN_IMAGE = 1.5
 SIZE, BATCH, DEPTH = 32, 2, 8
 SMALL = {"num_channels": 32, "channel_mult": [1, 2], "num_res_blocks": 1, "attention_resolutions": [16]}
+SMALL_TRANSFORMER = {"width": 32, "depth": 2, "num_heads": 2, "num_slots": 8}
 SMALL_GENERATOR = {
     "autoregressive": {"width": 32, "depth": 2, "num_heads": 2},
     "diffusion": {"num_channels": 32, "channel_mult": [1, 2], "num_res_blocks": 1, "cross_attention_dim": 32},
@@ -86,8 +87,18 @@ def read(bundle: Path, file: str, overlay: Path | None, small: dict[str, Any]) -
     return parser
 
 
+def _sizes(whole: dict[str, Any] | None) -> dict[str, Any]:
+    """Of a half of the backbone; of one that an overlay brings whole, those that it has."""
+    return SMALL if whole is None else {key: value for key, value in SMALL_TRANSFORMER.items() if key in whole}
+
+
 def tokenizer_config(bundle: Path, overlay: Path | None) -> ConfigParser:
-    small = {f"network_def#{part}#{key}": value for part in ("encoder", "decoder") for key, value in SMALL.items()}
+    chosen = json.loads(overlay.read_text()) if overlay else {}
+    small = {
+        f"network_def#{part}#{key}": value
+        for part in ("encoder", "decoder")
+        for key, value in _sizes(chosen.get(f"network_def#{part}")).items()
+    }
     parser = read(bundle, "train.json", overlay, {"image_size": SIZE, **small})
     # Files that a new run would read.
     if parser.get("features") is not None:

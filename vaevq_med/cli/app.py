@@ -17,6 +17,7 @@ from vaevq_med.cli import study as studies
 from vaevq_med.cli.adopt import adopt
 from vaevq_med.cli.demo import demo
 from vaevq_med.cli.overlays import overlays
+from vaevq_med.cli.prefixes import prefixes
 from vaevq_med.cli.probe import probe
 from vaevq_med.cli.weights import weights
 from vaevq_med.core.errors import foreseen
@@ -80,6 +81,7 @@ app.command("study")(studies.study)
 app.command("rate-distortion")(rates.rate_distortion)
 app.command()(rates.tasks)
 app.command()(probe)
+app.command()(prefixes)
 for _kind in (makers.Compare, makers.Ablate, makers.Sweep, makers.CompareGeneration):
     app.command(_kind.command)(studies.maker(_kind))
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vaevq_med.codec.errors import CodecError
-from vaevq_med.codec.rate_control import Latents, joined, latents_from, latents_of, num_rates
+from vaevq_med.codec.rate_control import Latents, joined, latents_from, latents_of
 from vaevq_med.networks.base import Tokenizer
 from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.precision import full_precision
@@ -77,7 +77,7 @@ class Model:
         self.threads = threads if self.device.type == "cpu" else 1
         self.description = describe(stored, self.network)
         if codebooks is not None:
-            most = num_rates(self.network.quantizer)
+            most = self.network.quantizer.num_prefixes
             if not 1 <= codebooks <= most:
                 name = self.description["quantizer"]
                 raise CodecError(f"--codebooks: found {codebooks}, expected 1 to {most} for {name} of {stored.path}")
@@ -269,6 +269,8 @@ def describe(stored: StoredTokenizer, network: Tokenizer) -> dict[str, Any]:
     """
     quantizer, factors, factor = network.quantizer, network.factors, network.factors[-1]
     size = int(stored.value("image_size"))
+    if not network.patchwise:
+        raise CodecError(f"{stored.path}: found tokens that stand for no place, expected one for each patch of a slice")
     if len(set(factors[-2:])) > 1:
         raise CodecError(f"{stored.path}: found positions of {factors} pixels, expected as many rows as columns")
     if not quantizer.is_discrete:

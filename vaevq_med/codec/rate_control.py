@@ -26,7 +26,7 @@ from vaevq_med.codec.errors import CodecError
 from vaevq_med.networks.base import Tokenizer
 from vaevq_med.networks.outputs import Posterior
 from vaevq_med.networks.posterior import DiagonalGaussian
-from vaevq_med.networks.quantizers.base import CodebookQuantizer, Quantizer, deviations, rows
+from vaevq_med.networks.quantizers.base import CodebookQuantizer, deviations, rows
 from vaevq_med.networks.quantizers.distances import Search
 
 ITERATIONS = 2
@@ -120,7 +120,7 @@ def latents_from(network: Tokenizer, encoded: DiagonalGaussian | Tensor) -> Late
     """
     quantizer = network.quantizer
     if not isinstance(quantizer, CodebookQuantizer):
-        more = "; --codebooks gives its rates" if num_rates(quantizer) > 1 else ""
+        more = "; --codebooks gives its rates" if quantizer.num_prefixes > 1 else ""
         raise CodecError(
             f"rate: found {type(quantizer).__name__}, which has no one explicit codebook; expected a quantizer that "
             f"chooses the nearest codeword of one{more}"
@@ -205,8 +205,3 @@ def context_constrained_indices(
 def _check(weight: float) -> None:
     if not 0 <= weight < float("inf"):
         raise CodecError(f"weight is {weight}; expected 0 or more")
-
-
-def num_rates(quantizer: Quantizer) -> int:
-    """In how many of its codebooks a quantizer's indices can be cut: G of a residual or a nested one, else 1."""
-    return 1 if quantizer.first_argument is None else quantizer.num_codebooks

@@ -130,6 +130,8 @@ class SamplePlan(Dataset[dict[str, Any]]):
             )
         if len(tokens["grid"]) != 2:
             raise VaevqMedError("inpaint_tokens: found a generator of layers of volumes, expected one of images")
+        if not tokens["tokenizer"].get("patchwise", True):
+            raise VaevqMedError("inpaint_tokens: found tokens that stand for no place, expected one for each patch")
         return TokenDataset(
             tokens_dir=tokens_dir,
             split=split,

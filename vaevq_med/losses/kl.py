@@ -164,6 +164,11 @@ class KLLoss(LossTerm):
                 )
             self.variance.copy_(variance)
 
+    @property
+    def needs_patches(self) -> bool:
+        """Whether it has to know of what patch a token is."""
+        return self.target is not None and self.tokens == "content"
+
     def figures(self) -> Mapping[str, Tensor]:
         """The factor, where there is a budget."""
         return {} if self.target is None else {"factor": self.factor}

@@ -75,7 +75,7 @@ class TokenizerObjective(nn.Module):
         self.adversarial = adversarial
 
     def check_paths(self, network: nn.Module) -> None:
-        """Refuse a tokenizer without the continuous path that a term is of.
+        """Refuse a tokenizer without the continuous path, or without the patches, that a term is of.
 
         Args:
             network: the tokenizer that is trained.
@@ -83,6 +83,12 @@ class TokenizerObjective(nn.Module):
         Raises:
             VaevqMedError: it has none.
         """
+        if not getattr(network, "patchwise", True):
+            for name, term in self.terms.items():
+                if getattr(term, "needs_patches", False):
+                    raise VaevqMedError(
+                        f"objective.terms.{name}.tokens is 'content' with tokens that have no patch; expected 'all'"
+                    )
         asked = [getattr(term, "paths", None) for term in (*self.terms.values(), self.adversarial)]
         if "continuous" in asked and not getattr(network, "variational", True):
             raise no_continuous_path()

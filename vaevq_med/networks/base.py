@@ -29,6 +29,7 @@ class Tokenizer(nn.Module, ABC):
         variational: whether :meth:`encode` gives a posterior.
         takes_volumes: whether it is given volumes ``[B, C, d, H, W]``.
         slice_context: slices above and below that the decoder of single slices sees; 0 for any other tokenizer.
+        patchwise: whether a position of the grid stands for the patch of the image at its place.
     """
 
     quantizer: Quantizer
@@ -36,6 +37,7 @@ class Tokenizer(nn.Module, ABC):
     variational: bool = False
     takes_volumes: bool = False
     slice_context: int = 0
+    patchwise: bool = True
 
     @abstractmethod
     def encode(self, images: Tensor) -> DiagonalGaussian | Tensor:
@@ -108,18 +110,47 @@ class Tokenizer(nn.Module, ABC):
 
     def forward(self, images: Tensor) -> Tensor:
         """Reconstruct ``[B, C, H, W]`` through the codebook, from the posterior's mean."""
-        return self._decode_alike(self.quantize(*self._mode(images)).quantized)
+        return self._decode_alike(self.quantize_images(images).quantized)
+
+    def quantize_images(self, images: Tensor) -> QuantizerOutput:
+        """What images ``[B, C, H, W]`` are quantized to, from the posterior's mean."""
+        return self.quantize(*self._mode(images))
 
     def encode_indices(self, images: Tensor) -> Tensor:
         """Indices ``[B, *grid, G]`` of images ``[B, C, H, W]``, from the posterior's mean."""
-        return self.quantize(*self._mode(images)).indices
+        return self.quantize_images(images).indices
 
     def decode_indices(self, indices: Tensor) -> Tensor:
         """Images ``[B, C, H, W]`` of indices ``[B, *grid, G]``, to the bit those that :meth:`forward` decodes.
 
-        The indices may be those of the first codebooks alone, see :meth:`Quantizer.first_codes`.
+        The indices may be those of the first codebooks alone, see :meth:`Quantizer.first_codes`, or, of a nested
+        decoder, those of the first slots.
         """
         return self._decode_alike(self.quantizer.first_codes(indices))
+
+    @property
+    def num_prefixes(self) -> int:
+        """In how many parts a code can be cut so that any first ones make an image: codebooks or slots, else 1."""
+        return self.quantizer.num_prefixes
+
+    def decode_prefix(self, quantized: QuantizerOutput, count: int) -> Tensor:
+        """Images ``[B, C, H, W]`` of the first ``count`` parts of a code, which take their share of its bits.
+
+        Args:
+            quantized: what :meth:`quantize` gave.
+            count: codebooks of a residual or nested quantizer, or slots of a nested decoder.
+
+        Raises:
+            VaevqMedError: it is not from 1 to :attr:`num_prefixes`.
+        """
+        if not 1 <= count <= self.num_prefixes:
+            raise VaevqMedError(f"count is {count}; expected 1 to {self.num_prefixes}")
+        return self._decode_alike(
+            quantized.quantized if count == self.num_prefixes else self._codes_of_prefix(quantized, count)
+        )
+
+    def _codes_of_prefix(self, quantized: QuantizerOutput, count: int) -> Tensor:
+        return self.quantizer.first_codes(quantized.indices[..., :count])
 
     def decode_soft(self, probabilities: Tensor) -> Tensor:
         """Images ``[B, C, H, W]`` of probabilities of codewords, ``[B, *grid, K]``; see :meth:`Quantizer.mean_codes`.

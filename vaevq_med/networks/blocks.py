@@ -286,7 +286,7 @@ def level_blocks(
 
 
 def recompute_levels(levels: Sequence[Sequence[nn.Module]], chosen: Sequence[int]) -> None:
-    """Let the residual blocks of some levels be computed again in the backward pass, and those of the others not.
+    """Let the blocks of some levels that can be computed again in the backward pass do so, and the others not.
 
     Args:
         levels: the blocks of each level, the finest first.
@@ -300,8 +300,8 @@ def recompute_levels(levels: Sequence[Sequence[nn.Module]], chosen: Sequence[int
         raise VaevqMedError(f"activation_checkpointing has {unknown}; expected levels from 0 to {len(levels) - 1}")
     for number, blocks in enumerate(levels):
         for block in blocks:
-            if isinstance(block, ResidualBlock):
-                block.recompute = number in chosen
+            if hasattr(block, "recompute"):
+                cast(Any, block).recompute = number in chosen
 
 
 class OutputHead(ConditionedSequential):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks.backbone import BaseDecoder
 from vaevq_med.networks.blocks import (
     Conditioned,
     ConditionedSequential,
@@ -22,7 +23,6 @@ from vaevq_med.networks.blocks import (
     convolution,
     group_norm,
     level_blocks,
-    recompute_levels,
     slice_norm,
 )
 from vaevq_med.networks.encoder import (
@@ -34,7 +34,7 @@ from vaevq_med.networks.encoder import (
 )
 
 
-class Decoder(nn.Module):
+class Decoder(BaseDecoder):
     """Latent features to images, by taming-transformers' VQGAN architecture.
 
     A 3x3 convolution from ``z_channels``; residual block, attention, residual block; per level, coarsest first,
@@ -143,9 +143,9 @@ class Decoder(nn.Module):
         """Weight of the output convolution, which the adaptive adversarial weight differentiates."""
         return cast(Tensor, self.head[-1].weight)
 
-    def recompute_levels(self, chosen: Sequence[int]) -> None:
-        """See :func:`vaevq_med.networks.blocks.recompute_levels`."""
-        recompute_levels(self._levels, chosen)
+    def compile_layers(self) -> None:
+        """See the base class; without the head."""
+        self.layers.compile()
 
     def forward(self, features: Tensor, codes: Tensor | None = None) -> Tensor:
         """Decode latent features.

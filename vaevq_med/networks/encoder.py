@@ -9,16 +9,15 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks.backbone import BaseEncoder
 from vaevq_med.networks.blocks import (
     Downsample,
     MiddleBlocks,
     NormFactory,
     OutputHead,
-    check_channels,
     convolution,
     group_norm,
     level_blocks,
-    recompute_levels,
     slice_norm,
 )
 from vaevq_med.networks.ranges import check_choice
@@ -150,7 +149,7 @@ def check_within_slices(within_slices: bool, spatial_dims: int) -> None:
         )
 
 
-class Encoder(nn.Module):
+class Encoder(BaseEncoder):
     """Images to latent features, by taming-transformers' VQGAN architecture.
 
     A 3x3 convolution; per level ``num_res_blocks`` residual blocks, each followed by attention at the listed
@@ -243,9 +242,9 @@ class Encoder(nn.Module):
         """Weight of the first convolution, ``[num_channels, C, ...]``."""
         return cast(Tensor, self.layers[0].weight)
 
-    def recompute_levels(self, chosen: Sequence[int]) -> None:
-        """See :func:`vaevq_med.networks.blocks.recompute_levels`."""
-        recompute_levels(self._levels, chosen)
+    def compile_layers(self) -> None:
+        """See the base class."""
+        self.layers.compile()
 
     def forward(self, images: Tensor) -> Tensor:
         """Encode images.
@@ -260,16 +259,5 @@ class Encoder(nn.Module):
             VaevqMedError: if the axes or the channels are not those that it was built for, or f does not divide the
                 size.
         """
-        if images.ndim != self.spatial_dims + 2:
-            raise VaevqMedError(
-                f"the image has shape {tuple(images.shape)}; expected a batch, channels and {self.spatial_dims} axes, "
-                f"as spatial_dims is {self.spatial_dims}"
-            )
-        check_channels(images, self.in_channels, "the image")
-        factors = self.downsampling_factors
-        if any(size % factor for size, factor in zip(images.shape[2:], factors, strict=True)):
-            told = factors[0] if len(set(factors)) == 1 else factors
-            raise VaevqMedError(
-                f"image size {tuple(images.shape[2:])} is no multiple of the downsampling factor {told}"
-            )
+        self.check_images(images)
         return self.layers(images)

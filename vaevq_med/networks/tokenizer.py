@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks.backbone import BaseDecoder, BaseEncoder
 from vaevq_med.networks.base import Tokenizer
 from vaevq_med.networks.blocks import convolution
-from vaevq_med.networks.decoder import Decoder
-from vaevq_med.networks.encoder import Encoder
-from vaevq_med.networks.outputs import Posterior, TokenizerOutput
+from vaevq_med.networks.outputs import Posterior, QuantizerOutput, TokenizerOutput
 from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.projector import Projector
 from vaevq_med.networks.quantizers.base import Quantizer
@@ -71,8 +70,9 @@ class VisualTokenizer(Tokenizer):
     ask of a first stage.
 
     Args:
-        encoder: images ``[B, C, H, W]`` to features ``[B, z_channels, *grid]``, the grid of ``spatial_dims`` axes.
-        decoder: features to images.
+        encoder: images ``[B, C, H, W]`` to features ``[B, z_channels, *grid]``, the grid of ``spatial_dims`` axes, such
+            as :class:`~vaevq_med.networks.Encoder` or :class:`~vaevq_med.networks.ViTEncoder`.
+        decoder: features to images; any that enlarges as the encoder shrinks.
         quantizer: of latents with ``embedding_dim`` channels.
         embedding_dim: D, channels of the latent.
         variational: whether the encoder gives a Gaussian posterior (VLQ) or a point.
@@ -98,8 +98,8 @@ class VisualTokenizer(Tokenizer):
     def __init__(
         self,
         *,
-        encoder: Encoder,
-        decoder: Decoder,
+        encoder: BaseEncoder,
+        decoder: BaseDecoder,
         quantizer: Quantizer,
         embedding_dim: int,
         variational: bool = True,
@@ -164,13 +164,29 @@ class VisualTokenizer(Tokenizer):
         return (1, *self.encoder.downsampling_factors) if self.slice_context else self.encoder.downsampling_factors
 
     @property
+    def patchwise(self) -> bool:  # type: ignore[override]
+        """As the encoder says."""
+        return self.encoder.patchwise
+
+    @property
+    def num_prefixes(self) -> int:
+        """Slots of a nested decoder, otherwise as the quantizer says."""
+        slots = self.decoder.num_prefixes
+        return slots if slots > 1 else super().num_prefixes
+
+    def _codes_of_prefix(self, quantized: QuantizerOutput, count: int) -> Tensor:
+        if self.decoder.num_prefixes > 1:
+            return quantized.quantized[..., :count]
+        return super()._codes_of_prefix(quantized, count)
+
+    @property
     def finest_channels(self) -> int:
         """Channels of the finest feature map."""
-        return self.last_layer.shape[1]
+        return self.decoder.finest_channels
 
     @property
     def last_layer(self) -> Tensor:
-        """Weight of the decoder's last convolution, for VQGAN's adaptive weight."""
+        """Weight of the decoder's last layer, for VQGAN's adaptive weight."""
         return self.decoder.last_layer
 
     @property

@@ -240,6 +240,8 @@ class Probe(ProbeOptions):
         if stored.value("depth", None) is not None:
             raise VaevqMedError(f"{self.checkpoint}: found a tokenizer of volumes, expected one of slices")
         network = stored.network()
+        if not network.patchwise:
+            raise VaevqMedError(f"{self.checkpoint}: found tokens that stand for no place, expected one for each patch")
         if not network.quantizer.is_discrete:
             other = "; name --readout hard" if "hard" in network.quantizer.readouts else ""
             raise VaevqMedError(

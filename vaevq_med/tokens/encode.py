@@ -82,6 +82,7 @@ def describe_tokenizer(network: Tokenizer, content_hash: str) -> dict[str, Any]:
         "num_embeddings": quantizer.num_embeddings,
         "num_codebooks": quantizer.num_codebooks,
         "embedding_dim": network.embedding_dim,
+        **({} if network.patchwise else {"patchwise": False}),
     }
 
 

@@ -80,7 +80,10 @@ class TokenStore:
 
     @property
     def tokenizer(self) -> Mapping[str, Any]:
-        """``content_hash``, ``quantizer``, ``readout``, ``num_embeddings``, ``num_codebooks``, ``embedding_dim``."""
+        """``content_hash``, ``quantizer``, ``readout``, ``num_embeddings``, ``num_codebooks``, ``embedding_dim``.
+
+        ``patchwise`` is there where it is false: tokens that stand for no place.
+        """
         return self.content["tokenizer"]
 
     @property

@@ -48,7 +48,7 @@ class TokenizerTrainer(BaseTrainer):
         precision: see :class:`BaseTrainer`.
         micro_batch_size: see :class:`BaseTrainer`. Averaged codebooks, the posterior's noise and a KL budget are those
             of the whole batch; the discriminator's batch norms, the adaptive weight, entropies over a batch and the
-            calibrated likelihood are those of each part, as are the draws of nested masks and of stage dropout.
+            calibrated likelihood are those of each part, as are the draws of nested masks, stages and slots.
         max_grad_norm: clip the generator's and the discriminator's gradient norms to this; None does not clip.
         log_interval: see :class:`BaseTrainer`.
         activation_checkpointing: levels of encoder and decoder, 0 for the finest, whose residual blocks are computed
@@ -130,9 +130,8 @@ class TokenizerTrainer(BaseTrainer):
                 if module is not None:
                     module.to(memory_format=torch.channels_last)
         if compile:
-            network.encoder.layers.compile()
-            # Without the last convolution: the adaptive weight differentiates that one alone, and more than once.
-            network.decoder.layers.compile()
+            network.encoder.compile_layers()
+            network.decoder.compile_layers()
             if discriminator is not None:
                 unwrapped(discriminator).compile()
         self._attach(train_handlers)

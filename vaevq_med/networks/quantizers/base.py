@@ -94,6 +94,11 @@ class Quantizer(nn.Module, ABC):
         with torch.autocast(indices.device.type, enabled=False):
             return self.codes_of(indices)
 
+    @property
+    def num_prefixes(self) -> int:
+        """In how many of its codebooks its indices can be cut: G of a residual or a nested one, else 1."""
+        return 1 if self.first_argument is None else self.num_codebooks
+
     def first_codes(self, indices: Tensor) -> Tensor:
         """Codes ``[B, D, *grid]`` of int64 indices ``[B, *grid, n]`` of the first n codebooks, or of all G.
 

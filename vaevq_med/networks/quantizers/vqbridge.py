@@ -17,38 +17,11 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.quantizers.base import CodebookQuantizer
-
-
-class BridgeBlock(nn.Module):
-    """A pre-normalized transformer block: self-attention and a two-layer perceptron, each with a residual.
-
-    Args:
-        width: channels of a token.
-        num_heads: attention heads, a divisor of ``width``.
-        mlp_ratio: the perceptron's hidden width over ``width``.
-    """
-
-    def __init__(self, *, width: int, num_heads: int, mlp_ratio: float) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.projection = nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        hidden = round(width * mlp_ratio)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens ``[T, width]`` to tokens."""
-        q, k, v = self.qkv(self.norm1(x)).unflatten(1, (3, self.num_heads, -1)).permute(1, 2, 0, 3).unsqueeze(1)
-        attended = F.scaled_dot_product_attention(q, k, v)
-        x = x + self.projection(attended.squeeze(0).transpose(0, 1).flatten(1))
-        return x + self.mlp(self.norm2(x))
+from vaevq_med.networks.transformer import TransformerBlock, start_linear
 
 
 class FVQ(CodebookQuantizer):
@@ -105,14 +78,14 @@ class FVQ(CodebookQuantizer):
         channels = patch_size**2 * embedding_dim
         self.embed = nn.Linear(channels, width)
         self.blocks = nn.Sequential(
-            *(BridgeBlock(width=width, num_heads=num_heads, mlp_ratio=mlp_ratio) for _ in range(depth))
+            *(
+                TransformerBlock(width=width, num_heads=num_heads, mlp_ratio=mlp_ratio, affine=False)
+                for _ in range(depth)
+            )
         )
         self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.head = nn.Linear(width, channels)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        start_linear(self)
         nn.init.zeros_(self.head.weight)
         self._kept: tuple[tuple[object, ...], Tensor] | None = None
 
@@ -132,6 +105,6 @@ class FVQ(CodebookQuantizer):
             side, patch = self.side // self.patch_size, self.patch_size
             # Codeword k is the pixel (k // sqrt K, k % sqrt K).
             patches = self.table.view(side, patch, side, patch, -1).transpose(1, 2).reshape(side * side, -1)
-            patches = self.head(self.norm(self.blocks(self.embed(patches))))
+            patches = self.head(self.norm(self.blocks(self.embed(patches).unsqueeze(0)))).squeeze(0)
             codes = patches.view(side, side, patch, patch, -1).transpose(1, 2)
             return codes.reshape(self.num_embeddings, self.embedding_dim)
