@@ -14,6 +14,9 @@ from vaevq_med.networks.quantizers.nearest import nearest_codeword
 from vaevq_med.networks.quantizers.residual import ResidualQuantizer
 from vaevq_med.networks.quantizers.simvq import SimVQ
 from vaevq_med.networks.quantizers.softvq import SoftVQ
+from vaevq_med.networks.quantizers.tree import TreeQuantizer
+from vaevq_med.networks.quantizers.two_level_learned import LearnedTwoLevel
+from vaevq_med.networks.quantizers.two_level_residual import ResidualTwoLevel
 from vaevq_med.networks.quantizers.vq import VectorQuantizer
 from vaevq_med.networks.quantizers.vqbridge import FVQ
 from vaevq_med.networks.quantizers.vqgan_lc import VQGANLC
@@ -31,10 +34,13 @@ __all__ = [
     "Continuous",
     "FactorizedQuantizer",
     "GaussianQuantizer",
+    "LearnedTwoLevel",
     "Quantizer",
     "ResidualQuantizer",
+    "ResidualTwoLevel",
     "SimVQ",
     "SoftVQ",
+    "TreeQuantizer",
     "VectorQuantizer",
     "VectorQuantizerEMA",
     "nearest_codeword",

@@ -1,0 +1,262 @@
+"""Gates of a two-level quantizer: which cells have fine codes beside their coarse one (DQ-VAE, arXiv 2305.11718).
+
+A gate opens a share r* of the cells. Most of an MRI slice is black: a share of all cells would make the whole brain
+fine, and so r* counts the open cells for each cell with *content*, whose pixels differ. Of natural images all have.
+
+The threshold of a score is found while training, by stochastic approximation (Robbins & Monro, Ann. Math. Stat. 1951):
+after each batch it moves by the difference of the batch's share and r*, in standard deviations of the scores. That of
+several processes, or of a batch in parts, is that of one process with everything.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks.outputs import Posterior
+from vaevq_med.networks.patches import patch_entropy, patches_of
+from vaevq_med.networks.processes import mean_of_processes, sum_in_place
+from vaevq_med.networks.quantizers.base import FollowsLatents, channels_last
+from vaevq_med.networks.ranges import check_sizes
+
+_CONTENT = 1e-5
+"""Variance of a patch in [-1, 1] above which it has content: of a standard deviation of 0.4 of 256 levels."""
+_FIRST_STEPS = 2.0
+"""Standard deviations that a threshold would move in its first step, over the step's number, were a share off by 1."""
+
+
+@dataclass(frozen=True)
+class GateOutput:
+    """What a gate made of a latent.
+
+    Attributes:
+        opened: 1 for a cell that has its fine codes, else 0, ``[B, *grid]``, with a gradient where the gate learns;
+            None where all are open.
+        losses: unweighted scalars by name.
+    """
+
+    opened: Tensor | None
+    losses: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Gate(nn.Module, ABC):
+    """Which cells of a latent have fine codes.
+
+    Args:
+        share: r*, open cells for each cell with content, in [0, 1]: 0 closes and 1 opens all of them, exactly.
+
+    Attributes:
+        sees_images: whether the images tell something: what has content, if nothing else.
+
+    Raises:
+        VaevqMedError: the share is out of its range.
+    """
+
+    sees_images: bool = True
+
+    def __init__(self, *, share: float = 0.5) -> None:
+        super().__init__()
+        if not 0 <= share <= 1:
+            raise VaevqMedError(f"share is {share}; expected a number in [0, 1]")
+        self.share = float(share)
+
+    def forward(self, z: Tensor, posterior: Posterior | None = None, images: Tensor | None = None) -> GateOutput:
+        """The gate of a latent.
+
+        Args:
+            z: ``[B, D, *grid]``, a cell a position, in fp32.
+            posterior: what it came from.
+            images: ``[B, C, *size]`` in [-1, 1].
+        """
+        if self.share == 1:
+            return GateOutput(None)
+        if self.share == 0:
+            return GateOutput(torch.zeros_like(z[:, 0]).detach())
+        return self.decide(z, posterior, images)
+
+    @abstractmethod
+    def decide(self, z: Tensor, posterior: Posterior | None, images: Tensor | None) -> GateOutput:
+        """:meth:`forward` of a share between 0 and 1."""
+
+
+class ThresholdGate(FollowsLatents, Gate):
+    """Opens the cells whose score is above a threshold; no gradient passes.
+
+    Args:
+        share: r*, see :class:`Gate`.
+        threshold: a fixed one, in place of one that is found for the share; the share is then whatever it gives.
+        speed: standard deviations of the scores of content that a found threshold moves after a batch, at least, were
+            its share off by 1.
+
+    Raises:
+        VaevqMedError: an option is out of its range.
+    """
+
+    threshold: Tensor
+    updates: Tensor
+
+    def __init__(self, *, share: float = 0.5, threshold: float | None = None, speed: float = 0.05) -> None:
+        super().__init__(share=share)
+        if not speed > 0:
+            raise VaevqMedError(f"speed is {speed}; expected above 0")
+        self.speed = speed
+        self.fixed = threshold is not None
+        self.register_buffer("threshold", torch.tensor(0.0 if threshold is None else float(threshold)))
+        self.register_buffer("updates", torch.tensor(0.0))
+
+    @abstractmethod
+    def score(self, z: Tensor, posterior: Posterior | None, images: Tensor | None) -> Tensor | None:
+        """Of each cell, ``[B, *grid]``; None where nothing is known, so that all are open."""
+
+    def decide(self, z: Tensor, posterior: Posterior | None, images: Tensor | None) -> GateOutput:
+        """By the threshold as it was before this batch."""
+        with torch.no_grad():
+            score = self.score(z, posterior, images)
+            if score is None:
+                return GateOutput(None)
+            opened = (score > self.threshold).to(score.dtype)
+            if self.training and not self.fixed:
+                self.follow(score.flatten(), content(images, z.shape[2:], z).flatten())
+            return GateOutput(opened)
+
+    @torch.no_grad()
+    def update(self, score: Tensor, has_content: Tensor) -> None:  # type: ignore[override]
+        """Move the threshold by scores and whether each is of content, ``[N]``, on every process alike."""
+        sums = torch.stack([has_content, has_content * score, has_content * score.square()]).double().sum(dim=1)
+        count, first, second = sum_in_place(sums)
+        mean = first / count.clamp_min(1)
+        deviation = (second / count.clamp_min(1) - mean.square()).clamp_min(0).sqrt()
+        # The first batch with content starts at its mean.
+        threshold = torch.where((self.updates == 0) & (count > 0), mean, self.threshold.double())
+        share = sum_in_place((score > threshold).double().sum()) / count.clamp_min(1)
+        step = (_FIRST_STEPS / (self.updates + 1)).clamp_min(self.speed)
+        # Without content in the batch the deviation is 0, and nothing moves.
+        self.threshold.copy_(threshold + step * deviation * (share - self.share))
+        self.updates.add_(count > 0)
+
+
+class EntropyGate(ThresholdGate):
+    """Opens cells whose pixels have many gray levels (DQ-VAE's recommended form), by :func:`patch_entropy`.
+
+    Args:
+        share: r*, see :class:`Gate`.
+        threshold: as for :class:`ThresholdGate`, in nats.
+        speed: as there.
+        centered: lay the bins around each patch's mean, so that a patch of one gray has entropy 0, whatever the gray;
+            false is the published form, of which a gray between two bins has log 2.
+    """
+
+    def __init__(
+        self, *, share: float = 0.5, threshold: float | None = None, speed: float = 0.05, centered: bool = True
+    ) -> None:
+        super().__init__(share=share, threshold=threshold, speed=speed)
+        self.centered = centered
+
+    def score(self, z: Tensor, posterior: Posterior | None, images: Tensor | None) -> Tensor | None:
+        """The entropy of the cell's patch, in nats; its channels averaged."""
+        return None if images is None else patch_entropy(images, z.shape[2:], centered=self.centered)
+
+
+class VarianceGate(ThresholdGate):
+    """Opens cells whose pixels differ most from their mean; the arguments are those of :class:`ThresholdGate`."""
+
+    def score(self, z: Tensor, posterior: Posterior | None, images: Tensor | None) -> Tensor | None:
+        """The variance of the cell's pixels and channels, of images in [-1, 1]."""
+        return None if images is None else patches_of(images, z.shape[2:]).var(dim=-1, correction=0)
+
+
+class PosteriorGate(ThresholdGate):
+    """Opens cells of whose latent the encoder is sure: VLQ's variance alone decides (VAEVQ, arXiv 2511.06863).
+
+    To second order the posterior's ``1 / sigma^2`` is 1 plus the curvature of the reconstruction's loss over the KL's
+    weight (``coherent.py``): it is high where an error of the code costs most. No image is needed to decide; while a
+    threshold is found, it says what has content.
+
+    The arguments are those of :class:`ThresholdGate`; the threshold is in nats.
+    """
+
+    def score(self, z: Tensor, posterior: Posterior | None, images: Tensor | None) -> Tensor | None:
+        """``-log sigma^2``, a mean over the cell's channels.
+
+        Raises:
+            VaevqMedError: there is no posterior in training.
+        """
+        if posterior is None:
+            if self.training:
+                raise VaevqMedError(
+                    "a PosteriorGate needs the encoder's posterior; found none: set network_def#variational to true, "
+                    "or take another gate"
+                )
+            return None
+        return -posterior.logvar.float().mean(dim=1)
+
+
+class LearnedGate(Gate):
+    """A router of two layers that learns which cells to open, held to its budget by a loss.
+
+    In training the gate is a hard sample with the gradient of a soft one (Gumbel-softmax, arXiv 1611.01144), and in
+    evaluation the likelier of the two. The fine codes are multiplied by it, which is the gradient that it gets from the
+    decoder. The loss ``budget`` is ``(r - r*)^2``, with r the open cells of the batch over those with content; DQ-VAE's
+    weight is 20.
+
+    Args:
+        embedding_dim: D, channels of a cell.
+        share: r*, see :class:`Gate`.
+        hidden: width of the router.
+        temperature: of the soft sample, above 0.
+
+    Raises:
+        VaevqMedError: an option is out of its range.
+    """
+
+    def __init__(self, *, embedding_dim: int, share: float = 0.5, hidden: int = 64, temperature: float = 1.0) -> None:
+        super().__init__(share=share)
+        check_sizes(embedding_dim=embedding_dim, hidden=hidden)
+        if not temperature > 0:
+            raise VaevqMedError(f"temperature is {temperature}; expected above 0")
+        self.temperature = temperature
+        self.router = nn.Sequential(
+            nn.LayerNorm(embedding_dim), nn.Linear(embedding_dim, hidden), nn.SiLU(), nn.Linear(hidden, 2)
+        )
+
+    def forward(self, z: Tensor, posterior: Posterior | None = None, images: Tensor | None = None) -> GateOutput:
+        """The gate of a latent, as :meth:`Gate.forward`."""
+        output = super().forward(z, posterior, images)
+        if "budget" in output.losses or not self.training:
+            return output
+        # All open or all closed: the budget is met, and the router takes part, for whose gradient DDP waits.
+        return GateOutput(output.opened, {"budget": 0 * self.router(channels_last(z)).sum()})
+
+    def decide(self, z: Tensor, posterior: Posterior | None, images: Tensor | None) -> GateOutput:
+        """By the router's logits of each cell."""
+        logits = self.router(channels_last(z))  # [B, *grid, 2]
+        if not self.training:
+            return GateOutput((logits[..., 1] > logits[..., 0]).to(z.dtype))
+        opened = F.gumbel_softmax(logits, tau=self.temperature, hard=True)[..., 1]
+        # The straight-through sum rounds: a gate is 0 or 1 to the bit.
+        opened = opened.detach().round() + (opened - opened.detach())
+        counts = [mean_of_processes(one.sum()) for one in (opened, content(images, z.shape[2:], z))]
+        return GateOutput(opened, {"budget": budget(*counts, share=self.share)})
+
+
+def budget(num_open: Tensor, num_content: Tensor, *, share: float) -> Tensor:
+    """``(r - r*)^2`` of the share ``r = num_open / num_content`` (DQ-VAE's loss without its weight, 2 gamma).
+
+    >>> budget(torch.tensor(3.0), torch.tensor(4.0), share=0.5).item()
+    0.0625
+    """
+    return (num_open / num_content.clamp_min(1) - share).square()
+
+
+@torch.no_grad()
+def content(images: Tensor | None, grid: torch.Size, like: Tensor) -> Tensor:
+    """Which cells have pixels that differ, 1 or 0, ``[B, *grid]``; all where the images are not known."""
+    if images is None:
+        return torch.ones_like(like[:, 0])
+    return (patches_of(images, grid).var(dim=-1, correction=0) > _CONTENT).to(like.dtype)
