@@ -49,12 +49,12 @@ CASES = {
     "two-level-posterior-coherent": Case(
         lambda: two(of=CoherentVQ, gate=PosteriorGate()), straight_through=False, learns=False
     ),
-    "two-level-router": Case(lambda: two(gate=LearnedGate(embedding_dim=12, hidden=8)), straight_through=False),
+    "two-level-router": Case(lambda: two(gate=LearnedGate(embedding_dim=3, hidden=8)), straight_through=False),
     "two-level-learned-router": Case(
-        lambda: two(LearnedTwoLevel, gate=LearnedGate(embedding_dim=12, hidden=8)), straight_through=False
+        lambda: two(LearnedTwoLevel, gate=LearnedGate(embedding_dim=3, hidden=8)), straight_through=False
     ),
     "two-level-closed": Case(lambda: two(LearnedTwoLevel, gate=EntropyGate(share=0.0)), straight_through=False),
-    "two-level-open": Case(lambda: two(gate=LearnedGate(embedding_dim=12, share=1.0))),
+    "two-level-open": Case(lambda: two(gate=LearnedGate(embedding_dim=3, share=1.0))),
     "two-level-no-image": Case(lambda: two(gate=VarianceGate())),
 }
 
@@ -167,7 +167,7 @@ def test_the_first_codes_alone_are_the_structure(form: type[TwoLevelQuantizer]) 
 
 def gates(share: float) -> list[Gate]:
     kinds: list[Callable[..., Gate]] = [EntropyGate, VarianceGate, PosteriorGate]
-    return [*(kind(share=share) for kind in kinds), LearnedGate(embedding_dim=12, share=share)]
+    return [*(kind(share=share) for kind in kinds), LearnedGate(embedding_dim=3, share=share)]
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,7 +1,7 @@
 """Gates of a two-level quantizer: which cells have fine codes beside their coarse one (DQ-VAE, arXiv 2305.11718).
 
-A gate opens a share r* of the cells. Most of an MRI slice is black: a share of all cells would make the whole brain
-fine, and so r* counts the open cells for each cell with *content*, whose pixels differ. Of natural images all have.
+Most of an MRI slice is black, and a share of all cells would make the whole brain fine. So r* counts the open cells for
+each content token, a cell whose pixels are not all alike; of natural images nearly all are.
 
 The threshold of a score is found while training, by stochastic approximation (Robbins & Monro, Ann. Math. Stat. 1951):
 after each batch it moves by the difference of the batch's share and r*, in standard deviations of the scores. That of
@@ -20,13 +20,11 @@ from torch import Tensor, nn
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.outputs import Posterior
-from vaevq_med.networks.patches import patch_entropy, patches_of
+from vaevq_med.networks.patches import content_mask, patch_entropy, patches_of
 from vaevq_med.networks.processes import mean_of_processes, sum_in_place
 from vaevq_med.networks.quantizers.base import FollowsLatents, channels_last
 from vaevq_med.networks.ranges import check_sizes
 
-_CONTENT = 1e-5
-"""Variance of a patch in [-1, 1] above which it has content: of a standard deviation of 0.4 of 256 levels."""
 _FIRST_STEPS = 2.0
 """Standard deviations that a threshold would move in its first step, over the step's number, were a share off by 1."""
 
@@ -167,8 +165,8 @@ class VarianceGate(ThresholdGate):
     """Opens cells whose pixels differ most from their mean; the arguments are those of :class:`ThresholdGate`."""
 
     def score(self, z: Tensor, posterior: Posterior | None, images: Tensor | None) -> Tensor | None:
-        """The variance of the cell's pixels and channels, of images in [-1, 1]."""
-        return None if images is None else patches_of(images, z.shape[2:]).var(dim=-1, correction=0)
+        """The variance of the cell's pixels, of images in [-1, 1]; a mean over the channels."""
+        return None if images is None else patches_of(images, z.shape[2:]).var(dim=-1, correction=0).mean(dim=-1)
 
 
 class PosteriorGate(ThresholdGate):
@@ -206,7 +204,8 @@ class LearnedGate(Gate):
     weight is 20.
 
     Args:
-        embedding_dim: D, channels of a cell.
+        embedding_dim: channels of each of a cell's positions.
+        cell_size: n, positions of a cell.
         share: r*, see :class:`Gate`.
         hidden: width of the router.
         temperature: of the soft sample, above 0.
@@ -215,15 +214,22 @@ class LearnedGate(Gate):
         VaevqMedError: an option is out of its range.
     """
 
-    def __init__(self, *, embedding_dim: int, share: float = 0.5, hidden: int = 64, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        *,
+        embedding_dim: int,
+        cell_size: int = 4,
+        share: float = 0.5,
+        hidden: int = 64,
+        temperature: float = 1.0,
+    ) -> None:
         super().__init__(share=share)
-        check_sizes(embedding_dim=embedding_dim, hidden=hidden)
+        check_sizes(embedding_dim=embedding_dim, cell_size=cell_size, hidden=hidden)
         if not temperature > 0:
             raise VaevqMedError(f"temperature is {temperature}; expected above 0")
         self.temperature = temperature
-        self.router = nn.Sequential(
-            nn.LayerNorm(embedding_dim), nn.Linear(embedding_dim, hidden), nn.SiLU(), nn.Linear(hidden, 2)
-        )
+        width = cell_size * embedding_dim
+        self.router = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, 2))
 
     def forward(self, z: Tensor, posterior: Posterior | None = None, images: Tensor | None = None) -> GateOutput:
         """The gate of a latent, as :meth:`Gate.forward`."""
@@ -256,7 +262,7 @@ def budget(num_open: Tensor, num_content: Tensor, *, share: float) -> Tensor:
 
 @torch.no_grad()
 def content(images: Tensor | None, grid: torch.Size, like: Tensor) -> Tensor:
-    """Which cells have pixels that differ, 1 or 0, ``[B, *grid]``; all where the images are not known."""
+    """Which cells have content, 1 or 0, ``[B, *grid]``; all where the images are not known."""
     if images is None:
         return torch.ones_like(like[:, 0])
-    return (patches_of(images, grid).var(dim=-1, correction=0) > _CONTENT).to(like.dtype)
+    return content_mask(images.as_subclass(Tensor), grid).to(like.dtype)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.outputs import Posterior, QuantizerOutput
+from vaevq_med.networks.processes import mean_without_gradient
 from vaevq_med.networks.quantizers.base import (
     Cluster,
     CodebookQuantizer,
@@ -229,6 +230,7 @@ class TwoLevelQuantizer(Quantizer):
             top = self.top(coarse, self.coarse_posterior(posterior))
             rest = self.rest(fine, straight_through(top.codes, coarse))
             bottom = self.quantize_bottom(rest, top.indices, self.rest_posterior(posterior, top.codes), weight)
+            losses = mean_losses((top, bottom), (1.0, self._share_of_process(weight)))
             codes, indices = bottom.codes, bottom.indices.squeeze(-1)
             if weight is not None and opened is not None:
                 codes = codes * opened
@@ -237,8 +239,15 @@ class TwoLevelQuantizer(Quantizer):
                 quantized=self.cells_of(self.fed(fine, coarse, rest, top.codes, bottom.codes, opened)),
                 codes=self.cells_of(self.join(top.codes, codes)),
                 indices=torch.cat([top.indices, indices], dim=-1),
-                losses={**mean_losses((top, bottom)), **({} if gate is None else gate.losses)},
+                losses={**losses, **({} if gate is None else gate.losses)},
             )
+
+    def _share_of_process(self, weight: Tensor | None) -> Tensor | float:
+        """Bottom codes of this process over the mean of all, by which its mean counts: those of all are averaged."""
+        if weight is None or not self.training:
+            return 1.0
+        own = weight.sum()
+        return own / mean_without_gradient(own).clamp_min(1)
 
 
 def with_absent(codebook: Tensor) -> Tensor:
@@ -246,10 +255,10 @@ def with_absent(codebook: Tensor) -> Tensor:
     return F.pad(codebook, (0, 0, 0, 1))
 
 
-def mean_losses(levels: Sequence[QuantizerOutput]) -> dict[str, Tensor]:
-    """Losses by name, averaged over the levels; a level without one counts as 0."""
-    names = dict.fromkeys(name for level in levels for name in level.losses)
-    return {
-        name: torch.stack([level.losses[name] for level in levels if name in level.losses]).sum() / len(levels)
-        for name in names
-    }
+def mean_losses(levels: Sequence[QuantizerOutput], factors: Sequence[Tensor | float]) -> dict[str, Tensor]:
+    """Losses by name, each level's times its factor, averaged over the levels; a level without one counts as 0."""
+    found: dict[str, list[Tensor]] = {}
+    for level, factor in zip(levels, factors, strict=True):
+        for name, loss in level.losses.items():
+            found.setdefault(name, []).append(factor * loss)
+    return {name: torch.stack(losses).sum() / len(levels) for name, losses in found.items()}
