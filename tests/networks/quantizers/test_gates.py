@@ -24,6 +24,7 @@ from vaevq_med.networks.quantizers.gates import (
     VarianceGate,
     budget,
     content,
+    threshold_of_share,
 )
 from vaevq_med.networks.quantizers.two_level_residual import ResidualTwoLevel
 
@@ -169,7 +170,7 @@ def test_the_threshold_finds_its_share(share: float, shape: str) -> None:
         z = torch.randn(8, 1, 16, 16, generator=draws)
         return {"normal": z, "lognormal": z.exp(), "far": 1000 + 0.01 * z}[shape]
 
-    for _ in range(300):
+    for _ in range(30):
         gate(scores())
     opened = torch.stack([gate.eval()(scores()).opened for _ in range(10)])
     assert float(opened.mean()) == pytest.approx(share, abs=0.03)
@@ -187,7 +188,7 @@ def test_the_share_is_of_what_has_content() -> None:
         return found
 
     z = torch.zeros(8, 12, 8, 8)
-    for _ in range(300):
+    for _ in range(30):
         gate(z, None, images())
     opened = torch.cat([gate.eval()(z, None, images()).opened for _ in range(20)])
     assert float(opened.mean()) == pytest.approx(0.125, abs=0.015)
@@ -202,6 +203,33 @@ def test_a_batch_without_content_moves_nothing_and_a_fixed_threshold_stays() -> 
     fixed = VarianceGate(threshold=0.25)
     fixed(z, None, drawn(2, 1, 16, 16))
     assert (fixed.threshold.item(), fixed.updates.item()) == (0.25, 0.0)
+
+
+@given(st.lists(st.floats(-100, 100, width=32), min_size=2, max_size=50, unique=True), st.integers(0, 49), st.data())
+@settings(max_examples=60, deadline=None)
+def test_the_threshold_of_a_batch_by_sorting(scores: list[float], num_black: int, data: st.DataObject) -> None:
+    """As many scores lie above it as the share of the cells with content, where scores are apart."""
+    ordered = sorted(scores)
+    span = ordered[-1] - ordered[0]
+    num_content = max(1, len(scores) - num_black)
+    has_content = torch.cat([torch.ones(num_content), torch.zeros(len(scores) - num_content)])
+    share = data.draw(st.floats(0.01, 0.99))
+    found, count = threshold_of_share(torch.tensor(scores), has_content, share=share)
+    assert count.item() == num_content
+    wanted = math.floor(share * num_content + 1e-9)
+    # Scores that lie between the threshold and the exact one are nearer than it is found.
+    slack = 2 * span / 63**3
+    assert sum(score > found.item() + slack for score in scores) <= wanted
+    assert sum(score > found.item() - slack for score in scores) >= wanted
+
+
+def test_a_threshold_follows_scores_that_drift() -> None:
+    gate, draws = Given(share=0.5), torch.Generator().manual_seed(0)
+    for step in range(60):
+        gate(torch.randn(8, 1, 16, 16, generator=draws) + 0.02 * step)
+    opened = gate.eval()(torch.randn(8, 1, 16, 16, generator=draws) + 0.02 * 60).opened
+    # It is behind by decay / (1 - decay) steps of 0.02 and the one that is to come: 0.2 standard deviations.
+    assert float(opened.mean()) == pytest.approx(0.579, abs=0.03)
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4))
@@ -231,7 +259,7 @@ def test_without_what_they_need_gates_open_or_say_so() -> None:
 def test_options_out_of_range_are_refused() -> None:
     with pytest.raises(VaevqMedError, match=r"share is 1.5; expected a number in \[0, 1\]"):
         VarianceGate(share=1.5)
-    with pytest.raises(VaevqMedError, match="speed is 0; expected above 0"):
-        VarianceGate(speed=0)
+    with pytest.raises(VaevqMedError, match=r"decay is 1; expected a number in \[0, 1\)"):
+        VarianceGate(decay=1)
     with pytest.raises(VaevqMedError, match="temperature is 0; expected above 0"):
         LearnedGate(embedding_dim=4, temperature=0)

@@ -3,9 +3,8 @@
 Most of an MRI slice is black, and a share of all cells would make the whole brain fine. So r* counts the open cells for
 each content token, a cell whose pixels are not all alike; of natural images nearly all are.
 
-The threshold of a score is found while training, by stochastic approximation (Robbins & Monro, Ann. Math. Stat. 1951):
-after each batch it moves by the difference of the batch's share and r*, in standard deviations of the scores. That of
-several processes, or of a batch in parts, is that of one process with everything.
+The threshold of a score is found while training: a moving average of the ones that would have opened the share of each
+batch. That of several processes, or of a batch in parts, is that of one process with everything.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from torch import Tensor, nn
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.outputs import Posterior
 from vaevq_med.networks.patches import content_mask, patch_entropy, patches_of
-from vaevq_med.networks.processes import mean_of_processes, sum_in_place
+from vaevq_med.networks.processes import mean_of_processes, of_each_process, sum_in_place
 from vaevq_med.networks.quantizers.base import FollowsLatents, channels_last
 from vaevq_med.networks.ranges import check_sizes
 
-_FIRST_STEPS = 2.0
-"""Standard deviations that a threshold would move in its first step, over the step's number, were a share off by 1."""
+_CANDIDATES, _ROUNDS = 64, 3
+"""Thresholds that are tried at once, and how often the interval between two of them is looked at again."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +88,7 @@ class ThresholdGate(FollowsLatents, Gate):
     Args:
         share: r*, see :class:`Gate`.
         threshold: a fixed one, in place of one that is found for the share; the share is then whatever it gives.
-        speed: standard deviations of the scores of content that a found threshold moves after a batch, at least, were
-            its share off by 1.
+        decay: weight of the past in a threshold that is found, in [0, 1).
 
     Raises:
         VaevqMedError: an option is out of its range.
@@ -99,11 +97,11 @@ class ThresholdGate(FollowsLatents, Gate):
     threshold: Tensor
     updates: Tensor
 
-    def __init__(self, *, share: float = 0.5, threshold: float | None = None, speed: float = 0.05) -> None:
+    def __init__(self, *, share: float = 0.5, threshold: float | None = None, decay: float = 0.9) -> None:
         super().__init__(share=share)
-        if not speed > 0:
-            raise VaevqMedError(f"speed is {speed}; expected above 0")
-        self.speed = speed
+        if not 0 <= decay < 1:
+            raise VaevqMedError(f"decay is {decay}; expected a number in [0, 1)")
+        self.decay = decay
         self.fixed = threshold is not None
         self.register_buffer("threshold", torch.tensor(0.0 if threshold is None else float(threshold)))
         self.register_buffer("updates", torch.tensor(0.0))
@@ -126,17 +124,40 @@ class ThresholdGate(FollowsLatents, Gate):
     @torch.no_grad()
     def update(self, score: Tensor, has_content: Tensor) -> None:  # type: ignore[override]
         """Move the threshold by scores and whether each is of content, ``[N]``, on every process alike."""
-        sums = torch.stack([has_content, has_content * score, has_content * score.square()]).double().sum(dim=1)
-        count, first, second = sum_in_place(sums)
-        mean = first / count.clamp_min(1)
-        deviation = (second / count.clamp_min(1) - mean.square()).clamp_min(0).sqrt()
-        # The first batch with content starts at its mean.
-        threshold = torch.where((self.updates == 0) & (count > 0), mean, self.threshold.double())
-        share = sum_in_place((score > threshold).double().sum()) / count.clamp_min(1)
-        step = (_FIRST_STEPS / (self.updates + 1)).clamp_min(self.speed)
-        # Without content in the batch the deviation is 0, and nothing moves.
-        self.threshold.copy_(threshold + step * deviation * (share - self.share))
+        found, count = threshold_of_share(score, has_content, share=self.share)
+        step = torch.where(self.updates == 0, 1.0, 1 - self.decay) * (count > 0)  # without content nothing moves
+        self.threshold.lerp_(found.to(self.threshold.dtype), step.to(self.threshold.dtype))
         self.updates.add_(count > 0)
+
+
+@torch.no_grad()
+def threshold_of_share(score: Tensor, has_content: Tensor, *, share: float) -> tuple[Tensor, Tensor]:
+    """The threshold above which so many scores of every process lie as ``share`` of the cells with content.
+
+    It tries evenly spaced candidates between the least and the largest score, and again between the two around it.
+
+    Args:
+        score: ``[N]`` of this process, at least one.
+        has_content: 1 or 0 for each, ``[N]``.
+        share: in (0, 1).
+
+    Returns:
+        The threshold, to 1 / 250,000 of the scores' range, and the number of cells with content, scalars in float64.
+
+    >>> found, count = threshold_of_share(torch.tensor([0.0, 1.0, 2.0, 3.0]), torch.ones(4), share=0.5)
+    >>> 1 <= found.item() < 2, count.item()
+    (True, 4.0)
+    """
+    score, count = score.double(), sum_in_place(has_content.double().sum())
+    ends = of_each_process(torch.stack([score.min(), score.max()]))  # [P, 2]
+    low, high = ends[:, 0].min(), ends[:, 1].max()
+    steps = torch.linspace(0, 1, _CANDIDATES, dtype=score.dtype, device=score.device)
+    for _ in range(_ROUNDS):
+        tried = low + (high - low) * steps  # [candidates], rising
+        above = sum_in_place((score.unsqueeze(1) > tried).sum(dim=0, dtype=score.dtype))
+        place = ((above > share * count).sum() - 1).clamp(0, _CANDIDATES - 2)
+        low, high = tried.gather(0, torch.stack([place, place + 1])).unbind()
+    return high, count
 
 
 class EntropyGate(ThresholdGate):
@@ -145,15 +166,15 @@ class EntropyGate(ThresholdGate):
     Args:
         share: r*, see :class:`Gate`.
         threshold: as for :class:`ThresholdGate`, in nats.
-        speed: as there.
+        decay: as there.
         centered: lay the bins around each patch's mean, so that a patch of one gray has entropy 0, whatever the gray;
             false is the published form, of which a gray between two bins has log 2.
     """
 
     def __init__(
-        self, *, share: float = 0.5, threshold: float | None = None, speed: float = 0.05, centered: bool = True
+        self, *, share: float = 0.5, threshold: float | None = None, decay: float = 0.9, centered: bool = True
     ) -> None:
-        super().__init__(share=share, threshold=threshold, speed=speed)
+        super().__init__(share=share, threshold=threshold, decay=decay)
         self.centered = centered
 
     def score(self, z: Tensor, posterior: Posterior | None, images: Tensor | None) -> Tensor | None:
