@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 
 from vaevq_med.networks.posterior import DiagonalGaussian
-from vaevq_med.networks.quantizers import ResidualQuantizer, VectorQuantizerEMA
+from vaevq_med.networks.quantizers import ResidualQuantizer, ResidualTwoLevel, VectorQuantizerEMA
 from vaevq_med.networks.quantizers.base import Quantizer
 from vaevq_med.networks.quantizers.coherent import CoherentVQ
+from vaevq_med.networks.quantizers.gates import ThresholdGate
 
 SIZES = (3, 1)
 
@@ -27,6 +28,14 @@ class Coherent(CoherentVQ):
     def forward(self, z: torch.Tensor, posterior: Any = None) -> Any:
         """As given the posterior."""
         return super().forward(z, DiagonalGaussian(z, z.abs().log()))
+
+
+class BySize(ThresholdGate):
+    """Opens for large latents."""
+
+    def score(self, z: torch.Tensor, posterior: Any, images: torch.Tensor | None) -> torch.Tensor:
+        """Their length."""
+        return z.norm(dim=1)
 
 
 def quantizers() -> dict[str, Quantizer]:
@@ -45,6 +54,7 @@ def quantizers() -> dict[str, Quantizer]:
         "crowded": ema(64, **revival),
         "residual": ResidualQuantizer(stages=[ema(8, **revival), ema(8, **revival)], dropout=True),
         "shared": ResidualQuantizer(stages=[ema(8, **revival)], num_codebooks=3, dropout=True),
+        "gated": ResidualTwoLevel(top=ema(8), bottom=ema(8), cell_size=1, gate=BySize(share=0.4)),
     }
 
 

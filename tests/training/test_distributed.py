@@ -12,7 +12,10 @@ from helpers.processes import gradients
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "variant",
-    ["train", "information_matched", "rvq", "lfq", "ibq", "wasserstein_vq", "coherent_dcr_assignments", "aligned"],
+    [
+        *("train", "information_matched", "rvq", "lfq", "ibq", "wasserstein_vq", "coherent_dcr_assignments", "aligned"),
+        "gate_posterior",
+    ],
 )
 def test_two_processes_have_the_gradients_of_one(variant: str, toy_overrides: dict[str, Any], tmp_path: Path) -> None:
     shared = {
@@ -36,6 +39,8 @@ def test_two_processes_have_the_gradients_of_one(variant: str, toy_overrides: di
         shared |= {"objective#terms#dcr#detach_features": False, "objective#weights#dcr": 1.0}
     if variant == "coherent_dcr_assignments":
         shared |= {"objective#weights#dcr": 1.0}
+    if variant == "gate_posterior":  # cells that are closed, in unequal numbers
+        shared |= {"network_def#quantizer#gate#threshold": 0.02, "objective#weights#commitment": 1.0}
     overlays = [] if variant == "train" else [variant]
     one = gradients(1, {**shared, "batch_size": 4, "output_dir": str(tmp_path / "one")}, overlays, tmp_path / "one.pt")
     two = gradients(

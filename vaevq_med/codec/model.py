@@ -132,7 +132,8 @@ class Model:
         """
         if self.network.takes_volumes:
             with self._running() as mapped, torch.inference_mode():
-                indices = quantized(self.network, self._encoded(squares, mapped))
+                volume = self._volume(squares)
+                indices = quantized(self.network, self._encoded(volume, mapped), volume)
                 found = indices[..., : int(self.description["num_codebooks"])].cpu().numpy()
             return found if self.of_volumes else found[0]
         grid = self.image_size // self.patch
@@ -153,7 +154,7 @@ class Model:
         """
         if self.network.takes_volumes:
             with self._running() as mapped, torch.inference_mode():
-                whole = latents_from(self.network, self._encoded(squares, mapped))
+                whole = latents_from(self.network, self._encoded(self._volume(squares), mapped))
             return whole if self.of_volumes else replace(whole, grid=whole.grid[1:])
         found: dict[int, Latents] = {}
 
@@ -167,11 +168,14 @@ class Model:
         """Squares ``[n, C, S, S]`` in [0, 1] as the network takes them."""
         return squares.mul(2).sub_(1).expand(-1, self.in_channels, -1, -1).to(self.device)
 
-    def _encoded(self, squares: Tensor, mapped: Mapped) -> DiagonalGaussian | Tensor:
-        """What a tokenizer that takes volumes makes of squares ``[N, C, S, S]`` in [0, 1] before it quantizes."""
-        volume = self._images(squares).transpose(0, 1).unsqueeze(0)  # [1, C, N, S, S]
+    def _volume(self, squares: Tensor) -> Tensor:
+        """Squares ``[N, C, S, S]`` in [0, 1] as a network of volumes takes them, ``[1, C, N, S, S]``."""
+        return self._images(squares).transpose(0, 1).unsqueeze(0)
+
+    def _encoded(self, volume: Tensor, mapped: Mapped) -> DiagonalGaussian | Tensor:
+        """What a tokenizer that takes volumes makes of one before it quantizes."""
         depth, side = self.description.get("patch_depth", 1), self.image_size // self.patch
-        grid = -(-len(squares) // depth), side, side
+        grid = -(-volume.shape[2] // depth), side, side
         tile, halo = [self.batch_size, side, side], [0, 0, 0]
         if self.of_volumes:
             window = window_of(self.network, grid)

@@ -128,15 +128,17 @@ class EvaluationHandler:
             if network is not None:
                 network.to(engine.state.device)
         check_data(self.dataset, self.stored, self.any_shape)
+        tokenizer = cast(Tokenizer, engine.network)
         self._evaluation = ReconstructionEvaluation(
             num_embeddings=self.num_embeddings,
             num_codebooks=self.num_codebooks,
+            rate=tokenizer.quantizer.rate,
             metrics=self.metrics,
             volume_metrics=[InterSliceError()] if getattr(self.dataset, "depth", None) else [],
             lpips=self.lpips,
             fid=self.fid,
             uint8=self.uint8,
-            provenance={**self._provenance(cast(Tokenizer, engine.network)), "quantize": engine.quantize},
+            provenance={**self._provenance(tokenizer), "quantize": engine.quantize},
             device=engine.state.device,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ _TAKEN = frozenset(
     {
         *(*METADATA, "finite", "rfid", "dead_codes"),
         *("utilization", "perplexity", "utilization_sample", "perplexity_sample"),
-        *("active_channels", "active_channels_relative"),
+        *("active_channels", "active_channels_relative", "mean_bits", "mean_codes"),
     }
 )
 """What rows and tables have beside the metrics."""
@@ -52,6 +52,8 @@ class ReconstructionEvaluation:
         fid: network of the Frechet distance, or None; may be the same.
         uint8: round both images to 256 levels first.
         provenance: what the record says of checkpoint and split.
+        rate: of the counts of each index ``[G, K]``, figures of a rate that differs from position to position; see
+            ``Quantizer.rate``.
         device: where sums are kept.
 
     Raises:
@@ -69,8 +71,10 @@ class ReconstructionEvaluation:
         fid: FeatureNetwork | None = None,
         uint8: bool = True,
         provenance: Mapping[str, Any] | None = None,
+        rate: Callable[[Tensor], Mapping[str, float]] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
+        self.rate = rate
         self.metrics = (PSNR(), SSIM()) if metrics is None else tuple(metrics)
         for metric in self.metrics:
             if not isinstance(metric, ImageMetric) or not isinstance(getattr(metric, "figure", None), Figure):
@@ -309,6 +313,7 @@ class ReconstructionEvaluation:
                 "utilization": self.usage.utilization(),
                 "perplexity": self.usage.perplexity(),
                 "dead_codes": self.usage.dead_codes(),
+                **({} if self.rate is None else self.rate(self.usage.counts)),
             }
         if self._sampled:
             figures |= {
@@ -334,6 +339,8 @@ class ReconstructionEvaluation:
             "utilization": figures.UTILIZATION.convention,
             "perplexity": figures.PERPLEXITY.convention,
         }
+        if self.rate is not None and self.rate(self.usage.counts):
+            words |= {figure.name: figure.convention for figure in (figures.MEAN_BITS, figures.MEAN_CODES)}
         if self.channels.sums is not None:
             words["active_channels"] = figures.ACTIVE_CHANNELS.convention
             words["active_channels_relative"] = figures.ACTIVE_CHANNELS_RELATIVE.convention

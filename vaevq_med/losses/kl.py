@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.losses.base import LossTerm
 from vaevq_med.networks.outputs import Posterior, TokenizerOutput
+from vaevq_med.networks.patches import content_mask
 from vaevq_med.networks.posterior import kl_per_token
 from vaevq_med.networks.processes import sum_in_place
 from vaevq_med.networks.ranges import check_choice
-
-_POOLING = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 
 def kl_to_standard_normal(mean: Tensor, logvar: Tensor) -> Tensor:
@@ -207,24 +205,3 @@ class KLLoss(LossTerm):
             self.factor.mul_(torch.where(sums[1] > 0, step, torch.ones_like(step))).clamp_(1e-6, 1e6)
         if self.variance is not None:
             self.variance.lerp_(observed[:-1] / observed[-1], 1 - self.momentum)
-
-
-def content_mask(images: Tensor, grid: Sequence[int]) -> Tensor:
-    """Which tokens see something: the image patch of the position is not constant. ``[B, *grid]``, bool.
-
-    Args:
-        images: ``[B, C, H, W]``, or of another number of axes.
-        grid: sizes of the latent grid, an axis for each of the image's.
-
-    Raises:
-        VaevqMedError: the grid has another number of axes: its positions have no patches.
-    """
-    if len(grid) != images.ndim - 2 or len(grid) not in _POOLING:
-        raise VaevqMedError(
-            f"tokens is 'content' with a grid {list(grid)} of images {list(images.shape[2:])}; expected an axis for "
-            "each of the image's, or tokens 'all'"
-        )
-    window = tuple(size // positions for size, positions in zip(images.shape[2:], grid, strict=True))
-    pool = _POOLING[len(grid)]
-    highest, lowest = pool(images.float(), window), -pool(-images.float(), window)  # [B, C, *grid]
-    return (highest - lowest).amax(dim=1) > 1e-6

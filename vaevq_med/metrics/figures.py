@@ -109,6 +109,14 @@ ACTIVE_CHANNELS_RELATIVE = Figure(
     convention="channels whose posterior mean has more than 0.01 of the aggregate posterior's variance",
 )
 BITS_PER_POSITION = Figure("bits_per_position", "Bits per position", 2, varies=False)
+MEAN_BITS = Figure(
+    "mean_bits",
+    "Mean bits per position",
+    2,
+    convention="of a rate that differs from position to position: log2 K bits of each code that is there, and the "
+    "entropy of whether the fine ones are, over the split",
+)
+MEAN_CODES = Figure("mean_codes", "Codes per position", 2, convention="codes that are there, a mean over the split")
 BITS_PER_PIXEL = Figure("bits_per_pixel", "Bits per pixel", 3, varies=False)
 TOKEN_BITS = Figure(
     "token_bits",

@@ -98,8 +98,18 @@ class Tokenizer(nn.Module, ABC):
             raise VaevqMedError(f"the size is {tuple(size)}; expected multiples of {factors}")
         return tuple(one // factor for one, factor in zip(size, factors, strict=True))
 
-    def quantize(self, latent: Tensor, posterior: DiagonalGaussian | None = None) -> QuantizerOutput:
-        """Quantize ``[B, D, *grid]``."""
+    def quantize(
+        self, latent: Tensor, posterior: DiagonalGaussian | None = None, images: Tensor | None = None
+    ) -> QuantizerOutput:
+        """Quantize ``[B, D, *grid]``.
+
+        Args:
+            latent: what is quantized.
+            posterior: what it came from, where there is one.
+            images: ``[B, C, H, W]`` in [-1, 1], of which it is, for a quantizer that looks at them.
+        """
+        if self.quantizer.sees_images:
+            return self.quantizer(latent, posterior, images)
         return self.quantizer(latent, posterior)
 
     def _mode(self, images: Tensor) -> tuple[Tensor, DiagonalGaussian | None]:
@@ -114,7 +124,7 @@ class Tokenizer(nn.Module, ABC):
 
     def quantize_images(self, images: Tensor) -> QuantizerOutput:
         """What images ``[B, C, H, W]`` are quantized to, from the posterior's mean."""
-        return self.quantize(*self._mode(images))
+        return self.quantize(*self._mode(images), images)
 
     def encode_indices(self, images: Tensor) -> Tensor:
         """Indices ``[B, *grid, G]`` of images ``[B, C, H, W]``, from the posterior's mean."""

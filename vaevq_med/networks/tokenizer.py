@@ -17,10 +17,11 @@ from vaevq_med.networks.backbone import BaseDecoder, BaseEncoder
 from vaevq_med.networks.base import Tokenizer
 from vaevq_med.networks.blocks import convolution
 from vaevq_med.networks.outputs import Posterior, QuantizerOutput, TokenizerOutput
+from vaevq_med.networks.packing import packed, unpacked
 from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.projector import Projector
 from vaevq_med.networks.quantizers.base import Quantizer
-from vaevq_med.networks.ranges import check_choice
+from vaevq_med.networks.ranges import check_choice, check_sizes
 from vaevq_med.networks.rectifier import Rectifier
 from vaevq_med.networks.slices import slices_of, stacked
 
@@ -74,7 +75,7 @@ class VisualTokenizer(Tokenizer):
             as :class:`~vaevq_med.networks.Encoder` or :class:`~vaevq_med.networks.ViTEncoder`.
         decoder: features to images; any that enlarges as the encoder shrinks.
         quantizer: of latents with ``embedding_dim`` channels.
-        embedding_dim: D, channels of the latent.
+        embedding_dim: D, channels of the latent; with cells, of each position in them.
         variational: whether the encoder gives a Gaussian posterior (VLQ) or a point.
         quantize_from: in training, quantize a ``"sample"`` of the posterior (the paper, Eq. 2) or its ``"mean"``
             (the released code); evaluation always uses the mean.
@@ -87,8 +88,11 @@ class VisualTokenizer(Tokenizer):
             path does without.
         projector: of the latent or of the codes to the features of another network, see
             :class:`~vaevq_med.networks.Projector`; read by a loss alone.
+        cell: positions along each axis that make one position of the latent, of the channels of all of them, for a
+            quantizer of two levels; 1 leaves the encoder's grid as it is.
 
     Attributes:
+        embedding_dim: channels of the latent.
         takes_volumes: whether it is given volumes ``[B, C, d, H, W]``.
 
     Raises:
@@ -108,8 +112,10 @@ class VisualTokenizer(Tokenizer):
         slice_context: int = 0,
         rectifier: Rectifier | None = None,
         projector: Projector | None = None,
+        cell: int = 1,
     ) -> None:
         super().__init__()
+        check_sizes(cell=cell)
         if slice_context < 0 or (slice_context and encoder.spatial_dims != 2):
             raise VaevqMedError(
                 f"slice_context is {slice_context} with spatial_dims {encoder.spatial_dims}; expected slices from 0, "
@@ -119,9 +125,11 @@ class VisualTokenizer(Tokenizer):
         check_choice("estimator", estimator, ESTIMATORS)
         if estimator == "released" and not variational:
             raise VaevqMedError("estimator 'released' needs a posterior; found variational false, expected true")
-        if quantizer.embedding_dim != embedding_dim:
+        positions = cell**encoder.spatial_dims
+        if quantizer.embedding_dim != positions * embedding_dim:
+            of_cells = "" if cell == 1 else f" over the {positions} positions of a cell"
             raise VaevqMedError(
-                f"embedding_dim is {embedding_dim}; expected the quantizer's, {quantizer.embedding_dim}"
+                f"embedding_dim is {embedding_dim}; expected the quantizer's, {quantizer.embedding_dim}{of_cells}"
             )
         if rectifier is not None and rectifier.spatial_dims != encoder.spatial_dims:
             raise VaevqMedError(
@@ -144,7 +152,8 @@ class VisualTokenizer(Tokenizer):
         self.quantizer = quantizer
         self.rectifier = rectifier
         self.projector = projector
-        self.embedding_dim = embedding_dim
+        self.cell = cell
+        self.embedding_dim = quantizer.embedding_dim
         self.variational = variational
         self.quantize_from = quantize_from
         self.estimator = estimator
@@ -161,7 +170,8 @@ class VisualTokenizer(Tokenizer):
     @property
     def factors(self) -> tuple[int, ...]:
         """Image sizes over those of the latent grid, an axis each."""
-        return (1, *self.encoder.downsampling_factors) if self.slice_context else self.encoder.downsampling_factors
+        factors = tuple(factor * self.cell for factor in self.encoder.downsampling_factors)
+        return (1, *factors) if self.slice_context else factors
 
     @property
     def patchwise(self) -> bool:  # type: ignore[override]
@@ -198,9 +208,12 @@ class VisualTokenizer(Tokenizer):
         """The posterior of ``[B, C, H, W]``, or, without one, the latent ``[B, D, *grid]``."""
         features = self._slice_by_slice(lambda one: self.quant_conv(self.encoder(one)), images)
         if not self.variational:
-            return features
+            return self._packed(features)
         mean, logvar = features.chunk(2, dim=1)
-        return DiagonalGaussian(mean, logvar)
+        return DiagonalGaussian(self._packed(mean), self._packed(logvar))
+
+    def _packed(self, features: Tensor) -> Tensor:
+        return packed(features, self.cell, self.encoder.spatial_dims)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Images ``[B, C, H, W]`` of codes ``[B, D, *grid]``."""
@@ -212,6 +225,7 @@ class VisualTokenizer(Tokenizer):
 
     def decode_latent(self, latent: Tensor) -> Tensor:
         """Images ``[B, C, H, W]`` of a continuous latent, or of rectified codes, ``[B, D, *grid]``."""
+        latent = unpacked(latent, self.cell, self.encoder.spatial_dims)
         if not self.slice_context:
             return self.decoder(self.post_quant_conv(latent), latent)
         return self._slice_by_slice(self.decoder, self.post_quant_conv(latent), latent)
@@ -249,14 +263,14 @@ class VisualTokenizer(Tokenizer):
         """
         encoded = self.encode(images)
         if not isinstance(encoded, DiagonalGaussian):
-            quantized = self.quantize(encoded)
+            quantized = self.quantize(encoded, images=images)
             projected = self._projected(encoded, quantized.quantized)
             return TokenizerOutput(
                 self.decode(quantized.quantized), None, encoded, None, quantized, projected=projected
             )
         sample = encoded.sample(generator, noise)
         latent = sample if self.quantize_from == "sample" else encoded.mean
-        quantized = self.quantize(latent, encoded)
+        quantized = self.quantize(latent, encoded, images)
         fed = quantized.quantized
         if self.estimator == "released":
             fed = released_estimator(quantized.codes, encoded)

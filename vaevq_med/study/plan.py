@@ -59,7 +59,7 @@ class Plan:
     per_image: ClassVar[tuple[Figure, ...]] = (figures.PSNR, figures.SSIM, figures.LPIPS)
     known: ClassVar[tuple[Figure, ...]] = (
         *(figures.PSNR, figures.SSIM, figures.RFID, figures.LPIPS, figures.UTILIZATION, figures.PERPLEXITY),
-        *(figures.BITS_PER_POSITION, figures.BITS_PER_PIXEL),
+        *(figures.BITS_PER_POSITION, figures.MEAN_BITS, figures.BITS_PER_PIXEL),
         *(figures.PARAMETERS, figures.IMAGES_PER_SECOND, figures.PEAK_MEMORY),
     )
 

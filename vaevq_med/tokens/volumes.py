@@ -85,14 +85,15 @@ def encode_volume(
         step = 16 if tile is None else int(tile[0])
         parts = [network.encode_indices(part) for part in slices_of(padded(volume, factors_of(network))).split(step)]
         return torch.cat(parts).unsqueeze(0)  # [d, h, w, G] -> [1, d, h, w, G]
-    return quantized(network, encode_latents(network, volume, tile=tile, halo=halo))
+    return quantized(network, encode_latents(network, volume, tile=tile, halo=halo), volume)
 
 
-def quantized(network: Tokenizer, encoded: DiagonalGaussian | Tensor) -> Tensor:
-    """The indices of what :func:`encode_latents` gives, int64 ``[1, *grid, G]``."""
+def quantized(network: Tokenizer, encoded: DiagonalGaussian | Tensor, volume: Tensor) -> Tensor:
+    """The indices of what :func:`encode_latents` gives of a volume, int64 ``[1, *grid, G]``."""
+    images = padded(volume, factors_of(network))
     if isinstance(encoded, DiagonalGaussian):
-        return network.quantize(encoded.mode(), encoded).indices
-    return network.quantize(encoded).indices
+        return network.quantize(encoded.mode(), encoded, images).indices
+    return network.quantize(encoded, images=images).indices
 
 
 @torch.inference_mode()

@@ -78,12 +78,12 @@ class TokenizerEvaluator(BaseEvaluator):
         network.eval()
         encoded = network.encode(images)
         if not isinstance(encoded, DiagonalGaussian):
-            quantized = network.quantize(encoded)
+            quantized = network.quantize(encoded, images=images)
             return _indexed({Keys.PRED: network.decode(quantized.quantized).float(), "indices": quantized.indices})
         mean = encoded.mode()
         sample = encoded.sample(self.generator)
-        of_mean = network.quantize(mean, posterior=encoded)
-        of_sample = network.quantize(sample, posterior=encoded)
+        of_mean = network.quantize(mean, encoded, images)
+        of_sample = network.quantize(sample, encoded, images)
         chosen = of_mean if self.quantize == "mode" else of_sample
         found = {"indices": chosen.indices, "indices_sample": of_sample.indices, "mean": mean, "std": encoded.std}
         if not continuous:

@@ -56,7 +56,7 @@ def test_a_quantizer_says_whether_its_codewords_can_be_put_somewhere(case: Case)
     assert type(quantizer).__name__ not in (WITHOUT if done else FREE)
     changed = any(not torch.equal(value, before[name]) for name, value in quantizer.state_dict().items())
     assert changed == done == bool(cluster.given)
-    quantizer.train()(z.requires_grad_(), None if done else case.make() and posterior(z))
+    quantizer.train()(z.requires_grad_(), posterior(z))
 
 
 def posterior(z: Tensor) -> object:

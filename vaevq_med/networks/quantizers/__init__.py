@@ -15,6 +15,9 @@ from vaevq_med.networks.quantizers.residual import ResidualQuantizer
 from vaevq_med.networks.quantizers.simvq import SimVQ
 from vaevq_med.networks.quantizers.softvq import SoftVQ
 from vaevq_med.networks.quantizers.sq_vae import SQVAE
+from vaevq_med.networks.quantizers.tree import TreeQuantizer
+from vaevq_med.networks.quantizers.two_level_learned import LearnedTwoLevel
+from vaevq_med.networks.quantizers.two_level_residual import ResidualTwoLevel
 from vaevq_med.networks.quantizers.vq import VectorQuantizer
 from vaevq_med.networks.quantizers.vqbridge import FVQ
 from vaevq_med.networks.quantizers.vqgan_lc import VQGANLC
@@ -33,10 +36,13 @@ __all__ = [
     "Continuous",
     "FactorizedQuantizer",
     "GaussianQuantizer",
+    "LearnedTwoLevel",
     "Quantizer",
     "ResidualQuantizer",
+    "ResidualTwoLevel",
     "SimVQ",
     "SoftVQ",
+    "TreeQuantizer",
     "VectorQuantizer",
     "VectorQuantizerEMA",
     "nearest_codeword",

@@ -65,6 +65,7 @@ class Quantizer(nn.Module, ABC):
             built, so that the file is not needed.
         first_argument: argument of ``indices_to_codes`` that decodes so many of the first codebooks, coarser; None
             where all of them are needed.
+        sees_images: whether :meth:`forward` takes the images too, as a third argument.
         readouts: names of the ways to decode one trained quantizer, where there are several.
         readout: the one in use, or None where there is but one way.
     """
@@ -78,6 +79,7 @@ class Quantizer(nn.Module, ABC):
     embedding_dim: int
     num_codebooks: int = 1
     is_discrete: bool = True
+    sees_images: bool = False
     readout: str | None = None
 
     @abstractmethod
@@ -197,6 +199,14 @@ class Quantizer(nn.Module, ABC):
         """Bits that the indices of one latent position take, ``G log2 K``; None where there are no indices."""
         return self.num_codebooks * math.log2(self.num_embeddings)
 
+    def rate(self, counts: Tensor) -> dict[str, float]:
+        """Figures of a rate that differs from position to position; empty, as here, where it does not.
+
+        Args:
+            counts: how often each index occurs in a split, int64 ``[G, K]``.
+        """
+        return {}
+
     def check_latent(self, z: Tensor) -> None:
         """Refuse what is not ``[B, D, *grid]``.
 
@@ -260,8 +270,18 @@ class CodebookQuantizer(Quantizer):
             flat = rows(z.detach().float())
             return on_grid(nearest_codeword(flat, codebook.detach().float(), precision=precision), z)
 
-    def forward(self, z: Tensor, posterior: Posterior | None = None) -> QuantizerOutput:
-        """Quantize ``z`` ``[B, D, *grid]`` by the nearest codeword, with a straight-through gradient."""
+    def losses(self, z: Tensor, codes: Tensor, weight: Tensor | None = None) -> Mapping[str, Tensor]:
+        """The method's losses of a latent and its codes ``[B, D, *grid]``, see :func:`vq_losses`."""
+        return vq_losses(z, codes, weight)
+
+    def forward(self, z: Tensor, posterior: Posterior | None = None, weight: Tensor | None = None) -> QuantizerOutput:
+        """Quantize ``z`` ``[B, D, *grid]`` by the nearest codeword, with a straight-through gradient.
+
+        Args:
+            z: the latent.
+            posterior: what it came from.
+            weight: of each position in the losses, 0 or 1, ``[B, *grid]``; by default all count.
+        """
         self.check_latent(z)
         with torch.autocast(z.device.type, enabled=False):
             z = self.compared(z.float())
@@ -272,7 +292,7 @@ class CodebookQuantizer(Quantizer):
                 quantized=straight_through(codes, z),
                 codes=codes,
                 indices=indices,
-                losses=vq_losses(z, codes),
+                losses=self.losses(z, codes, weight),
                 codebook=codebook,
             )
 
@@ -326,11 +346,20 @@ def straight_through(codes: Tensor, carrier: Tensor) -> Tensor:
     return codes.detach() + (carrier - carrier.detach())
 
 
-def vq_losses(z: Tensor, codes: Tensor) -> Mapping[str, Tensor]:
-    """The two halves of the VQ loss (arXiv 1711.00937, Eq. 3), unweighted means over every element."""
+def vq_losses(z: Tensor, codes: Tensor, weight: Tensor | None = None) -> Mapping[str, Tensor]:
+    """The two halves of the VQ loss (arXiv 1711.00937, Eq. 3), unweighted means over every element.
+
+    Args:
+        z: ``[B, D, *grid]``.
+        codes: of the same shape.
+        weight: of each position in the means, ``[B, *grid]``; by default all count. Where none does, they are 0.
+    """
+    if weight is None:
+        return {"codebook": F.mse_loss(codes, z.detach()), "commitment": F.mse_loss(z, codes.detach())}
+    total = (z.shape[1] * weight.sum()).clamp_min(1)
     return {
-        "codebook": F.mse_loss(codes, z.detach()),
-        "commitment": F.mse_loss(z, codes.detach()),
+        "codebook": ((codes - z.detach()).square() * weight.unsqueeze(1)).sum() / total,
+        "commitment": ((z - codes.detach()).square() * weight.unsqueeze(1)).sum() / total,
     }
 
 

@@ -26,7 +26,7 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.outputs import Posterior, QuantizerOutput
 from vaevq_med.networks.polar import polar_factor
 from vaevq_med.networks.quantizers.base import Cluster, put_at_centers, rows
-from vaevq_med.networks.quantizers.ema import AveragedCodebook, Revival, assignment_totals
+from vaevq_med.networks.quantizers.ema import AveragedCodebook, Revival, assignment_totals, counted
 from vaevq_med.networks.ranges import check_choice
 
 WEIGHTINGS = ("precision", "plain")
@@ -87,16 +87,22 @@ class CoherentVQ(AveragedCodebook):
         self.register_buffer("weight", torch.ones(num_embeddings, embedding_dim))
         self.register_buffer("weighted_sum", embedding.clone())
 
-    def forward(self, z: Tensor, posterior: Posterior | None = None) -> QuantizerOutput:
+    def forward(self, z: Tensor, posterior: Posterior | None = None, weight: Tensor | None = None) -> QuantizerOutput:
         """Quantize ``z`` ``[B, D, *grid]``, straight-through; in training mode, update the codebook afterwards.
+
+        Args:
+            z: the latent.
+            posterior: what it came from.
+            weight: of each position in the loss and in the update, 0 or 1, ``[B, *grid]``; by default all count.
 
         Raises:
             VaevqMedError: an option needs a posterior and there is none.
         """
-        output = self.look_up(z, posterior)
+        output = self.look_up(z, posterior, weight)
         if self.training:
             means = rows((z if posterior is None else posterior.mean).detach().float())  # [N, D]
-            self.follow(means, self._precisions(means, posterior), output.indices.flatten())
+            indices = counted(output.indices, weight, self.num_embeddings)
+            self.follow(means, self._precisions(means, posterior), indices)
         return output
 
     def start_codebook(self, latents: Tensor, cluster: Cluster) -> bool:
@@ -131,7 +137,7 @@ class CoherentVQ(AveragedCodebook):
             moved = self.weighted_sum / torch.where(known, self.weight, torch.ones_like(self.weight))
             self.embedding.copy_(torch.where(known, moved, self.embedding))
             if self.revival is not None:
-                self._revive(self.revival, means, weights.sum(dim=0) / counts.sum())
+                self._revive(self.revival, means, weights.sum(dim=0) / counts.sum().clamp_min(1))
             if self.prior_step:
                 self._step_to_prior()
 

@@ -17,6 +17,7 @@ random latents of the batch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -41,14 +42,18 @@ class AveragedCodebook(FollowsLatents, CodebookQuantizer):
         """The table, ``[K, D]``, without a gradient."""
         return self.embedding
 
-    def look_up(self, z: Tensor, posterior: Posterior | None = None) -> QuantizerOutput:
+    def losses(self, z: Tensor, codes: Tensor, weight: Tensor | None = None) -> Mapping[str, Tensor]:
+        """The commitment alone."""
+        return {"commitment": super().losses(z, codes, weight)["commitment"]}
+
+    def look_up(self, z: Tensor, posterior: Posterior | None = None, weight: Tensor | None = None) -> QuantizerOutput:
         """Quantize ``z`` ``[B, D, *grid]`` and update nothing, whatever the mode."""
-        output = super().forward(z, posterior)
+        output = super().forward(z, posterior, weight)
         return QuantizerOutput(
             quantized=output.quantized,
             codes=output.codes,
             indices=output.indices,
-            losses={"commitment": output.losses["commitment"]},
+            losses=output.losses,
             # The update happens in place, after this output was made.
             codebook=self.embedding.clone() if self.training else self.embedding,
         )
@@ -113,11 +118,17 @@ class VectorQuantizerEMA(AveragedCodebook):
         self.register_buffer("cluster_size", torch.ones(num_embeddings))
         self.register_buffer("embedding_sum", embedding.clone())
 
-    def forward(self, z: Tensor, posterior: Posterior | None = None) -> QuantizerOutput:
-        """Quantize ``z`` ``[B, D, *grid]``, straight-through; in training mode, update the codebook afterwards."""
-        output = self.look_up(z, posterior)
+    def forward(self, z: Tensor, posterior: Posterior | None = None, weight: Tensor | None = None) -> QuantizerOutput:
+        """Quantize ``z`` ``[B, D, *grid]``, straight-through; in training mode, update the codebook afterwards.
+
+        Args:
+            z: the latent.
+            posterior: what it came from.
+            weight: of each position in the loss and in the update, 0 or 1, ``[B, *grid]``; by default all count.
+        """
+        output = self.look_up(z, posterior, weight)
         if self.training:
-            self.follow(rows(z.detach()), output.indices.flatten())
+            self.follow(rows(z.detach()), counted(output.indices, weight, self.num_embeddings))
         return output
 
     def start_codebook(self, latents: Tensor, cluster: Cluster) -> bool:
@@ -206,13 +217,19 @@ def _revival(share: float | None, threshold: float | None, count: float | None) 
     return None if threshold is None else Revival(threshold, threshold if count is None else count, of_mean=False)
 
 
+def counted(indices: Tensor, weight: Tensor | None, num_embeddings: int) -> Tensor:
+    """Indices ``[B, *grid, 1]`` in a row, ``[N]``, with K for those of weight 0, ``[B, *grid]``."""
+    flat = indices.flatten()
+    return flat if weight is None else flat.masked_fill(weight.flatten() == 0, num_embeddings)
+
+
 @torch.no_grad()
 def assignment_totals(latents: Tensor, indices: Tensor, num_embeddings: int) -> tuple[Tensor, Tensor]:
     """How many latents each codeword was assigned, and their sum, over every process.
 
     Args:
         latents: ``[N, D]`` in fp32.
-        indices: int64 ``[N]`` in [0, K).
+        indices: int64 ``[N]`` in [0, K]; K is that of a latent that does not count.
         num_embeddings: K.
 
     Returns:
@@ -223,9 +240,9 @@ def assignment_totals(latents: Tensor, indices: Tensor, num_embeddings: int) -> 
     ([2.0, 0.0, 1.0], [3.0, 0.0, 5.0])
     """
     ones = torch.ones_like(latents[:, :1])
-    totals = latents.new_zeros(num_embeddings, latents.shape[1] + 1)
+    totals = latents.new_zeros(num_embeddings + 1, latents.shape[1] + 1)
     totals.index_add_(0, indices, torch.cat([latents, ones], dim=1))
-    totals = sum_in_place(totals)
+    totals = sum_in_place(totals)[:-1]
     return totals[:, -1], totals[:, :-1]
 
 
