@@ -13,7 +13,7 @@ from vaevq_med.networks import Decoder, Encoder, VisualTokenizer
 from vaevq_med.networks.outputs import QuantizerOutput
 from vaevq_med.networks.packing import packed, unpacked
 from vaevq_med.networks.posterior import DiagonalGaussian
-from vaevq_med.networks.quantizers import Continuous, LearnedTwoLevel, ResidualTwoLevel, VectorQuantizer
+from vaevq_med.networks.quantizers import CoherentVQ, Continuous, LearnedTwoLevel, ResidualTwoLevel, VectorQuantizer
 from vaevq_med.networks.quantizers.base import Quantizer
 from vaevq_med.networks.quantizers.gates import PosteriorGate, VarianceGate
 
@@ -155,6 +155,21 @@ def test_a_posterior_opens_what_the_encoder_is_sure_of() -> None:
     assert isinstance(posterior, DiagonalGaussian)
     sure = posterior.logvar.mean(dim=1) < 0
     assert torch.equal(network.encode_indices(images)[..., 1] != 16, sure)
+
+
+def test_a_latent_that_a_generator_drew_has_all_codes() -> None:
+    """Without a posterior and an image: open cells, and the nearest codewords."""
+    top, bottom = (CoherentVQ(num_embeddings=16, embedding_dim=3) for _ in range(2))
+    network = tokenizer(ResidualTwoLevel(top=top, bottom=bottom, gate=PosteriorGate(threshold=5.0)))
+    z = torch.randn(2, 12, 4, 4)
+    indices = network.quantize(z).indices
+    assert int(indices.max()) < 16
+    means = z.view(2, 4, 3, 4, 4).mean(dim=1).movedim(1, -1)
+    assert torch.equal(indices[..., 0], torch.cdist(means.reshape(-1, 3), top.codebook()).argmin(1).view(2, 4, 4))
+    assert torch.equal(network.decode_stage_2_outputs(z), network.decode_indices(indices))
+    network.train()
+    with pytest.raises(VaevqMedError, match="needs the encoder's posterior"):
+        network.quantize(z)
 
 
 @pytest.mark.parametrize(("cell", "of_cells"), [(1, "$"), (3, " over the 9 positions of a cell")])

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import toy_config
@@ -115,15 +116,18 @@ def test_stores_and_generators_take_what_is_absent_for_one_more_codeword(
 def test_the_codec_takes_a_gated_tokenizer(gated: dict[str, Any], tmp_path: Path) -> None:
     stored, _ = reconstructed(gated)
     write_case(tmp_path / "cases", "BraTS-GLI-00000-000")
-    sizes = {}
-    for coder in ("adaptive", "fixed"):
-        output = tmp_path / f"{coder}.vvq"
-        options = CompressOptions(checkpoint=stored.path, workers=1, batch_size=8, coder=coder)
+    streams, sizes = {}, {}
+    for coder, codebooks in (("adaptive", None), ("fixed", None), ("adaptive", 1)):
+        output = tmp_path / f"{coder}{codebooks}.vvq"
+        options = CompressOptions(checkpoint=stored.path, workers=1, batch_size=8, coder=coder, codebooks=codebooks)
         compress(tmp_path / "cases" / "BraTS-GLI-00000-000", output, options).run()
-        indices = CompressedCase.from_bytes("", output.read_bytes()).streams[0].indices
-        assert indices.shape[-1] == 5
-        assert int((indices == 16).sum()) > 0
-        sizes[coder] = output.stat().st_size
+        streams[coder, codebooks] = CompressedCase.from_bytes("", output.read_bytes()).streams[0].indices
+        sizes[coder, codebooks] = output.stat().st_size
         back = DecompressOptions(checkpoint=stored.path, workers=1)
-        assert decompress(output, tmp_path / f"back_{coder}", back).run().written == 1
-    assert sizes["adaptive"] < sizes["fixed"]
+        assert decompress(output, tmp_path / f"back_{coder}{codebooks}", back).run().written == 1
+    whole = streams["adaptive", None]
+    assert whole.shape[-1] == 5
+    assert int((whole == 16).sum()) > 0
+    assert np.array_equal(streams["fixed", None], whole)
+    assert np.array_equal(streams["adaptive", 1], whole[..., :1])  # the structure alone
+    assert sizes["adaptive", 1] < sizes["adaptive", None] < sizes["fixed", None]

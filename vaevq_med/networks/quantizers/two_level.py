@@ -17,7 +17,7 @@ import inspect
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.outputs import Posterior, QuantizerOutput
+from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.processes import mean_without_gradient
 from vaevq_med.networks.quantizers.base import (
     Cluster,
@@ -227,6 +228,9 @@ class TwoLevelQuantizer(Quantizer):
             gate = None if self.gate is None else self.gate(z, posterior, images)
             opened = None if gate is None or gate.opened is None else gate.opened.unsqueeze(1).unsqueeze(-1)
             weight = None if opened is None else opened.detach().expand(-1, 1, *fine.shape[2:]).squeeze(1)
+            if posterior is None and not self.training:
+                # A latent that a generator drew has none: unit deviations make every level's rule Euclidean.
+                posterior = cast(Posterior, DiagonalGaussian(z, torch.zeros_like(z)))
             top = self.top(coarse, self.coarse_posterior(posterior))
             rest = self.rest(fine, straight_through(top.codes, coarse))
             bottom = self.quantize_bottom(rest, top.indices, self.rest_posterior(posterior, top.codes), weight)
