@@ -20,6 +20,7 @@ from vaevq_med.losses.adversarial import AdversarialTerm
 from vaevq_med.losses.reconstruction import ReconstructionLoss
 from vaevq_med.networks import PatchDiscriminator, Projector
 from vaevq_med.networks.outputs import QuantizerOutput, TokenizerOutput
+from vaevq_med.networks.quantizers import FSQ
 
 
 def output_of(projected: Tensor | None) -> TokenizerOutput:
@@ -67,6 +68,57 @@ def test_inside_the_margins_both_are_zero_and_without_a_gradient() -> None:
         assert loss.item() == 0
         assert not gradient.any()
     assert marginal_cosine(near, features, 0.0).item() > 0
+
+
+@pytest.mark.parametrize("length", [0.0, 1e-30, 1e-6])
+def test_what_has_no_direction_has_a_cosine_of_0_and_no_gradient(length: float) -> None:
+    """Of 12 positions five are (almost) 0: the others are pulled as they are without them."""
+    features, directed = maps(0, 1, 6, 1, 12), maps(1, 1, 6, 1, 7).requires_grad_()
+    projected = torch.cat([directed, length * maps(2, 1, 6, 1, 5)], dim=3).detach().requires_grad_()
+    loss, alone = marginal_cosine(projected, features, 0.0), marginal_cosine(directed, features[..., :7], 0.0)
+    (gradient,), (expected,) = torch.autograd.grad(loss, projected), torch.autograd.grad(alone, directed)
+    assert loss.item() == pytest.approx((7 * alone.item() + 5 * 1) / 12)
+    torch.testing.assert_close(gradient[..., :7], 7 / 12 * expected)
+    assert not gradient[..., 7:].any()
+    distances = marginal_distance_matrix(projected, features, 0.0)
+    units = torch.nn.functional.normalize(features.flatten(2), dim=1)[0]
+    own = torch.cat([torch.nn.functional.normalize(directed.detach().flatten(2), dim=1)[0], torch.zeros(6, 5)], dim=1)
+    torch.testing.assert_close(distances, (own.T @ own - units.T @ units).abs().mean())
+    (gradient,) = torch.autograd.grad(distances, projected)
+    assert gradient[..., :7].any()
+    assert not gradient[..., 7:].any()
+    nothing = torch.zeros(1, 6, 2, 2, requires_grad=True)
+    (gradient,) = torch.autograd.grad(marginal_cosine(nothing, features[..., :4].view(1, 6, 2, 2)), nothing)
+    assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@settings(max_examples=20, deadline=None)
+@given(scale=st.sampled_from([1e-8, 1e-3, 1e3, 1e8]), seed=st.integers(0, 99))
+def test_a_direction_has_no_scale(scale: float, seed: int) -> None:
+    projected, features = maps(seed, 1, 5, 3, 3), maps(seed + 100, 1, 5, 3, 3)
+    torch.testing.assert_close(marginal_cosine(scale * projected, features, 0), marginal_cosine(projected, features, 0))
+
+
+def test_a_code_of_zeros_does_not_take_the_adaptive_weight_from_the_others() -> None:
+    """FSQ, three levels a channel: a third of the latents is pulled to the code of zeros."""
+    images = maps(0, 2, 1, 32, 32).clamp(-1, 1)
+    network = tokenizer(
+        levels=2, quantizer=FSQ(levels=[3, 3, 3, 3]), projector=projector(reads="quantized"), quantize_from="mean"
+    )
+    with torch.no_grad():
+        network.quant_conv.weight.mul_(3)
+    output = network.reconstruct_full(images, noise=network.draw_noise(images))
+    assert output.projected is not None
+    zeros = (output.projected == 0).all(dim=1)
+    assert 0 < zeros.sum() < zeros.numel()
+    term = AlignmentLoss(mcos_margin=0, mdms_margin=0, adaptive=True)
+    value = term(images, output)
+    (gradient,) = torch.autograd.grad(value, network.latent_layer, retain_graph=True)
+    assert 0 < gradient.norm() < 10
+    terms = {"reconstruction": ReconstructionLoss(), "alignment": term}
+    objective = TokenizerObjective(terms=terms, weights={"reconstruction": 1.0, "alignment": 0.1})
+    loss = objective.generator(images, output, latent_layer=network.latent_layer)
+    assert loss.terms["alignment_adaptive_weight"] > 1e-3
 
 
 def test_rows_at_a_time_are_all_at_once() -> None:
