@@ -232,9 +232,21 @@ def test_losses_of_masks_read_the_decoder_as_logits(kind: str) -> None:
     masks = (target + 1) / 2
     expected = {
         "bce": nn.BCELoss()(logits.sigmoid(), masks),
-        "dice": DiceLoss(sigmoid=True, batch=True, smooth_nr=0, smooth_dr=1e-12)(logits, masks),
+        "dice": DiceLoss(sigmoid=True, batch=True, smooth_nr=1, smooth_dr=1)(logits, masks),
     }
     assert ReconstructionLoss(kind=kind)(target, output).item() == pytest.approx(expected[kind].item(), rel=1e-5)
+
+
+def test_what_is_found_in_a_channel_of_empty_masks_costs_something() -> None:
+    """Dice with a pixel more: 1 - 1 / (S + 1) of S found, whose slope is 1 / (S + 1)^2 a share."""
+    target = -torch.ones(2, 1, 4, 4)
+    logits = torch.zeros(2, 1, 4, 4, requires_grad=True)
+    quantizer = VectorQuantizer(num_embeddings=2, embedding_dim=1)
+    output = TokenizerOutput(logits, None, torch.zeros(2, 1, 1, 1), None, quantizer(torch.zeros(2, 1, 1, 1)))
+    loss = ReconstructionLoss(kind="dice")(target, output)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert loss.item() == pytest.approx(1 - 1 / 17)  # 32 pixels of one half
+    torch.testing.assert_close(gradient, torch.full_like(logits, 0.25 / 17**2))
 
 
 def test_a_tokenizer_of_label_maps_is_trained_and_judged_by_dice(slice_dataset: Path, tmp_path: Path) -> None:
