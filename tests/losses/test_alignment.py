@@ -162,6 +162,30 @@ def test_another_stage_is_resized_and_its_channels_have_to_fit(term: AlignmentLo
         AlignmentLoss(stage=5)(images, output_of(twice))
 
 
+def test_a_finer_stage_is_resized_without_aliasing(term: AlignmentLoss) -> None:
+    images = maps(0, 1, 1, 64, 64).clamp(-1, 1)
+    fine = AlignmentLoss(stage=1, mcos_margin=0, mdms_margin=0)
+    features = fine.features.layers(images)[1]  # 16 x 16
+    # A triangle of twice the step: weights of 1, 3, 3, 1 eighths in the inside.
+    weights = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+    halved = torch.nn.functional.interpolate(features, size=(8, 8), mode="area").clone()
+    halved[..., 1:7, 1:7] = torch.nn.functional.conv2d(
+        features.movedim(1, 0)[..., 1:15, 1:15], torch.outer(weights, weights)[None, None], stride=2
+    ).movedim(0, 1)
+    close = fine(images, output_of(halved)).item()
+    plain = torch.nn.functional.interpolate(features, size=(8, 8), mode="bilinear", align_corners=False)
+    assert close < 0.5 * fine(images, output_of(plain)).item()
+
+
+def test_its_arithmetic_is_that_outside_of_autocast(term: AlignmentLoss) -> None:
+    images, projected = maps(0, 1, 1, 64, 64).clamp(-1, 1), maps(1, 1, 40, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        term(images, output_of(projected))
+        features = term.features.layers(images)[2].float()
+    expected = {"mcos": marginal_cosine(projected, features), "mdms": marginal_distance_matrix(projected, features)}
+    torch.testing.assert_close(dict(term.figures()), expected, rtol=1e-6, atol=0)
+
+
 def test_channels_of_their_own_are_looked_at_one_by_one(term: AlignmentLoss) -> None:
     images = maps(0, 1, 2, 64, 64).clamp(-1, 1)
     each = term.features.layers(images.view(2, 1, 64, 64))[2]
@@ -265,6 +289,11 @@ def test_the_adaptive_weight_is_the_ratio_at_the_latent() -> None:
     torch.testing.assert_close(
         *(torch.autograd.grad(total, layer, retain_graph=True)[0] for total in (loss.total, expected))
     )
+    # A weight of the likelihood in pixels, as the calibrated one has, is no reason to hold it at a few hundred.
+    steep = TokenizerObjective(terms=terms, weights={"reconstruction": 2e5, "alignment": 0.1})
+    found = steep.generator(images, output, latent_layer=layer).terms["alignment_adaptive_weight"]
+    assert 1e2 < found < 1e8
+    torch.testing.assert_close(found, 1e5 * ratio)
     with pytest.raises(VaevqMedError, match="adaptive weight of alignment needs the layer before the latent"):
         objective.generator(images, output)
     with pytest.raises(VaevqMedError, match=r"compile is true with objective.terms.alignment.adaptive"):
