@@ -20,6 +20,7 @@ from vaevq_med.losses.adversarial import AdversarialTerm
 from vaevq_med.losses.reconstruction import ReconstructionLoss
 from vaevq_med.networks import PatchDiscriminator, Projector
 from vaevq_med.networks.outputs import QuantizerOutput, TokenizerOutput
+from vaevq_med.networks.quantizers import FSQ
 
 
 def output_of(projected: Tensor | None) -> TokenizerOutput:
@@ -69,6 +70,57 @@ def test_inside_the_margins_both_are_zero_and_without_a_gradient() -> None:
     assert marginal_cosine(near, features, 0.0).item() > 0
 
 
+@pytest.mark.parametrize("length", [0.0, 1e-30, 1e-6])
+def test_what_has_no_direction_has_a_cosine_of_0_and_no_gradient(length: float) -> None:
+    """Of 12 positions five are (almost) 0: the others are pulled as they are without them."""
+    features, directed = maps(0, 1, 6, 1, 12), maps(1, 1, 6, 1, 7).requires_grad_()
+    projected = torch.cat([directed, length * maps(2, 1, 6, 1, 5)], dim=3).detach().requires_grad_()
+    loss, alone = marginal_cosine(projected, features, 0.0), marginal_cosine(directed, features[..., :7], 0.0)
+    (gradient,), (expected,) = torch.autograd.grad(loss, projected), torch.autograd.grad(alone, directed)
+    assert loss.item() == pytest.approx((7 * alone.item() + 5 * 1) / 12)
+    torch.testing.assert_close(gradient[..., :7], 7 / 12 * expected)
+    assert not gradient[..., 7:].any()
+    distances = marginal_distance_matrix(projected, features, 0.0)
+    units = torch.nn.functional.normalize(features.flatten(2), dim=1)[0]
+    own = torch.cat([torch.nn.functional.normalize(directed.detach().flatten(2), dim=1)[0], torch.zeros(6, 5)], dim=1)
+    torch.testing.assert_close(distances, (own.T @ own - units.T @ units).abs().mean())
+    (gradient,) = torch.autograd.grad(distances, projected)
+    assert gradient[..., :7].any()
+    assert not gradient[..., 7:].any()
+    nothing = torch.zeros(1, 6, 2, 2, requires_grad=True)
+    (gradient,) = torch.autograd.grad(marginal_cosine(nothing, features[..., :4].view(1, 6, 2, 2)), nothing)
+    assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@settings(max_examples=20, deadline=None)
+@given(scale=st.sampled_from([1e-8, 1e-3, 1e3, 1e8]), seed=st.integers(0, 99))
+def test_a_direction_has_no_scale(scale: float, seed: int) -> None:
+    projected, features = maps(seed, 1, 5, 3, 3), maps(seed + 100, 1, 5, 3, 3)
+    torch.testing.assert_close(marginal_cosine(scale * projected, features, 0), marginal_cosine(projected, features, 0))
+
+
+def test_a_code_of_zeros_does_not_take_the_adaptive_weight_from_the_others() -> None:
+    """FSQ, three levels a channel: a third of the latents is pulled to the code of zeros."""
+    images = maps(0, 2, 1, 32, 32).clamp(-1, 1)
+    network = tokenizer(
+        levels=2, quantizer=FSQ(levels=[3, 3, 3, 3]), projector=projector(reads="quantized"), quantize_from="mean"
+    )
+    with torch.no_grad():
+        network.quant_conv.weight.mul_(3)
+    output = network.reconstruct_full(images, noise=network.draw_noise(images))
+    assert output.projected is not None
+    zeros = (output.projected == 0).all(dim=1)
+    assert 0 < zeros.sum() < zeros.numel()
+    term = AlignmentLoss(mcos_margin=0, mdms_margin=0, adaptive=True)
+    value = term(images, output)
+    (gradient,) = torch.autograd.grad(value, network.latent_layer, retain_graph=True)
+    assert 0 < gradient.norm() < 10
+    terms = {"reconstruction": ReconstructionLoss(), "alignment": term}
+    objective = TokenizerObjective(terms=terms, weights={"reconstruction": 1.0, "alignment": 0.1})
+    loss = objective.generator(images, output, latent_layer=network.latent_layer)
+    assert loss.terms["alignment_adaptive_weight"] > 1e-3
+
+
 def test_rows_at_a_time_are_all_at_once() -> None:
     projected, features = maps(0, 2, 4, 3, 5).requires_grad_(), maps(1, 2, 7, 3, 5)
     whole = marginal_distance_matrix(projected, features, 0.1)
@@ -108,6 +160,30 @@ def test_another_stage_is_resized_and_its_channels_have_to_fit(term: AlignmentLo
         term(images, output_of(twice))
     with pytest.raises(VaevqMedError, match="stage is 5; expected one of the 5 of efficientnet-lite0"):
         AlignmentLoss(stage=5)(images, output_of(twice))
+
+
+def test_a_finer_stage_is_resized_without_aliasing(term: AlignmentLoss) -> None:
+    images = maps(0, 1, 1, 64, 64).clamp(-1, 1)
+    fine = AlignmentLoss(stage=1, mcos_margin=0, mdms_margin=0)
+    features = fine.features.layers(images)[1]  # 16 x 16
+    # A triangle of twice the step: weights of 1, 3, 3, 1 eighths in the inside.
+    weights = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+    halved = torch.nn.functional.interpolate(features, size=(8, 8), mode="area").clone()
+    halved[..., 1:7, 1:7] = torch.nn.functional.conv2d(
+        features.movedim(1, 0)[..., 1:15, 1:15], torch.outer(weights, weights)[None, None], stride=2
+    ).movedim(0, 1)
+    close = fine(images, output_of(halved)).item()
+    plain = torch.nn.functional.interpolate(features, size=(8, 8), mode="bilinear", align_corners=False)
+    assert close < 0.5 * fine(images, output_of(plain)).item()
+
+
+def test_its_arithmetic_is_that_outside_of_autocast(term: AlignmentLoss) -> None:
+    images, projected = maps(0, 1, 1, 64, 64).clamp(-1, 1), maps(1, 1, 40, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        term(images, output_of(projected))
+        features = term.features.layers(images)[2].float()
+    expected = {"mcos": marginal_cosine(projected, features), "mdms": marginal_distance_matrix(projected, features)}
+    torch.testing.assert_close(dict(term.figures()), expected, rtol=1e-6, atol=0)
 
 
 def test_channels_of_their_own_are_looked_at_one_by_one(term: AlignmentLoss) -> None:
@@ -213,6 +289,11 @@ def test_the_adaptive_weight_is_the_ratio_at_the_latent() -> None:
     torch.testing.assert_close(
         *(torch.autograd.grad(total, layer, retain_graph=True)[0] for total in (loss.total, expected))
     )
+    # A weight of the likelihood in pixels, as the calibrated one has, is no reason to hold it at a few hundred.
+    steep = TokenizerObjective(terms=terms, weights={"reconstruction": 2e5, "alignment": 0.1})
+    found = steep.generator(images, output, latent_layer=layer).terms["alignment_adaptive_weight"]
+    assert 1e2 < found < 1e8
+    torch.testing.assert_close(found, 1e5 * ratio)
     with pytest.raises(VaevqMedError, match="adaptive weight of alignment needs the layer before the latent"):
         objective.generator(images, output)
     with pytest.raises(VaevqMedError, match=r"compile is true with objective.terms.alignment.adaptive"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -125,3 +126,30 @@ def test_a_network_without_classes_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(preservation, "feature_network", lambda *_: Pixels())
     with pytest.raises(VaevqMedError, match="network is 'squeeze', which has no classes; expected efficientnet-lite0"):
         ClassAgreement(network="squeeze")
+
+
+def test_the_network_is_given_both_pictures_in_its_own_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sees(Pixels):
+        num_classes = 2
+        seen: list[torch.Tensor] = []  # noqa: RUF012
+
+        def pooled(self, images: torch.Tensor) -> torch.Tensor:
+            self.seen.append(images)
+            return images.flatten(1)[:, :2]
+
+        def logits(self, pooled: torch.Tensor) -> torch.Tensor:
+            return pooled
+
+    monkeypatch.setattr(preservation, "feature_network", lambda *_: Sees())
+    target, found = torch.full((2, 1, 2, 2), 0.25), torch.full((2, 1, 2, 2), 1.0)
+    assert ClassAgreement(network="sees").per_image(target, found).tolist() == [1.0, 1.0]
+    first, second = Sees.seen
+    assert torch.equal(first, torch.full_like(target, -0.5))
+    assert torch.equal(second, torch.ones_like(found))
+
+
+def test_a_picture_of_nan_agrees_with_nothing() -> None:
+    logits = torch.tensor([[1.0, 2.0], [1.0, 2.0], [2.0, 1.0]])
+    damaged = torch.tensor([[1.0, 3.0], [1.0, math.nan], [1.0, 3.0]])
+    for one, other in ((logits, damaged), (damaged, logits)):
+        assert [str(value) for value in class_agreement(one, other).tolist()] == ["1.0", "nan", "0.0"]

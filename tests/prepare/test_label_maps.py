@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +26,7 @@ from vaevq_med.core.errors import DataError
 from vaevq_med.images.dataset import SliceDataset
 from vaevq_med.images.manifest import load_manifest
 from vaevq_med.images.reading import reader
-from vaevq_med.images.transforms import REGIONS
+from vaevq_med.images.transforms import REGIONS, LoadSliced
 from vaevq_med.losses.reconstruction import ReconstructionLoss
 from vaevq_med.metrics.labels import LabelDice
 from vaevq_med.networks.outputs import TokenizerOutput
@@ -93,6 +96,95 @@ def test_slices_without_a_tumor_are_left_out_unless_wanted(slice_dataset: Path, 
     assert kept.left_out["without a tumor"] == 0
 
 
+def edited(source: Path, target: Path, change: Callable[[dict[str, Any]], dict[str, Any] | None]) -> Path:
+    """A data set beside another, whose entries are changed; None leaves one out."""
+    shutil.copytree(source, target)
+    content = json.loads((source / "dataset.json").read_text())
+    for split in ("training", "validation", "test"):
+        content[split] = [new for new in map(change, content[split]) if new is not None]
+    (target / "dataset.json").write_text(json.dumps(content))
+    return target
+
+
+@pytest.mark.parametrize("case", ["../../evil", "/evil", "a/b", "..", ""])
+def test_no_name_in_a_data_set_leads_out_of_the_output(case: str, slice_dataset: Path, tmp_path: Path) -> None:
+    source = edited(slice_dataset, tmp_path / "in" / "source", lambda entry: {**entry, "case": case})
+    before = {*tmp_path.rglob("*")}
+    output = tmp_path / "in" / "out"
+    LabelMaps(source, output).run()
+    assert all(path.is_relative_to(output) for path in {*tmp_path.rglob("*")} - before)
+    made = load_manifest(output)
+    images = [entry["image"] for split in ("training", "validation", "test") for entry in made.entries(split)]
+    assert images
+    assert all((output / image).is_file() for image in images)
+
+
+def test_slices_that_say_neither_case_nor_number_are_told_apart(slice_dataset: Path, tmp_path: Path) -> None:
+    def plain(entry: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in entry.items() if key not in ("case", "slice")}
+
+    source = edited(slice_dataset, tmp_path / "source", plain)
+    report, usual = LabelMaps(source, tmp_path / "out").run(), LabelMaps(slice_dataset, tmp_path / "usual").run()
+    assert (report.images, report.left_out["without a tumor"]) == (usual.images, usual.left_out["without a tumor"])
+    made = load_manifest(tmp_path / "out")
+    files = {entry["image"] for split in ("training", "validation", "test") for entry in made.entries(split)}
+    assert len(files) == sum(report.images.values()) > 1
+    assert {path.relative_to(tmp_path / "out").as_posix() for path in tmp_path.glob("out/**/*.png")} == files
+
+
+def test_contrasts_with_a_copy_each_of_a_segmentation_give_one_label_map(slice_dataset: Path, tmp_path: Path) -> None:
+    root = tmp_path / "source"
+
+    def copied(entry: dict[str, Any]) -> dict[str, Any]:
+        if not entry.get("segmentation"):
+            return entry
+        own = f"own/{entry['modality']}/{entry['segmentation']}"
+        (root / own).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(root / entry["segmentation"], root / own)
+        return {**entry, "segmentation": own}
+
+    edited(slice_dataset, root, copied)
+    report, usual = LabelMaps(root, tmp_path / "out").run(), LabelMaps(slice_dataset, tmp_path / "usual").run()
+    assert (report.images, report.left_out) == (usual.images, usual.left_out)
+
+
+@pytest.mark.parametrize(("mode", "told"), [("RGB", "mode RGB"), ("I;16", "mode I;16"), ("LA", "mode LA")])
+def test_a_segmentation_of_more_than_labels_is_refused_in_a_line(
+    mode: str, told: str, slice_dataset: Path, tmp_path: Path
+) -> None:
+    source = damaged(slice_dataset, tmp_path / "source")
+    entry = next(entry for entry in load_manifest(source).entries("training") if entry.get("segmentation"))
+    path = source / entry["segmentation"]
+    size = Image.open(path).size
+    values = np.full(size[::-1], 257, np.uint16)  # which 8 bit would wrap to the label 1
+    (Image.fromarray(values) if mode == "I;16" else Image.new(mode, size)).save(path)
+    with pytest.raises(
+        DataError, match=rf"{path.name}: found an unreadable segmentation \({told}\), expected an 8-bit"
+    ):
+        LabelMaps(source, tmp_path / "out").run()
+    item = {"image": str(source / entry["image"]), "segmentation": str(path)}
+    labels = load_manifest(source).label_map
+    with pytest.raises(DataError, match=f"unreadable segmentation .{told}"):
+        LoadSliced(image_size=32, label_map=labels)(item)
+
+
+def test_a_segmentation_in_the_colors_of_a_palette_is_read_by_its_labels(slice_dataset: Path, tmp_path: Path) -> None:
+    source = damaged(slice_dataset, tmp_path / "source")
+    usual = LabelMaps(source, tmp_path / "usual").run()
+    for path in (source / "labels").rglob("*.png"):
+        image = Image.fromarray(np.asarray(Image.open(path))).convert("P")
+        image.putdata(list(np.asarray(Image.open(path)).flatten()))
+        image.putpalette([9, 200, 7] * 256)
+        image.save(path)
+    assert LabelMaps(source, tmp_path / "out").run().images == usual.images
+    same = [
+        path.read_bytes() == (tmp_path / "out" / path.relative_to(tmp_path / "usual")).read_bytes()
+        for path in tmp_path.glob("usual/images/**/*.png")
+    ]
+    assert same
+    assert all(same)
+
+
 def test_images_without_segmentations_are_refused_in_a_line(slice_dataset: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     copy.mkdir()
@@ -140,9 +232,21 @@ def test_losses_of_masks_read_the_decoder_as_logits(kind: str) -> None:
     masks = (target + 1) / 2
     expected = {
         "bce": nn.BCELoss()(logits.sigmoid(), masks),
-        "dice": DiceLoss(sigmoid=True, batch=True, smooth_nr=0, smooth_dr=1e-12)(logits, masks),
+        "dice": DiceLoss(sigmoid=True, batch=True, smooth_nr=1, smooth_dr=1)(logits, masks),
     }
     assert ReconstructionLoss(kind=kind)(target, output).item() == pytest.approx(expected[kind].item(), rel=1e-5)
+
+
+def test_what_is_found_in_a_channel_of_empty_masks_costs_something() -> None:
+    """Dice with a pixel more: 1 - 1 / (S + 1) of S found, whose slope is 1 / (S + 1)^2 a share."""
+    target = -torch.ones(2, 1, 4, 4)
+    logits = torch.zeros(2, 1, 4, 4, requires_grad=True)
+    quantizer = VectorQuantizer(num_embeddings=2, embedding_dim=1)
+    output = TokenizerOutput(logits, None, torch.zeros(2, 1, 1, 1), None, quantizer(torch.zeros(2, 1, 1, 1)))
+    loss = ReconstructionLoss(kind="dice")(target, output)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert loss.item() == pytest.approx(1 - 1 / 17)  # 32 pixels of one half
+    torch.testing.assert_close(gradient, torch.full_like(logits, 0.25 / 17**2))
 
 
 def test_a_tokenizer_of_label_maps_is_trained_and_judged_by_dice(slice_dataset: Path, tmp_path: Path) -> None:
@@ -157,4 +261,14 @@ def test_a_tokenizer_of_label_maps_is_trained_and_judged_by_dice(slice_dataset: 
     }
     run_bundle("evaluate.json", {**evaluation_overrides(toy), **figures}, run_id="evaluating")
     record = json.loads((tmp_path / "run/evaluation/validation/metrics.json").read_text())
-    assert 0 <= record["summary"]["overall"]["dice"]["value"] <= 1
+    summary = record["summary"]
+    assert 0 <= summary["overall"]["dice"]["value"] <= 1
+    with (tmp_path / "run/evaluation/validation/per_image.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for channel in range(3):
+        name = f"dice_channel{channel}"
+        values = np.array([float(row[name]) for row in rows])
+        assert summary["overall"][name]["n"] == np.isfinite(values).sum() > 0
+        assert summary["overall"][name]["value"] == pytest.approx(np.nanmean(values))
+        assert summary["modality"]["labels"][name] == summary["overall"][name]
+    assert summary["region"] == {}

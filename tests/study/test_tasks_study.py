@@ -25,6 +25,7 @@ import vaevq_med.study.tasks.run as running
 from vaevq_med.cli.app import app
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.images.transforms import REGIONS
+from vaevq_med.prepare.volumes.reading import CaseReader
 from vaevq_med.study.file import check_study, read_study
 from vaevq_med.study.rates.candidates import Candidate, Coded
 from vaevq_med.study.rates.scans import Scan, ScanFile
@@ -212,6 +213,76 @@ def test_lesions_are_counted_by_the_sizes_of_the_training_patients(
     assert "| Medium lesions kept (%)" in given.run().table
     with pytest.raises(VaevqMedError, match=r"lesion_sizes is .* expected two rising volumes in ml"):
         run_of(cases, tmp_path / "out", monkeypatch, lesion_sizes=[2.0, 1.0])
+
+
+def test_sizes_that_nobody_can_say_leave_their_figure_out_and_nothing_else(
+    cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "cases"
+    shutil.copytree(cases, source)
+    names = [f"BraTS-GLI-0000{n}" for n in range(4)]
+    away = {"BraTS-GLI-00009": "training"}
+    plain = {"split_file": str(tmp_path / "splits.json"), "radiomics": False, "detectability": None}
+
+    def command(training: list[str], **fields: Any) -> RunTasks:
+        dealt = away | {name: "training" if name in training else "test" for name in names}
+        (tmp_path / "splits.json").write_text(json.dumps(dealt))
+        return run_of(source, tmp_path / "out", monkeypatch, [Keeps()], **plain, **fields)
+
+    report = command([]).run()  # the only training patient is on another machine
+    assert report.missing == 0
+    assert "Lesions by size are left out (input " in report.table
+    assert "found no case of the split training" in report.table
+    assert "lesion_sizes in the study's file" in report.table
+    assert "lesions kept" not in report.table
+    assert (
+        f"{tmp_path / 'splits.json'}: found no lesion in the segmentations of its 0" in command(names[3:]).run().table
+    )
+    # Where the segmentation of a training patient is damaged, the case is named; the images do not matter.
+    for file in (source / f"{names[0]}-000").glob("*-t*.nii.gz"):
+        file.write_bytes(b"x")
+    assert "Large lesions kept" in command(names[:2]).run().table
+    (source / f"{names[1]}-000" / f"{names[1]}-000-seg.nii.gz").write_bytes(b"x")
+    report = command(names[:2]).run()
+    assert f"training case {names[1]}-000: {names[1]}-000-seg.nii.gz" in report.table
+    given = command(names[:2], lesion_sizes=[1.0, 2.0])
+    monkeypatch.setattr(RunTasks, "_segmented", None)  # nothing is measured again
+    done = given.run()
+    assert (done.missing, done.problems) == (0, ())
+    assert "lesions kept" in done.table
+
+
+def test_sizes_are_remembered_as_long_as_the_segmentations_are_the_same(
+    cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"BraTS-GLI-0000{n}" for n in range(4)]
+    (tmp_path / "splits.json").write_text(json.dumps({name: "training" for name in names[:3]} | {names[3]: "test"}))
+    source = tmp_path / "cases"
+    shutil.copytree(cases, source)
+    command = run_of(source, tmp_path / "out", monkeypatch, split_file=str(tmp_path / "splits.json"))
+    edges = command.size_edges()
+    read = CaseReader.labels
+    reads: list[str] = []
+
+    def counted(self: CaseReader, volume: Any, case: Any) -> Any:
+        reads.append(case.name)
+        return read(self, volume, case)
+
+    monkeypatch.setattr(CaseReader, "labels", counted)
+    assert command.size_edges() == edges
+    assert reads == []
+    path = source / f"{names[0]}-000" / f"{names[0]}-000-seg.nii.gz"
+    image = nib.load(path)
+    whole = np.asanyarray(image.dataobj).copy()
+    whole[30:] = 0
+    nib.save(nib.Nifti1Image(whole, image.affine), path)
+    assert command.size_edges() != edges
+    assert reads == [f"{name}-000" for name in names[:3]]
+    for damage in ("{", '{"key": 1}', "[]"):
+        (tmp_path / "out" / "lesion_sizes.json").write_text(damage)
+        reads.clear()
+        command.size_edges()
+        assert len(reads) == 3
 
 
 def test_tables_figures_and_records_hold_no_nan(cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from vaevq_med.cli.app import app
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks import quantizers
+from vaevq_med.tokens import reduction
 from vaevq_med.tokens.reduction import ReduceCodebook
 from vaevq_med.tokens.store import load_token_store
 from vaevq_med.trained.network import StoredTokenizer
@@ -97,6 +98,35 @@ def test_latents_become_the_codebook(checkpoint: Path, slice_dataset: Path, tmp_
     assert len(np.unique(centers, axis=0)) == report.distinct <= 8
     low, high = every.min(axis=(0, 1, 3, 4)), every.max(axis=(0, 1, 3, 4))
     assert np.all((centers >= low - 1e-5) & (centers <= high + 1e-5))
+
+
+def test_latents_of_all_images_come_mixed(
+    checkpoint: Path, slice_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The centers start at the first latents, which must not be those of a few images."""
+    taken: list[np.ndarray] = []
+
+    class Recorder:
+        def __init__(self, num_clusters: int, seed: int) -> None:
+            self.shape = (num_clusters, 4)
+
+        def add(self, features: np.ndarray) -> None:
+            taken.append(features)
+
+        def centers(self) -> np.ndarray:
+            return np.zeros(self.shape, np.float32)
+
+    monkeypatch.setattr(reduction, "StreamingClusters", Recorder)
+    folder = tmp_path / "latents"
+    encode(checkpoint, slice_dataset, folder, kind="latents", dtype="float32")
+    ReduceCodebook(checkpoint, folder, tmp_path / "out.pt", 8).run()
+    every = np.asarray(load_token_store(folder).array("training"), dtype=np.float32)  # [N, ..., D, h, w]
+    latents = np.moveaxis(every, -3, -1).reshape(len(every), -1, 4)
+    (rows,) = taken
+    share = len(rows) // len(every)
+    first = [int(np.nonzero((latents == row).all(axis=2).any(axis=1))[0][0]) for row in rows[:share]]
+    assert share > 4
+    assert len(set(first)) > share / 4
 
 
 def definition(name: str, **options: Any) -> dict[str, Any]:

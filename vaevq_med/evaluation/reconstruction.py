@@ -265,9 +265,10 @@ class ReconstructionEvaluation:
         self.usage_sample.reduce()
         self.channels.reduce()
         names = [figure.name for figure in self.figures]
-        overall: Summary = _means(rows, names)
+        every = [*names, *self._parts(rows, names)]
+        overall: Summary = _means(rows, every)
         modalities = {
-            modality: _means([row for row in rows if row.get("modality") == modality], names)
+            modality: _means([row for row in rows if row.get("modality") == modality], every)
             for modality in sorted({str(row.get("modality") or "") for row in rows} - {""})
         }
         regions: dict[str, Summary] = {}
@@ -289,6 +290,14 @@ class ReconstructionEvaluation:
             provenance={**self.provenance, "n": len(rows), **self._networks()},
             conventions=self._conventions(len(rows)),
             figures=[figure.to_json() for figure in self.figures],
+        )
+
+    def _parts(self, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+        """Figures ``NAME_PART`` of a metric's own parts, e.g. of channels, which are no regions."""
+        others = {*names, *(f"{name}_{region}" for name in names for region in self._regions)}
+        starts = tuple(f"{name}_" for name in names)
+        return list(
+            dict.fromkeys(name for row in rows for name in row if name.startswith(starts) and name not in others)
         )
 
     def _gather_rows(self) -> list[dict[str, Any]]:

@@ -16,6 +16,8 @@ from torch import Tensor
 from vaevq_med.core.errors import DataError
 
 _ORIENTATION = 0x0112
+_OF_LABELS = ("L", "P", "1")
+"""Of PIL's modes, those of one channel and at most 8 bit; the values of a palette are the labels, not its colors."""
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -98,6 +100,27 @@ def read_image(path: str | Path) -> Tensor:
     if array.ndim == 2:
         return torch.from_numpy(array)[None]
     return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1)))
+
+
+def read_labels(path: str | Path) -> NDArray[np.uint8]:
+    """Read a stored segmentation.
+
+    Args:
+        path: an 8-bit image whose pixels are labels, which a palette may color.
+
+    Returns:
+        ``[H, W]``.
+
+    Raises:
+        DataError: the file cannot be read, or is of colors or of more than 8 bit.
+    """
+    try:
+        with Image.open(path) as stored:
+            if stored.mode not in _OF_LABELS:
+                raise DataError(f"mode {stored.mode}")
+            return np.array(stored, dtype=np.uint8)
+    except (OSError, ValueError, SyntaxError, DataError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: found an unreadable segmentation ({error}), expected an 8-bit PNG") from error
 
 
 def match_channels(image: Tensor, in_channels: int) -> Tensor:

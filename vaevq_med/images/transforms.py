@@ -6,17 +6,15 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.config import KeysCollection
 from monai.transforms import MapTransform, Randomizable, Transform
-from PIL import Image
 from torch import Tensor
 
 from vaevq_med.core.errors import DataError
 from vaevq_med.images.foreground import foreground
-from vaevq_med.images.pixels import describe, match_channels, read_image
+from vaevq_med.images.pixels import describe, match_channels, read_image, read_labels
 
 REGIONS = ("whole_tumor", "tumor_core", "enhancing_tumor")
 MAX_CHANNELS = 4
@@ -84,12 +82,7 @@ class LoadSliced(Transform):
     def _labels(entry: Mapping[Hashable, Any], image: Tensor) -> Tensor:
         if not entry.get("segmentation"):
             return torch.zeros(image.shape[-2:], dtype=torch.uint8)
-        path = entry["segmentation"]
-        try:
-            with Image.open(path) as stored:
-                return torch.from_numpy(np.array(stored, dtype=np.uint8))
-        except (OSError, ValueError, SyntaxError) as error:
-            raise DataError(f"{path}: found an unreadable segmentation ({error}), expected an 8-bit PNG") from error
+        return torch.from_numpy(read_labels(entry["segmentation"]))
 
     def _resize_mask(self, mask: Tensor) -> Tensor:
         size = (self.image_size, self.image_size)

@@ -25,8 +25,28 @@ from vaevq_med.networks.ranges import check_sizes
 from vaevq_med.networks.slices import some_slices
 from vaevq_med.networks.untrained import redraw
 
+_NO_DIRECTION = 1e-3
+"""Length, as a share of the vectors' root mean square, up to which a vector has no direction."""
 _AT_ONCE = 2**25
 """Angles between positions held at once, 128 MiB of them; those of 1,024 positions of 32 images."""
+
+
+def unit_vectors(maps: Tensor) -> Tensor:
+    """Vectors along dimension 1 at unit length; of what has no direction, 0 without a gradient.
+
+    A quantizer of levels has a code of zeros, whose projection is exactly 0. The gradient of a direction grows as one
+    over the length, so that a few such positions would outweigh all others, and an adaptive weight would follow them.
+
+    Args:
+        maps: ``[B, F, *size]``.
+
+    >>> unit_vectors(torch.tensor([[3.0, 0.0], [4.0, 0.0]])[None])
+    tensor([[[0.6000, 0.0000],
+             [0.8000, 0.0000]]])
+    """
+    squares = maps.square().sum(dim=1, keepdim=True)
+    directed = squares > _NO_DIRECTION**2 * squares.detach().mean()
+    return torch.where(directed, maps * torch.where(directed, squares, 1).rsqrt(), 0)
 
 
 def marginal_cosine(projected: Tensor, features: Tensor, margin: float = 0.5) -> Tensor:
@@ -43,7 +63,8 @@ def marginal_cosine(projected: Tensor, features: Tensor, margin: float = 0.5) ->
     >>> marginal_cosine(torch.ones(1, 2, 1, 1), torch.tensor([1.0, -1.0]).view(1, 2, 1, 1), margin=0.25).item()
     0.75
     """
-    return F.relu(1 - margin - F.cosine_similarity(projected.float(), features.float(), dim=1)).mean()
+    cosines = (unit_vectors(projected.float()) * unit_vectors(features.float())).sum(dim=1)
+    return F.relu(1 - margin - cosines).mean()
 
 
 def marginal_distance_matrix(
@@ -67,7 +88,7 @@ def marginal_distance_matrix(
     >>> round(marginal_distance_matrix(projected, features, margin=0.25).item(), 4)  # of four pairs two differ by 1
     0.375
     """
-    one, other = (F.normalize(maps.float().flatten(2), dim=1) for maps in (projected, features))  # [B, F, n]
+    one, other = (unit_vectors(maps.float().flatten(2)) for maps in (projected, features))  # [B, F, n]
     batch_size, _, count = one.shape
     step = max(1, at_once // (batch_size * count))
     if step >= count:

@@ -11,6 +11,8 @@ from vaevq_med.networks.outputs import TokenizerOutput
 from vaevq_med.networks.processes import mean_without_gradient
 from vaevq_med.networks.ranges import check_choice
 
+_PIXEL = 1.0
+"""Added to both halves of the fraction of Dice."""
 KINDS = ("l2", "l1", "calibrated", "bce", "dice")
 
 
@@ -29,10 +31,11 @@ def calibrated_likelihood(error: Tensor) -> Tensor:
 
 
 def _soft_dice_loss(shares: Tensor, masks: Tensor) -> Tensor:
-    """1 less the Dice of shares in [0, 1] and masks, ``[B, C, *size]``, each channel over the batch; the mean."""
+    """1 less the Dice of shares in [0, 1] and masks, ``[B, C, *size]``, each channel over the micro-batch; the mean."""
     axes = [0, *range(2, masks.ndim)]
     common, both = (shares * masks).sum(axes), (shares + masks).sum(axes)  # [C]
-    return 1 - (2 * common / both.clamp_min(1e-6)).mean()
+    # One pixel that is right everywhere: without it nothing pushes down what is found in a channel of empty masks.
+    return 1 - ((2 * common + _PIXEL) / (both + _PIXEL)).mean()
 
 
 class ReconstructionLoss(LossTerm):
@@ -43,7 +46,7 @@ class ReconstructionLoss(LossTerm):
             ``"calibrated"``, see :func:`calibrated_likelihood`: with it, KL and RCS divided by the pixel count enter
             with weight 1. Of label maps, whose channels are masks at -1 and 1, the decoder's output may be read as
             logits instead: ``"bce"``, binary cross-entropy, or ``"dice"``, 1 less the soft Dice of a channel over the
-            batch (arXiv 1606.04797), mean over the channels.
+            micro-batch (arXiv 1606.04797) with one pixel added to both halves of its fraction, mean over the channels.
         reduction: ``"mean"`` over every element; ``"sum"`` over an image's elements, mean over the batch.
         path_reduction: ``"sum"`` (the paper) or ``"mean"`` (the released code) of the quantized and the continuous
             path.

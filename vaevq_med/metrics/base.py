@@ -32,6 +32,8 @@ class ImageMetric(ABC):
     def measure(self, target: Tensor, reconstruction: Tensor, regions: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """By name the figures ``[B]`` of whole images, and ``NAME_REGION`` where the metric has one of a region.
 
+        Another ``NAME_PART``, of a part of the image that is no region, has its mean in the summary beside NAME's.
+
         Args:
             target: as for :meth:`per_image`.
             reconstruction: as for :meth:`per_image`.

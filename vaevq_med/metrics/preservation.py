@@ -6,6 +6,7 @@ reconstruction, and the answers are averaged within bins of size, since what is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -87,13 +88,15 @@ def lesion_recall(lesions: Iterable[Lesion], edges: Sequence[float]) -> list[tup
 
 
 def class_agreement(original: Tensor, reconstruction: Tensor) -> Tensor:
-    """1 where the likeliest class is the same, otherwise 0, ``[B]``.
+    """1 where the likeliest class is the same, otherwise 0, NaN where a logit is, ``[B]``.
 
     Args:
         original: logits ``[B, classes]``.
         reconstruction: likewise.
     """
-    return (original.argmax(dim=1) == reconstruction.argmax(dim=1)).float()
+    unknown = (original.isnan() | reconstruction.isnan()).any(dim=1)
+    same = original.argmax(dim=1) == reconstruction.argmax(dim=1)
+    return same.float().masked_fill(unknown, math.nan)
 
 
 def class_divergence(original: Tensor, reconstruction: Tensor) -> Tensor:
@@ -148,7 +151,7 @@ class ClassAgreement(_OfClasses):
     )
 
     def per_image(self, target: Tensor, reconstruction: Tensor) -> Tensor:
-        """1 or 0, ``[B]``."""
+        """1 or 0, or NaN, ``[B]``."""
         return class_agreement(*self._logits(target, reconstruction))
 
 

@@ -12,17 +12,17 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from vaevq_med.core.errors import DataError
 from vaevq_med.core.files import atomic_write_bytes
 from vaevq_med.core.folder import OutputFolder
 from vaevq_med.images.manifest import SPLITS, Manifest, load_manifest, split_hash, write_manifest
+from vaevq_med.images.pixels import read_labels
 from vaevq_med.images.regions import region_labels
 from vaevq_med.images.transforms import REGIONS
 
@@ -124,13 +124,12 @@ class LabelMaps:
     ) -> Iterator[dict[str, Any]]:
         """The entries of those slices that were written."""
         for entry in found:
-            values = _read(self.dataset / str(entry["segmentation"]))
+            values = read_labels(self.dataset / str(entry["segmentation"]))
             masks = np.stack([np.isin(values, labels[name]) for name in REGIONS], axis=-1)  # [H, W, 3]
             on_images(1)
             if not (self.keep_empty or masks.any()):
                 continue
-            case, number = str(entry.get("case", "")), int(entry.get("slice", -1))
-            name = f"images/{case}/{case}-{MODALITY}-z{number:03d}.png"
+            name = _file_name(entry)
             buffer = io.BytesIO()
             Image.fromarray(masks.astype(np.uint8) * 255).save(buffer, format="PNG")
             path = self.output / name
@@ -163,17 +162,24 @@ class LabelMaps:
 def _segmented(manifest: Manifest, split: str) -> list[Mapping[str, Any]]:
     """The first entry of each slice that has a segmentation, whatever its contrast."""
     found = (entry for entry in manifest.entries(split) if entry.get("segmentation"))
-    return list({str(entry["segmentation"]): entry for entry in reversed([*found])}.values())[::-1]
+    slices: dict[tuple[str, ...], Mapping[str, Any]] = {}
+    for entry in found:
+        slices.setdefault(_place(entry), entry)
+    return list(slices.values())
+
+
+def _place(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """Which slice an entry is of, as well as the data set says it."""
+    if "case" in entry and "slice" in entry:
+        return str(entry["case"]), str(entry["slice"])
+    return (str(PurePosixPath(entry.get("segmentation") or entry["image"])),)
+
+
+def _file_name(entry: Mapping[str, Any]) -> str:
+    """After the path of the segmentation, which lies inside the data set and tells it from all others."""
+    path = PurePosixPath(entry["segmentation"])
+    return f"images/{path if path.suffix == '.png' else f'{path}.png'}"
 
 
 def _slices(manifest: Manifest) -> int:
-    places = ((e.get("case", ""), e.get("slice", e["image"])) for split in SPLITS for e in manifest.entries(split))
-    return len(set(places))
-
-
-def _read(path: Path) -> NDArray[np.uint8]:
-    try:
-        with Image.open(path) as stored:
-            return np.array(stored, dtype=np.uint8)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"{path}: found an unreadable segmentation ({error}), expected an 8-bit PNG") from error
+    return len({_place(entry) for split in SPLITS for entry in manifest.entries(split)})

@@ -130,11 +130,46 @@ def test_it_cools_once_a_batch_and_goes_on_where_it_was() -> None:
     assert again.temperature.item() == pytest.approx(2 * math.exp(-1))
     again.steps += 1000
     assert again.temperature.item() == pytest.approx(1e-4)
-    assert SQVAE(num_embeddings=4, embedding_dim=2, temperature_minimum=3.0).temperature.item() == 3.0
+    assert SQVAE(num_embeddings=4, embedding_dim=2, temperature=3.0, temperature_minimum=3.0).temperature.item() == 3.0
 
 
 def test_the_variance_starts_as_published_for_64_channels() -> None:
     assert SQVAE(num_embeddings=4, embedding_dim=64).log_variance.item() == pytest.approx(math.log(20))
-    for options in ({"variance": 0.0}, {"temperature": 0.0}, {"temperature_decay": -1.0}):
-        with pytest.raises(VaevqMedError, match=r"expected (above 0|at least 0)"):
-            SQVAE(num_embeddings=4, embedding_dim=2, **options)
+
+
+@pytest.mark.parametrize("floor", [0.0, 1.0])
+def test_the_gradient_of_the_variance_by_hand(floor: float) -> None:
+    """Logits of -1/4 and -9/4 at s^2 = 2; by log s^2 both they and 1 / (2 s^2) fall by themselves."""
+    quantizer = quantizer_of([[0.0], [4.0]], variance=2.0, variance_floor=floor).eval()
+    losses = quantizer(torch.ones(1, 1, 1, 1)).losses
+    p, share = 1 / (1 + math.exp(-2)), (2 - floor) / 2  # what is learned is that share of s^2
+    for name, expected in (("kld_continuous", -1 / 4), ("kld_discrete", -p * (1 - p) * 2**2)):  # less Var(logits)
+        (gradient,) = torch.autograd.grad(losses[name], quantizer.log_variance, retain_graph=True)
+        assert gradient.item() == pytest.approx(share * expected, rel=1e-4)
+
+
+def test_the_variance_stays_above_its_floor() -> None:
+    quantizer = quantizer_of([[0.0], [4.0]], variance_floor=1.0).eval()
+    assert quantizer.log_variance.item() == pytest.approx(math.log(20 / 64))
+    with torch.no_grad():
+        quantizer.log_variance.fill_(-200)
+    assert quantizer(torch.ones(1, 1, 1, 1)).losses["kld_continuous"].item() == pytest.approx(1 / 2)
+
+
+REFUSED: list[tuple[dict[str, float], str]] = [
+    ({"variance": 0.0}, r"variance is 0.0; expected above 0.0, and finite"),
+    ({"variance": math.inf}, r"variance is inf; expected above 0.0, and finite"),
+    ({"variance": 1.0, "variance_floor": 1.0}, r"variance is 1.0; expected above 1.0"),
+    ({"variance_floor": -1.0}, r"variance_floor is -1.0; expected at least 0"),
+    ({"temperature": 0.0}, r"temperature is 0.0; expected above 0"),
+    ({"temperature": math.inf}, r"temperature is inf; expected above 0, and finite"),
+    ({"temperature": math.nan}, r"temperature is nan; expected above 0"),
+    ({"temperature_decay": -1.0}, r"temperature_decay is -1.0; expected at least 0"),
+    ({"temperature_minimum": 2.0}, r"temperature_minimum is 2.0; expected at least 0 and at most temperature, 1.0"),
+]
+
+
+@pytest.mark.parametrize(("options", "told"), REFUSED)
+def test_what_an_option_cannot_be_is_refused_in_a_line(options: dict[str, float], told: str) -> None:
+    with pytest.raises(VaevqMedError, match=told):
+        SQVAE(num_embeddings=4, embedding_dim=2, **options)

@@ -54,7 +54,9 @@ class SQVAE(FollowsLatents, Quantizer):
     Args:
         num_embeddings: K.
         embedding_dim: D.
-        variance: start of ``s^2``; None for 20 a 64 channels.
+        variance: start of ``s^2``; None for 20 a 64 channels above the floor.
+        variance_floor: below which ``s^2`` does not fall; it is the floor and the exponential of what is learned. The
+            authors' code has 1.
         temperature: of the first batch.
         temperature_decay: by which its logarithm falls a batch.
         temperature_minimum: below which it does not fall.
@@ -76,6 +78,7 @@ class SQVAE(FollowsLatents, Quantizer):
         num_embeddings: int,
         embedding_dim: int,
         variance: float | None = None,
+        variance_floor: float = 0.0,
         temperature: float = 1.0,
         temperature_decay: float = 1e-5,
         temperature_minimum: float = 0.0,
@@ -83,13 +86,19 @@ class SQVAE(FollowsLatents, Quantizer):
     ) -> None:
         super().__init__()
         check_sizes(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
-        variance = embedding_dim * _VARIANCE_A_CHANNEL if variance is None else variance
-        if not (variance > 0 and temperature > 0):
-            raise VaevqMedError(f"variance is {variance} and temperature {temperature}; expected above 0")
-        if not (temperature_decay >= 0 and temperature_minimum >= 0):
+        if not 0 <= variance_floor < math.inf:
+            raise VaevqMedError(f"variance_floor is {variance_floor}; expected at least 0")
+        variance = variance_floor + embedding_dim * _VARIANCE_A_CHANNEL if variance is None else variance
+        if not variance_floor < variance < math.inf:
+            raise VaevqMedError(f"variance is {variance}; expected above {variance_floor}, and finite")
+        if not 0 < temperature < math.inf:
+            raise VaevqMedError(f"temperature is {temperature}; expected above 0, and finite")
+        if not 0 <= temperature_decay < math.inf:
+            raise VaevqMedError(f"temperature_decay is {temperature_decay}; expected at least 0, and finite")
+        if not 0 <= temperature_minimum <= temperature:
             raise VaevqMedError(
-                f"temperature_decay is {temperature_decay} and temperature_minimum {temperature_minimum}; expected at "
-                "least 0"
+                f"temperature_minimum is {temperature_minimum}; expected at least 0 and at most temperature, "
+                f"{temperature}"
             )
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
@@ -97,7 +106,8 @@ class SQVAE(FollowsLatents, Quantizer):
         self.temperature_decay = temperature_decay
         self.temperature_minimum = max(temperature_minimum, _COLDEST)
         self.embedding = new_codewords(num_embeddings, embedding_dim, init=init)
-        self.log_variance = nn.Parameter(torch.tensor(math.log(variance)))
+        self.log_variance = nn.Parameter(torch.tensor(math.log(variance - variance_floor)))
+        self.variance_floor = variance_floor
         self.register_buffer("steps", torch.zeros(()))
 
     def codebook(self) -> Tensor:
@@ -127,7 +137,7 @@ class SQVAE(FollowsLatents, Quantizer):
             z = z.float()
             codebook, latents = self.codebook(), rows(z)
             # -||z - e||^2 / (2 s^2) but for what is the same for all e: a product of [z, 1] / s^2 and [e, -|e|^2 / 2].
-            variance = self.log_variance.exp()
+            variance = self.variance_floor + self.log_variance.exp()
             scaled = torch.cat([latents, torch.ones_like(latents[:, :1])], dim=1) / variance
             keys = torch.cat([codebook, -0.5 * codebook.square().sum(dim=1, keepdim=True)], dim=1)
             indices = on_grid(nearest_codeword(latents.detach(), codebook.detach()), z)

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaevq_med.images.volumes import VIEWS
-from vaevq_med.metrics.preservation import lesions_found
 from vaevq_med.prepare.recipes import Recipe
 from vaevq_med.prepare.volumes.find import Case, Volume
 from vaevq_med.prepare.volumes.labels import label_map
@@ -103,22 +102,6 @@ class Lesioned:
     lesions: Sequence[Lesion]
     scan: ScanFile
     content: Scan
-
-
-def training_lesions(study: TasksStudy, region: str) -> list[float]:
-    """Volumes in ml of the lesions of a region that experts marked in the split file's training patients.
-
-    Raises:
-        DataError: there are no such patients, or a case cannot be read.
-    """
-    changes = {"split": "training", "contrasts": study.contrasts[:1]}
-    found: list[float] = []
-    for file in find_case_files(study.model_copy(update=changes)):
-        content = file.read()
-        if content.regions is not None:
-            mask, (scan,) = content.regions[region], content.scans.values()
-            found += [volume for volume, _ in lesions_found(mask, mask, scan.spacing)]
-    return found
 
 
 def lesioned_cases(file: CaseFile, content: CaseContent, asked: Detectability, folder: Path) -> list[Lesioned]:

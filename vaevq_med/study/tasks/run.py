@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.evaluation.volumes import VolumeJudge
-from vaevq_med.metrics.preservation import lesions_found, size_edges
+from vaevq_med.metrics.preservation import lesions_found
 from vaevq_med.metrics.segmentation import region_scores
 from vaevq_med.study.rates.candidates import Candidate, Coded, as_judged, mask_bytes
 from vaevq_med.study.rates.recording import Measure, Record, RunRecords, refuse_seen
@@ -27,11 +27,11 @@ from vaevq_med.study.tasks.cases import (
     find_case_files,
     lesioned_cases,
     through_window,
-    training_lesions,
 )
 from vaevq_med.study.tasks.file import TasksStudy
 from vaevq_med.study.tasks.report import LESIONS_OF, write_report
 from vaevq_med.study.tasks.rows import ORIGINAL, Original
+from vaevq_med.study.tasks.sizes import training_edges
 from vaevq_med.tasks.detectability import response
 from vaevq_med.tasks.radiomics import LEVELS, region_features, shape_features
 from vaevq_med.tasks.segmentation import Segmenter, load_segmenter, to_masks
@@ -94,7 +94,11 @@ class RunTasks(RunRecords[CaseFile]):
         return [] if self.segmenter is None else self.segmenter.stored.check_window(self.items[0].recipe.to_dict())
 
     def size_edges(self) -> tuple[float, float] | None:
-        """Where small lesions end and large ones begin, in ml; None where nothing says it."""
+        """Where small lesions end and large ones begin, in ml; None where nothing says it.
+
+        Raises:
+            DataError: the segmentations of the split file's training patients, which would say it, do not.
+        """
         study = self.study
         if study.segmenter is None:
             return None
@@ -102,7 +106,7 @@ class RunTasks(RunRecords[CaseFile]):
             return study.lesion_sizes[0], study.lesion_sizes[1]
         if study.split_file is None:
             return None
-        return size_edges(training_lesions(study, LESIONS_OF))
+        return training_edges(study, LESIONS_OF)
 
     def depends_on(self) -> Mapping[str, Any]:
         """The instruments."""
@@ -199,8 +203,15 @@ class RunTasks(RunRecords[CaseFile]):
     def write_report(self, records: Sequence[Record]) -> tuple[list[Path], str]:
         """The table, the detectability, the rank correlations, and the figures."""
         asked = [item.name for item in self.items]
-        edges = self.size_edges()
-        return write_report(self.study, self.rows, records, asked=asked, remarks=self.remarks, edges=edges)
+        edges, remarks = None, [*self.remarks]
+        try:
+            edges = self.size_edges()
+        except VaevqMedError as error:  # what was measured is shown all the same
+            remarks.append(
+                f"Lesions by size are left out ({error}). With lesion_sizes in the study's file, the same call adds "
+                "them without measuring anything again."
+            )
+        return write_report(self.study, self.rows, records, asked=asked, remarks=remarks, edges=edges)
 
 
 def _of_contrast(coded: Coded, judge: VolumeJudge) -> dict[str, Any]:
