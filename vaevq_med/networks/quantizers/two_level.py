@@ -198,7 +198,11 @@ class TwoLevelQuantizer(Quantizer):
 
     @torch.no_grad()
     def start_codebook(self, latents: Tensor, cluster: Cluster) -> bool:
-        """Start the top codebook on the cells, and the bottom one on what its codewords leave."""
+        """Start the top codebook on the cells, and the bottom one on what its codewords leave.
+
+        Of all cells, under a gate too: no threshold is known before training. The updates that follow are of what is
+        open alone.
+        """
         fine = self.positions_of(latents.detach().float())
         coarse = self.coarse(fine)
         if not self.top.start_codebook(coarse, cluster):
