@@ -16,6 +16,7 @@ from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.quantizers import IBQ, CoherentVQ, ResidualQuantizer, SimVQ, VectorQuantizer, VectorQuantizerEMA
 from vaevq_med.networks.quantizers.base import CodebookQuantizer
 from vaevq_med.networks.quantizers.gates import EntropyGate, Gate, LearnedGate, PosteriorGate, VarianceGate
+from vaevq_med.networks.quantizers.tree import TreeQuantizer
 from vaevq_med.networks.quantizers.two_level import TwoLevelQuantizer
 from vaevq_med.networks.quantizers.two_level_learned import LearnedTwoLevel
 from vaevq_med.networks.quantizers.two_level_residual import ResidualTwoLevel
@@ -335,6 +336,9 @@ def test_what_does_not_fit_together_is_refused() -> None:
         def forward(self, z, posterior=None):  # type: ignore[no-untyped-def, override]
             return super().forward(z, posterior)
 
-    with pytest.raises(VaevqMedError, match="Unaware cannot leave positions out; expected another level under a gate"):
+    with pytest.raises(VaevqMedError, match="Unaware cannot leave positions out; expected another bottom level under"):
         two(of=Unaware, gate=PosteriorGate())
+    aware = Unaware(num_embeddings=16, embedding_dim=3)
+    assert ResidualTwoLevel(top=aware, bottom=level(), gate=PosteriorGate()).num_embeddings == 17
+    assert TreeQuantizer(top=aware, gate=PosteriorGate()).num_embeddings == 17
     assert two(of=Unaware).num_embeddings == 16

@@ -138,10 +138,8 @@ class VectorQuantizerEMA(AveragedCodebook):
         return True
 
     @torch.no_grad()
-    def update(  # type: ignore[override]
-        self, latents: Tensor, indices: Tensor, present: Tensor | None = None
-    ) -> None:
-        """Move the averages by latents ``[N, D]`` and what :func:`counted` gives, and revive, on every process alike."""
+    def update(self, latents: Tensor, indices: Tensor, present: Tensor | None = None) -> None:  # type: ignore[override]
+        """Move the averages by latents ``[N, D]`` and what ``counted`` gives, then revive, on every process alike."""
         with torch.autocast(latents.device.type, enabled=False):
             latents = latents.float()
             counts, sums = assignment_totals(latents, indices, self.num_embeddings)
