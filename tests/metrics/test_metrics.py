@@ -128,6 +128,15 @@ def test_frechet_distance_equals_scipy_and_streams() -> None:
     assert math.isnan(FrechetDistance(num_features=6).compute())
 
 
+def test_what_is_absent_is_no_codeword() -> None:
+    """Of K = 4: two used alike, and six positions without a code."""
+    usage = CodebookUsage(num_embeddings=5, num_codewords=4)
+    usage.update(torch.tensor([4, 4, 4, 4, 4, 4, 0, 2]).view(1, 2, 4, 1))
+    assert (usage.utilization(), usage.dead_codes()) == (0.5, 2.0)
+    assert usage.perplexity() == pytest.approx(2.0)
+    assert usage.counts.tolist() == [[1, 0, 1, 0, 6]]
+
+
 def test_codebook_usage_by_hand() -> None:
     usage = CodebookUsage(num_embeddings=8)
     usage.update(torch.tensor([0, 0, 0, 5]).view(1, 2, 2, 1))

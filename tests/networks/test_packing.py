@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.networks import Decoder, Encoder, VisualTokenizer
+from vaevq_med.networks import Decoder, Encoder, Projector, Rectifier, VisualTokenizer
 from vaevq_med.networks.outputs import QuantizerOutput
 from vaevq_med.networks.packing import packed, unpacked
 from vaevq_med.networks.posterior import DiagonalGaussian
@@ -104,6 +104,46 @@ def test_slices_that_see_their_neighbors_have_cells_within_the_slice() -> None:
     indices = network.encode_indices(volumes)
     assert (indices.shape, network.factors) == ((2, 3, 4, 4, 5), (1, 4, 4))
     assert torch.equal(network.decode_indices(indices), network(volumes))
+
+
+@pytest.mark.parametrize("reads", ["sample", "quantized"])
+def test_every_position_of_a_cell_is_projected(reads: str) -> None:
+    """To the features that the same latent has without cells, on the encoder's grid."""
+    options = {"variational": True, "quantize_from": "mean"}
+    plain, cells = (
+        tokenizer(
+            Continuous(embedding_dim=3 * cell**2),
+            cell=cell,
+            projector=Projector(embedding_dim=3, num_features=5, reads=reads),
+            **options,
+        )
+        for cell in (1, 2)
+    )
+    cells.load_state_dict(plain.state_dict())
+    images = torch.rand(2, 1, 16, 16) * 2 - 1
+    noise = torch.randn(2, 3, 8, 8)
+    expected = plain.reconstruct_full(images, noise=noise).projected
+    found = cells.reconstruct_full(images, noise=packed(noise, 2, 2)).projected
+    assert expected is not None
+    assert found is not None
+    assert found.shape == (2, 5, 8, 8)
+    torch.testing.assert_close(found, expected)
+
+
+def test_every_position_of_a_cell_is_rectified() -> None:
+    rectifier = Rectifier(embedding_dim=3, num_channels=8, num_blocks=1)
+    torch.nn.init.normal_(rectifier.layers[-1].weight)  # type: ignore[arg-type]
+    plain, cells = (
+        tokenizer(Continuous(embedding_dim=3 * cell**2), cell=cell, variational=False, rectifier=rectifier)
+        for cell in (1, 2)
+    )
+    cells.load_state_dict(plain.state_dict())
+    images = torch.rand(2, 1, 16, 16) * 2 - 1
+    torch.testing.assert_close(cells(images), plain(images))
+    codes = torch.randn(2, 12, 4, 4)
+    torch.testing.assert_close(cells.rectify(codes), packed(rectifier(unpacked(codes, 2, 2)), 2, 2))
+    with pytest.raises(VaevqMedError, match="the rectifier's embedding_dim is 12; expected 3"):
+        tokenizer(Continuous(embedding_dim=12), rectifier=Rectifier(embedding_dim=12, num_channels=8))
 
 
 class Looking(Continuous):

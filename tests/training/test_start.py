@@ -189,6 +189,23 @@ def test_what_cannot_be_is_said_in_one_line(
     assert re.search(said, line)
 
 
+def test_a_part_that_was_left_new_is_not_frozen(
+    source: Path, slice_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A codebook of another size does not fit; asked for, it would be frozen at its random start."""
+    settings = {"init_from": str(source), "num_embeddings": 48, "freeze": ["quantizer"]}
+    with pytest.raises(SystemExit) as stopped:
+        trainer_of(config_of(slice_dataset, tmp_path / "run", **settings), "vqgan")
+    assert stopped.value.code == 2
+    (line,) = [one for one in capsys.readouterr().err.splitlines() if one.startswith("vaevq-med:")]
+    assert re.search(r"freeze: found quantizer, which .* does not fit \(\d+ left new", line)
+    # Not asked for, it is frozen as it begins, as one says who wants that.
+    network = trainer_of(
+        config_of(slice_dataset, tmp_path / "other", init_parts=["encoder", "decoder", "latent"], **settings), "vqgan"
+    ).network
+    assert not network.quantizer.embedding.requires_grad
+
+
 def test_an_adaptive_weight_needs_a_decoder_that_is_trained(
     slice_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

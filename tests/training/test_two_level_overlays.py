@@ -10,18 +10,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import toy_config
+from conftest import BUNDLE, OVERLAYS, toy_config
 from helpers.bundles import TOY, evaluation_overrides, quick, run_bundle
 from helpers.scans import write_case
 from helpers.stores import encode
+from monai.bundle import ConfigParser
 
 from vaevq_med.codec.case import CompressedCase
 from vaevq_med.codec.options import CompressOptions, DecompressOptions
 from vaevq_med.codec.work import compress, decompress
 from vaevq_med.images.dataset import SliceDataset
 from vaevq_med.images.transforms import LoadSliced
+from vaevq_med.losses import KLLoss, RCSLoss
+from vaevq_med.networks.outputs import QuantizerOutput, TokenizerOutput
+from vaevq_med.networks.packing import packed
+from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.tokens.store import TokenDataset
 from vaevq_med.trained.network import StoredTokenizer
+from vaevq_med.trained.pack import BundlePack
 
 
 def train(overlay: str, toy: dict[str, Any]) -> tuple[dict[str, Any], Any]:
@@ -62,6 +68,28 @@ def test_an_overlay_trains_and_its_checkpoint_is_read(
         assert torch.equal(network.decode_indices(indices), network(images))
 
 
+@pytest.mark.parametrize("overlay", ["two_level_residual", "gate_entropy", "gate_learned", "gate_posterior"])
+@pytest.mark.parametrize("axes", [2, 3])
+def test_kl_and_rcs_count_as_much_as_without_cells(overlay: str, axes: int) -> None:
+    """Of the same latent, by the scales of the overlay, cells of 4 and of 8 positions."""
+    parser = ConfigParser()
+    parser.read_config([str(BUNDLE / "train.json"), str(OVERLAYS / f"{overlay}.json")])
+    parser["network_def"]["quantizer"]["cell_size"] = 2**axes
+    scales = {name: parser.get_parsed_content(f"objective#terms#{name}#scale") for name in ("kl", "rcs")}
+    draws = torch.Generator().manual_seed(0)
+    mean, logvar, codes = (torch.randn(2, 3, *[4] * axes, generator=draws) for _ in range(3))
+
+    def output(cell: int) -> TokenizerOutput:
+        m, v, c = (packed(one, cell, axes) for one in (mean, logvar, codes))
+        quantized = QuantizerOutput(quantized=c, codes=c, indices=None)
+        return TokenizerOutput(m, m, m, DiagonalGaussian(m, v), quantized)
+
+    for kind, name in ((KLLoss, "kl"), (RCSLoss, "rcs")):
+        expected = kind()(mean, output(1))
+        found = kind(scale=scales[name])(mean, output(2))
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.fixture(scope="module")
 def gated(slice_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The configuration of a run with the posterior's gate."""
@@ -81,6 +109,8 @@ def test_the_rate_is_that_of_the_splits_indices(gated: dict[str, Any], slice_dat
     share = float((indices[..., 1] != 16).double().mean())
     entropy = -sum(p * math.log2(p) for p in (share, 1 - share) if p)
     assert 0 < share < 1
+    utilization = torch.stack([torch.bincount(codes.flatten(), minlength=17)[:16] > 0 for codes in indices.unbind(-1)])
+    assert overall["utilization"]["value"] == pytest.approx(float(utilization.double().mean()))
     assert overall["mean_codes"]["value"] == pytest.approx(1 + 4 * share)
     assert overall["mean_bits"]["value"] == pytest.approx(4 * (1 + 4 * share) + entropy)
 
@@ -111,6 +141,15 @@ def test_stores_and_generators_take_what_is_absent_for_one_more_codeword(
     drawn = torch.full((1, 8, 8, 5), 16)  # whatever a generator draws is decoded
     with torch.inference_mode():
         assert bool(network.decode_indices(drawn).isfinite().all())
+
+
+def test_a_card_says_that_a_gates_bits_are_at_most_those(gated: dict[str, Any], tmp_path: Path) -> None:
+    stored, _ = reconstructed(gated)
+    BundlePack("brats", tmp_path / "zoo", stored.path).run()
+    text = (tmp_path / "zoo" / "README.md").read_text()
+    assert "| bits a position, at most | " in text
+    assert "| bits a pixel, at most | " in text
+    assert "| bits a position | " not in text
 
 
 def test_the_codec_takes_a_gated_tokenizer(gated: dict[str, Any], tmp_path: Path) -> None:

@@ -132,6 +132,7 @@ class EvaluationHandler:
         self._evaluation = ReconstructionEvaluation(
             num_embeddings=self.num_embeddings,
             num_codebooks=self.num_codebooks,
+            num_codewords=tokenizer.quantizer.num_codewords,
             rate=tokenizer.quantizer.rate,
             metrics=self.metrics,
             volume_metrics=[InterSliceError()] if getattr(self.dataset, "depth", None) else [],

@@ -46,6 +46,7 @@ class ReconstructionEvaluation:
     Args:
         num_embeddings: K.
         num_codebooks: G.
+        num_codewords: as for :class:`~vaevq_med.metrics.CodebookUsage`.
         metrics: of single images; by default PSNR and SSIM.
         volume_metrics: of volumes; by default none.
         lpips: network of the perceptual distance, or None.
@@ -65,6 +66,7 @@ class ReconstructionEvaluation:
         *,
         num_embeddings: int,
         num_codebooks: int = 1,
+        num_codewords: int | None = None,
         metrics: Sequence[ImageMetric] | None = None,
         volume_metrics: Sequence[VolumeMetric] = (),
         lpips: FeatureNetwork | None = None,
@@ -96,8 +98,15 @@ class ReconstructionEvaluation:
         self.uint8 = uint8
         self.provenance = dict(provenance or {})
         self.device = device
-        self.usage = CodebookUsage(num_embeddings=num_embeddings, num_codebooks=num_codebooks, device=device)
-        self.usage_sample = CodebookUsage(num_embeddings=num_embeddings, num_codebooks=num_codebooks, device=device)
+        self.usage, self.usage_sample = (
+            CodebookUsage(
+                num_embeddings=num_embeddings,
+                num_codebooks=num_codebooks,
+                num_codewords=num_codewords,
+                device=device,
+            )
+            for _ in range(2)
+        )
         self.channels = ChannelActivity()
         self._sampled = False
         self._rows: list[dict[str, Any]] = []

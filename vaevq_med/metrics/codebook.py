@@ -16,6 +16,8 @@ class CodebookUsage:
     Args:
         num_embeddings: K.
         num_codebooks: G; the figures are means over the codebooks.
+        num_codewords: the first indices, which the figures are of; the others, such as one for a code that is absent,
+            are counted alone. By default all K.
         device: where the counts are kept.
 
     Example:
@@ -26,10 +28,16 @@ class CodebookUsage:
     """
 
     def __init__(
-        self, *, num_embeddings: int, num_codebooks: int = 1, device: torch.device | str | None = None
+        self,
+        *,
+        num_embeddings: int,
+        num_codebooks: int = 1,
+        num_codewords: int | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         self.num_embeddings = num_embeddings
         self.num_codebooks = num_codebooks
+        self.num_codewords = num_embeddings if num_codewords is None else num_codewords
         self.counts = torch.zeros(num_codebooks, num_embeddings, dtype=torch.int64, device=device)
 
     def update(self, indices: Tensor) -> None:
@@ -51,16 +59,21 @@ class CodebookUsage:
         """Add up the counts of all processes."""
         sum_in_place(self.counts)
 
+    @property
+    def _of_codewords(self) -> Tensor:
+        return self.counts[:, : self.num_codewords]
+
     def utilization(self) -> float:
-        """Share of the K codewords used at least once."""
-        return float((self.counts > 0).double().mean())
+        """Share of the codewords used at least once."""
+        return float((self._of_codewords > 0).double().mean())
 
     def dead_codes(self) -> float:
         """Entries never used, a codebook."""
-        return float((self.counts == 0).double().sum(dim=1).mean())
+        return float((self._of_codewords == 0).double().sum(dim=1).mean())
 
     def perplexity(self) -> float:
         """``exp`` of the entropy of the entries' frequencies: the number of entries if all were used alike."""
-        frequencies = self.counts.double() / self.counts.sum(dim=1, keepdim=True).clamp_min(1)
+        counts = self._of_codewords
+        frequencies = counts.double() / counts.sum(dim=1, keepdim=True).clamp_min(1)
         entropy = -torch.special.xlogy(frequencies, frequencies).sum(dim=1)
         return float(entropy.exp().mean())

@@ -46,6 +46,7 @@ class Rectifier(nn.Module):
         check_sizes(embedding_dim=embedding_dim, num_channels=num_channels, num_blocks=num_blocks)
         check_within_slices(within_slices, spatial_dims)
         norm: NormFactory = slice_norm if within_slices else group_norm
+        self.embedding_dim = embedding_dim
         self.spatial_dims = spatial_dims
         last = cast(nn.Conv2d, convolution(spatial_dims, num_channels, embedding_dim, 3))
         nn.init.zeros_(last.weight)

@@ -136,6 +136,8 @@ class VisualTokenizer(Tokenizer):
                 f"the rectifier's spatial_dims is {rectifier.spatial_dims}; expected the encoder's, "
                 f"{encoder.spatial_dims}"
             )
+        if rectifier is not None and rectifier.embedding_dim != embedding_dim:
+            raise VaevqMedError(f"the rectifier's embedding_dim is {rectifier.embedding_dim}; expected {embedding_dim}")
         if projector is not None and projector.embedding_dim != embedding_dim:
             raise VaevqMedError(f"the projector's embedding_dim is {projector.embedding_dim}; expected {embedding_dim}")
         if decoder.embedding_dim not in (None, embedding_dim):
@@ -215,17 +217,25 @@ class VisualTokenizer(Tokenizer):
     def _packed(self, features: Tensor) -> Tensor:
         return packed(features, self.cell, self.encoder.spatial_dims)
 
+    def _unpacked(self, latent: Tensor) -> Tensor:
+        return unpacked(latent, self.cell, self.encoder.spatial_dims)
+
     def decode(self, codes: Tensor) -> Tensor:
         """Images ``[B, C, H, W]`` of codes ``[B, D, *grid]``."""
         return self.decode_latent(self.rectify(codes))
 
     def rectify(self, codes: Tensor) -> Tensor:
-        """What is decoded in place of codes ``[B, D, *grid]``: they themselves without a rectifier."""
-        return codes if self.rectifier is None else self._slice_by_slice(self.rectifier, codes)
+        """What is decoded in place of codes ``[B, D, *grid]``: they themselves without a rectifier.
+
+        The rectifier is given the positions of each cell by themselves, on the encoder's grid.
+        """
+        if self.rectifier is None:
+            return codes
+        return self._packed(self._slice_by_slice(self.rectifier, self._unpacked(codes)))
 
     def decode_latent(self, latent: Tensor) -> Tensor:
         """Images ``[B, C, H, W]`` of a continuous latent, or of rectified codes, ``[B, D, *grid]``."""
-        latent = unpacked(latent, self.cell, self.encoder.spatial_dims)
+        latent = self._unpacked(latent)
         if not self.slice_context:
             return self.decoder(self.post_quant_conv(latent), latent)
         return self._slice_by_slice(self.decoder, self.post_quant_conv(latent), latent)
@@ -283,7 +293,7 @@ class VisualTokenizer(Tokenizer):
     def _projected(self, sample: Tensor, quantized: Tensor) -> Tensor | None:
         if self.projector is None:
             return None
-        return self.projector(sample if self.projector.reads == "sample" else quantized)
+        return self.projector(self._unpacked(sample if self.projector.reads == "sample" else quantized))
 
 
 class TrainingForward(nn.Module):

@@ -156,9 +156,11 @@ def _identity(facts: CardFacts) -> Iterator[tuple[str, str]]:
     factors = getattr(network, "factors", None)
     if quantizer is not None and factors is not None:
         bits = getattr(quantizer, "bits_per_position", None)
+        # Of a gate they are those of codes that are all there.
+        most = "" if getattr(quantizer, "gate", None) is None else ", at most"
         yield "downsampling factor, f", " x ".join(map(str, factors))
-        yield "bits a position", _none_or(bits)
-        yield "bits a pixel", _none_or(None if bits is None else bits / math.prod(factors))
+        yield f"bits a position{most}", _none_or(bits)
+        yield f"bits a pixel{most}", _none_or(None if bits is None else bits / math.prod(factors))
     shape = facts.metadata["network_data_format"]["inputs"]["image"]
     sides = " x ".join(map(str, shape["spatial_shape"]))
     yield "input: channels, sides, range", f"{shape['num_channels']}, {sides}, {shape['value_range']}"

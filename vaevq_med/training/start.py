@@ -77,7 +77,8 @@ class Start:
         """The network at its start, with what is frozen frozen.
 
         Raises:
-            VaevqMedError: the file does not fit, there is no such part, or nothing is left to train.
+            VaevqMedError: the file does not fit, there is no such part, one that is to be frozen was left new though it
+                was to be loaded, or nothing is left to train.
         """
         if self.resumed is not None:
             self.record = _kept_record(self.resumed)
@@ -90,6 +91,8 @@ class Start:
                 logger.warning("  discriminator and averages of the optimizers: new")
         self._made = True
         frozen = check_parts("freeze", self.freeze, network)
+        if self.resumed is None:
+            self._check_loaded(frozen)
         for name, parameter in network.named_parameters():
             if part_of(name) in frozen:
                 parameter.requires_grad_(False)
@@ -101,6 +104,19 @@ class Start:
                 f"freeze: found {', '.join(frozen)}, which leaves no parameter to train, expected fewer parts"
             )
         return network
+
+    def _check_loaded(self, frozen: Sequence[str]) -> None:
+        """Refuse to freeze what was to be loaded and was left new, at its random start."""
+        if self.record is None:
+            return
+        asked = None if self.parts is None else [str(part) for part in listed(self.parts)]
+        for part in frozen:
+            told = self.record["parts"].get(part, {})
+            if told.get("new") and (asked is None or part in asked):
+                raise VaevqMedError(
+                    f"freeze: found {part}, which {self.init_from} does not fit ({told['told']}), expected parts that "
+                    "are loaded; to freeze it as it begins, leave it out of init_parts"
+                )
 
     def parameter_groups(self, network: nn.Module, learning_rate: float) -> list[Any]:
         """What the optimizer is given: the trained parameters, or groups of the new and of the loaded ones.

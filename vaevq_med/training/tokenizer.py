@@ -48,7 +48,8 @@ class TokenizerTrainer(BaseTrainer):
         precision: see :class:`BaseTrainer`.
         micro_batch_size: see :class:`BaseTrainer`. Averaged codebooks, the posterior's noise and a KL budget are those
             of the whole batch; the discriminator's batch norms, the adaptive weight, entropies over a batch and the
-            calibrated likelihood are those of each part, as are the draws of nested masks, stages and slots.
+            calibrated likelihood are those of each part, as are the draws of nested masks, stages and slots, and of a
+            gate the budget and the bottom level's losses, means over the codes that the part has.
         max_grad_norm: clip the generator's and the discriminator's gradient norms to this; None does not clip.
         log_interval: see :class:`BaseTrainer`.
         activation_checkpointing: levels of encoder and decoder, 0 for the finest, whose residual blocks are computed

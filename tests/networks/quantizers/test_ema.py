@@ -159,6 +159,22 @@ def test_replacements_are_different_latents_and_repeat_with_the_generator() -> N
     assert torch.equal(draw_replacements(latents, expired)[1][expired], drawn)
 
 
+@pytest.mark.parametrize("num_present", [0, 3, 30])
+def test_a_latent_that_does_not_count_is_never_drawn(num_present: int) -> None:
+    torch.manual_seed(0)
+    latents = torch.arange(60.0).unsqueeze(1)
+    present = torch.randperm(60) < num_present
+    expired = torch.arange(40) % 2 == 1
+    revived, drawn = draw_replacements(latents, expired, present)
+    assert int(revived.sum()) == min(num_present, 20)
+    assert not bool((revived & ~expired).any())
+    found = drawn[revived].flatten().long().tolist()
+    assert len(set(found)) == len(found)
+    assert set(found) <= set(present.nonzero().flatten().tolist())
+    if num_present == 3:
+        assert revived.nonzero().flatten().tolist() != [1, 3, 5]
+
+
 def test_more_expired_codewords_than_latents_share_none() -> None:
     torch.manual_seed(0)
     expired = torch.arange(40) % 2 == 1

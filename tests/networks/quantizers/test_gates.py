@@ -80,19 +80,35 @@ def test_entropies_that_are_known() -> None:
     assert patch_entropy(noise, (1, 1), centered=False).item() == pytest.approx(math.log(32), abs=0.03)
 
 
-@given(st.integers(0, 200), st.integers(1, 200), st.floats(0.01, 0.99))
-def test_the_budget_by_hand(num_open: int, num_content: int, share: float) -> None:
-    found = budget(torch.tensor(float(num_open)), torch.tensor(float(num_content)), share=share).item()
-    assert found == pytest.approx((num_open / num_content - share) ** 2, rel=1e-4, abs=1e-6)
+@given(st.integers(0, 200), st.integers(1, 200), st.integers(0, 200), st.floats(0.01, 0.99))
+def test_the_budget_by_hand(num_open: int, num_content: int, num_black: int, share: float) -> None:
+    num_open, num_cells = min(num_open, num_content + num_black), num_content + num_black
+    counts = [torch.tensor(float(count)) for count in (num_open, num_content, num_cells)]
+    found = budget(*counts, share=share).item()
+    of_content = num_content / num_cells
+    assert found == pytest.approx((of_content * (num_open / num_content - share)) ** 2, rel=1e-4, abs=1e-6)
+    assert 0 <= found <= 1
 
 
 def test_the_budget_is_that_of_dq_vae_where_all_cells_have_content() -> None:
     """Of a 16x16 grid with g open cells there are 256 - g + 4 g codes, and r = (codes - 256) / 768."""
+    cells = torch.tensor(256.0)
     for num_open, share in ((128, 0.5), (77, 0.5), (256, 0.3)):
         r = ((256 - num_open) + 4 * num_open - 256) / 768
-        assert budget(torch.tensor(float(num_open)), torch.tensor(256.0), share=share).item() == pytest.approx(
-            (r - share) ** 2, abs=1e-7
-        )
+        found = budget(torch.tensor(float(num_open)), cells, cells, share=share).item()
+        assert found == pytest.approx((r - share) ** 2, abs=1e-7)
+
+
+def test_without_content_there_is_no_budget_to_miss() -> None:
+    """Of black images nothing is asked, and one cell with content is no reason for a loss of thousands."""
+    gate, z = LearnedGate(embedding_dim=3, share=0.5), drawn(4, 12, 32, 32)
+    images = -torch.ones(4, 1, 128, 128)
+    loss = gate(z, None, images).losses["budget"]
+    assert loss.item() == 0
+    gradients = torch.autograd.grad(loss, list(gate.parameters()))
+    assert all(float(one.abs().sum()) == 0 for one in gradients)
+    images[0, 0, 0, 0] = 1
+    assert 0 < gate(z, None, images).losses["budget"].item() < 1
 
 
 def test_the_loss_of_a_router_counts_open_cells_over_those_with_content() -> None:
@@ -104,7 +120,7 @@ def test_the_loss_of_a_router_counts_open_cells_over_those_with_content() -> Non
     gate = LearnedGate(embedding_dim=3, share=0.5)
     gate.router[-1].weight.data.zero_()
     gate.router[-1].bias.data = torch.tensor([-100.0, 100.0])
-    assert gate(z, None, images).losses["budget"].item() == pytest.approx((2 - 0.5) ** 2)
+    assert gate(z, None, images).losses["budget"].item() == pytest.approx(((16 - 0.5 * 8) / 16) ** 2)
     assert gate(z).losses["budget"].item() == pytest.approx(0.25)
 
 
@@ -124,14 +140,28 @@ def test_the_decoder_reaches_a_router_and_no_other_gate() -> None:
         assert not other(z, DiagonalGaussian(z, logvar), drawn(2, 1, 16, 16)).opened.requires_grad
 
 
-def test_a_routers_gates_are_0_or_1_and_in_evaluation_the_likelier() -> None:
+def test_a_routers_gates_are_0_or_1_and_with_a_threshold_of_0_the_likelier() -> None:
     torch.manual_seed(0)
-    gate, z = LearnedGate(embedding_dim=3, share=0.5), drawn(8, 12, 16, 16)
+    gate, z = LearnedGate(embedding_dim=3, share=0.5, threshold=0.0), drawn(8, 12, 16, 16)
     for _ in range(5):
         assert set(gate(z).opened.detach().unique().tolist()) == {0.0, 1.0}
     likelier = gate.router(z.movedim(1, -1)).argmax(dim=-1)
     assert torch.equal(gate.eval()(z).opened, likelier.float())
     assert torch.equal(gate(z).opened, likelier.float())
+
+
+def test_a_router_opens_its_share_in_evaluation_too() -> None:
+    """Where it says of every cell that it is open at about three draws in ten, the likelier of the two opens none."""
+    torch.manual_seed(0)
+    gate = LearnedGate(embedding_dim=3, share=0.3)
+    gate.router[-1].bias.data = torch.tensor([5.0, 5.0 - math.log(0.7 / 0.3) - 2])
+    for step in range(10):
+        gate(drawn(8, 12, 16, 16, seed=step))
+    z = drawn(8, 12, 16, 16, seed=99)
+    opened = gate.eval()(z).opened
+    assert float(gate.router(z.movedim(1, -1)).argmax(dim=-1).float().mean()) < 0.1
+    assert float(opened.mean()) == pytest.approx(0.3, abs=0.05)
+    assert torch.equal(gate(z).opened, opened)
 
 
 def test_indices_hold_the_gate_of_the_encoder() -> None:
@@ -256,7 +286,30 @@ def test_without_what_they_need_gates_open_or_say_so() -> None:
     assert gate.eval()(z).opened is None
 
 
+def test_a_score_that_is_no_number_does_not_stay_in_the_threshold() -> None:
+    gate, z = Given(share=0.5), drawn(4, 1, 8, 8)
+    gate(z)
+    before = gate.threshold.clone()
+    gate(z.clone().index_fill_(0, torch.tensor(1), math.nan))
+    gate(z.clone().index_fill_(0, torch.tensor(1), math.inf))
+    assert torch.equal(gate.threshold, before)
+    assert gate.updates.item() == 1
+    gate(z + 1)
+    assert float(gate.threshold) > float(before)
+
+
+def test_a_router_of_other_cells_than_the_quantizers_is_refused() -> None:
+    with pytest.raises(VaevqMedError, match="embedding_dim times its cell_size is 24; expected the quantizer's, 12"):
+        two(LearnedGate(embedding_dim=3, cell_size=8))
+
+
 def test_options_out_of_range_are_refused() -> None:
+    for threshold in (math.nan, math.inf, "0.5"):
+        with pytest.raises(VaevqMedError, match=f"threshold is {threshold!r}; expected a finite number, or None"):
+            VarianceGate(threshold=threshold)  # type: ignore[arg-type]
+    for share in (math.nan, "0.5"):
+        with pytest.raises(VaevqMedError, match=f"share is {share!r}; expected a number"):
+            PosteriorGate(share=share)  # type: ignore[arg-type]
     with pytest.raises(VaevqMedError, match=r"share is 1.5; expected a number in \[0, 1\]"):
         VarianceGate(share=1.5)
     with pytest.raises(VaevqMedError, match=r"decay is 1; expected a number in \[0, 1\)"):

@@ -16,6 +16,7 @@ from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.quantizers import IBQ, CoherentVQ, ResidualQuantizer, SimVQ, VectorQuantizer, VectorQuantizerEMA
 from vaevq_med.networks.quantizers.base import CodebookQuantizer
 from vaevq_med.networks.quantizers.gates import EntropyGate, Gate, LearnedGate, PosteriorGate, VarianceGate
+from vaevq_med.networks.quantizers.tree import TreeQuantizer
 from vaevq_med.networks.quantizers.two_level import TwoLevelQuantizer
 from vaevq_med.networks.quantizers.two_level_learned import LearnedTwoLevel
 from vaevq_med.networks.quantizers.two_level_residual import ResidualTwoLevel
@@ -236,6 +237,34 @@ def test_only_what_is_there_counts(form: type[TwoLevelQuantizer], of: type[Codeb
         torch.testing.assert_close(parts.bottom.codebook(), reference.bottom.codebook())
 
 
+@pytest.mark.parametrize("of", [VectorQuantizerEMA, CoherentVQ])
+@pytest.mark.parametrize("share_open", [0.0, 0.3])
+def test_closed_cells_neither_move_nor_revive_a_codebook(of: type[CodebookQuantizer], share_open: float) -> None:
+    """Whatever the latents of closed cells are, the bottom codebook becomes the same, to the bit."""
+    draws = torch.Generator().manual_seed(0)
+    opened = (torch.rand(3, 4, 4, generator=draws) < share_open).float()
+    options = {"revival_share": 0.5, "revival_count": 1.0, "decay": 0.5}
+    torch.manual_seed(0)
+    one = ResidualTwoLevel(top=level(), bottom=level(of, **options), gate=Fixed(opened))
+    start = one.bottom.codebook().clone()
+    other = copy.deepcopy(one)
+    closed = (opened == 0).unsqueeze(1)
+    z = drawn(3, 12, 4, 4)
+    for step in range(4):
+        # Of the same mean, so that top codes are the same.
+        further = 50 * drawn(3, 3, 4, 4, seed=step + 1)
+        moved = torch.where(closed, z + torch.cat([further, -further, further, -further], dim=1), z)
+        for quantizer, latent in ((one, z), (other, moved)):
+            torch.manual_seed(step)
+            quantizer(latent, DiagonalGaussian(latent, 0.1 * drawn(3, 12, 4, 4, seed=9)))
+        for name, value in one.bottom.state_dict().items():
+            assert torch.equal(value, other.bottom.state_dict()[name]), name
+    assert float(other.bottom.codebook().abs().max()) < 10
+    if share_open:
+        moved_far = (one.bottom.codebook() - start).abs().amax(dim=1) > 0.1
+        assert int(moved_far.sum()) > 8
+
+
 def test_a_closed_cell_passes_its_mean_gradient_and_an_open_one_all_of_it() -> None:
     opened = torch.tensor([[[1.0, 0.0]]])
     z = drawn(1, 12, 1, 2).requires_grad_()
@@ -307,6 +336,9 @@ def test_what_does_not_fit_together_is_refused() -> None:
         def forward(self, z, posterior=None):  # type: ignore[no-untyped-def, override]
             return super().forward(z, posterior)
 
-    with pytest.raises(VaevqMedError, match="Unaware cannot leave positions out; expected another level under a gate"):
+    with pytest.raises(VaevqMedError, match="Unaware cannot leave positions out; expected another bottom level under"):
         two(of=Unaware, gate=PosteriorGate())
+    aware = Unaware(num_embeddings=16, embedding_dim=3)
+    assert ResidualTwoLevel(top=aware, bottom=level(), gate=PosteriorGate()).num_embeddings == 17
+    assert TreeQuantizer(top=aware, gate=PosteriorGate()).num_embeddings == 17
     assert two(of=Unaware).num_embeddings == 16

@@ -195,6 +195,11 @@ class Quantizer(nn.Module, ABC):
         self.readout = readout
 
     @property
+    def num_codewords(self) -> int:
+        """Indices of a codebook that stand for a codeword: K, but for one that says that a code is absent, the last."""
+        return self.num_embeddings
+
+    @property
     def bits_per_position(self) -> float | None:
         """Bits that the indices of one latent position take, ``G log2 K``; None where there are no indices."""
         return self.num_codebooks * math.log2(self.num_embeddings)

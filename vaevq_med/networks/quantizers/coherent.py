@@ -102,7 +102,7 @@ class CoherentVQ(AveragedCodebook):
         if self.training:
             means = rows((z if posterior is None else posterior.mean).detach().float())  # [N, D]
             indices = counted(output.indices, weight, self.num_embeddings)
-            self.follow(means, self._precisions(means, posterior), indices)
+            self.follow(means, self._precisions(means, posterior), *indices)
         return output
 
     def start_codebook(self, latents: Tensor, cluster: Cluster) -> bool:
@@ -123,8 +123,10 @@ class CoherentVQ(AveragedCodebook):
         return rows(posterior.std.detach().float()).square().reciprocal()
 
     @torch.no_grad()
-    def update(self, means: Tensor, precisions: Tensor, indices: Tensor) -> None:  # type: ignore[override]
-        """Move the averages by means and precisions ``[N, D]`` and their indices ``[N]``, on every process alike."""
+    def update(  # type: ignore[override]
+        self, means: Tensor, precisions: Tensor, indices: Tensor, present: Tensor | None = None
+    ) -> None:
+        """Move the averages by means and precisions ``[N, D]`` and what ``counted`` gives, on every process alike."""
         with torch.autocast(means.device.type, enabled=False):
             both = torch.cat([means * precisions, precisions], dim=1)  # [N, 2 D]
             counts, totals = assignment_totals(both, indices, self.num_embeddings)
@@ -137,13 +139,13 @@ class CoherentVQ(AveragedCodebook):
             moved = self.weighted_sum / torch.where(known, self.weight, torch.ones_like(self.weight))
             self.embedding.copy_(torch.where(known, moved, self.embedding))
             if self.revival is not None:
-                self._revive(self.revival, means, weights.sum(dim=0) / counts.sum().clamp_min(1))
+                self._revive(self.revival, means, weights.sum(dim=0) / counts.sum().clamp_min(1), present)
             if self.prior_step:
                 self._step_to_prior()
 
-    def _revive(self, revival: Revival, means: Tensor, precision: Tensor) -> None:
+    def _revive(self, revival: Revival, means: Tensor, precision: Tensor, present: Tensor | None) -> None:
         """Replace what is little used by means of the batch, with the batch's mean precision ``[D]``."""
-        revived, drawn, count = revival.replace(means, self.cluster_size)
+        revived, drawn, count = revival.replace(means, self.cluster_size, present)
         revived, weight = revived.unsqueeze(1), (count * precision).expand_as(self.weight)
         self.embedding.copy_(torch.where(revived, drawn, self.embedding))
         self.weight.copy_(torch.where(revived, weight, self.weight))

@@ -128,7 +128,7 @@ class VectorQuantizerEMA(AveragedCodebook):
         """
         output = self.look_up(z, posterior, weight)
         if self.training:
-            self.follow(rows(z.detach()), counted(output.indices, weight, self.num_embeddings))
+            self.follow(rows(z.detach()), *counted(output.indices, weight, self.num_embeddings))
         return output
 
     def start_codebook(self, latents: Tensor, cluster: Cluster) -> bool:
@@ -138,8 +138,8 @@ class VectorQuantizerEMA(AveragedCodebook):
         return True
 
     @torch.no_grad()
-    def update(self, latents: Tensor, indices: Tensor) -> None:  # type: ignore[override]
-        """Move the averages by latents ``[N, D]`` and their indices ``[N]``, then revive, on every process alike."""
+    def update(self, latents: Tensor, indices: Tensor, present: Tensor | None = None) -> None:  # type: ignore[override]
+        """Move the averages by latents ``[N, D]`` and what ``counted`` gives, then revive, on every process alike."""
         with torch.autocast(latents.device.type, enabled=False):
             latents = latents.float()
             counts, sums = assignment_totals(latents, indices, self.num_embeddings)
@@ -149,7 +149,7 @@ class VectorQuantizerEMA(AveragedCodebook):
             smoothed = (self.cluster_size + self.epsilon) / (total + self.num_embeddings * self.epsilon) * total
             self.embedding.copy_(self.embedding_sum / smoothed.unsqueeze(1))
             if self.revival is not None:
-                revived, drawn, count = self.revival.replace(latents, self.cluster_size)
+                revived, drawn, count = self.revival.replace(latents, self.cluster_size, present)
                 revived = revived.unsqueeze(1)
                 self.embedding.copy_(torch.where(revived, drawn, self.embedding))
                 self.embedding_sum.copy_(torch.where(revived, drawn * count, self.embedding_sum))
@@ -184,19 +184,22 @@ class Revival:
         return cls(share, count)
 
     @torch.no_grad()
-    def replace(self, latents: Tensor, cluster_size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def replace(
+        self, latents: Tensor, cluster_size: Tensor, present: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Draw latents for the codewords of low count, and give these their new count.
 
         Args:
             latents: ``[N, D]`` of this process.
             cluster_size: moving counts ``[K]``, changed in place.
+            present: which latents may be drawn, boolean ``[N]``; by default all.
 
         Returns:
             Which codewords get a latent, boolean ``[K]``, the latents ``[K, D]``, of use at those codewords alone, and
             the new count, a scalar.
         """
         unit = cluster_size.mean() if self.of_mean else torch.ones_like(cluster_size[0])
-        revived, drawn = draw_replacements(latents, cluster_size < self.least * unit)
+        revived, drawn = draw_replacements(latents, cluster_size < self.least * unit, present)
         count = self.count * unit
         cluster_size.copy_(torch.where(revived, count, cluster_size))
         return revived, drawn, count
@@ -217,10 +220,16 @@ def _revival(share: float | None, threshold: float | None, count: float | None) 
     return None if threshold is None else Revival(threshold, threshold if count is None else count, of_mean=False)
 
 
-def counted(indices: Tensor, weight: Tensor | None, num_embeddings: int) -> Tensor:
-    """Indices ``[B, *grid, 1]`` in a row, ``[N]``, with K for those of weight 0, ``[B, *grid]``."""
+def counted(indices: Tensor, weight: Tensor | None, num_embeddings: int) -> tuple[Tensor, ...]:
+    """Indices ``[B, *grid, 1]`` in a row, ``[N]``, with K for those of weight 0, ``[B, *grid]``.
+
+    With weights, which of them count comes second, boolean ``[N]``: no codeword is revived from another's latent.
+    """
     flat = indices.flatten()
-    return flat if weight is None else flat.masked_fill(weight.flatten() == 0, num_embeddings)
+    if weight is None:
+        return (flat,)
+    present = weight.flatten() != 0
+    return flat.masked_fill(~present, num_embeddings), present
 
 
 @torch.no_grad()
@@ -247,7 +256,7 @@ def assignment_totals(latents: Tensor, indices: Tensor, num_embeddings: int) -> 
 
 
 @torch.no_grad()
-def draw_replacements(latents: Tensor, expired: Tensor) -> tuple[Tensor, Tensor]:
+def draw_replacements(latents: Tensor, expired: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """A random latent of any process for each expired codeword, none twice.
 
     Each process gets the same, what a single process would get with all the latents in the order of the ranks.
@@ -258,19 +267,31 @@ def draw_replacements(latents: Tensor, expired: Tensor) -> tuple[Tensor, Tensor]
     Args:
         latents: ``[N, D]`` of this process; N may differ from process to process.
         expired: which codewords to replace, boolean ``[K]``, the same on every process.
+        present: which latents may be drawn, boolean ``[N]``, on every process or on none; by default all.
 
     Returns:
         Which codewords get a latent, boolean ``[K]``, and the latents ``[K, D]``, of use at those codewords alone.
     """
     sizes = rows_of_each_process(latents)
     total, device = sum(sizes), latents.device
-    if len(expired) > total:  # the first expired ones of a random order, as many as there are latents
+    first = sum(sizes[: rank()])  # this process's first place among all latents
+    everyone = None
+    if present is not None:
+        everyone = torch.zeros(total, dtype=torch.int64, device=device)
+        everyone[first : first + len(latents)] = present
+        everyone = sum_in_place(everyone)  # 1 or 0 of every process's latents, [total]
+    if everyone is not None or len(expired) > total:
+        # The first expired ones of a random order, as many as there are latents.
+        available = total if everyone is None else everyone.sum()
         shuffled = from_first_process(torch.randperm(len(expired)).to(device, non_blocking=True))
         expired = expired[shuffled]
-        expired = torch.empty_like(expired).scatter_(0, shuffled, expired & (expired.cumsum(dim=0) <= total))
+        expired = torch.empty_like(expired).scatter_(0, shuffled, expired & (expired.cumsum(dim=0) <= available))
     positions = from_first_process(torch.randperm(total).to(device, non_blocking=True))
+    if everyone is not None:
+        # What may be drawn comes first, in the order drawn; its number stays on the device.
+        positions = positions[(1 - everyone[positions]).argsort(stable=True)]
     place = (expired.cumsum(dim=0) - 1).clamp(0, total - 1)  # of each codeword among the expired ones
-    positions = positions[place] - sum(sizes[: rank()])  # [K]
+    positions = positions[place] - first  # [K]
     drawn = latents[positions.clamp(0, len(latents) - 1)]  # [K, D]
     if len(sizes) > 1:
         here = (positions >= 0) & (positions < len(latents))

@@ -9,8 +9,9 @@ batch. That of several processes, or of a batch in parts, is that of one process
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -19,13 +20,11 @@ from torch import Tensor, nn
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.outputs import Posterior
-from vaevq_med.networks.patches import content_mask, patch_entropy, patches_of
-from vaevq_med.networks.processes import mean_of_processes, of_each_process, sum_in_place
+from vaevq_med.networks.patches import patch_entropy, patches_of
+from vaevq_med.networks.processes import mean_of_processes, mean_without_gradient
 from vaevq_med.networks.quantizers.base import FollowsLatents, channels_last
+from vaevq_med.networks.quantizers.open_cells import budget, content, threshold_of_share
 from vaevq_med.networks.ranges import check_sizes
-
-_CANDIDATES, _ROUNDS = 64, 3
-"""Thresholds that are tried at once, and how often the interval between two of them is looked at again."""
 
 
 @dataclass(frozen=True)
@@ -50,17 +49,19 @@ class Gate(nn.Module, ABC):
 
     Attributes:
         sees_images: whether the images tell something: what has content, if nothing else.
+        width: channels of the latent that it takes; None where any will do.
 
     Raises:
         VaevqMedError: the share is out of its range.
     """
 
     sees_images: bool = True
+    width: int | None = None
 
     def __init__(self, *, share: float = 0.5) -> None:
         super().__init__()
-        if not 0 <= share <= 1:
-            raise VaevqMedError(f"share is {share}; expected a number in [0, 1]")
+        if not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise VaevqMedError(f"share is {share!r}; expected a number in [0, 1]")
         self.share = float(share)
 
     def forward(self, z: Tensor, posterior: Posterior | None = None, images: Tensor | None = None) -> GateOutput:
@@ -82,8 +83,8 @@ class Gate(nn.Module, ABC):
         """:meth:`forward` of a share between 0 and 1."""
 
 
-class ThresholdGate(FollowsLatents, Gate):
-    """Opens the cells whose score is above a threshold; no gradient passes.
+class FollowingGate(FollowsLatents, Gate):
+    """A gate with a threshold of a score, found while training or fixed.
 
     Args:
         share: r*, see :class:`Gate`.
@@ -101,10 +102,45 @@ class ThresholdGate(FollowsLatents, Gate):
         super().__init__(share=share)
         if not 0 <= decay < 1:
             raise VaevqMedError(f"decay is {decay}; expected a number in [0, 1)")
+        if threshold is not None and not (isinstance(threshold, int | float) and math.isfinite(threshold)):
+            raise VaevqMedError(f"threshold is {threshold!r}; expected a finite number, or None")
         self.decay = decay
         self.fixed = threshold is not None
         self.register_buffer("threshold", torch.tensor(0.0 if threshold is None else float(threshold)))
         self.register_buffer("updates", torch.tensor(0.0))
+
+    def above(self, score: Tensor, has_content: Callable[[], Tensor]) -> Tensor:
+        """1 for each score ``[B, *grid]`` above the threshold as it was before this batch, which then moves it.
+
+        Args:
+            score: of each cell.
+            has_content: gives 1 or 0 for each, and is asked only where the threshold moves.
+        """
+        with torch.no_grad():
+            opened = (score > self.threshold).to(score.dtype)
+            if self.training and not self.fixed:
+                self.follow(score.flatten(), has_content().flatten())
+            return opened
+
+    @torch.no_grad()
+    def update(self, score: Tensor, has_content: Tensor) -> None:  # type: ignore[override]
+        """Move the threshold by scores and whether each is of content, ``[N]``, on every process alike.
+
+        Without content, or where a score is not finite, nothing moves.
+        """
+        found, count = threshold_of_share(score, has_content, share=self.share)
+        moves = (count > 0) & found.isfinite()
+        step = torch.where(self.updates == 0, 1.0, 1 - self.decay) * moves
+        found = torch.where(moves, found, self.threshold)
+        self.threshold.lerp_(found.to(self.threshold.dtype), step.to(self.threshold.dtype))
+        self.updates.add_(moves)
+
+
+class ThresholdGate(FollowingGate):
+    """Opens the cells whose score is above the threshold; no gradient passes.
+
+    The arguments are those of :class:`FollowingGate`.
+    """
 
     @abstractmethod
     def score(self, z: Tensor, posterior: Posterior | None, images: Tensor | None) -> Tensor | None:
@@ -116,48 +152,7 @@ class ThresholdGate(FollowsLatents, Gate):
             score = self.score(z, posterior, images)
             if score is None:
                 return GateOutput(None)
-            opened = (score > self.threshold).to(score.dtype)
-            if self.training and not self.fixed:
-                self.follow(score.flatten(), content(images, z.shape[2:], z).flatten())
-            return GateOutput(opened)
-
-    @torch.no_grad()
-    def update(self, score: Tensor, has_content: Tensor) -> None:  # type: ignore[override]
-        """Move the threshold by scores and whether each is of content, ``[N]``, on every process alike."""
-        found, count = threshold_of_share(score, has_content, share=self.share)
-        step = torch.where(self.updates == 0, 1.0, 1 - self.decay) * (count > 0)  # without content nothing moves
-        self.threshold.lerp_(found.to(self.threshold.dtype), step.to(self.threshold.dtype))
-        self.updates.add_(count > 0)
-
-
-@torch.no_grad()
-def threshold_of_share(score: Tensor, has_content: Tensor, *, share: float) -> tuple[Tensor, Tensor]:
-    """The threshold above which so many scores of every process lie as ``share`` of the cells with content.
-
-    It tries evenly spaced candidates between the least and the largest score, and again between the two around it.
-
-    Args:
-        score: ``[N]`` of this process, at least one.
-        has_content: 1 or 0 for each, ``[N]``.
-        share: in (0, 1).
-
-    Returns:
-        The threshold, to 1 / 250,000 of the scores' range, and the number of cells with content, scalars in float64.
-
-    >>> found, count = threshold_of_share(torch.tensor([0.0, 1.0, 2.0, 3.0]), torch.ones(4), share=0.5)
-    >>> 1 <= found.item() < 2, count.item()
-    (True, 4.0)
-    """
-    score, count = score.double(), sum_in_place(has_content.double().sum())
-    ends = of_each_process(torch.stack([score.min(), score.max()]))  # [P, 2]
-    low, high = ends[:, 0].min(), ends[:, 1].max()
-    steps = torch.linspace(0, 1, _CANDIDATES, dtype=score.dtype, device=score.device)
-    for _ in range(_ROUNDS):
-        tried = low + (high - low) * steps  # [candidates], rising
-        above = sum_in_place((score.unsqueeze(1) > tried).sum(dim=0, dtype=score.dtype))
-        place = ((above > share * count).sum() - 1).clamp(0, _CANDIDATES - 2)
-        low, high = tried.gather(0, torch.stack([place, place + 1])).unbind()
-    return high, count
+            return GateOutput(self.above(score, lambda: content(images, z.shape[2:], z)))
 
 
 class EntropyGate(ThresholdGate):
@@ -216,13 +211,14 @@ class PosteriorGate(ThresholdGate):
         return -posterior.logvar.float().mean(dim=1)
 
 
-class LearnedGate(Gate):
+class LearnedGate(FollowingGate):
     """A router of two layers that learns which cells to open, held to its budget by a loss.
 
-    In training the gate is a hard sample with the gradient of a soft one (Gumbel-softmax, arXiv 1611.01144), and in
-    evaluation the likelier of the two. The fine codes are multiplied by it, which is the gradient that it gets from the
-    decoder. The loss ``budget`` is ``(r - r*)^2``, with r the open cells of the batch over those with content; DQ-VAE's
-    weight is 20.
+    In training the gate is a hard sample with the gradient of a soft one (Gumbel-softmax, arXiv 1611.01144). The fine
+    codes are multiplied by it, which is the gradient that it gets from the decoder. The loss is ``open_cells.budget``;
+    DQ-VAE's weight is 20. In evaluation it opens the cells whose log odds are above a threshold that is found for r*
+    while training: the likelier of the two, as published, would open none where every cell is open at a third of the
+    draws.
 
     Args:
         embedding_dim: channels of each of a cell's positions.
@@ -230,6 +226,8 @@ class LearnedGate(Gate):
         share: r*, see :class:`Gate`.
         hidden: width of the router.
         temperature: of the soft sample, above 0.
+        threshold: of the log odds in evaluation, a fixed one: 0 opens by the likelier of the two, as published.
+        decay: as for :class:`FollowingGate`.
 
     Raises:
         VaevqMedError: an option is out of its range.
@@ -243,14 +241,18 @@ class LearnedGate(Gate):
         share: float = 0.5,
         hidden: int = 64,
         temperature: float = 1.0,
+        threshold: float | None = None,
+        decay: float = 0.9,
     ) -> None:
-        super().__init__(share=share)
+        super().__init__(share=share, threshold=threshold, decay=decay)
         check_sizes(embedding_dim=embedding_dim, cell_size=cell_size, hidden=hidden)
         if not temperature > 0:
             raise VaevqMedError(f"temperature is {temperature}; expected above 0")
         self.temperature = temperature
-        width = cell_size * embedding_dim
-        self.router = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, 2))
+        self.width = cell_size * embedding_dim
+        self.router = nn.Sequential(
+            nn.LayerNorm(self.width), nn.Linear(self.width, hidden), nn.SiLU(), nn.Linear(hidden, 2)
+        )
 
     def forward(self, z: Tensor, posterior: Posterior | None = None, images: Tensor | None = None) -> GateOutput:
         """The gate of a latent, as :meth:`Gate.forward`."""
@@ -263,27 +265,14 @@ class LearnedGate(Gate):
     def decide(self, z: Tensor, posterior: Posterior | None, images: Tensor | None) -> GateOutput:
         """By the router's logits of each cell."""
         logits = self.router(channels_last(z))  # [B, *grid, 2]
+        has_content = content(images, z.shape[2:], z) if self.training else torch.ones_like(z[:, 0])
+        likely = self.above((logits[..., 1] - logits[..., 0]).detach(), lambda: has_content)
         if not self.training:
-            return GateOutput((logits[..., 1] > logits[..., 0]).to(z.dtype))
+            return GateOutput(likely)
         opened = F.gumbel_softmax(logits, tau=self.temperature, hard=True)[..., 1]
         # The straight-through sum rounds: a gate is 0 or 1 to the bit.
         opened = opened.detach().round() + (opened - opened.detach())
-        counts = [mean_of_processes(one.sum()) for one in (opened, content(images, z.shape[2:], z))]
-        return GateOutput(opened, {"budget": budget(*counts, share=self.share)})
-
-
-def budget(num_open: Tensor, num_content: Tensor, *, share: float) -> Tensor:
-    """``(r - r*)^2`` of the share ``r = num_open / num_content`` (DQ-VAE's loss without its weight, 2 gamma).
-
-    >>> budget(torch.tensor(3.0), torch.tensor(4.0), share=0.5).item()
-    0.0625
-    """
-    return (num_open / num_content.clamp_min(1) - share).square()
-
-
-@torch.no_grad()
-def content(images: Tensor | None, grid: torch.Size, like: Tensor) -> Tensor:
-    """Which cells have content, 1 or 0, ``[B, *grid]``; all where the images are not known."""
-    if images is None:
-        return torch.ones_like(like[:, 0])
-    return content_mask(images.as_subclass(Tensor), grid).to(like.dtype)
+        num_open = mean_of_processes(opened.sum())
+        known = torch.stack([has_content.sum(), torch.ones_like(has_content).sum()])
+        num_content, num_cells = mean_without_gradient(known).unbind()
+        return GateOutput(opened, {"budget": budget(num_open, num_content, num_cells, share=self.share)})

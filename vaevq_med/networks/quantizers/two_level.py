@@ -26,7 +26,7 @@ from torch import Tensor
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.outputs import Posterior, QuantizerOutput
 from vaevq_med.networks.posterior import DiagonalGaussian
-from vaevq_med.networks.processes import mean_without_gradient
+from vaevq_med.networks.processes import mean_without_gradient, world_size
 from vaevq_med.networks.quantizers.base import (
     Cluster,
     CodebookQuantizer,
@@ -80,16 +80,20 @@ class TwoLevelQuantizer(Quantizer):
             raise VaevqMedError(
                 f"the levels differ in (num_embeddings, embedding_dim); found {found}, expected the same in both"
             )
-        unaware = [
-            type(level).__name__ for level in levels if "weight" not in inspect.signature(level.forward).parameters
-        ]
-        if gate is not None and unaware:
-            raise VaevqMedError(f"{unaware[0]} cannot leave positions out; expected another level under a gate")
+        # The top code is always there: the bottom level alone leaves positions out.
+        if gate is not None and bottom is not None and "weight" not in inspect.signature(bottom.forward).parameters:
+            name = type(bottom).__name__
+            raise VaevqMedError(f"{name} cannot leave positions out; expected another bottom level under a gate")
+        width = cell_size * top.embedding_dim
+        if gate is not None and gate.width not in (None, width):
+            raise VaevqMedError(
+                f"the gate's embedding_dim times its cell_size is {gate.width}; expected the quantizer's, {width}"
+            )
         self.top, self.bottom, self.gate = top, bottom, gate
         self.cell_size = cell_size
         self.absent = top.num_embeddings
         self.num_embeddings = self.absent + (gate is not None)
-        self.embedding_dim = cell_size * top.embedding_dim
+        self.embedding_dim = width
         self.num_codebooks = 1 + cell_size
         self.sees_images = gate is not None and gate.sees_images
 
@@ -139,6 +143,11 @@ class TwoLevelQuantizer(Quantizer):
     def rest_posterior(self, posterior: Posterior | None, top: Tensor) -> Posterior | None:
         """That of what the bottom codebook is given, where it is known: none by default."""
         return None
+
+    @property
+    def num_codewords(self) -> int:
+        """K of both codebooks: what is absent is none."""
+        return self.absent
 
     def codebook(self) -> None:
         """None: a code is made of two codewords."""
@@ -198,7 +207,11 @@ class TwoLevelQuantizer(Quantizer):
 
     @torch.no_grad()
     def start_codebook(self, latents: Tensor, cluster: Cluster) -> bool:
-        """Start the top codebook on the cells, and the bottom one on what its codewords leave."""
+        """Start the top codebook on the cells, and the bottom one on what its codewords leave.
+
+        Of all cells, under a gate too: no threshold is known before training. The updates that follow are of what is
+        open alone.
+        """
         fine = self.positions_of(latents.detach().float())
         coarse = self.coarse(fine)
         if not self.top.start_codebook(coarse, cluster):
@@ -251,7 +264,8 @@ class TwoLevelQuantizer(Quantizer):
         if weight is None or not self.training:
             return 1.0
         own = weight.sum()
-        return own / mean_without_gradient(own).clamp_min(1)
+        # One code in all is the least above none.
+        return own / mean_without_gradient(own).clamp_min(1 / world_size())
 
 
 def with_absent(codebook: Tensor) -> Tensor:
