@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.networks import SlotDecoder, SlotEncoder, VisualTokenizer
+from vaevq_med.networks import Rectifier, SlotDecoder, SlotEncoder, VisualTokenizer
 from vaevq_med.networks.quantizers import (
     FSQ,
     MGVQ,
@@ -35,13 +35,15 @@ def decoder_of(**options: Any) -> SlotDecoder:
     return SlotDecoder(**{"out_channels": 1, "nested": True, **SMALL, **options})
 
 
-def tokenizer_of(quantizer: Quantizer, *, nested: bool = True, variational: bool = False) -> VisualTokenizer:
+def tokenizer_of(
+    quantizer: Quantizer, *, nested: bool = True, variational: bool = False, **options: Any
+) -> VisualTokenizer:
     return VisualTokenizer(
         encoder=encoder_of(causal=nested),
         decoder=decoder_of(nested=nested),
         quantizer=quantizer,
-        embedding_dim=quantizer.embedding_dim,
         variational=variational,
+        **{"embedding_dim": quantizer.embedding_dim, **options},
     ).eval()
 
 
@@ -81,6 +83,63 @@ def test_slots_see_the_whole_image() -> None:
     other[..., -4:, -4:] += 1
     with torch.no_grad():
         assert bool(((encoder(x) - encoder(other)).abs().amax(dim=1) > 1e-4).all())
+
+
+@pytest.mark.parametrize("positions", ["sinusoidal", "none"])
+def test_a_slot_knows_where_a_patch_stands(positions: str) -> None:
+    """Moved patches are other slots; without positions, the control, they are the same ones."""
+    encoder, x = encoder_of(), images(1)
+    encoder.plane.positions = positions
+    moved = x.unflatten(3, (4, 4)).roll(1, dims=3).flatten(3, 4)  # every column of patches one to the right
+    with torch.no_grad():
+        assert torch.allclose(encoder(x), encoder(moved), atol=1e-5) == (positions == "none")
+
+
+def test_the_patches_of_an_image_differ_by_their_positions() -> None:
+    decoder, features = decoder_of(nested=False), torch.randn(1, 16, 1, 8)
+
+    def patches() -> Tensor:
+        with torch.no_grad():
+            return decoder(features).unflatten(3, (4, 4)).unflatten(2, (4, 4)).transpose(3, 4).flatten(2, 3)[0, 0]
+
+    found = patches()  # [16, 4, 4]
+    pairs = torch.cdist(found.flatten(1), found.flatten(1)) + torch.eye(16)
+    assert float(pairs.min()) > 1e-3
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(2))
+    add = decoder.plane.forward
+    decoder.plane.forward = lambda tokens, grid: add(tokens, grid)[order]  # type: ignore[method-assign]
+    torch.testing.assert_close(patches(), found[order], rtol=1e-4, atol=1e-5)
+    decoder.plane.forward = lambda tokens, grid: tokens  # type: ignore[method-assign]
+    alike = patches()
+    torch.testing.assert_close(alike, alike[:1].expand_as(alike), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 4, 7])
+def test_what_training_decodes_of_a_prefix_is_what_evaluation_does(count: int) -> None:
+    """Of a tokenizer: nothing between the codes and the decoder looks at the slots that are dropped."""
+    tokenizer = tokenizer_of(VectorQuantizer(num_embeddings=16, embedding_dim=4))
+    nested = tokenizer.decoder.nested
+    assert isinstance(nested, NestedDropout)
+    x = images()
+    with torch.no_grad():
+        quantized = tokenizer.quantize_images(x)
+        prefix = tokenizer.decode_prefix(quantized, count)
+        nested.draw = lambda batch: torch.full((batch,), count)  # type: ignore[method-assign]
+        in_training = tokenizer.train().reconstruct_full(x).reconstruction
+        other = quantized.quantized.clone()
+        other[..., count:] += 1
+        of_other = tokenizer.decode(other)
+    torch.testing.assert_close(in_training, prefix, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(of_other, prefix, rtol=1e-5, atol=1e-6)
+
+
+def test_what_joins_neighbors_is_refused() -> None:
+    quantizer = VectorQuantizer(num_embeddings=16, embedding_dim=4)
+    said = "found {} with an encoder whose positions have no neighbors; expected none"
+    with pytest.raises(VaevqMedError, match=said.format("a rectifier")):
+        tokenizer_of(quantizer, rectifier=Rectifier(embedding_dim=4))
+    with pytest.raises(VaevqMedError, match=said.format("cell 2")):
+        tokenizer_of(quantizer, cell=2, embedding_dim=1)
 
 
 def test_all_slots_are_no_dropout_to_the_bit() -> None:
@@ -202,7 +261,8 @@ def test_any_quantizer_makes_tokens_of_slots(quantizer: Quantizer) -> None:
         assert torch.equal(tokenizer.decode_indices(indices), tokenizer(x))
         latent, posterior = tokenizer._mode(x)
         quantized = tokenizer.quantize(latent, posterior)
-        assert tokenizer.num_prefixes == 8
+        assert tokenizer.prefixes == tuple(range(1, 9))
+        assert torch.equal(tokenizer.first_indices(indices, 3), indices[:, :, :3])
         assert torch.equal(tokenizer.decode_prefix(quantized, 8), tokenizer(x))
         codes = quantizer.indices_to_codes(indices)[..., :3].contiguous()
         torch.testing.assert_close(tokenizer.decode_prefix(quantized, 3), tokenizer.decode(codes))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +14,25 @@ import torch
 from conftest import FIXTURES
 from helpers.stores import write_checkpoint
 from helpers.transformers import write_slots
+from torch import Tensor
 from typer.testing import CliRunner
 
 from vaevq_med.cli.app import app
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.images.dataset import SliceDataset
 from vaevq_med.images.reading import reader
+from vaevq_med.networks.base import Tokenizer
 from vaevq_med.study.rates.prefixes import Prefixes, prefix_counts
 from vaevq_med.trained.network import StoredTokenizer
 
 QUANTIZERS = "vaevq_med.networks.quantizers"
 STAGE = {"_target_": f"{QUANTIZERS}.VectorQuantizer", "num_embeddings": 32, "embedding_dim": 4}
 RVQ = {"_target_": f"{QUANTIZERS}.ResidualQuantizer", "stages": [STAGE], "num_codebooks": 3}
+LEVELS = {
+    "_target_": f"{QUANTIZERS}.ResidualTwoLevel",
+    **{level: {**STAGE, "init": "normal"} for level in ("top", "bottom")},
+    "gate": {"_target_": f"{QUANTIZERS}.gates.VarianceGate", "threshold": 1e-3},
+}
 MGVQ = {"_target_": f"{QUANTIZERS}.MGVQ", "num_embeddings": 16, "embedding_dim": 4, "num_codebooks": 2}
 PLAIN: dict[str, Any] = {"whole": {"variational": False}}
 
@@ -39,14 +48,20 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def by_hand(path: Path, dataset: Path, name: str, count: int) -> float:
-    """The mean PSNR of the first parts, from indices."""
+def encoded(path: Path, dataset: Path) -> tuple[Tokenizer, Tensor, Tensor]:
+    """The tokenizer, the images and their indices."""
     network = StoredTokenizer(path).network()
     read = reader(dataset, image_size=32, in_channels=1)
     slices = SliceDataset(dataset_dir=dataset, split="test", transform=read)
     images = torch.stack([slices[number]["image"] for number in range(len(slices))])
     with torch.no_grad():
-        indices = network.encode_indices(images)
+        return network, images, network.encode_indices(images)
+
+
+def by_hand(path: Path, dataset: Path, name: str, count: int) -> float:
+    """The mean PSNR of the first parts, from indices."""
+    network, images, indices = encoded(path, dataset)
+    with torch.no_grad():
         first = indices[:, :, :count] if name in ("nested", "whole") else indices[..., :count]
         decoded = network.decode_indices(first)
     levels = [((one.clamp(-1, 1) + 1) * 127.5).round().double() for one in (images, decoded)]
@@ -82,6 +97,62 @@ def test_three_kinds_of_prefixes_in_one_table_and_figure(
     assert {"psnr", "ssim", "psnr_brain"} < set(table[0])
     assert (tmp_path / "out/prefixes.png").stat().st_size > 1000
     assert "nested: SimVQ, a code of 8 parts, 16 images" in done.output
+    assert "whole: SimVQ, a code of 1 part, 16 images" in done.output
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_two_levels_are_the_top_code_or_all_of_them(gated: bool, slice_dataset: Path, tmp_path: Path) -> None:
+    """Of 16 cells a picture, and of a share r that has bottom codes: 16 ((1 + 4 r) log2 32 + H(r)) bits on average."""
+    quantizer = LEVELS if gated else {key: value for key, value in LEVELS.items() if key != "gate"}
+    path = write_checkpoint(tmp_path / "levels.pt", quantizer, whole={"variational": False, "cell": 2})
+    command = Prefixes(dataset=slice_dataset, output=tmp_path / "out", checkpoints=[path], device="cpu")
+    (row,) = command.run().record["tokenizers"]
+    _, _, indices = encoded(path, slice_dataset)
+    assert indices.shape[1:] == (4, 4, 5)
+    share = float((indices[..., 1] != 32).double().mean())
+    assert (0.05 < share < 0.95) == gated
+    entropy = -share * math.log2(share) - (1 - share) * math.log2(1 - share) if gated else 0
+    assert [point["parts"] for point in row["points"]] == [1, 5]
+    expected = [16 * 5, 16 * ((1 + 4 * share) * 5 + entropy)]
+    assert [point["bits"] for point in row["points"]] == pytest.approx(expected)
+    assert [point["bits_per_pixel"] * 32**2 for point in row["points"]] == pytest.approx(expected)
+    of_top = row["points"][0]["figures"]["psnr"]["mean"]
+    assert of_top == pytest.approx(by_hand(path, slice_dataset, "levels", 1), abs=1e-3)
+
+
+def test_one_table_has_one_kind_of_images(checkpoints: dict[str, Path], slice_dataset: Path, tmp_path: Path) -> None:
+    larger = write_checkpoint(tmp_path / "larger.pt", RVQ, **PLAIN, image_size=64)
+    colored = write_checkpoint(tmp_path / "colored.pt", RVQ, **PLAIN, in_channels=3)
+    for other, said in ((larger, "image_size 64, expected 32"), (colored, "in_channels 3, expected 1")):
+        both = [checkpoints["rvq"], other]
+        command = Prefixes(dataset=slice_dataset, output=tmp_path / "out", checkpoints=both, device="cpu")
+        with pytest.raises(VaevqMedError, match=f"{other.name}: found {said} as of .*rvq.pt; one table takes one"):
+            command.run()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_record_of_other_settings_is_not_replaced(
+    checkpoints: dict[str, Path], slice_dataset: Path, tmp_path: Path
+) -> None:
+    command = Prefixes(
+        dataset=slice_dataset, output=tmp_path / "out", checkpoints=[checkpoints["whole"]], device="cpu", max_items=4
+    )
+    record = command.run().record
+    told = {"image_size": 32, "in_channels": 1, "modalities": None, "weights": "ema", "max_items": 4}
+    assert {name: record[name] for name in told} == told
+    assert record["any_shape"] is False
+    assert command.run().record == record
+    with pytest.raises(VaevqMedError, match="found prefixes of max_items 4, expected 3; choose another folder"):
+        replace(command, max_items=3).run()
+    with pytest.raises(VaevqMedError, match=r"found prefixes of tokenizers\.rvq unset, expected sha256"):
+        replace(command, checkpoints=[checkpoints["rvq"]]).run()
+    assert json.loads((tmp_path / "out/prefixes.json").read_text()) == json.loads(json.dumps(record))
+    (tmp_path / "out/prefixes.json").write_text("{")
+    with pytest.raises(VaevqMedError, match="found prefixes of data unset"):
+        command.run()
+    (tmp_path / "out/prefixes.json").unlink()
+    with pytest.raises(VaevqMedError, match="found a folder with other things in it"):
+        command.run()
 
 
 def test_a_continuous_code_is_cut_too(slice_dataset: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import OVERLAYS, toy_config, trainer_of
-from helpers.bundles import TOY, quick, run_bundle, train_and_evaluate
+from helpers.bundles import TOY, quick, run_bundle, run_generator, train_and_evaluate
 from helpers.stores import encode
 from helpers.transformers import of_transformers, write_slots
 from monai.bundle import ConfigParser
@@ -17,6 +17,8 @@ from vaevq_med.codec.model import describe
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.tasks.probes import Probe
 from vaevq_med.trained import StoredTokenizer
+from vaevq_med.trained.pack import BundlePack
+from vaevq_med.trained.verify import BundleVerify
 
 SLOTS = {"num_slots": 8}
 
@@ -30,6 +32,55 @@ def test_it_trains_and_is_judged(overlays: tuple[str, ...], toy_overrides: dict[
     assert (network.decoder.nested is not None) == (overlays[0] == "nested_1d") == (network.num_prefixes > 1)
     bits = network.quantizer.bits_per_position
     assert trainer.summary()["bits_per_pixel"] == pytest.approx(8 * bits / 32**2)
+
+
+def test_nested_slots_are_packed_verified_and_cut(slice_dataset: Path, tmp_path: Path) -> None:
+    config = of_transformers(quick(toy_config(slice_dataset, tmp_path / "run")), **SLOTS)
+    trainer_of(config, "nested_1d").run()
+    source = tmp_path / "run/checkpoints/last.pt"
+    BundlePack("brats", tmp_path / "zoo", source).run()
+    assert list(BundleVerify(tmp_path / "zoo").run())
+    first, second = (StoredTokenizer(path).network() for path in (source, tmp_path / "zoo"))
+    x = torch.rand(1, 1, 32, 32)
+    with torch.no_grad():
+        indices = first.encode_indices(x)
+        assert torch.equal(second.encode_indices(x), indices)
+        for count in (1, 8):
+            assert torch.equal(
+                second.decode_indices(indices[:, :, :count]), first.decode_indices(indices[:, :, :count])
+            )
+
+
+@pytest.mark.parametrize("name", ["flow", "flow_transformer"])
+def test_a_flow_learns_the_latents_of_slots_and_draws_them(name: str, slice_dataset: Path, tmp_path: Path) -> None:
+    checkpoint = write_slots(tmp_path / "slots.pt")
+    encode(checkpoint, slice_dataset, tmp_path / "latents", kind="latents")
+    sizes = TOY["diffusion"] | {"network_def#channel_mult": [1]}  # a U-Net halves a grid of one row at no level
+    if name == "flow_transformer":
+        sizes = {"network_def#width": 16, "network_def#depth": 1, "network_def#num_heads": 2}
+    training = {
+        "tokens_dir": str(tmp_path / "latents"),
+        "output_dir": str(tmp_path / "run"),
+        "tracking_uri": "none",
+        "device": "cpu",
+        "max_epochs": 1,
+        "batch_size": 8,
+        "num_workers": 0,
+        "precision": "fp32",
+        "val_max_items": 4,
+        **sizes,
+    }
+    run_generator("train_diffusion.json", training, name)
+    drawing = {
+        "checkpoint_path": str(tmp_path / "run" / "checkpoints" / "last.pt"),
+        "tokenizer_path": str(checkpoint),
+        "generated_dir": str(tmp_path / "drawn"),
+        "device": "cpu",
+        "num_samples": 2,
+        "num_steps": 3,
+    }
+    run_bundle("generate.json", drawing)
+    assert len(list((tmp_path / "drawn").glob("0*.png"))) == 2
 
 
 def test_the_null_slots_and_the_slots_learn(slice_dataset: Path, tmp_path: Path) -> None:

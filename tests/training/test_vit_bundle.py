@@ -44,7 +44,8 @@ def test_a_run_starts_from_it_with_other_channels_and_freezes_it(
 ) -> None:
     source = Path(run["output_dir"]) / "checkpoints" / "last.pt"
     config = of_transformers(quick(toy_config(slice_dataset, tmp_path / "run")))
-    # The positions have no weights, so that the image size may be another one.
+    # The positions have no weights, so that the image size may be another one; those of the sizes of the halves that
+    # the overlay sets run on beyond the known ones, and those of the old sizes are interpolated.
     further = {"init_from": str(source), "freeze": ["encoder"], "in_channels": 2, "image_size": 64}
     network = trainer_of({**config, **further, "discriminator_def#in_channels": 2}, "vit").network
     before = read_checkpoint(source)["ema"]
@@ -58,6 +59,21 @@ def test_a_run_starts_from_it_with_other_channels_and_freezes_it(
     after = trainer.network.state_dict()
     assert all(torch.equal(after[key], before[key]) for key in after if key.startswith("encoder."))
     assert not torch.equal(after["decoder.head.weight"], before["decoder.head.weight"])
+
+
+def test_a_run_at_another_size_interpolates_positions_where_the_halves_keep_theirs(
+    run: dict[str, Any], slice_dataset: Path, tmp_path: Path
+) -> None:
+    source = Path(run["output_dir"]) / "checkpoints" / "last.pt"
+    config = of_transformers(quick(toy_config(slice_dataset, tmp_path / "run")))
+    config |= {"init_from": str(source), "image_size": 64}
+    kept = {f"network_def#{half}#image_size": 32 for half in ("encoder", "decoder")}
+    first = StoredTokenizer(source).network().eval()
+    images = torch.rand(1, 1, 64, 64)
+    for further in (kept, {}):
+        network = trainer_of({**config, **further}, "vit").network.eval()
+        with torch.no_grad():
+            assert torch.equal(network(images), first(images)) == bool(further)
 
 
 def test_it_is_packed_and_read_back(run: dict[str, Any], tmp_path: Path) -> None:

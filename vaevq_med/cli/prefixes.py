@@ -21,12 +21,13 @@ def prefixes(
     ],
     options: PrefixOptions,
 ) -> None:
-    """Decode the first parts of images' codes: stages of RVQ, groups of MGVQ, slots of nested one-dimensional tokens.
+    """Decode the first parts of images' codes: stages of RVQ, groups of MGVQ, nested slots, the top code of two levels.
 
-    All tokenizers stand in one table and one figure, over the bits that the kept parts take. Exit code 0: done; 2:
-    nothing could be done; 130: interrupted.
+    All tokenizers stand in one table and one figure, over the bits that the kept parts take; they have images of one
+    size. Exit code 0: done; 2: nothing could be done; 130: interrupted.
     """
-    from vaevq_med.study.rates.prefixes import Prefixes, lines
+    from vaevq_med.study.rates.prefix_report import lines
+    from vaevq_med.study.rates.prefixes import Prefixes
 
     command = Prefixes(dataset=dataset, output=output, checkpoints=checkpoints, **vars(options))
     try:

@@ -143,8 +143,20 @@ class Tokenizer(nn.Module, ABC):
         """In how many parts a code can be cut so that any first ones make an image: codebooks or slots, else 1."""
         return self.quantizer.num_prefixes
 
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        """The numbers of first parts that mean an image, ascending, all parts the last; see :attr:`num_prefixes`."""
+        return self.quantizer.prefixes
+
+    def first_indices(self, indices: Tensor, count: int) -> Tensor:
+        """What is kept of indices ``[B, *grid, G]`` in the first ``count`` parts of a code: ``[B, *grid, count]``.
+
+        All indices of all parts; of a nested decoder those of the first positions.
+        """
+        return indices if count == self.num_prefixes else indices[..., :count]
+
     def decode_prefix(self, quantized: QuantizerOutput, count: int) -> Tensor:
-        """Images ``[B, C, H, W]`` of the first ``count`` parts of a code, which take their share of its bits.
+        """Images ``[B, C, H, W]`` of the first ``count`` parts of a code; :meth:`first_indices` are what they take.
 
         Args:
             quantized: what :meth:`quantize` gave.
@@ -160,7 +172,7 @@ class Tokenizer(nn.Module, ABC):
         )
 
     def _codes_of_prefix(self, quantized: QuantizerOutput, count: int) -> Tensor:
-        return self.quantizer.first_codes(quantized.indices[..., :count])
+        return self.quantizer.first_codes(self.first_indices(quantized.indices, count))
 
     def decode_soft(self, probabilities: Tensor) -> Tensor:
         """Images ``[B, C, H, W]`` of probabilities of codewords, ``[B, *grid, K]``; see :meth:`Quantizer.mean_codes`.

@@ -36,7 +36,10 @@ def slot_factors(image_size: int, num_slots: int) -> tuple[int, int]:
     """
     check_sizes(image_size=image_size, num_slots=num_slots)
     if image_size % num_slots:
-        raise VaevqMedError(f"num_slots is {num_slots} with image_size {image_size}; expected a divisor of it")
+        raise VaevqMedError(
+            f"num_slots is {num_slots} with image_size {image_size}; expected a divisor of it, the same in encoder and "
+            "decoder (the overlay nested_1d_small_cpu has 32)"
+        )
     return image_size, image_size // num_slots
 
 

@@ -138,6 +138,9 @@ class VisualTokenizer(Tokenizer):
             )
         if rectifier is not None and rectifier.embedding_dim != embedding_dim:
             raise VaevqMedError(f"the rectifier's embedding_dim is {rectifier.embedding_dim}; expected {embedding_dim}")
+        if not encoder.patchwise and (rectifier is not None or cell != 1):
+            found = f"cell {cell}" if rectifier is None else "a rectifier"
+            raise VaevqMedError(f"found {found} with an encoder whose positions have no neighbors; expected none")
         if projector is not None and projector.embedding_dim != embedding_dim:
             raise VaevqMedError(f"the projector's embedding_dim is {projector.embedding_dim}; expected {embedding_dim}")
         if decoder.embedding_dim not in (None, embedding_dim):
@@ -185,6 +188,15 @@ class VisualTokenizer(Tokenizer):
         """Slots of a nested decoder, otherwise as the quantizer says."""
         slots = self.decoder.num_prefixes
         return slots if slots > 1 else super().num_prefixes
+
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        """Any number of slots of a nested decoder, otherwise as the quantizer says."""
+        return tuple(range(1, self.num_prefixes + 1)) if self.decoder.num_prefixes > 1 else super().prefixes
+
+    def first_indices(self, indices: Tensor, count: int) -> Tensor:
+        """Of the first slots ``[B, 1, count, G]``, or as the base class."""
+        return indices[..., :count, :] if self.decoder.num_prefixes > 1 else super().first_indices(indices, count)
 
     def _codes_of_prefix(self, quantized: QuantizerOutput, count: int) -> Tensor:
         if self.decoder.num_prefixes > 1:

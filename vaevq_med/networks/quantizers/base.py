@@ -101,6 +101,24 @@ class Quantizer(nn.Module, ABC):
         """In how many of its codebooks its indices can be cut: G of a residual or a nested one, else 1."""
         return 1 if self.first_argument is None else self.num_codebooks
 
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        """The numbers of first codebooks that mean something by themselves, ascending, G the last: by default all."""
+        return tuple(range(1, self.num_prefixes + 1))
+
+    def bits_of_first(self, counts: Tensor) -> float | None:
+        """Bits a position of the first n codebooks, before any entropy coding; None where there are no indices.
+
+        Args:
+            counts: how often each of their indices occurs in a split, int64 ``[n, K]``; where the rate differs from
+                position to position, G codebooks take the ``mean_bits`` of :meth:`rate`.
+        """
+        if self.bits_per_position is None:
+            return None
+        if len(counts) < self.num_codebooks:
+            return self.bits_per_position * len(counts) / self.num_codebooks
+        return self.rate(counts).get("mean_bits", self.bits_per_position)
+
     def first_codes(self, indices: Tensor) -> Tensor:
         """Codes ``[B, D, *grid]`` of int64 indices ``[B, *grid, n]`` of the first n codebooks, or of all G.
 

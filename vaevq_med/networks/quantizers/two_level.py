@@ -153,6 +153,15 @@ class TwoLevelQuantizer(Quantizer):
         """None: a code is made of two codewords."""
         return
 
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        """The top code alone, and all codes: some positions of each cell are no picture of their own."""
+        return (1, self.num_codebooks)
+
+    def bits_of_first(self, counts: Tensor) -> float | None:
+        """As the base class; the top code alone is never absent and takes ``log2 K``, with a gate, too."""
+        return math.log2(self.absent) if len(counts) == 1 else super().bits_of_first(counts)
+
     def positions_of(self, z: Tensor) -> Tensor:
         """A latent ``[B, D, *grid]`` by finer positions, ``[B, d, *grid, n]``."""
         return z.unflatten(1, (self.cell_size, -1)).movedim(1, -1)
