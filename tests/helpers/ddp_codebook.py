@@ -54,7 +54,7 @@ def quantizers() -> dict[str, Quantizer]:
         "crowded": ema(64, **revival),
         "residual": ResidualQuantizer(stages=[ema(8, **revival), ema(8, **revival)], dropout=True),
         "shared": ResidualQuantizer(stages=[ema(8, **revival)], num_codebooks=3, dropout=True),
-        "gated": ResidualTwoLevel(top=ema(8), bottom=ema(8), cell_size=1, gate=BySize(share=0.4)),
+        "gated": ResidualTwoLevel(top=ema(8), bottom=ema(8, **revival), cell_size=1, gate=BySize(share=0.4)),
     }
 
 
