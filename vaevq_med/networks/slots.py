@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.networks.backbone import BaseDecoder, BaseEncoder
+from vaevq_med.networks.backbone import BaseEncoder
 from vaevq_med.networks.ranges import check_sizes
 from vaevq_med.networks.transformer import TransformerStack, check_patches, patch_grid
-from vaevq_med.networks.vit import Patchify, PatchPositions, Unpatchify
+from vaevq_med.networks.vit import PatchDecoder, Patchify, PatchPositions, Unpatchify
 
 
 def slot_factors(image_size: int, num_slots: int) -> tuple[int, int]:
@@ -203,7 +203,7 @@ class SlotEncoder(BaseEncoder):
         return tokens[:, count:].mT.unsqueeze(2)
 
 
-class SlotDecoder(BaseDecoder):
+class SlotDecoder(PatchDecoder):
     """Slots to images by a vision transformer of slots and mask tokens; all attend to all.
 
     A nested one decodes the first slots alone, too, where the features have fewer than n positions; the others are its
@@ -256,20 +256,6 @@ class SlotDecoder(BaseDecoder):
         self.layers = TransformerStack(width=width, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio)
         self.head = Unpatchify(width=width, out_channels=out_channels, patch_size=patch_size)
         self._levels = [list(self.layers.blocks)]
-
-    @property
-    def last_layer(self) -> Tensor:
-        """See the base class."""
-        return self.head.weight
-
-    @property
-    def finest_channels(self) -> int:
-        """Numbers of a token over the pixels that it stands for, at least 1."""
-        return max(1, self.z_channels // self.head.weight[0, ..., 0].numel())
-
-    def compile_layers(self) -> None:
-        """See the base class; without the head."""
-        self.layers.compile()
 
     def forward(self, features: Tensor, codes: Tensor | None = None) -> Tensor:
         """Images ``[B, C, S, S]``, nominally in [-1, 1], of features ``[B, width, 1, m]``; codes are not read.

@@ -175,7 +175,33 @@ class ViTEncoder(BaseEncoder):
         return tokens.mT.unflatten(2, grid)
 
 
-class ViTDecoder(BaseDecoder):
+class PatchDecoder(BaseDecoder):
+    """A decoder whose transformer's tokens a head turns into patches: what the trainer asks of its parts.
+
+    Attributes:
+        layers: the blocks.
+        head: tokens to patches.
+    """
+
+    layers: TransformerStack
+    head: Unpatchify
+
+    @property
+    def last_layer(self) -> Tensor:
+        """See the base class."""
+        return self.head.weight
+
+    @property
+    def finest_channels(self) -> int:
+        """Numbers of a token over the pixels that it stands for, at least 1."""
+        return max(1, self.z_channels // self.head.weight[0, ..., 0].numel())
+
+    def compile_layers(self) -> None:
+        """See the base class; without the head."""
+        self.layers.compile()
+
+
+class ViTDecoder(PatchDecoder):
     """Latent features to images by a vision transformer; the arguments are those of :class:`ViTEncoder`.
 
     Args:
@@ -211,20 +237,6 @@ class ViTDecoder(BaseDecoder):
         self.layers = TransformerStack(width=width, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio)
         self.head = Unpatchify(width=width, out_channels=out_channels, patch_size=patch_size)
         self._levels = [list(self.layers.blocks)]
-
-    @property
-    def last_layer(self) -> Tensor:
-        """See the base class."""
-        return self.head.weight
-
-    @property
-    def finest_channels(self) -> int:
-        """Numbers of a token over the pixels that it stands for, at least 1."""
-        return max(1, self.z_channels // self.head.weight[0, ..., 0].numel())
-
-    def compile_layers(self) -> None:
-        """See the base class; without the head."""
-        self.layers.compile()
 
     def forward(self, features: Tensor, codes: Tensor | None = None) -> Tensor:
         """Images ``[B, C, f h, f w]``, nominally in [-1, 1], of features ``[B, width, h, w]``; codes are not read.
