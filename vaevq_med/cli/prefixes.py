@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vaevq_med.cli.flags import with_flags
-from vaevq_med.cli.show import counted
+from vaevq_med.cli.show import counted, interruptible
 from vaevq_med.study.rates.prefix_options import PrefixOptions
 
 
@@ -30,12 +30,8 @@ def prefixes(
     from vaevq_med.study.rates.prefixes import Prefixes
 
     command = Prefixes(dataset=dataset, output=output, checkpoints=checkpoints, **vars(options))
-    try:
-        with counted() as counting:
-            report = command.run(**counting)
-    except KeyboardInterrupt:
-        typer.echo("vaevq-med: interrupted; nothing was written", err=True)
-        raise typer.Exit(130) from None
+    with interruptible("nothing was written"), counted() as counting:
+        report = command.run(**counting)
     for line in lines(report.record):
         typer.echo(line)
     typer.echo(f"{report.output}: written")

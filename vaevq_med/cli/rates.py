@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from vaevq_med.cli.show import interruptible
 from vaevq_med.core.errors import VaevqMedError
 
 _RUNNERS = {
@@ -74,11 +75,8 @@ def run(chosen: Any, *, dry_run: bool = False) -> None:
     if dry_run:
         typer.echo("\n".join(command.dry_run()))
         return
-    try:
+    with interruptible("finished records are kept, and the same command goes on"):
         report = command.run()
-    except KeyboardInterrupt:
-        typer.echo("vaevq-med: interrupted; finished records are kept, and the same command goes on", err=True)
-        raise typer.Exit(130) from None
     if report.table:
         typer.echo(report.table, nl=False)
     for path in report.files:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from vaevq_med.cli.flags import with_flags
-from vaevq_med.cli.show import counted, readable_size, watched
+from vaevq_med.cli.show import counted, interruptible, readable_size, watched
 from vaevq_med.evaluation.options import EvaluateOptions
 from vaevq_med.tokens.options import EncodeOptions
 
@@ -133,12 +133,8 @@ def evaluate_samples(
     from vaevq_med.evaluation.generation import EvaluateSamples, table
 
     command = EvaluateSamples(samples, dataset, output_dir, tokenizer=tokenizer, **vars(options))
-    try:
-        with counted() as counting:
-            report = command.run(**counting)
-    except KeyboardInterrupt:
-        typer.echo("vaevq-med: interrupted; features of splits that were read whole are kept", err=True)
-        raise typer.Exit(130) from None
+    with interruptible("features of splits that were read whole are kept"), counted() as counting:
+        report = command.run(**counting)
     if as_json:
         typer.echo(json.dumps(report.record, indent=2))
         return

@@ -43,6 +43,20 @@ def progress_bar(*, passing: bool = False) -> Progress:
 
 
 @contextlib.contextmanager
+def interruptible(left: str) -> Iterator[None]:
+    """An interrupt ends with exit code 130 and one line.
+
+    Args:
+        left: what is left of the work, e.g. ``nothing was written``.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"vaevq-med: interrupted; {left}", err=True)
+        raise typer.Exit(130) from None
+
+
+@contextlib.contextmanager
 def counted(*, passing: bool = False) -> Iterator[dict[str, Callable[[int], None]]]:
     """A progress bar over images, as ``on_start`` and ``on_images`` of what reads them; see :func:`progress_bar`."""
     bar = progress_bar(passing=passing)
@@ -80,11 +94,8 @@ def watched(kind: str, jobs: str) -> Iterator[tuple[Progress, Callable[[int], No
         if bar.live.is_started:
             bar.stop()
 
-    try:
-        yield bar, start, skip
-    except KeyboardInterrupt:
-        stop()
-        typer.echo(f"vaevq-med: interrupted; finished {jobs} are kept, and the same command goes on", err=True)
-        raise typer.Exit(130) from None
-    finally:
-        stop()
+    with interruptible(f"finished {jobs} are kept, and the same command goes on"):
+        try:
+            yield bar, start, skip
+        finally:
+            stop()

@@ -13,6 +13,7 @@ import typer
 from vaevq_med.cli import rates
 from vaevq_med.cli.flags import with_flags
 from vaevq_med.cli.makers import Maker
+from vaevq_med.cli.show import interruptible
 from vaevq_med.core.errors import VaevqMedError
 
 if TYPE_CHECKING:
@@ -86,13 +87,9 @@ def run(chosen: Study, *, dry_run: bool = False, slurm: Path | None = None, task
     if slurm is not None:
         _write_script(slurm, RunStudy(chosen).script())
         return
-    try:
-        with _live_rows() as update:
-            command = RunStudy(chosen, update)
-            report = command.run() if task is None else command.run_task(task)
-    except KeyboardInterrupt:
-        typer.echo("vaevq-med: interrupted; finished rows are kept, and the same command goes on", err=True)
-        raise typer.Exit(130) from None
+    with interruptible("finished rows are kept, and the same command goes on"), _live_rows() as update:
+        command = RunStudy(chosen, update)
+        report = command.run() if task is None else command.run_task(task)
     _print(report)
     raise typer.Exit(1 if report.failed else 0)
 

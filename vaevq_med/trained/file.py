@@ -48,8 +48,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         )
     if not path.is_file():
         raise CheckpointError(
-            f"{path}: found no checkpoint, expected one written by training "
-            "(python -m monai.bundle run training --config_file bundles/brats/train.json)"
+            f"{path}: found no checkpoint, expected one written by training, as checkpoints/best.pt of its output "
+            "folder"
         )
     return as_checkpoint(read_weight_file(path, "a checkpoint", CheckpointError), path)
 

@@ -109,8 +109,8 @@ def read_trained(path: str | Path) -> dict[str, Any]:
     file = weights_file(path)
     if not file.is_file():
         raise CheckpointError(
-            f"{file}: found no checkpoint, expected one written by training (python -m monai.bundle run training "
-            "--config_file bundles/brats/train.json), or a packed bundle"
+            f"{file}: found no checkpoint, expected one written by training, as checkpoints/best.pt of its output "
+            "folder, or a packed bundle"
         )
     state = read_weight_file(file, _EXPECTED, CheckpointError)
     if not is_state_dict(state):
