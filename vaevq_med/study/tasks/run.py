@@ -29,9 +29,9 @@ from vaevq_med.study.tasks.cases import (
     through_window,
 )
 from vaevq_med.study.tasks.file import TasksStudy
-from vaevq_med.study.tasks.report import LESIONS_OF, write_report
+from vaevq_med.study.tasks.report import write_report
 from vaevq_med.study.tasks.rows import ORIGINAL, Original
-from vaevq_med.study.tasks.sizes import training_edges
+from vaevq_med.study.tasks.sizes import LESIONS_OF, training_edges
 from vaevq_med.tasks.detectability import response
 from vaevq_med.tasks.radiomics import LEVELS, region_features, shape_features
 from vaevq_med.tasks.segmentation import Segmenter, load_segmenter, to_masks

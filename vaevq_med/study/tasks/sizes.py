@@ -24,6 +24,9 @@ from vaevq_med.study.tasks.file import TasksStudy
 FILE_NAME = "lesion_sizes.json"
 """In the output folder, what was found and of which files."""
 
+LESIONS_OF = "whole_tumor"
+"""The region whose lesions are counted by their size."""
+
 Edges = tuple[float, float]
 """In ml."""
 
