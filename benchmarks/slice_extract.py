@@ -44,7 +44,8 @@ from PIL import Image
 from vaevq_med.prepare.job import Prepare
 from vaevq_med.prepare.phantom.subjects import PhantomConfig, write_phantoms
 from vaevq_med.prepare.recipes import Recipe
-from vaevq_med.prepare.volumes.find import Case, find_cases
+from vaevq_med.prepare.volumes.case import Case
+from vaevq_med.prepare.volumes.find import find_cases
 from vaevq_med.prepare.volumes.source import VolumeSource
 
 MIN_FOREGROUND = 0.05

@@ -21,7 +21,8 @@ from vaevq_med.codec.masks import CELLS, covering, encode_masks
 from vaevq_med.core.files import atomic_write_text
 from vaevq_med.images.foreground import foreground
 from vaevq_med.prepare.recipes import Recipe
-from vaevq_med.prepare.volumes.find import Case, find_cases
+from vaevq_med.prepare.volumes.case import Case
+from vaevq_med.prepare.volumes.find import find_cases
 from vaevq_med.prepare.volumes.reading import CaseReader
 
 

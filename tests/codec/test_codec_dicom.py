@@ -19,7 +19,7 @@ from vaevq_med.core.errors import DataError
 from vaevq_med.images.dicom import find_series, read_series
 from vaevq_med.prepare.job import Search
 from vaevq_med.prepare.recipes import Recipe
-from vaevq_med.prepare.volumes.find import Case
+from vaevq_med.prepare.volumes.case import Case
 from vaevq_med.prepare.volumes.series import contrast_of_series
 
 TWO = ("t1c", "t2f")

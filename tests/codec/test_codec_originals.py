@@ -25,7 +25,7 @@ from vaevq_med.codec.work import decompress as decompressing
 from vaevq_med.core.errors import DataError
 from vaevq_med.images.volumes import read_volume
 from vaevq_med.prepare.recipes import Recipe
-from vaevq_med.prepare.volumes.find import Volume
+from vaevq_med.prepare.volumes.case import Volume
 
 LPS = "space: left-posterior-superior"
 AXES = "space directions: (1,0,0) (0,1,0) (0,0,3)"

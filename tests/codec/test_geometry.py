@@ -16,7 +16,7 @@ from scipy.ndimage import binary_erosion
 from vaevq_med.codec.geometry import Turn, check_invertible, from_squares, live_positions, to_pixels
 from vaevq_med.core.errors import DataError
 from vaevq_med.prepare.recipes import Recipe
-from vaevq_med.prepare.volumes.find import Volume
+from vaevq_med.prepare.volumes.case import Volume
 from vaevq_med.prepare.volumes.reading import CaseReader
 
 AXES = [*permutations(("LR", "PA", "IS"))]

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vaevq_med.core.errors import DataError, VaevqMedError
+from vaevq_med.images.patients import patient_of
 from vaevq_med.images.splits import (
     SplitRule,
     count_patients,
@@ -25,8 +26,10 @@ from vaevq_med.images.splits import (
 )
 from vaevq_med.prepare.job import Search
 from vaevq_med.prepare.recipes import Recipe
-from vaevq_med.prepare.volumes.find import Case, Volume, find_cases, patient_of, read_cases
+from vaevq_med.prepare.volumes.case import Case, Volume
+from vaevq_med.prepare.volumes.find import find_cases
 from vaevq_med.prepare.volumes.labels import BRATS2021, BRATS2024, BRATS2024_PED, DECATHLON, LABEL_MAPS, label_map
+from vaevq_med.prepare.volumes.table import read_cases
 
 MODALITIES = ("t1n", "t1c", "t2w", "t2f")
 NAMES_2021 = {"t1n": "t1", "t1c": "t1ce", "t2w": "t2", "t2f": "flair", "seg": "seg"}

@@ -14,9 +14,10 @@ import pytest
 from vaevq_med.core.errors import DataError
 from vaevq_med.prepare.job import Prepare, Report
 from vaevq_med.prepare.recipes import Recipe
-from vaevq_med.prepare.volumes.find import find_cases, read_cases, read_patients
+from vaevq_med.prepare.volumes.find import find_cases
 from vaevq_med.prepare.volumes.labels import LABEL_MAPS, UnknownLabelError, fitting_maps, label_map
 from vaevq_med.prepare.volumes.source import VolumeSource
+from vaevq_med.prepare.volumes.table import read_cases, read_patients
 
 MODALITIES = ("t1n", "t1c", "t2w", "t2f")
 OLD = dict(zip((*MODALITIES, "seg"), ("t1", "t1ce", "t2", "flair", "seg"), strict=True))

@@ -13,7 +13,7 @@ from vaevq_med.trained.device import named_device
 
 if TYPE_CHECKING:
     from vaevq_med.prepare.recipes import Recipe
-    from vaevq_med.prepare.volumes.find import Case
+    from vaevq_med.prepare.volumes.case import Case
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from vaevq_med.images.foreground import foreground
 from vaevq_med.prepare.recipes import Recipe
 
 if TYPE_CHECKING:
-    from vaevq_med.prepare.volumes.find import Case, Volume
+    from vaevq_med.prepare.volumes.case import Case, Volume
     from vaevq_med.prepare.volumes.reading import Contrast as ReadContrast
 
 

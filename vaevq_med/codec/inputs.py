@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vaevq_med.images.dicom import Series
     from vaevq_med.prepare.job import Search
     from vaevq_med.prepare.recipes import Recipe
-    from vaevq_med.prepare.volumes.find import Case
+    from vaevq_med.prepare.volumes.case import Case
 
 
 def find_inputs(
@@ -41,8 +41,10 @@ def find_inputs(
         DataError: there is nothing, or nothing says the contrast of a volume.
     """
     from vaevq_med.prepare.job import Search
-    from vaevq_med.prepare.volumes.find import Case, find_cases, read_cases, strip_suffix
+    from vaevq_med.prepare.volumes.case import Case, strip_suffix
+    from vaevq_med.prepare.volumes.find import find_cases
     from vaevq_med.prepare.volumes.series import find_studies, read_patterns, series_below, taken_note
+    from vaevq_med.prepare.volumes.table import read_cases
 
     chosen = recipe.changed(modalities=[*modality]) if modality else recipe
     patterns = read_patterns(series or (), chosen.modalities)
@@ -90,7 +92,7 @@ def contrast_of(stem: str, source: Path, described: str | None = None) -> str:
         >>> contrast_of("Brats18_2013_11_1_flair", Path("x"))
         't2f'
     """
-    from vaevq_med.prepare.volumes.find import CONTRAST_ALIASES
+    from vaevq_med.prepare.volumes.case import CONTRAST_ALIASES
 
     found = CONTRAST_ALIASES.get(re.split(r"[-_.\s]", stem)[-1].lower())
     if found == "seg":
@@ -105,7 +107,7 @@ def contrast_of(stem: str, source: Path, described: str | None = None) -> str:
 
 def _one(source: Path, stem: str, contrasts: Sequence[str]) -> Case:
     """A volume as a case of its own; several contrasts are the channels of a 4D file."""
-    from vaevq_med.prepare.volumes.find import Case, Volume
+    from vaevq_med.prepare.volumes.case import Case, Volume
     from vaevq_med.prepare.volumes.labels import BRATS2024
     from vaevq_med.prepare.volumes.series import safe_name
 

@@ -350,7 +350,7 @@ class Decompress(Work):
 
 def is_volume(output: Path) -> bool:
     """Whether an output's name is that of a volume."""
-    from vaevq_med.prepare.volumes.find import strip_suffix
+    from vaevq_med.prepare.volumes.case import strip_suffix
 
     return strip_suffix(output.name) is not None and not output.is_dir()
 

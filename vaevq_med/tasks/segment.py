@@ -35,7 +35,7 @@ from vaevq_med.tasks.segmentation import Segmenter, to_masks
 from vaevq_med.trained.segmenter import StoredSegmenter
 
 if TYPE_CHECKING:
-    from vaevq_med.prepare.volumes.find import Case
+    from vaevq_med.prepare.volumes.case import Case
     from vaevq_med.prepare.volumes.reading import CaseReader
 
 _VERSION = 2
@@ -80,7 +80,8 @@ class Segment(CaseWork):
         """
         from vaevq_med.images.nifti import check_orientation
         from vaevq_med.prepare.volumes.discarded import check_accepted
-        from vaevq_med.prepare.volumes.find import find_cases, read_cases
+        from vaevq_med.prepare.volumes.find import find_cases
+        from vaevq_med.prepare.volumes.table import read_cases
 
         options.check()
         if options.assume_orientation is not None:

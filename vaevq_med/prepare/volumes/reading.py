@@ -22,8 +22,8 @@ from vaevq_med.images.foreground import BLACK, corner_noise, find_background, fo
 from vaevq_med.images.nifti import MAX_VOXELS
 from vaevq_med.images.volumes import VIEWS, check_volume, displacement, read_volume, shape
 from vaevq_med.prepare.recipes import Recipe
+from vaevq_med.prepare.volumes.case import Case, Volume
 from vaevq_med.prepare.volumes.discarded import Discarded, check_discarded
-from vaevq_med.prepare.volumes.find import Case, Volume
 from vaevq_med.prepare.volumes.labels import label_map
 from vaevq_med.prepare.volumes.transforms import BiasFieldCorrectionN4, blacken, distinct, nonzero_percentiles
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from vaevq_med.core.errors import DataError
 from vaevq_med.images.dicom import Series, find_series
 from vaevq_med.prepare.job import Search
-from vaevq_med.prepare.volumes.find import CONTRAST_ALIASES, Case, Volume, listed, printable, strip_suffix, walk
+from vaevq_med.prepare.volumes.case import CONTRAST_ALIASES, Case, Volume, listed, printable, strip_suffix
+from vaevq_med.prepare.volumes.find import walk
 from vaevq_med.prepare.volumes.labels import BRATS2024
 
 _OTHER = re.compile(r"[^A-Za-z0-9._-]+")

@@ -28,7 +28,7 @@ from vaevq_med.core.folder import OutputFolder
 from vaevq_med.core.numbers import percent
 from vaevq_med.prepare.job import Record
 from vaevq_med.prepare.recipes import Recipe
-from vaevq_med.prepare.volumes.find import Case
+from vaevq_med.prepare.volumes.case import Case
 from vaevq_med.prepare.volumes.labels import label_map
 from vaevq_med.prepare.volumes.reading import VIEWS, CaseReader, Contrast
 

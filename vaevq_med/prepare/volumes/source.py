@@ -25,10 +25,12 @@ from vaevq_med.images.splits import (
 )
 from vaevq_med.prepare.job import DataSet, Estimate, Search, Source, known_record
 from vaevq_med.prepare.recipes import AnyRecipe, Recipe
+from vaevq_med.prepare.volumes.case import Case
 from vaevq_med.prepare.volumes.discarded import Discarded, check_accepted, gathered, summary
-from vaevq_med.prepare.volumes.find import Case, find_cases, read_cases, read_patients
+from vaevq_med.prepare.volumes.find import find_cases
 from vaevq_med.prepare.volumes.labels import BRATS2024, LabelCensus, UnknownLabelError, fitting_maps, label_map
 from vaevq_med.prepare.volumes.slices import CaseRecord, extract_case, fingerprint, read_record
+from vaevq_med.prepare.volumes.table import read_cases, read_patients
 
 
 @dataclass

@@ -18,7 +18,7 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.files import atomic_write_text
 from vaevq_med.core.folder import BusyError, OutputFolder
 from vaevq_med.networks.features import FeatureNetwork, feature_network
-from vaevq_med.prepare.volumes.find import Case
+from vaevq_med.prepare.volumes.case import Case
 from vaevq_med.study.rates.candidates import Candidate
 from vaevq_med.study.rates.file import VolumeStudy
 from vaevq_med.study.rates.rows import candidates

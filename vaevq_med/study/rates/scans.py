@@ -15,9 +15,11 @@ from vaevq_med.images.foreground import foreground
 from vaevq_med.images.splits import split_by_file
 from vaevq_med.images.volumes import VIEWS
 from vaevq_med.prepare.recipes import Recipe
-from vaevq_med.prepare.volumes.find import Case, find_cases, read_cases
+from vaevq_med.prepare.volumes.case import Case
+from vaevq_med.prepare.volumes.find import find_cases
 from vaevq_med.prepare.volumes.reading import CaseReader
 from vaevq_med.prepare.volumes.slices import fingerprint
+from vaevq_med.prepare.volumes.table import read_cases
 from vaevq_med.study.rates.file import VolumeStudy
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from vaevq_med.images.volumes import VIEWS
 from vaevq_med.prepare.recipes import Recipe
-from vaevq_med.prepare.volumes.find import Case, Volume
+from vaevq_med.prepare.volumes.case import Case, Volume
 from vaevq_med.prepare.volumes.labels import label_map
 from vaevq_med.prepare.volumes.slices import fingerprint
 from vaevq_med.study.rates.scans import Scan, ScanFile, find_scans
