@@ -20,71 +20,16 @@ from vaevq_med.core.options import is_int
 from vaevq_med.networks.base import Tokenizer
 from vaevq_med.networks.generators.base import Generator
 from vaevq_med.networks.weights import read_weights
+from vaevq_med.trained.definition import OWN, plain, target_of
 from vaevq_med.trained.file import CheckpointError, load_state, network_hash, stored_shape
 from vaevq_med.trained.packed import is_described, read_trained, weights_file
 from vaevq_med.trained.patients import TrainingPatients
 
-# The part of this package that a network's definition may name.
-_OWN = "vaevq_med.networks"
 _SIZES = ("image_size", "in_channels", "depth")
 """Settings that are whole numbers; None of a run without one, where that may be."""
 _LARGEST = 2**16
 
 _TOKENIZER = "that of a tokenizer, such as vaevq_med.networks.VisualTokenizer"
-
-
-def _target(definition: Any) -> Any:
-    """What a network's definition names, or the definition where it is none."""
-    return definition.get("_target_") if isinstance(definition, Mapping) else definition
-
-
-def _plain(value: Any, config: Mapping[str, Any], path: Path, depth: int = 0) -> Any:
-    """Replace references by the values they name; refuse expressions and foreign components."""
-    if depth > 20:
-        raise CheckpointError(f"{path}: found references that go in a circle, expected plain values")
-    if isinstance(value, Mapping):
-        target = value.get("_target_")
-        try:
-            component = None if target is None else resolve(target, nn.Module, own=_OWN)
-        except ComponentError as error:
-            raise CheckpointError(f"{path}: {error}") from error
-        reserved = [key for key in value if str(key).startswith("_") and key not in ("_target_", "_notes_")]
-        if reserved:
-            raise CheckpointError(f"{path}: found {', '.join(reserved)} in the network's definition, expected none")
-        # Their values are part of the weights, so that the files need not be there.
-        files = getattr(component, "initial_files", ())
-        return {key: None if key in files else _plain(item, config, path, depth + 1) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item, config, path, depth + 1) for item in value]
-    if isinstance(value, str):
-        if value.startswith("@"):
-            found: Any = config
-            try:
-                for key in value[1:].replace("::", "#").split("#"):
-                    found = found[int(key)] if isinstance(found, list) else found[key]
-            except (KeyError, IndexError, TypeError, ValueError):
-                raise CheckpointError(
-                    f"{path}: found the reference {value[:80]!r} to nothing, expected a setting of the run"
-                ) from None
-            return _plain(found, config, path, depth + 1)
-        if value.startswith(("$", "%")):
-            raise CheckpointError(
-                f"{path}: found the expression {value!r} in the network's definition, expected plain values"
-            )
-    return value
-
-
-def known_definition(config: Mapping[str, Any], where: str | Path) -> Any:
-    """The ``network_def`` of a run's settings, plain values; None where there is none, or it is not plain.
-
-    Args:
-        config: of the run, unresolved.
-        where: it is from, for messages.
-    """
-    try:
-        return _plain(config["network_def"], config, Path(where))
-    except (CheckpointError, KeyError, IndexError, TypeError, ValueError):
-        return None
 
 
 class StoredNetwork:
@@ -142,7 +87,7 @@ class StoredNetwork:
             return default[0]
         if key not in self.config:
             raise CheckpointError(f"{self.path}: found no setting {key!r}, expected the run's configuration")
-        found = _plain(self.config[key], self.config, self.path)
+        found = plain(self.config[key], self.config, self.path)
         if key in _SIZES and not (is_int(found, 1, _LARGEST) or (found is None and default)):
             raise CheckpointError(
                 f"{self.path}: {key} is {str(found)[:80]!r}; expected a whole number from 1 to {_LARGEST}"
@@ -224,11 +169,11 @@ class StoredNetwork:
         """The network of this kind, with its weights, in evaluation mode."""
         definition = self.value("network_def")
         try:
-            network = build(definition, nn.Module, own=_OWN)
+            network = build(definition, nn.Module, own=OWN)
         except VaevqMedError as error:
             raise CheckpointError(f"{self.path}: {error}") from error
         if not isinstance(network, kind):
-            raise CheckpointError(f"{self.path}: found a checkpoint of {_target(definition)}, expected {expected}")
+            raise CheckpointError(f"{self.path}: found a checkpoint of {target_of(definition)}, expected {expected}")
         load_state(network, self.tensors, self.path, "network", "the one that its own network_def describes")
         return network.eval()
 
@@ -278,9 +223,9 @@ class StoredTokenizer(StoredNetwork):
         Raises:
             CheckpointError: naming what was found.
         """
-        target = _target(self.value("network_def"))
+        target = target_of(self.value("network_def"))
         try:
-            kind = resolve(str(target), nn.Module, own=_OWN)
+            kind = resolve(str(target), nn.Module, own=OWN)
         except ComponentError:
             kind = None
         if not (isinstance(kind, type) and issubclass(kind, Tokenizer)):

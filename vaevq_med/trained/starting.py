@@ -23,9 +23,10 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.names import listed
 from vaevq_med.networks.processes import rank
 from vaevq_med.networks.ranges import check_choice
+from vaevq_med.trained.definition import known_definition
 from vaevq_med.trained.fitting import FITTING, Fit, check_definitions, check_values, other_class
 from vaevq_med.trained.inflation import HALVINGS
-from vaevq_med.trained.network import StoredNetwork, known_definition
+from vaevq_med.trained.network import StoredNetwork
 from vaevq_med.trained.patients import HASHES, NAMES, STARTED_FROM
 
 logger = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from torch import nn
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.names import listed
 from vaevq_med.networks.quantizers.base import FollowsLatents
+from vaevq_med.trained.definition import known_definition
 from vaevq_med.trained.file import read_checkpoint
-from vaevq_med.trained.network import known_definition
 from vaevq_med.trained.patients import STARTED_FROM
 from vaevq_med.trained.starting import check_parts, is_given, part_of, start_network, unit_of
 from vaevq_med.training import distributed
