@@ -55,7 +55,8 @@ def main() -> None:
             found = re.search(r"found (?:its )?(.*?)(?:,| \(|:)", line)
             said[re.sub(r"\d+", "N", found[1]) if found else line] += 1
     told = {
-        "command": f"python benchmarks/codec/changes.py case.vvq --checkpoint best.pt --changes {args.changes}",
+        "command": f"python benchmarks/codec/changes.py case.vvq --checkpoint best.pt --output changes.json "
+        f"--changes {args.changes}",
         "case": described["case"],
         "bytes": len(content),
         "parts": {part: len(data) for part, data in unpack(args.file.name, content).items()},

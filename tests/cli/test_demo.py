@@ -73,3 +73,10 @@ def test_demo_stops_at_a_step_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(demo_module.subprocess, "run", lambda *_, **__: Failed())
     with pytest.raises(VaevqMedError, match="'Synthetic subjects' ended with exit code 7"):
         Demo(tmp_path / "demo").run()
+
+
+def test_a_file_is_no_folder_for_the_demo(tmp_path: Path, commands: list[list[str]]) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(VaevqMedError, match="file: found a file, expected a folder"):
+        Demo(tmp_path / "file").run()
+    assert not commands

@@ -96,4 +96,6 @@ def test_a_model_is_trained_from_a_data_set_and_bound_to_its_tokenizer(stored: S
     with pytest.raises(CodecError, match="context model: found one of the tokenizer"):
         model.check_tokenizer("sha256:other")
     with pytest.raises(VaevqMedError, match="expected one"):
-        IndexModel(dataset=DATASET, checkpoint=stored.path, output=tmp_path / "no" / "x").run()
+        IndexModel(dataset=DATASET, checkpoint=stored.path, output=tmp_path / "no" / "x.safetensors").run()
+    with pytest.raises(VaevqMedError, match=r"found the suffix '\.txt', expected \.safetensors"):
+        IndexModel(dataset=DATASET, checkpoint=stored.path, output=tmp_path / "x.txt").run()

@@ -173,6 +173,12 @@ def test_what_has_no_codebook_is_refused_in_a_line(
     with pytest.raises(VaevqMedError, match="num_clusters is 33; expected 1 to 32, the distinct codewords"):
         ClusterCodebook(tokenizer_path, store, tmp_path / "out.npz", 33).run()
     assert not (tmp_path / "out.npz").exists()
+    (tmp_path / "out.npz").write_text("mine")
+    with pytest.raises(VaevqMedError, match="found something there, expected nothing; --overwrite replaces a file"):
+        ClusterCodebook(tokenizer_path, store, tmp_path / "out.npz", 4).run()
+    assert (tmp_path / "out.npz").read_text() == "mine"
+    ClusterCodebook(tokenizer_path, store, tmp_path / "out.npz", 4, overwrite=True).run()
+    assert (tmp_path / "out.npz").read_bytes() != b"mine"
 
 
 def test_each_codebook_has_clusters_of_its_own(slice_dataset: Path, tmp_path: Path) -> None:

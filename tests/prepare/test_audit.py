@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vaevq_med.core.errors import DataError
 from vaevq_med.prepare.audit import AuditReport, AuditSplit
 from vaevq_med.prepare.twins import strangers
 
@@ -162,3 +163,8 @@ def test_photographs_of_imagenet_and_a_copy_of_one(sample_data: Path, tmp_path: 
     (tmp_path / "dataset.json").write_text(json.dumps(lists))
     (leak,) = AuditSplit(tmp_path, workers=1).run().leaks
     assert "copy.jpeg" in leak
+
+
+def test_a_number_of_processes_out_of_range_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="workers: found -2, expected 1 to 512"):
+        AuditSplit(tmp_path, workers=-2).run()

@@ -46,6 +46,16 @@ def command(dataset: Path, output: Path, **options: Any) -> FeatureCodebook:
     return FeatureCodebook(dataset, output, **{**settings, **options})
 
 
+def test_a_file_that_is_there_is_replaced_on_demand_alone(slice_dataset: Path, tmp_path: Path) -> None:
+    path = tmp_path / "features.npz"
+    path.write_text("another maker's")
+    with pytest.raises(VaevqMedError, match="found something there, expected nothing; --overwrite replaces a file"):
+        command(slice_dataset, path).run()
+    assert path.read_text() == "another maker's"
+    command(slice_dataset, path, overwrite=True).run()
+    assert read_features(path).shape == (16, 320)
+
+
 def test_as_many_codewords_as_features_are_the_features(slice_dataset: Path, tmp_path: Path) -> None:
     """The toy set has 4 training images of each of 4 contrasts; at 32 pixels the deepest map is one position."""
     seen: list[int] = []

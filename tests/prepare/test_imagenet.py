@@ -202,6 +202,13 @@ def test_resizing_is_pillows_bicubic_of_the_shorter_side_and_enlarges_nothing(
     assert (tmp_path / "out/images/small.png").read_bytes() == (tmp_path / "in/small.png").read_bytes()
 
 
+def test_a_dry_run_says_what_cannot_be_read(prepare: Callable[..., Outcome], tmp_path: Path) -> None:
+    (tmp_path / "in" / "one").mkdir(parents=True)
+    (tmp_path / "in" / "one" / "broken.png").write_bytes(b"no image")
+    result = prepare(tmp_path / "in", tmp_path / "out", "--dry-run")
+    assert "broken.png" in result.err + result.out
+
+
 def test_dry_run_writes_nothing_and_estimates(folders: Path, prepare: Callable[..., Outcome], tmp_path: Path) -> None:
     result = prepare(folders, tmp_path / "out", "--dry-run")
     assert result.code == 0

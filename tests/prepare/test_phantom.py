@@ -287,6 +287,19 @@ def test_files_depend_on_neither_number_nor_order_nor_workers(tmp_path: Path) ->
     assert _files(tmp_path / "one") == three
 
 
+def test_cases_of_two_configurations_are_not_mixed(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    write_phantoms(output, 1, PhantomConfig(shape=(24, 24, 24)))
+    before = _files(output)
+    for other in (PhantomConfig(shape=(24, 24, 24), seed=1), PhantomConfig(shape=(24, 26, 24))):
+        with pytest.raises(DataError, match=r"phantom\.json: found cases of .*'seed': 0.*; choose another folder"):
+            write_phantoms(output, 2, other)
+    (output / "phantom.json").write_text("{")
+    with pytest.raises(DataError, match=r"phantom\.json: found no readable record"):
+        write_phantoms(output, 1, PhantomConfig(shape=(24, 24, 24)))
+    assert _files(output) == before
+
+
 # --- files ------------------------------------------------------------------------------------------------
 
 

@@ -101,6 +101,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, interrupt)
     try:
         app()
+    except KeyboardInterrupt:  # before the command itself could say what is left
+        typer.echo("vaevq-med: interrupted", err=True)
+        sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)
     except RecursionError:

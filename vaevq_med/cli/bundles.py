@@ -58,7 +58,7 @@ def verify(
 
 
 def where(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the bundle: brats or imagenet.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the bundle: brats, imagenet or segmentation.")],
 ) -> None:
     """Print where an installed bundle is."""
     from vaevq_med.core.resources import bundle_path

@@ -80,6 +80,8 @@ class Demo:
         return DemoReport(metrics, sorted(folder.glob("*.png")), tracking_uri)
 
     def _make_output(self) -> None:
+        if self.output.exists() and not self.output.is_dir():
+            raise VaevqMedError(f"{self.output}: found a file, expected a folder; name another with --output")
         if self.output.exists() and any(self.output.iterdir()):
             if not (self.output / _MARK).is_file():
                 raise VaevqMedError(

@@ -83,7 +83,10 @@ class Maker(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class _Tokenizers(Maker):
-    slurm: Path | None = option(None, "Write a SLURM array script with a task a training ('-' prints it) and end.")
+    slurm: Path | None = option(
+        None,
+        "Prepare the output folder, write a SLURM array script with a task a training ('-' prints it), and end.",
+    )
     row: int | None = option(None, "Do this training only, from 0, and evaluate it: a task of an array job.")
 
     @abstractmethod

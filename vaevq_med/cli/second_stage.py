@@ -62,6 +62,7 @@ def cluster_codebook(
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="File to write, .npz.")],
     num_clusters: Annotated[int, typer.Option(help="Clusters of each codebook.")] = 512,
     seed: Annotated[int, typer.Option(help="Seed of k-means.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT.")] = False,
 ) -> None:
     """Cluster a tokenizer's codewords, weighted by their use, for the generator coarse_to_fine.
 
@@ -69,7 +70,7 @@ def cluster_codebook(
     """
     from vaevq_med.tokens.clusters import ClusterCodebook
 
-    report = ClusterCodebook(checkpoint, tokens, output, num_clusters, seed).run()
+    report = ClusterCodebook(checkpoint, tokens, output, num_clusters, seed, overwrite).run()
     books = f" in each of {report.num_codebooks} codebooks" if report.num_codebooks > 1 else ""
     typer.echo(f"{output}: {report.num_embeddings:,} codewords in {num_clusters:,} clusters{books}")
     typer.echo(f"  the largest has {report.largest:,}; {report.used:.1%} of the codewords are used in training")

@@ -18,6 +18,7 @@ from vaevq_med.codec.coders.neighbors import PLACE_SCALE, Neighborhood
 from vaevq_med.codec.options import IndexModelOptions
 from vaevq_med.codec.stacks import Stack, encode_stacks
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.core.files import check_free
 from vaevq_med.trained.network import StoredTokenizer
 
 
@@ -253,10 +254,11 @@ class IndexModel(IndexModelOptions):
             VaevqMedError: the data set, the checkpoint or an option is not what was expected.
         """
         self.check()
+        if self.output.suffix != ".safetensors":
+            raise VaevqMedError(f"output {self.output}: found the suffix {self.output.suffix!r}, expected .safetensors")
         if not self.output.parent.is_dir():
             raise VaevqMedError(f"output {self.output}: found no folder {self.output.parent}, expected one")
-        if self.output.exists() and not (self.overwrite and self.output.is_file()):
-            raise VaevqMedError(f"output {self.output}: found it there, expected nothing; --overwrite replaces a file")
+        check_free(self.output, self.overwrite)
         stored = StoredTokenizer(self.checkpoint, weights=self.weights, readout=self.readout)
         stacks: list[Stack] = []
         for stack in encode_stacks(self.dataset, stored, "training"):

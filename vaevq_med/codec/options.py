@@ -82,7 +82,7 @@ class CompressOptions(Machine):
         "what the tokenizer draws there.",
     )
     codebooks: int | None = option(
-        None, "Of a residual or nested quantizer, code the first so many codebooks; by default all."
+        None, "Of a residual, nested or two-level quantizer, code the first so many codebooks; by default all."
     )
     weights: Literal["ema", "network"] = option("ema", "The averaged weights, or the last.")
     readout: str | None = option(None, "Of a quantizer with several: soft or hard.")

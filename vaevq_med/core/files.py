@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
+from vaevq_med.core.errors import VaevqMedError
+
 
 @contextmanager
 def atomic_binary_writer(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
@@ -120,6 +122,20 @@ def atomic_write_bytes(path: Path, content: bytes, *, durable: bool = True) -> N
     """Write a file so that it holds either the old or the whole new content; see :func:`atomic_binary_writer`."""
     with atomic_binary_writer(path, durable=durable) as file:
         file.write(content)
+
+
+def check_free(path: Path, overwrite: bool) -> None:
+    """Refuse a file's place where something is.
+
+    Args:
+        path: of the file that is to be written.
+        overwrite: whether a file there may be replaced.
+
+    Raises:
+        VaevqMedError: something is there that may not be replaced.
+    """
+    if path.exists() and not (overwrite and path.is_file()):
+        raise VaevqMedError(f"output {path}: found something there, expected nothing; --overwrite replaces a file")
 
 
 def file_sha256(path: Path) -> str:

@@ -48,6 +48,8 @@ def study_path(name: str) -> Path:
         if not path.is_file():
             raise VaevqMedError(f"found no file {path}, expected a study")
         return path
+    if path.is_file():
+        raise VaevqMedError(f"{path}: found the suffix {path.suffix!r}, expected .yaml, .yml or .json of a study")
     return _find("bundles/studies", f"{name}.yaml")
 
 

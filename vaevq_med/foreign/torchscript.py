@@ -51,8 +51,11 @@ class TorchScriptFolder(Kind):
         Raises:
             VaevqMedError: TorchScript is not trusted, a program is missing or damaged, or the levels do not fit.
         """
-        check_trusted()
         paths = tuple(source / f"{name}.jit" for name in _NAMES)
+        for path in paths:
+            if not path.is_file():
+                raise ForeignError(f"{path}: found no file, expected a TorchScript program")
+        check_trusted()
         programs = [_loaded(path) for path in paths]
         size = options.image_size or 256
         try:
@@ -103,8 +106,6 @@ def _levels(text: str) -> list[int]:
 
 
 def _loaded(path: Path) -> Any:
-    if not path.is_file():
-        raise ForeignError(f"{path}: found no file, expected a TorchScript program")
     try:
         return load_program(str(path))
     except Exception as error:

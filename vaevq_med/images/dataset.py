@@ -290,7 +290,8 @@ def _of_patients(
     entries: Sequence[Mapping[str, Any]], share: float, seed: int, manifest: Manifest
 ) -> Sequence[Mapping[str, Any]]:
     """The entries of a share of their patients, who come in the order of the hashes of their names."""
-    expect(is_number(share, 0, 1) and share > 0, "patient_share", share, "a share above 0 and at most 1")
+    fits = is_number(share, 0, 1) and share > 0
+    expect(fits, "patient_share (train_patients)", share, "a share above 0 and at most 1")
     if share == 1:
         return entries
     names = {str(entry.get("patient", "")) for entry in entries}

@@ -97,6 +97,7 @@ def reader(
     augment = None if augment in ("null", "none", "None") else augment  # MONAI's command line knows no null
     expect(augment is None or augment in AUGMENTATIONS, "augment", augment, f"{', '.join(AUGMENTATIONS)} or null")
     expect(not (augment and regions), "augment", augment, "null where the regions' masks are read")
+    expect(image_size >= 1, "image_size", image_size, "1 or more")
     manifest = dataset_dir if isinstance(dataset_dir, Manifest) else load_manifest(dataset_dir)
     side = int(image_size * scale)
     resized = augment == "random_resized_crop"

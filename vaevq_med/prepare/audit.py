@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vaevq_med.core.jobs import check_workers
 from vaevq_med.images.manifest import SPLITS, load_manifest, split_hash
 from vaevq_med.images.patients import patient_of, person_of
 from vaevq_med.prepare.twins import Comparison, Twins, compare_splits
@@ -61,6 +62,7 @@ class AuditSplit:
         Raises:
             DataError: there is no data set, or it is not valid.
         """
+        check_workers(self.workers)
         manifest = load_manifest(self.dataset)
         if any("patient" in entry for split in SPLITS for entry in manifest.entries(split)):
             manifest = load_manifest(self.dataset, required=("image", "patient", "case"))

@@ -20,7 +20,7 @@ from monai.data import DataLoader
 
 from vaevq_med.core.clusters import Features, StreamingClusters
 from vaevq_med.core.errors import DataError, VaevqMedError
-from vaevq_med.core.files import atomic_binary_writer
+from vaevq_med.core.files import atomic_binary_writer, check_free
 from vaevq_med.core.jobs import check_workers, usable_cores
 from vaevq_med.images.dataset import SliceDataset
 from vaevq_med.images.reading import reader
@@ -143,6 +143,7 @@ class FeatureCodebook(CodebookOptions):
         check_workers(self.workers, least=0)
         if self.output.suffix != ".npz":
             raise VaevqMedError(f"output {self.output}: found the suffix {self.output.suffix!r}, expected .npz")
+        check_free(self.output, self.overwrite)
         counts = {"num-embeddings": self.num_embeddings, "grid": self.grid, "batch-size": self.batch_size}
         for name, value in counts.items():
             if value < 1:

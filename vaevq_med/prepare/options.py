@@ -21,5 +21,6 @@ class CodebookOptions:
     max_items: int | None = option(None, "Look at this many images, evenly spaced.")
     batch_size: int = option(32, "Images at once.")
     workers: int | None = option(None, "Processes that read images; by default one a core.")
+    overwrite: bool = option(False, "Replace OUTPUT.")
     seed: int = option(0, "Seed of the images' order and of the clusters' start.")
     device: str | None = option(None, "By default the GPU, where there is one.")

@@ -73,6 +73,8 @@ class AnyRecipe(Options, ABC):
             ((0.0, 99.5), 256)
         """
         path = Path(name_or_path)
+        if path.suffix != ".json" and path.is_file():
+            raise DataError(f"recipe {path}: found the suffix {path.suffix!r}, expected .json")
         if path.suffix != ".json":
             path = recipe_path(path.as_posix())
         try:

@@ -175,7 +175,7 @@ class RunStudy:
         """
         tasks = self.plan.tasks()
         if not 0 <= number < len(tasks):
-            raise VaevqMedError(f"task: found {number}, expected 0 to {len(tasks) - 1}")
+            raise VaevqMedError(f"row or task {number}: expected 0 to {len(tasks) - 1}")
         check_settings(self.plan)
         record = read_plan_record(self.study.output)
         if not record:

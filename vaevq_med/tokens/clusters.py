@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.core.files import atomic_binary_writer
+from vaevq_med.core.files import atomic_binary_writer, check_free
 from vaevq_med.networks.generators.clusters import cluster_codewords
 from vaevq_med.tokens.store import TokenStore, load_token_store
 from vaevq_med.trained.network import StoredTokenizer
@@ -44,6 +44,7 @@ class ClusterCodebook:
         output: file to write, ``.npz``.
         num_clusters: C.
         seed: of k-means.
+        overwrite: replace the output.
     """
 
     checkpoint: Path
@@ -51,16 +52,18 @@ class ClusterCodebook:
     output: Path
     num_clusters: int
     seed: int = 0
+    overwrite: bool = False
 
     def run(self) -> ClusterReport:
         """Write ``cluster_of`` ``[G, K]``.
 
         Raises:
-            VaevqMedError: the tokenizer has no explicit codebook, the store is not of its indices, or a number is out
-                of its range.
+            VaevqMedError: the tokenizer has no explicit codebook, the store is not of its indices, a number is out
+                of its range, or something is at the output's place.
         """
         if self.output.suffix != ".npz":
             raise VaevqMedError(f"output {self.output}: found the suffix {self.output.suffix!r}, expected .npz")
+        check_free(self.output, self.overwrite)
         check_seed(self.seed)
         store = load_token_store(self.tokens)
         if store.kind != "indices":

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vaevq_med.core.clusters import StreamingClusters
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.core.files import check_free
 from vaevq_med.networks.generators.clusters import cluster_codewords, use_weights
 from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.quantizers.base import Quantizer
@@ -86,8 +87,7 @@ class ReduceCodebook:
                 of another tokenizer, or a number is out of its range.
         """
         check_seed(self.seed)
-        if self.output.exists() and not (self.overwrite and self.output.is_file()):
-            raise VaevqMedError(f"{self.output}: found something there, expected nothing; --overwrite replaces a file")
+        check_free(self.output, self.overwrite)
         store = load_token_store(self.tokens)
         stored = tokenizer_of(store, self.checkpoint)
         quantizer = stored.network().quantizer

@@ -30,8 +30,8 @@ def cosine_with_warmup(
     """
     if total_steps < 1 or warmup_steps < 0 or not 0.0 <= final_ratio <= 1.0:
         raise VaevqMedError(
-            f"found total_steps {total_steps}, warmup_steps {warmup_steps}, final_ratio {final_ratio}; "
-            "expected total_steps >= 1, warmup_steps >= 0 and final_ratio in [0, 1]"
+            f"found total_steps {total_steps} (of all epochs), warmup_steps {warmup_steps}, final_ratio {final_ratio}; "
+            "expected total_steps >= 1 (max_epochs above 0), warmup_steps >= 0 and final_ratio in [0, 1]"
         )
     warmup = min(warmup_steps, total_steps)
 

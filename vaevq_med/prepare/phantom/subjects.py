@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from vaevq_med.core.errors import DataError, VaevqMedError
-from vaevq_med.core.files import atomic_write_bytes
+from vaevq_med.core.files import atomic_write_bytes, atomic_write_text
 from vaevq_med.core.jobs import Problem, check_workers, run_jobs
 from vaevq_med.core.options import Number, Options
 from vaevq_med.prepare.phantom.anatomy import FULL_SHAPE, build_anatomy, make_grid
@@ -42,6 +43,8 @@ __all__ = [
 TIMEPOINTS = (100, 101)
 """The timepoint numbers of BraTS 2024; the second follows surgery."""
 MAX_SUBJECTS = 9999
+RECORD = "phantom.json"
+"""In the output folder, how its cases are made."""
 _MIN_EDGE = 24
 _Edge = Annotated[int, Field(ge=_MIN_EDGE, le=512)]
 
@@ -209,7 +212,8 @@ def write_phantoms(
 ) -> list[Path]:
     """Write synthetic subjects as ``OUTPUT/<case>/<case>-{t1n,t1c,t2w,t2f,seg}.nii.gz``.
 
-    Each file appears whole or not at all; a second run writes the same bytes over the first.
+    Each file appears whole or not at all; a second run writes the same bytes over the first. ``phantom.json`` keeps how
+    the cases of the folder were made, which a call of another seed or shape is refused by.
 
     Args:
         output: folder to write into; made where absent.
@@ -223,7 +227,8 @@ def write_phantoms(
 
     Raises:
         VaevqMedError: a number is out of its range.
-        DataError: nilearn's MNI152 maps are not installed, or the output cannot be written.
+        DataError: nilearn's MNI152 maps are not installed, the output cannot be written, or it holds cases of another
+            configuration.
     """
     check_workers(workers)
     cases = {case_name(*case): (output, *case, config or PhantomConfig()) for case in plan_cases(subjects)}
@@ -231,12 +236,26 @@ def write_phantoms(
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"cannot make the output folder {output}: {error.strerror}") from error
+    _note_config(output, config or PhantomConfig())
     with contextlib.closing(run_jobs(_write_case, cases, kind="case", workers=workers)) as outcomes:
         for name, outcome in outcomes:
             if isinstance(outcome, Problem):
                 raise DataError(outcome.reason)
             on_case(name)
     return [output / name for name in cases]
+
+
+def _note_config(output: Path, config: PhantomConfig) -> None:
+    """Keep how the folder's cases are made; refuse to mix those of two configurations, which have the same names."""
+    path, wanted = output / RECORD, config.model_dump(mode="json")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if found is None:
+            atomic_write_text(path, json.dumps(wanted) + "\n")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: found no readable record ({error}), expected that of an earlier call") from None
+    if found not in (None, wanted):
+        raise DataError(f"{path}: found cases of {found}, expected {wanted}; choose another folder")
 
 
 def _write_case(output: Path, subject: int, timepoint: int, config: PhantomConfig) -> None:

@@ -115,16 +115,20 @@ class PictureSource(Source[Batch, BatchRecord]):
         """Write some images of some batches; what is left takes as much for the size of its files."""
         assert isinstance(search, ImageSearch)
         read, images, size = 0, 0, 0
+        skipped: list[tuple[str, str]] = []
         for batch in todo[:: max(1, len(todo) // _MEASURED)]:
             outcome = attempt(write_batch, "batch", batch, self.recipe, folder, max(1, _MEASURED // len(todo)))
-            if not isinstance(outcome, Problem):
+            if isinstance(outcome, Problem):
+                skipped.append((batch.name, outcome.reason))
+            else:
+                skipped += outcome.skipped
                 read += _input_bytes(batch, len(outcome.images) + len(outcome.skipped))
                 images += len(outcome.images)
                 size += sum(outcome.images.values())
         share = sum(map(_input_bytes, todo)) / max(1, read)
         linked = self.recipe.resize is None and not any(batch.is_archive for batch in todo)
         facts = {"classes": len(search.classes), "linked": linked}
-        return Estimate(round(images * share), round(size * share), facts=facts)
+        return Estimate(round(images * share), round(size * share), skipped, facts)
 
     def _split(self, batch: Batch, name: str, dealt: Mapping[str, str], has_validation: bool) -> str:
         """The split of a patient, or of an image where none are known."""
