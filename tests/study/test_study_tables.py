@@ -111,3 +111,21 @@ def test_tables_are_what_they_were(
         assert (tmp_path / f"table.{kind}").read_text() == (PINNED / f"{name}.{kind}").read_text(), kind
     record = json.loads((tmp_path / "results.json").read_text())["table"]
     assert record == json.loads((PINNED / f"{name}.json").read_text())
+
+
+def test_a_reference_adds_its_sections_to_the_same_table(
+    slice_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows_module, "call", fake)
+    options = ["--dataset-dir", str(slice_dataset), "--output-dir", str(tmp_path), "--tracking-uri", "none"]
+    done = CliRunner().invoke(app, [*STUDIES["compare"], *options, "--pictures", "0", "--reference", "vaevq"])
+    assert done.exit_code == 0, done.output
+    before, after = (PINNED / "compare.md").read_text(), (tmp_path / "table.md").read_text()
+    assert after.startswith(before)
+    for heading in ("VAEVQ minus each rival", "Seeds apart"):
+        assert f"## {heading}\n" in after.replace(" (paper)", ""), after
+    reference = json.loads((tmp_path / "results.json").read_text())["reference"]
+    assert (reference["name"], reference["unit"], reference["groups"]) == ("vaevq", "patients", 7)
+    assert [rival["name"] for rival in reference["rivals"]] == ["vqgan", "softvq_hard", "mine"]
+    assert {rival["figures"]["psnr"]["n"] for rival in reference["rivals"]} == {14}
+    assert "reference: vaevq" in (tmp_path / "study.yaml").read_text()

@@ -83,6 +83,9 @@ class Maker(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class _Tokenizers(Maker):
+    reference: str = option(
+        "", "Method that is set against each other one, over pairs of patient and seed.", metavar="NAME"
+    )
     slurm: Path | None = option(
         None,
         "Prepare the output folder, write a SLURM array script with a task a training ('-' prints it), and end.",
@@ -98,7 +101,8 @@ class _Tokenizers(Maker):
         methods = self.chosen()
         shared, own = _assignments("set", self.assignments, [method["name"] for method in methods])
         full = [_with(method, set=own[method["name"]]) for method in methods]
-        return {"study": "tokenizers", "methods": full, **_with({}, set=shared)}
+        report = {"reference": self.reference} if self.reference else {}
+        return {"study": "tokenizers", "methods": full, **_with({}, set=shared, report=report)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +146,7 @@ class Ablate(_Tokenizers):
 
     def content(self) -> dict[str, Any]:
         """What the study is of, as a file has it."""
-        return {"name": "ablate", **super().content(), "report": {"notes": _bundled("ablation")["report"]["notes"]}}
+        return {"name": "ablate", **_with(super().content(), report={"notes": _bundled("ablation")["report"]["notes"]})}
 
 
 @dataclass(frozen=True, kw_only=True)

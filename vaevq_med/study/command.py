@@ -154,6 +154,8 @@ class RunStudy:
                 for result in results
             ],
         }
+        if table.against is not None:
+            record["reference"] = table.against.record()
         texts = {"table.md": table.markdown(), "table.csv": table.csv(), "table.tex": table.latex()}
         texts["results.json"] = json.dumps(record, indent=2) + "\n"
         for name, text in texts.items():

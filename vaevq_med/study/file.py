@@ -228,6 +228,16 @@ class Report(Part):
     notes: list[str] = []
 
 
+class TokenizerReport(Report):
+    """What is made of the finished rows of tokenizers.
+
+    Attributes:
+        reference: name of the method that is set against each other one; none where empty.
+    """
+
+    reference: str = ""
+
+
 class Study(AnyStudy):
     """What studies say that train.
 
@@ -281,6 +291,7 @@ class TokenizerStudy(Study):
     Attributes:
         methods: rows of the table.
         sweep: sizes that each method has.
+        report: what is made of the finished rows.
     """
 
     study: Literal["tokenizers"]
@@ -288,6 +299,7 @@ class TokenizerStudy(Study):
         list[Annotated[MethodPart, BeforeValidator(named)]], Field(min_length=1), AfterValidator(by_name)
     ]
     sweep: Sweep | None = None
+    report: TokenizerReport = TokenizerReport()
 
     @model_validator(mode="after")
     def _sizes_of_trained_ones(self) -> TokenizerStudy:

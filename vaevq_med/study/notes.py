@@ -50,6 +50,7 @@ def _tokenizer_notes(plan: Plan, results: Sequence[RowResult], methods: Sequence
     if continuous:
         who = ", ".join(continuous)
         yield f"{who}: continuous, no indices hold what is decoded; left out of the tests and the bold."
+    yield from _reference(plan, methods)
     yield from _given(results)
     yield from _sides(results)
     yield from _stages(methods)
@@ -119,6 +120,16 @@ def _schedule(results: Sequence[RowResult], methods: Sequence[MethodResult]) -> 
         for (start, steps), titles in found.items():
             who = "each method" if len(titles) == len(methods) else ", ".join(titles)
             yield text.format(start=start, steps=steps, who=who) + f" Set {key}."
+
+
+def _reference(plan: Plan, methods: Sequence[MethodResult]) -> Iterator[str]:
+    """Why the report's reference is set against nothing."""
+    if plan.reference is None:
+        return
+    discrete = {result.method.name: result.is_discrete for result in methods}
+    if not discrete.get(plan.reference.name, False):
+        why = "its codes are continuous" if plan.reference.name in discrete else "none of its rows is finished"
+        yield f"{plan.reference.title}, the reference, is set against no rival: {why}."
 
 
 def _given(results: Sequence[RowResult]) -> Iterator[str]:

@@ -24,7 +24,7 @@ from vaevq_med.study.bundle import (
     texts,
     trusting,
 )
-from vaevq_med.study.file import Study, TokenizerStudy
+from vaevq_med.study.file import Study, TokenizerReport, TokenizerStudy
 from vaevq_med.study.methods import Method, make_methods
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class Plan:
         alike: entries of the rows' provenance that have to agree.
         published: which of the paper's tables has figures of the methods.
         per_image: figures of which each image has one; none where rows are of samples of their own.
+        per_seed: figures of a whole split that tell the report's reference from each rival, seed by seed.
         known: figures that its table can have, in their order.
     """
 
@@ -57,6 +58,7 @@ class Plan:
     )
     published: ClassVar[str] = "reconstruction"
     per_image: ClassVar[tuple[Figure, ...]] = (figures.PSNR, figures.SSIM, figures.LPIPS)
+    per_seed: ClassVar[tuple[Figure, ...]] = (figures.RFID,)
     known: ClassVar[tuple[Figure, ...]] = (
         *(figures.PSNR, figures.SSIM, figures.RFID, figures.LPIPS, figures.UTILIZATION, figures.PERPLEXITY),
         *(figures.BITS_PER_POSITION, figures.MEAN_BITS, figures.BITS_PER_PIXEL),
@@ -86,6 +88,7 @@ class Plan:
         of_given = [(key, [evaluation]) for m in plan.methods if m.given for key in m.overrides]
         check_ids("set", of_given, own, ("evaluate.json",))
         plan.columns()
+        plan._check_reference()
         for row in plan.rows()[: len(plan.methods)]:
             for command in row.commands():
                 check_components(row.label, row.parser(command).get())
@@ -106,6 +109,13 @@ class Plan:
         if unknown and not outside:
             raise VaevqMedError(f"report.figures has {unknown[0]}; expected some of {', '.join(known)}")
         return tuple(known[name] for name in (known if names is None else names) if name in known)
+
+    @property
+    def reference(self) -> Method | None:
+        """The method that the report sets against each other one."""
+        report = self.study.report
+        name = report.reference if isinstance(report, TokenizerReport) else ""
+        return next((method for method in self.methods if method.name == name), None)
 
     def check_data(self) -> None:
         """Refuse a data set whose split that every row is evaluated on is empty, before anything is trained."""
@@ -129,6 +139,13 @@ class Plan:
                     f"the same settings, expected each once; a setting of {method.family} alone makes another of it"
                 )
             seen[settings] = method.name
+
+    def _check_reference(self) -> None:
+        """Refuse a reference that is none of the methods."""
+        report = self.study.report
+        if isinstance(report, TokenizerReport) and report.reference and self.reference is None:
+            names = ", ".join(method.name for method in self.methods)
+            raise VaevqMedError(f"report.reference is {report.reference}; expected one of {names}")
 
     def composed(self, method: Method) -> tuple[str, ...]:
         """Overlays of a method's rows: the shared ones, ``multi_gpu`` under torchrun, the method's."""

@@ -42,6 +42,15 @@ class Images:
         """
         return independent_units(self.patients)
 
+    def groups(self) -> tuple[str, NDArray[np.int64]]:
+        """What pairs are made of, ``patient`` or ``image``, and the number of the group that each image belongs to.
+
+        Patients wherever every image names one, be it the same, so that the images of one are never taken for many.
+        """
+        if not self.patients or not all(self.patients):
+            return "image", np.arange(len(self.keys))
+        return "patient", np.unique(self.patients, return_inverse=True)[1]
+
 
 def _keys(rows: Sequence[Mapping[str, str]]) -> tuple[str, ...]:
     """What identifies the images wherever the data set's folder is: number in the split and file name."""
@@ -128,6 +137,35 @@ def wilcoxon(differences: Array) -> float:
     return 1.0 if len(moved) == 0 else float(signed_rank(moved).pvalue)
 
 
+def sign_test(better: int, worse: int) -> float:
+    """Two-sided p-value of the sign test, whose pairs are better or worse by even chance; 1 of no pairs.
+
+    Example:
+        >>> sign_test(6, 0)
+        0.03125
+    """
+    from scipy.stats import binomtest
+
+    return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
+
+
+def check_same_images(methods: Mapping[str, Images]) -> None:
+    """Refuse two methods that were not evaluated on the same images.
+
+    Args:
+        methods: name to its images, two of them.
+
+    Raises:
+        VaevqMedError: naming both.
+    """
+    (best, first), (second, other) = methods.items()
+    if first.keys != other.keys:
+        raise VaevqMedError(
+            f"methods {best} and {second}: found different images ({len(first.keys)} and {len(other.keys)}), expected "
+            "the same ones; evaluate them again in another output folder"
+        )
+
+
 def best_against_next(figure: Figure, methods: Mapping[str, Images]) -> list[PairedTest]:
     """Test the best method against the next by one figure.
 
@@ -149,11 +187,7 @@ def best_against_next(figure: Figure, methods: Mapping[str, Images]) -> list[Pai
     sign = -1 if figure.higher_is_better else 1
     best, second = sorted(having, key=lambda name: sign * float(having[name].values[metric].mean()))[:2]
     first, other = having[best], having[second]
-    if first.keys != other.keys:
-        raise VaevqMedError(
-            f"methods {best} and {second}: found different images ({len(first.keys)} and {len(other.keys)}), expected "
-            "the same ones; evaluate them again in another output folder"
-        )
+    check_same_images({best: first, second: other})
     differences = first.values[metric] - other.values[metric]
     unit, units = first.units()
     patients, images = len({name for name in first.patients if name}), len(differences)

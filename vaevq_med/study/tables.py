@@ -10,6 +10,7 @@ from typing import Any
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.metrics import figures
 from vaevq_med.metrics.figures import Figure
+from vaevq_med.study.against import Against, set_against, titled
 from vaevq_med.study.notes import notes
 from vaevq_med.study.over_seeds import Cell, MethodResult, summarize
 from vaevq_med.study.plan import Plan
@@ -30,6 +31,7 @@ class Table:
         notes: what was compared and on what, in sentences; the caption in LaTeX.
         published: the paper's figures, or None.
         candidates: columns that it may have.
+        against: the report's reference minus each rival, or None.
     """
 
     methods: tuple[MethodResult, ...]
@@ -37,6 +39,7 @@ class Table:
     notes: tuple[str, ...]
     published: Published | None = None
     candidates: tuple[Figure, ...] = ()
+    against: Against | None = None
 
     @property
     def columns(self) -> list[Figure]:
@@ -61,8 +64,7 @@ class Table:
         return result.figures[column.name].mean == (max(means) if column.higher_is_better else min(means))
 
     def _head(self) -> list[str]:
-        arrows = {True: " ↑", False: " ↓", None: ""}
-        titles = [column.title + arrows[column.higher_is_better] for column in self.columns]
+        titles = map(titled, self.columns)
         return ["Method", *titles, *(f"{_KNOWN[name].title}, paper" for name in self._paper(self.methods[0]))]
 
     def _body(self, escape: Callable[[str], str], plus_minus: str, bold: str) -> Iterator[list[str]]:
@@ -75,14 +77,18 @@ class Table:
             yield [escape(result.method.title), *cells, *map(escape, self._paper(result).values())]
 
     def markdown(self) -> str:
-        """As Markdown, the best of each column in bold, with notes."""
-        head, titles = self._head(), {result.method.name: result.method.title for result in self.methods}
-        rows = [head, ["---", *["---:"] * (len(head) - 1)], *self._body(_markdown_text, "±", "**%s**")]
+        """As Markdown, the best of each column in bold, with notes; the reference minus each rival below."""
+        titles = {result.method.name: result.method.title for result in self.methods}
+        rows = [*self._body(_markdown_text, "±", "**%s**")]
         known = {column.name: column for column in self.columns}
         said = (_sentence(test, known[test.metric].title, titles) for test in self.tests)
         notes = [*self.notes, *said, *self._sources()]
-        lines = [f"| {' | '.join(row)} |" for row in rows]
-        return "\n".join([*lines, "", *(f"- {_markdown_text(note)}" for note in notes)]) + "\n"
+        lines = _markdown_table(self._head(), rows, notes)
+        for section in () if self.against is None else self.against.sections():
+            cells = [[_markdown_text(cell) for cell in row] for row in section.rows]
+            lines += ["", f"## {_markdown_text(section.title)}", ""]
+            lines += _markdown_table(section.head, cells, section.notes, section.num_names)
+        return "\n".join(lines) + "\n"
 
     def csv(self) -> str:
         """As CSV: unscaled means, with ``_std``, ``_low`` and ``_high`` columns where there are such."""
@@ -170,7 +176,10 @@ def make_table(plan: Plan, results: Sequence[RowResult]) -> Table:
     columns = plan.columns(further)
     tests = tuple(test for figure in per_image if figure in columns for test in best_against_next(figure, images))
     published = load_published(plan.bundle.name, plan.published) if plan.study.report.published else None
-    return Table(methods, tests, tuple(notes(plan, results, methods)), published, columns)
+    reference, against = plan.reference, None
+    if reference is not None:
+        against = set_against(reference.name, methods, results, columns, per_image, plan.per_seed)
+    return Table(methods, tests, tuple(notes(plan, results, methods)), published, columns, against)
 
 
 def _check_alike(results: Sequence[RowResult], keys: Sequence[str]) -> None:
@@ -207,6 +216,15 @@ def _cell(column: Figure, figure: Cell, plus_minus: str) -> str:
     if not math.isnan(figure.low):
         text += f" [{column.show(figure.low)}, {column.show(figure.high)}]"
     return text
+
+
+def _markdown_table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str], num_names: int = 1
+) -> list[str]:
+    """Lines of a table whose first columns are words, and of the notes under it."""
+    rule = [*["---"] * num_names, *["---:"] * (len(head) - num_names)]
+    lines = [f"| {' | '.join(row)} |" for row in (head, rule, *rows)]
+    return [*lines, *([""] if notes else []), *(f"- {_markdown_text(note)}" for note in notes)]
 
 
 def _markdown_text(text: str) -> str:
