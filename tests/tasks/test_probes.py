@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -12,12 +14,14 @@ import torch
 from conftest import FIXTURES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.metrics import balanced_accuracy_score
 from sklearn.neural_network import MLPClassifier
 from typer.testing import CliRunner
 
 from vaevq_med.cli.app import app
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.tasks.probes import HEADS, TASKS, Asked, Probe, answer, at_positions, lines, pooled
+from vaevq_med.tasks.probe_report import HEADS, lines, markdown
+from vaevq_med.tasks.probes import TASKS, Asked, Probe, answer, at_positions, balanced_interval, pooled
 
 
 def asked(seed: int, count: int = 300, *, informative: bool = True, classes: int = 2) -> Asked:
@@ -95,9 +99,12 @@ def test_a_head_that_does_not_converge_is_told(monkeypatch: pytest.MonkeyPatch) 
         warnings.simplefilter("error")
         found = answer(asked(0, 40), asked(1, 40))
     assert [found[head]["converged"] for head in HEADS] == [True, True, False]
-    told = [*lines({"probes": {"contrast": found}})]
-    assert [line.endswith(", not converged") for line in told] == [False, False, False, True]
-    assert "converged 0" not in told[3]
+    row = {"name": "a", "quantizer": "VQ", "embedding_dim": 4, "patients": {"test": 1}, "probes": {"contrast": found}}
+    record = {"split": "test", "asked": {"contrast": "which"}, "tokenizers": [row]}
+    told = [*lines(record)]
+    assert [line.endswith(", not converged") for line in told] == [False, False, False, False, True]
+    assert "converged 0" not in told[4]
+    assert "- Stopped by the limit of iterations: a, contrast, mlp." in markdown(record).splitlines()
 
 
 @given(st.integers(0, 100))
@@ -109,22 +116,77 @@ def test_mean_and_deviation(seed: int) -> None:
     np.testing.assert_allclose(found, np.concatenate([flat.mean(2), flat.std(2)], axis=1), atol=1e-6)
 
 
+def test_the_interval_draws_whole_patients() -> None:
+    """Of two patients one draw in four takes A twice, one B twice; one class alone is judged by itself."""
+    labels, patients = np.array([0, 1, 0, 1]), ["A", "A", "B", "B"]
+    assert balanced_interval(labels, np.array([0, 1, 1, 0]), patients) == (0.0, 1.0)
+    assert balanced_interval(labels, labels, patients) == (1.0, 1.0)
+    # A is right in both of its classes, B in its only one or not at all.
+    assert balanced_interval(np.array([0, 1, 1]), np.array([0, 1, 0]), ["A", "A", "B"]) == (0.0, 1.0)
+    for unknown in (["A"] * 4, [""] * 4, ["A", "B", "", ""], []):
+        assert all(np.isnan(balanced_interval(labels[: len(unknown)], labels[: len(unknown)], unknown)))
+
+
+def test_the_interval_is_that_of_the_score_drawn_again_and_again() -> None:
+    rng = np.random.default_rng(5)
+    labels, told = rng.integers(0, 3, 400), rng.integers(0, 3, 400)
+    told[:200] = labels[:200]
+    patients = np.repeat(np.arange(20), 20)
+    draws = []
+    for _ in range(1000):
+        of = np.concatenate([np.flatnonzero(patients == patient) for patient in rng.integers(0, 20, 20)])
+        draws.append(balanced_accuracy_score(labels[of], told[of]))
+    found = balanced_interval(labels, told, [f"P{patient}" for patient in patients])
+    assert found == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.03)
+
+
+def test_patients_stand_beside_what_they_are_asked() -> None:
+    training, test = asked(0), asked(1)
+    named = answer(training, Asked(test.features, test.labels, [f"P{i % 9}" for i in range(300)]))["linear"]
+    assert named["balanced_accuracy_low"] <= named["balanced_accuracy"] <= named["balanced_accuracy_high"]
+    assert "balanced_accuracy_low" not in answer(training, test)["linear"]
+
+
 def test_the_command(tmp_path: Path) -> None:
-    command = ["probe", str(FIXTURES / "simvq.pt"), str(FIXTURES / "slices"), str(tmp_path / "probes.json")]
-    done = CliRunner().invoke(app, [*command, "--max-positions", "50", "--device", "cpu"])
+    other = shutil.copy(FIXTURES / "simvq.pt", tmp_path / "again.pt")
+    output, options = tmp_path / "new" / "probes", ["--max-positions", "50", "--device", "cpu"]
+    command = ["probe", str(FIXTURES / "slices"), str(output), str(FIXTURES / "simvq.pt"), str(other)]
+    done = CliRunner().invoke(app, [*command, *options])
     assert done.exit_code == 0, done.output
-    record = json.loads((tmp_path / "probes.json").read_text())
-    assert set(record["probes"]) == set(TASKS)
-    found = record["probes"]["contrast"]
-    assert (found["n_training"], found["n_test"]) == (record["images"]["training"], record["images"]["test"])
+    record = json.loads((output / "probes.json").read_text())
+    first, second = record["tokenizers"]
+    assert (first["name"], second["name"], first["quantizer"]) == ("simvq", "again", "SimVQ")
+    assert first == {**second, "name": "simvq"}
+    assert set(first["probes"]) == set(TASKS)
+    found = first["probes"]["contrast"]
+    assert (found["n_training"], found["n_test"]) == (first["images"]["training"], first["images"]["test"])
     # Every slice of the fixture shows tumor, so that there is nothing to tell apart.
-    assert "fewer than two classes" in record["probes"]["tumor_slice"]["left_out"]
-    assert record["probes"]["tumor_position"]["n_test"] <= 50
-    assert "NaN" not in (tmp_path / "probes.json").read_text()
+    assert "fewer than two classes" in first["probes"]["tumor_slice"]["left_out"]
+    assert first["probes"]["tumor_position"]["n_test"] <= 50
+    assert "NaN" not in (output / "probes.json").read_text()
     assert "tumor_slice: left out" in done.output
-    again = tmp_path / "new" / "folder" / "again.json"
-    CliRunner().invoke(app, [*command[:3], str(again), "--max-positions", "50", "--device", "cpu"])
-    assert json.loads(again.read_text()) == record
+    table = (output / "table.md").read_text().splitlines()
+    assert table[0].startswith("| Tokenizer | Quantizer | D | contrast, chance | contrast, linear | contrast, mlp |")
+    assert "tumor_slice" not in table[0]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table[2:4]]
+    assert [row[0] for row in cells] == ["simvq", "again"]
+    assert cells[0][4].startswith(f"{found['linear']['balanced_accuracy']:.3f}")
+    rows = [*csv.DictReader((output / "probes.csv").open())]
+    (linear,) = (
+        row for row in rows if (row["tokenizer"], row["probe"], row["head"]) == ("again", "contrast", "linear")
+    )
+    assert float(linear["balanced_accuracy"]) == found["linear"]["balanced_accuracy"]
+    again = CliRunner().invoke(app, [*command[:4], *options])
+    assert (again.exit_code, "again" in again.output) == (2, True)  # of two tokenizers, not of one
+    assert json.loads((output / "probes.json").read_text()) == record
+
+
+def test_the_order_of_before_is_told(tmp_path: Path) -> None:
+    before = ["probe", str(FIXTURES / "simvq.pt"), str(FIXTURES / "slices"), str(tmp_path / "probes.json")]
+    done = CliRunner().invoke(app, before)
+    assert done.exit_code == 2
+    assert "expected DATASET OUTPUT CHECKPOINT..." in " ".join(done.output.split())
+    assert [*tmp_path.iterdir()] == []
 
 
 @pytest.mark.parametrize(
@@ -132,14 +194,18 @@ def test_the_command(tmp_path: Path) -> None:
     [
         ({"max_items": 0}, "--max-items: found 0, expected 1 or more"),
         ({"seed": -1}, "--seed: found -1, expected 0 to"),
-        ({"checkpoint": FIXTURES / "autoregressive.pt"}, "autoregressive.pt: found a checkpoint of"),
+        (
+            {"checkpoints": [FIXTURES / "simvq.pt", FIXTURES / "autoregressive.pt"]},
+            "autoregressive.pt: found a checkpoint of",
+        ),
         ({"device": "cuda:99"}, "cuda:99"),
-        ({"output": FIXTURES}, "fixtures: found a folder, expected a file or nothing"),
+        ({"output": FIXTURES}, "fixtures: found a folder with other things in it"),
+        ({"output": FIXTURES / "simvq.pt"}, "simvq.pt: found a file, expected a folder or nothing"),
     ],
 )
 def test_what_cannot_be(options: dict, message: str, tmp_path: Path) -> None:
-    whole = {"checkpoint": FIXTURES / "simvq.pt", "dataset": FIXTURES / "slices", "output": tmp_path / "probes.json"}
+    whole = {"checkpoints": [FIXTURES / "simvq.pt"], "dataset": FIXTURES / "slices", "output": tmp_path / "probes"}
     with pytest.raises(VaevqMedError) as caught:
         Probe(**{**whole, **options}).run()
     assert message in str(caught.value)
-    assert not (tmp_path / "probes.json").exists()
+    assert not (tmp_path / "probes").exists()

@@ -148,7 +148,7 @@ def test_what_asks_for_places_refuses_it(
     with pytest.raises(VaevqMedError, match="found tokens that stand for no place, expected one for each patch of"):
         describe(stored, stored.network())
     with pytest.raises(VaevqMedError, match="found tokens that stand for no place, expected one for each patch"):
-        Probe(checkpoint=checkpoint, dataset=slice_dataset, output=tmp_path / "probes.json").run()
+        Probe(checkpoints=[checkpoint], dataset=slice_dataset, output=tmp_path / "probes").run()
     toy = quick(toy_config(slice_dataset, tmp_path / "run"))
     config = {**of_transformers(toy, **SLOTS), "network_def#variational": True}
     with pytest.raises(SystemExit):

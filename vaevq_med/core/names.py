@@ -1,10 +1,11 @@
-"""Names that users write: the known one that a misspelt one is nearest to, an odd one in a line, one for a list."""
+"""Names that users write: what a misspelt one is nearest to, an odd one in a line, one for a list, one for a file."""
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -56,3 +57,15 @@ def listed(value: Any) -> list[Any]:
     if isinstance(value, str):
         return [word.strip() for word in value.split(",") if word.strip()] or [value]
     return list(value) if isinstance(value, list | tuple | set | frozenset) else [value]
+
+
+def names_of(checkpoints: Sequence[Path]) -> list[str]:
+    """A name for each checkpoint: that of a run's folder where it stands in its ``checkpoints``.
+
+    All are paths where two are alike.
+
+    >>> names_of([Path("runs/rvq/checkpoints/best.pt"), Path("packed/mgvq")])
+    ['rvq', 'mgvq']
+    """
+    short = [p.parent.parent.name if p.parent.name == "checkpoints" else p.stem for p in checkpoints]
+    return short if len(set(short)) == len(short) else [str(path) for path in checkpoints]

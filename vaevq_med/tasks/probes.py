@@ -22,12 +22,16 @@ from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.files import atomic_write_text
+from vaevq_med.core.folder import OutputFolder
+from vaevq_med.core.intervals import LEVEL, RESAMPLES, independent_units
+from vaevq_med.core.names import names_of
 from vaevq_med.evaluation.data import check_unseen
 from vaevq_med.images.dataset import SliceDataset
 from vaevq_med.images.reading import reader
 from vaevq_med.images.transforms import REGIONS
 from vaevq_med.networks.base import Tokenizer
 from vaevq_med.tasks.probe_options import ProbeOptions
+from vaevq_med.tasks.probe_report import markdown, table
 from vaevq_med.trained.device import named_device
 from vaevq_med.trained.network import StoredTokenizer
 
@@ -39,8 +43,7 @@ TASKS = {
     "tumor_position": "whether at least half of a position's pixels in the brain are whole tumor, from its code alone",
 }
 """What is asked."""
-HEADS = ("chance", "linear", "mlp")
-"""Who answers: the shares of the training images by chance; logistic regression; one hidden layer of 64 units."""
+_RECORD = "probes.json"
 _LEAST_SHARE = 0.5
 _UNKNOWN = -1
 
@@ -52,10 +55,12 @@ class Asked:
     Attributes:
         features: float32 ``[N, F]``.
         labels: int64 ``[N]``.
+        patients: of each of them; empty where nobody knows.
     """
 
     features: Features
     labels: Labels
+    patients: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,8 @@ class ProbeReport:
     """What was found.
 
     Attributes:
-        output: file of the record.
-        record: what it holds.
+        output: folder of the files.
+        record: what ``probes.json`` holds.
     """
 
     output: Path
@@ -111,10 +116,11 @@ def answer(training: Asked, test: Asked, seed: int = 0) -> dict[str, Any]:
         seed: of the heads.
 
     Returns:
-        ``n_training``, ``n_test`` and, of each of :data:`HEADS`, ``accuracy``, ``balanced_accuracy`` (the mean over
-        classes of the share that is right) and, of two classes, ``auc`` and ``dice`` of the second, and ``converged``,
-        false of a head whose training reached its limit of iterations; or ``left_out``, the reason why nothing is
-        asked.
+        ``n_training``, ``n_test`` and, of each of the ``HEADS`` of :mod:`vaevq_med.tasks.probe_report`, ``accuracy``,
+        ``balanced_accuracy`` (the mean over classes of the share that is right), with ``balanced_accuracy_low`` and
+        ``_high`` where there are two patients or more, and, of two classes, ``auc`` and ``dice`` of the second, and
+        ``converged``, false of a head whose training reached its limit of iterations; or ``left_out``, the reason why
+        nothing is asked.
 
     Raises:
         KeyboardInterrupt: on Ctrl-C.
@@ -145,6 +151,9 @@ def answer(training: Asked, test: Asked, seed: int = 0) -> dict[str, Any]:
             "accuracy": float(accuracy_score(test.labels, told)),
             "balanced_accuracy": float(balanced_accuracy_score(test.labels, told)),
         }
+        low, high = balanced_interval(test.labels, told, test.patients)
+        if not np.isnan(low):
+            scores |= {"balanced_accuracy_low": low, "balanced_accuracy_high": high}
         if len(model.classes_) == 2:
             likely = model.predict_proba(test.features)[:, 1]
             # A guess by shares says nothing about one image, so that its area is that of any order.
@@ -152,6 +161,34 @@ def answer(training: Asked, test: Asked, seed: int = 0) -> dict[str, Any]:
             scores["dice"] = float(f1_score(test.labels, told, zero_division=0.0))
         found[name] = {**scores, "converged": converged}
     return found
+
+
+def balanced_interval(labels: Labels, told: Labels, patients: Sequence[str]) -> tuple[float, float]:
+    """Percentile interval of the balanced accuracy when whole patients are drawn with replacement.
+
+    Args:
+        labels: what is right, int64 ``[N]``.
+        told: what a head says, int64 ``[N]``.
+        patients: of each of them.
+
+    Returns:
+        The lower and the upper end; NaN where fewer than two patients are named, or not all are. A draw without any of
+        a class has the mean over the others.
+    """
+    unit, units = independent_units(patients)
+    if unit != "patients":
+        return float("nan"), float("nan")
+    classes, which = np.unique(labels, return_inverse=True)
+    totals = np.zeros((2, units.max() + 1, len(classes)))
+    np.add.at(totals[0], (units, which), 1)
+    np.add.at(totals[1], (units, which), told == labels)
+    count = totals.shape[1]
+    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=RESAMPLES).astype(float)
+    asked, right = drawn @ totals[0], drawn @ totals[1]
+    shares = np.divide(right, asked, out=np.zeros_like(right), where=asked > 0)
+    means = shares.sum(axis=1) / (asked > 0).sum(axis=1)
+    low, high = np.quantile(means, [LEVEL / 2, 1 - LEVEL / 2])
+    return float(low), float(high)
 
 
 def _converges(model: Any, training: Asked) -> bool:
@@ -178,17 +215,17 @@ def _converges(model: Any, training: Asked) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Probe(ProbeOptions):
-    """Probe a tokenizer on a data set of slices.
+    """Probe tokenizers on a data set of slices.
 
     Attributes:
-        checkpoint: of the tokenizer.
         dataset: folder of ``dataset.json``; the heads learn from its ``training`` split.
-        output: file of the record.
+        output: folder of ``probes.json``, ``probes.csv`` and ``table.md``.
+        checkpoints: of the tokenizers.
     """
 
-    checkpoint: Path
     dataset: Path
     output: Path
+    checkpoints: Sequence[Path]
 
     def run(
         self,
@@ -196,56 +233,90 @@ class Probe(ProbeOptions):
         on_start: Callable[[int], None] = lambda total: None,
         on_images: Callable[[int], None] = lambda count: None,
     ) -> ProbeReport:
-        """Encode both splits, train the heads, and write the record.
+        """Encode both splits by each tokenizer, train the heads, and write the record and the table.
 
         Args:
-            on_start: called once with the number of images.
+            on_start: called once with the number of images of all tokenizers.
             on_images: called with the number of images of each batch that is encoded.
 
         Raises:
-            VaevqMedError: the checkpoint, an option or the data set does not fit, a patient was trained on, or the
-                output is a folder.
+            VaevqMedError: a checkpoint, an option or the data set does not fit, a patient was trained on, or the output
+                is no folder of earlier probes, or one of other settings.
         """
         self.check()
-        if self.output.is_dir():
-            raise VaevqMedError(f"output {self.output}: found a folder, expected a file or nothing")
-        device = named_device(self.device)
-        stored = StoredTokenizer(self.checkpoint, weights=self.weights, readout=self.readout)
-        network = self._network(stored).to(device)
-        datasets = {split: self._dataset(stored, split) for split in ("training", self.split)}
-        if not self.any_shape:
-            stored.check_shape(datasets[self.split].shape, self.dataset, "--any-shape")
-        check_unseen(datasets[self.split], stored)
-        self.output.parent.mkdir(parents=True, exist_ok=True)  # a folder that cannot be is told before the work
-        on_start(sum(map(len, datasets.values())))
+        folder = OutputFolder(self.output, ".probes", "vaevq-med probe", "probes", result=_RECORD, copies=True)
+        folder.check()
+        device, splits = named_device(self.device), ("training", self.split)
+        stored = [StoredTokenizer(path, weights=self.weights, readout=self.readout) for path in self.checkpoints]
+        for one in stored:  # what cannot be probed is told before the first is
+            self._network(one)
+        datasets = [{split: self._dataset(one, split) for split in splits} for one in stored]
+        for one, images in zip(stored, datasets, strict=True):
+            if not self.any_shape:
+                one.check_shape(images[self.split].shape, self.dataset, "--any-shape")
+            check_unseen(images[self.split], one)
+        settings = {
+            "data": datasets[0][self.split].manifest.content_hash,
+            **{name: getattr(self, name) for name in ("split", "seed", "max_items", "max_positions", "weights")},
+            **{name: getattr(self, name) for name in ("readout", "any_shape")},
+        }
+        names = names_of(self.checkpoints)
+        made_of = {name: one.content_hash for name, one in zip(names, stored, strict=True)}
+        self._check_earlier(folder, {**settings, "tokenizers": made_of})
+        with folder.writing():  # a folder that cannot be is told before the work
+            self.output.mkdir(parents=True, exist_ok=True)
+        on_start(sum(len(images) for of in datasets for images in of.values()))
+        rows = [
+            {
+                "name": name,
+                "checkpoint": made_of[name],
+                **self._probed(self._network(one).to(device), images, on_images),
+            }
+            for name, one, images in zip(names, stored, datasets, strict=True)
+        ]
+        record = {**settings, "asked": TASKS, "tokenizers": rows}
+        atomic_write_text(self.output / "probes.csv", table(rows))
+        atomic_write_text(self.output / "table.md", markdown(record))
+        atomic_write_text(self.output / _RECORD, json.dumps(record, indent=2) + "\n")
+        return ProbeReport(self.output, record)
+
+    def _check_earlier(self, folder: OutputFolder, expected: Mapping[str, Any]) -> None:
+        """Refuse to replace the record of other settings, or one that cannot be read."""
+        path = self.output / _RECORD
+        if not path.exists():
+            return
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            found = {name: record[name] for name in expected if name in record}
+            found["tokenizers"] = {row["name"]: row["checkpoint"] for row in record["tokenizers"]}
+        except (OSError, ValueError, KeyError, TypeError):
+            found = {}
+        folder.refuse_other(found, dict(expected), "probes", "choose another folder, or remove this one")
+
+    def _probed(
+        self, network: Tokenizer, datasets: Mapping[str, SliceDataset], on_images: Callable[[int], None]
+    ) -> dict[str, Any]:
+        """What is told of a tokenizer: itself, the images, and what its codes know."""
         asked = {split: self._asked(network, images, on_images) for split, images in datasets.items()}
-        manifest = datasets[self.split].manifest
-        record = {
-            "checkpoint": stored.content_hash,
+        return {
             "quantizer": type(network.quantizer).__name__,
             "embedding_dim": network.embedding_dim,
-            "data": manifest.content_hash,
-            "split": self.split,
             "images": {split: len(images) for split, images in datasets.items()},
             "patients": {split: len({one.get("patient") for one in ds.data}) for split, ds in datasets.items()},
-            "seed": self.seed,
-            "asked": TASKS,
             "probes": {task: answer(asked["training"][task], asked[self.split][task], self.seed) for task in TASKS},
         }
-        atomic_write_text(self.output, json.dumps(record, indent=2) + "\n")
-        return ProbeReport(self.output, record)
 
     def _network(self, stored: StoredTokenizer) -> Tokenizer:
         stored.check_target()
         if stored.value("depth", None) is not None:
-            raise VaevqMedError(f"{self.checkpoint}: found a tokenizer of volumes, expected one of slices")
+            raise VaevqMedError(f"{stored.path}: found a tokenizer of volumes, expected one of slices")
         network = stored.network()
         if not network.patchwise:
-            raise VaevqMedError(f"{self.checkpoint}: found tokens that stand for no place, expected one for each patch")
+            raise VaevqMedError(f"{stored.path}: found tokens that stand for no place, expected one for each patch")
         if not network.quantizer.is_discrete:
             other = "; name --readout hard" if "hard" in network.quantizer.readouts else ""
             raise VaevqMedError(
-                f"{self.checkpoint}: found {type(network.quantizer).__name__} with read-out "
+                f"{stored.path}: found {type(network.quantizer).__name__} with read-out "
                 f"{network.quantizer.readout!r}, expected one that decodes its indices{other}"
             )
         return network
@@ -270,8 +341,11 @@ class Probe(ProbeOptions):
         whole: list[Features] = []
         contrasts: list[int] = []
         tumors: list[int] = []
+        patients = [str(one.get("patient") or "") for one in images.data]
+        patients_there: list[str] = []
         places, inside_tumor = [np.empty((0, network.embedding_dim), np.float32)], [np.empty(0, np.int64)]
         for items, segmented in _batches(images, self.batch_size):
+            first = len(tumors)
             squares = torch.stack([item["image"] for item in items]).to(device)
             codes = network.quantizer.indices_to_codes(network.encode_indices(squares)).cpu()
             whole.append(pooled(codes).numpy())
@@ -285,19 +359,22 @@ class Probe(ProbeOptions):
                 inside, tumor = at_positions(masks[0], masks[1], codes.shape[2:])
                 places.append(codes[chosen].movedim(1, -1)[inside].numpy())
                 inside_tumor.append(tumor[inside].numpy().astype(np.int64))
+                for number, positions in zip(chosen, inside.flatten(1).sum(dim=1).tolist(), strict=True):
+                    patients_there += [patients[first + number]] * positions
             on_images(len(items))
         features, codes_there, labels = np.concatenate(whole), np.concatenate(places), np.concatenate(inside_tumor)
         drawn = np.random.default_rng(self.seed).permutation(len(labels))[: self.max_positions]
         return {
-            "contrast": _known(features, contrasts),
-            "tumor_slice": _known(features, tumors),
-            "tumor_position": Asked(codes_there[drawn], labels[drawn]),
+            "contrast": _known(features, contrasts, patients),
+            "tumor_slice": _known(features, tumors, patients),
+            "tumor_position": Asked(codes_there[drawn], labels[drawn], [patients_there[number] for number in drawn]),
         }
 
 
-def _known(features: Features, labels: Sequence[int]) -> Asked:
+def _known(features: Features, labels: Sequence[int], patients: Sequence[str]) -> Asked:
     array = np.array(labels, np.int64)
-    return Asked(features[array != _UNKNOWN], array[array != _UNKNOWN])
+    known = np.flatnonzero(array != _UNKNOWN)
+    return Asked(features[known], array[known], [patients[number] for number in known])
 
 
 def _batches(images: SliceDataset, size: int) -> Iterator[tuple[list[dict[str, Any]], list[bool]]]:
@@ -310,16 +387,3 @@ def _batches(images: SliceDataset, size: int) -> Iterator[tuple[list[dict[str, A
             for n, one in zip(numbers, items, strict=True)
         ]
         yield items, known
-
-
-def lines(record: Mapping[str, Any]) -> Iterator[str]:
-    """A line a probe and head, for a reader."""
-    for task, found in record["probes"].items():
-        if "left_out" in found:
-            yield f"{task}: left out, {found['left_out']}"
-            continue
-        yield f"{task}: {found['n_training']:,} to learn from, {found['n_test']:,} asked"
-        for head in HEADS:
-            scores = {name: value for name, value in found[head].items() if name != "converged"}
-            figures = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in scores.items())
-            yield f"  {head}: {figures}{'' if found[head]['converged'] else ', not converged'}"

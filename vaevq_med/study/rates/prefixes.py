@@ -21,6 +21,7 @@ from torch import Tensor
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.files import atomic_write_text
 from vaevq_med.core.folder import OutputFolder, difference
+from vaevq_med.core.names import names_of
 from vaevq_med.evaluation.data import check_unseen
 from vaevq_med.images.dataset import SliceDataset
 from vaevq_med.images.reading import reader
@@ -58,16 +59,6 @@ def prefix_counts(most: int, points: int) -> list[int]:
     if most <= points:
         return list(range(1, most + 1))
     return sorted({round(count) for count in np.geomspace(1, most, points)} if points > 1 else {most})
-
-
-def names_of(checkpoints: Sequence[Path]) -> list[str]:
-    """A name each: that of a run's folder where the file stands in its ``checkpoints``; all paths where two are alike.
-
-    >>> names_of([Path("runs/rvq/checkpoints/best.pt"), Path("packed/mgvq")])
-    ['rvq', 'mgvq']
-    """
-    short = [p.parent.parent.name if p.parent.name == "checkpoints" else p.stem for p in checkpoints]
-    return short if len(set(short)) == len(short) else [str(path) for path in checkpoints]
 
 
 @dataclass(frozen=True, kw_only=True)
