@@ -24,7 +24,13 @@ from vaevq_med.networks.tokenizer import VisualTokenizer
 from vaevq_med.tokens.clusters import ClusterCodebook
 from vaevq_med.tokens.store import TokenDataset
 
-DIFFUSIONS = {"absorbing": "absorbing", "maskgit": "absorbing", "vq_diffusion": "mask_replace", "vq_ddm": "uniform"}
+# Process, times, objective, auxiliary weight and label smoothing of the publications, see docs/generation.md.
+DIFFUSIONS = {
+    "absorbing": ("absorbing", 256, "bound", 0.0, 0.0),
+    "maskgit": ("absorbing", 256, "masked", 0.0, 0.1),
+    "vq_diffusion": ("mask_replace", 100, "bound", 5e-4, 0.0),
+    "vq_ddm": ("uniform", 4000, "bound", 0.0, 0.0),
+}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +68,12 @@ def test_an_overlay_trains_a_token_diffusion_that_draws_and_inpaints(
     parser = run("train_autoregressive.json", toy(store, tmp_path / "run"), name)
     network = parser.get_parsed_content("network")
     assert isinstance(network, TokenDiffusion)
-    assert network.corruption.process == DIFFUSIONS[name]
+    process, num_steps, objective, auxiliary_weight, label_smoothing = DIFFUSIONS[name]
+    assert (network.corruption.process, network.corruption.num_steps) == (process, num_steps)
+    found = (network.objective, network.auxiliary_weight, network.label_smoothing)
+    assert found == (objective, auxiliary_weight, label_smoothing)
+    recipe = parser.get_parsed_content("optimizer").param_groups[0]
+    assert recipe["betas"] == ((0.9, 0.96) if name in ("maskgit", "vq_diffusion") else (0.9, 0.95))
     figures = parser.get_parsed_content("validate#evaluator").state.metrics
     assert figures["token_bits"] == pytest.approx(figures["loss"] / math.log(2))
     # K is 32, and a step or two have hardly taught anything.

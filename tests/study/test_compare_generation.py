@@ -495,6 +495,24 @@ def test_commands_are_those_of_the_documentation(
     assert not (tmp_path / "out").exists()
 
 
+def test_any_generator_of_an_overlay_is_named(command: Callable[..., RunStudy]) -> None:
+    """Those over latents are trained by the file of latents, without a list that says so."""
+    overlaid = {
+        path.stem: json.loads(path.read_text())
+        for path in (OVERLAYS / "generation").glob("*.json")
+        if "_title_" in json.loads(path.read_text())
+    }
+    assert {"maskgit", "vq_ddm", "coarse_to_fine", "flow", "flow_transformer"} <= set(overlaid)
+    comparison = command(generators=",".join(["ldm", *overlaid]), assignments=(), generate_set=())
+    parts = {part.name: part for part in comparison.study.generators}  # type: ignore[attr-defined]
+    for name, content in overlaid.items():
+        over_latents = name.startswith("flow")
+        file = f"train_{'diffusion' if over_latents else 'autoregressive'}.json"
+        assert (parts[name].title, parts[name].config, parts[name].overlays) == (content["_title_"], file, [name])
+    kinds = {method.group: method.kind for method in comparison.plan.methods}  # type: ignore[attr-defined]
+    assert kinds == {name: "latents" if name in ("ldm", "flow", "flow_transformer") else "indices" for name in parts}
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

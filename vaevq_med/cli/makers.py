@@ -181,8 +181,8 @@ class CompareGeneration(Maker):
     methods: str = option("", "Methods of --from; by default those of the study 'table2'.")
     generators: str = option(
         "llamagen,ldm",
-        "Those of the studies 'table2' and 'priors': llamagen, maskgit, absorbing, vq_diffusion, vq_ddm (over "
-        "indices), ldm (over latents).",
+        "llamagen (over indices), ldm (over latents), and by its name any overlay that makes a generator, such as "
+        "maskgit or flow: those of bundles/overlays/generation that have a title.",
     )
     generate_set: list[str] | None = option(
         None, "Override of generate.json, e.g. ldm:num_steps=50; repeat.", metavar="[NAME:]ID=VALUE"
@@ -197,13 +197,18 @@ class CompareGeneration(Maker):
 
     def content(self) -> dict[str, Any]:
         """What the study is of, as a file has it."""
-        generators = {**_bundled("table2", "generators"), **_bundled("priors", "generators")}
+        from vaevq_med.study.bundle import Bundle
+        from vaevq_med.study.generation import overlaid_generators, overlaid_part
+
+        bundle, own_files = Bundle.find(self.bundle), _bundled("table2", "generators")
+        overlaid = overlaid_generators(bundle)
         known = _bundled("table2", "tokenizers", "methods")
         chosen = list(dict.fromkeys(_parts(self.generators)))
-        unknown = [name for name in chosen if name not in generators]
+        unknown = [name for name in chosen if name not in own_files and name not in overlaid]
         if unknown or not chosen:
             found = unknown[0] if unknown else self.generators
-            raise VaevqMedError(f"generators: found {found!r}, expected {', '.join(generators)}")
+            raise VaevqMedError(f"generators: found {found!r}, expected {', '.join([*own_files, *overlaid])}")
+        generators = {name: own_files.get(name) or overlaid_part(bundle, name) for name in chosen}
         tokenizers = self._tokenizers(known)
         names = [*chosen, *(part["name"] for part in tokenizers)]
         every, own = _assignments("set", self.assignments, names)
@@ -219,7 +224,7 @@ class CompareGeneration(Maker):
         return {
             "study": "generators",
             "tokenizers": {**source, "methods": [full({**known.get(t["name"], {}), **t}) for t in tokenizers]},
-            "generators": [full(generators[name]) for name in chosen],
+            "generators": [full(part) for part in generators.values()],
             "samples": self.num_samples,
             **_with({}, set=every, sample=sample, encode=encode[""], evaluate=evaluate),
         }

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.names import did_you_mean
 from vaevq_med.core.options import expect, is_int
+from vaevq_med.generation.originals import Originals
 from vaevq_med.images.dataset import mix_seeds
 from vaevq_med.networks.generators.inpainting import inpainting_generators
 from vaevq_med.tokens.store import TokenDataset
@@ -75,12 +76,15 @@ class SamplePlan(Dataset[dict[str, Any]]):
         inpaint_tokens: token store, of the generator's own tokenizer, whose images are inpainted.
         inpaint_split: its split; None takes ``test``.
         inpaint_box: rows and columns of the image, ``(top, left, bottom, right)`` in pixels, the last two exclusive.
+        inpaint_images: data set that the tokens were encoded from; the pixels outside of the box are then those of the
+            images, and not the tokenizer's. None leaves them as they are decoded.
 
     Attributes:
         labels: numbers of the labels in turn, or None where each image has its own.
 
     An item holds ``number``, ``label`` and ``seed``, and to inpaint ``known`` int64 ``[h, w, G]``, ``mask`` bool
-    ``[h, w]``, true where known, and ``source``, the image's path in its data set.
+    ``[h, w]``, true where known, and ``source``, the image's path in its data set; with ``inpaint_images`` also
+    ``original`` float32 ``[C, S, S]`` and ``keeps`` bool ``[S, S]``, true outside of the box.
 
     Raises:
         VaevqMedError: a label, a count, the seed or the box is out of range, or the store is not the generator's
@@ -97,25 +101,30 @@ class SamplePlan(Dataset[dict[str, Any]]):
         inpaint_tokens: str | Path | None = None,
         inpaint_split: str | None = None,
         inpaint_box: Sequence[int] | None = None,
+        inpaint_images: str | Path | None = None,
     ) -> None:
         expect(is_int(num_samples, 1, _WHOLE), "num_samples", num_samples, "a whole number from 1")
         expect(is_int(seed, 0, _WHOLE), "seed", seed, "a whole number from 0")
         if (inpaint_tokens is None) != (inpaint_box is None):
             raise VaevqMedError("inpainting: found one of inpaint_tokens and inpaint_box, expected both or neither")
-        if inpaint_tokens is None and inpaint_split is not None:
-            raise VaevqMedError(
-                f"inpaint_split: found {inpaint_split!r} without inpaint_tokens, expected both or neither"
-            )
+        for name, value in (("inpaint_split", inpaint_split), ("inpaint_images", inpaint_images)):
+            if inpaint_tokens is None and value is not None:
+                raise VaevqMedError(f"{name}: found {str(value)!r} without inpaint_tokens, expected both or neither")
         self.stored = stored
         self.num_samples = num_samples
         self.seed = seed
         self.box = inpaint_box
         self.known: TokenDataset | None = None
+        self.originals: Originals | None = None
         self.labels: list[int] | None = resolve_labels(labels, stored.label_names)
         if inpaint_tokens is not None:
             self.known = self._known(Path(inpaint_tokens), inpaint_split or "test")
             self.view = self._whole(self.known)
             self.mask = self._mask()
+            if inpaint_images is not None:
+                size, channels = (int(stored.tokens[key]) for key in ("image_size", "in_channels"))
+                self.originals = Originals(inpaint_images, self.known, image_size=size, in_channels=channels)
+                self.keeps = self._keeps(size)
             if labels is None:
                 self._check_names(self.known)
                 self.labels = None
@@ -166,6 +175,14 @@ class SamplePlan(Dataset[dict[str, Any]]):
         mask[box[0] // row : -(-box[2] // row), box[1] // column : -(-box[3] // column)] = False
         return mask
 
+    def _keeps(self, size: int) -> Tensor:
+        """Where pixels are kept: outside of the box itself, where the mask is of whole positions."""
+        assert self.box is not None
+        top, left, bottom, right = self.box
+        keeps = torch.ones(size, size, dtype=torch.bool)
+        keeps[top:bottom, left:right] = False
+        return keeps
+
     def _check_names(self, known: TokenDataset) -> None:
         if known.store.label_names != self.stored.label_names:
             raise VaevqMedError(
@@ -182,6 +199,8 @@ class SamplePlan(Dataset[dict[str, Any]]):
                 "inpaint_split": self.known.split,
                 "inpaint_box": self.box,
             }
+        if self.originals is not None:
+            record["inpaint_images"] = self.originals.content_hash
         return record
 
     def __len__(self) -> int:
@@ -201,5 +220,9 @@ class SamplePlan(Dataset[dict[str, Any]]):
         entry = self.entry(number)
         if self.known is None:
             return entry
-        values = self.known.store.array(self.known.split)[number % len(self.known), self.view]
-        return {**entry, "known": torch.from_numpy(values.astype(np.int64)), "mask": self.mask}
+        image = number % len(self.known)
+        values = self.known.store.array(self.known.split)[image, self.view]
+        item = {**entry, "known": torch.from_numpy(values.astype(np.int64)), "mask": self.mask}
+        if self.originals is None:
+            return item
+        return {**item, "original": self.originals[image], "keeps": self.keeps}

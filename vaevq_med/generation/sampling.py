@@ -85,7 +85,8 @@ class SamplingSettings:
 class ImageSampler(BaseEvaluator):
     """Draw the images of a :class:`SamplePlan` and decode them.
 
-    ``engine.state.output`` holds the images (``pred``, ``[B, C, H, W]`` in [-1, 1]). Each sample has random numbers of
+    ``engine.state.output`` holds the images (``pred``, ``[B, C, H, W]`` in [-1, 1]). Where the plan has the images
+    that are inpainted, their pixels outside of the box are put back after decoding. Each sample has random numbers of
     its own, so that it does not depend on the batch that it is drawn in, but for rounding.
 
     Args:
@@ -172,4 +173,8 @@ class ImageSampler(BaseEvaluator):
         if images.is_cuda:
             torch.cuda.synchronize(images.device)
         self._times.append((len(seeds), time.perf_counter() - began))
-        return {Keys.PRED: images.float().clamp(-1, 1)}
+        images = images.float().clamp(-1, 1)
+        if "original" in batchdata:
+            original, keeps = (batchdata[key].to(images.device) for key in ("original", "keeps"))
+            images = torch.where(keeps[:, None], original, images)
+        return {Keys.PRED: images}

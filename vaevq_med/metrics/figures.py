@@ -122,8 +122,9 @@ TOKEN_BITS = Figure(
     "token_bits",
     "Bits per token",
     3,
-    convention="-log2 p of a token of the validation split, of the averaged weights, the least of all epochs; an upper "
-    "bound of it where the generator is a diffusion model of tokens; of one tokenizer's tokens alone comparable",
+    convention="-log2 p of a token of the validation split, of the averaged weights, the least of all epochs, where "
+    "best.pt is selected: not held-out data; an upper bound of it where the generator is a diffusion model of tokens; "
+    "of one tokenizer's tokens alone comparable",
 )
 NETWORK_CALLS = Figure(
     "network_calls",

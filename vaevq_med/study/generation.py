@@ -34,7 +34,7 @@ _BOTH = "generator_"
 _OWN_SAMPLE_IDS = frozenset(
     {
         *("output_dir", "checkpoint_path", "tokenizer_path", "generated_dir", "num_samples", "seed", "overwrite"),
-        *("inpaint_tokens", "inpaint_split", "inpaint_box", "dataset_dir"),
+        *("inpaint_tokens", "inpaint_split", "inpaint_box", "inpaint_images", "dataset_dir"),
     }
 )
 # What is found does not depend on them.
@@ -83,6 +83,35 @@ def _overlays(part: GeneratorPart, names: Sequence[str], bundle: Bundle) -> tupl
     shared = [form for form in map(full, names) if form.startswith((prefix, _BOTH)) or form.endswith(".json")]
     own = [full(name) for name in part.overlays]
     return tuple(dict.fromkeys([*shared, *own]))
+
+
+def overlaid_generators(bundle: Bundle) -> dict[str, str]:
+    """Titles of the generators that an overlay makes, by its name: of the generators' overlays those with a title."""
+    contents = {name: read_json(path) or {} for name, path in overlay_files(bundle.path, KIND).items()}
+    return {name: str(content["_title_"]) for name, content in contents.items() if "_title_" in content}
+
+
+def overlaid_part(bundle: Bundle, name: str) -> dict[str, Any]:
+    """The generator of an overlay as a study names it.
+
+    It is trained by that of the bundle's ``train_*.json`` whose token store is of the kind that its network takes.
+
+    Args:
+        bundle: where it is trained.
+        name: one of :func:`overlaid_generators`.
+
+    Raises:
+        VaevqMedError: no file of the bundle trains on tokens of that kind.
+    """
+    from vaevq_med.networks.generators.base import Generator
+
+    content = read_json(bundle.overlay(name, KIND)) or {}
+    target = content.get("network_def#_target_") or content.get("network_def", {}).get("_target_")
+    kind = cast(type[Generator], resolve(str(target), Generator)).kind
+    for path in sorted(bundle.path.glob("train_*.json")):
+        if bundle.read(path.name).get("train", {}).get("dataset", {}).get("kind") == kind:
+            return {"name": name, "title": str(content["_title_"]), "config": path.name, "overlays": [name]}
+    raise VaevqMedError(f"{bundle.path}: found no file that trains on {kind}, expected one for the generator {name!r}")
 
 
 def make_methods(study: GeneratorStudy, bundle: Bundle) -> tuple[GenerationMethod, ...]:

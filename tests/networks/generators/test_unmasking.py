@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -30,6 +34,37 @@ class EqualBits(TokenDiffusion):
             evidence = self.corruption.log_evidence(other.flatten(), rows, torch.zeros(other.numel(), 2))
             return evidence.view(len(tokens), 2, 2)
         return 60.0 * (F.one_hot(other.clamp_max(1), 2) * (other < 2)[..., None]).float()
+
+
+class Spread(TokenDiffusion):
+    """Position i is fair over ``spreads[i]`` codewords, so that ``log p`` of what is drawn is minus its logarithm."""
+
+    spreads: tuple[int, ...]
+    seen: list[Tensor]
+
+    def features(self, tokens: Tensor, labels: Tensor | None, times: Tensor) -> Tensor:
+        self.seen.append(tokens.clone())
+        allowed = torch.arange(self.num_embeddings) < torch.tensor(self.spreads)[:, None]
+        return torch.where(allowed, 0.0, -math.inf).expand(len(tokens), -1, -1)
+
+
+def spread(*spreads: int, grid: tuple[int, int], num_codebooks: int = 1) -> Spread:
+    network = Spread(num_embeddings=max(spreads), grid_size=grid, num_codebooks=num_codebooks, num_steps=8, **SIZES)
+    network.heads = torch.nn.ModuleList(torch.nn.Identity() for _ in network.heads)
+    network.spreads, network.seen = spreads, []
+    return network.eval()
+
+
+def revealed_at(network: Spread, order: str, steps: int, count: int = 1, **options: float) -> Tensor:
+    """The step at which each token was revealed, from 1, ``[count, N]``."""
+    generate_tokens(
+        network,
+        reveal=Reveal(network.corruption, order, steps, **options),
+        rule=TokenRule(),
+        num_samples=count,
+        generator=torch.Generator().manual_seed(0),
+    )
+    return torch.stack([tokens == network.corruption.mask for tokens in network.seen]).sum(dim=0)
 
 
 def equal_bits(process: str = "absorbing", num_steps: int = 8) -> EqualBits:
@@ -92,11 +127,119 @@ def test_one_token_a_step_is_exact(order: str) -> None:
     assert mismatch(network, order, 1) == pytest.approx(0.5, abs=0.015)
 
 
-@pytest.mark.parametrize("process", ["mask_replace", "uniform"])
-def test_more_ancestral_steps_lose_less_where_tokens_are_replaced(process: str) -> None:
-    network = equal_bits(process, 32)
-    few, many = (mismatch(network, "ancestral", steps) for steps in (2, 32))
-    assert many < 0.06 < few
+def exact_mismatch(process: str, num_steps: int, steps: int) -> float:
+    """Of :class:`EqualBits`: every pair of corrupted tokens at every step, by the matrices of the process."""
+    kept = 1 - np.arange(num_steps + 1) / num_steps
+    masked = np.zeros_like(kept)
+    if process == "uniform":
+        kept = np.cos(np.pi / 2 * (1 - kept)) ** 2
+    else:
+        masked = {"absorbing": 1.0, "mask_replace": 0.9}[process] * (1 - kept)
+    kept[-1] = 0.0
+    one_step = []
+    for t in range(1, num_steps + 1):
+        keep, hide = kept[t] / kept[t - 1], 1 - (1 - masked[t]) / (1 - masked[t - 1])
+        other = (1 - keep - hide) / 2
+        one_step.append(np.array([[keep + other, other, hide], [other, keep + other, hide], [0, 0, 1]]))
+
+    def between(start: int, end: int) -> np.ndarray:
+        found = np.eye(3)
+        for matrix in one_step[start:end]:
+            found = found @ matrix
+        return found
+
+    times = [num_steps * (steps - step) // steps for step in range(steps + 1)]
+    end = between(0, num_steps)[0]
+    pairs = np.outer(end, end)
+    for time, earlier in itertools.pairwise(times):
+        now, before, step = between(0, time), between(0, earlier), between(earlier, time)
+        after = np.zeros((3, 3))
+        for first, second in itertools.product(range(3), repeat=2):
+            if pairs[first, second] < 1e-15:
+                continue
+            belief = now[:2, first] * now[:2, second]
+            if not belief.any():  # revealed at one step, unlike each other: they stay
+                after[first, second] += pairs[first, second]
+                continue
+            backs = []
+            for token in (first, second):
+                each = np.array([before[bit] * step[:, token] for bit in (0, 1)])
+                each /= each.sum(axis=1, keepdims=True).clip(1e-300)
+                backs.append(belief @ each / belief.sum())
+            after += pairs[first, second] * np.outer(*backs)
+        pairs = after
+    assert pairs.sum() == pytest.approx(1.0)
+    return float(pairs[0, 1] + pairs[1, 0])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 8])
+@pytest.mark.parametrize("process", PROCESSES)
+def test_ancestral_steps_draw_equal_bits_that_differ_as_often_as_their_matrices_say(process: str, steps: int) -> None:
+    """A step draws the two independently of each other; where tokens are replaced, later steps mend some of that."""
+    expected, count = exact_mismatch(process, 8, steps), 40_000
+    if process == "absorbing":
+        shares = np.diff([8 * step // steps for step in range(steps + 1)]) / 8
+        assert expected == pytest.approx((shares**2).sum() / 2)
+    found = mismatch(equal_bits(process), "ancestral", steps, count)
+    assert found == pytest.approx(expected, abs=4 * (expected * (1 - expected) / count) ** 0.5)
+
+
+def test_the_surest_are_revealed_first() -> None:
+    """Without noise: of twelve tokens 1, 3, 4 and 4, in order of the codewords that they may be."""
+    spreads = (7, 3, 12, 5, 1, 9, 2, 11, 4, 8, 10, 6)
+    found = revealed_at(spread(*spreads, grid=(3, 4)), "confidence", 4, choice_temperature=0.0)
+    expected = [1, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4]
+    assert found[0].tolist() == [expected[width - 1] for width in spreads]
+
+
+def orders_drawn(temperatures: list[float], spreads: tuple[int, ...]) -> dict[tuple[int, ...], float]:
+    """The probability of each order of positions, drawn one by one in proportion to ``p^(1 / temperature)``."""
+    found = {}
+    for order in itertools.permutations(range(len(spreads))):
+        chance, rest = 1.0, list(range(len(spreads)))
+        for place, temperature in zip(order, temperatures, strict=False):
+            weights = {other: spreads[other] ** (-1 / temperature) for other in rest}
+            chance *= weights[place] / sum(weights.values())
+            rest.remove(place)
+        found[order] = chance
+    assert sum(found.values()) == pytest.approx(1.0)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("order", "options", "temperatures"),
+    [
+        # Gumbel noise times tau (1 - s / S), which shrinks step by step.
+        ("confidence", {"choice_temperature": 2.0}, [1.5, 1.0, 0.5]),
+        ("confidence", {"choice_temperature": 0.8}, [0.6, 0.4, 0.2]),
+        # By the largest probability itself, which sharpening what is drawn does not change.
+        ("purity", {"purity_weight": 0.0}, [1.0, 1.0, 1.0]),
+        ("purity", {"purity_weight": 3.0}, [1.0, 1.0, 1.0]),
+    ],
+)
+def test_positions_are_drawn_in_proportion(order: str, options: dict[str, float], temperatures: list[float]) -> None:
+    """The largest of ``log p / tau`` plus Gumbel noise is a draw in proportion to ``p^(1 / tau)``."""
+    spreads, count = (2, 6, 1, 3), 20_000
+    at = revealed_at(spread(*spreads, grid=(2, 2)), order, 4, count, **options)
+    drawn_orders = Counter(tuple(row) for row in at.argsort(dim=1).tolist())
+    assert at.sort(dim=1).values.unique(dim=0).tolist() == [[1, 2, 3, 4]]
+    for positions, chance in orders_drawn(temperatures, spreads).items():
+        deviation = (chance * (1 - chance) / count) ** 0.5
+        assert drawn_orders[positions] / count == pytest.approx(chance, abs=4 * deviation + 1 / count), positions
+
+
+@pytest.mark.parametrize("num_codebooks", [1, 2])
+def test_halton_reveals_in_its_order_over_several_steps(num_codebooks: int) -> None:
+    """By the arc cosine 2, 2, 3 and 5 of twelve positions, whose order is that of the points of scipy's sequence."""
+    network = spread(*[4] * 12 * num_codebooks, grid=(3, 4), num_codebooks=num_codebooks)
+    found = revealed_at(network, "halton", 4)[0].view(12, num_codebooks)
+    points = qmc.Halton(d=2, scramble=False).random(4000)[1:].tolist()
+    cells = [*dict.fromkeys(int(row * 3) * 4 + int(column * 4) for row, column in points)]
+    left = [math.floor(12 * num_codebooks * math.acos(step / 4) / (math.pi / 2) + 1e-9) for step in range(5)]
+    counts = -np.diff(left)
+    assert num_codebooks == 2 or counts.tolist() == [2, 2, 3, 5]
+    # Of a position the first codebook comes first.
+    assert found[cells].flatten().tolist() == np.repeat([1, 2, 3, 4], counts).tolist()
 
 
 @pytest.mark.parametrize(
