@@ -209,14 +209,14 @@ class Job:
         """Copy what is copied for finished units and is not there yet; those for which that cannot be, and why."""
         for unit in units:
             try:
-                for file, content in _read_copied(self.work, unit).items():
-                    place = self.work.place(unit, file)
-                    target = self.output / place
-                    if target.is_file() and target.read_bytes() == content:
-                        continue
-                    if target.exists() and not self.overwrite:
-                        raise DataError(_other(place))
-                    with self._folder.writing():
+                contents = {self.work.place(unit, file): own for file, own in _read_copied(self.work, unit).items()}
+                with self._folder.writing():
+                    for place, content in contents.items():
+                        target = self.output / place
+                        if target.is_file() and target.read_bytes() == content:
+                            continue
+                        if target.exists() and not self.overwrite:
+                            raise DataError(_other(place))
                         atomic_write_bytes(target, content)
             except DataError as error:
                 yield unit, str(error)
