@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.index_stacks import random_model
-from helpers.scans import CONTRASTS, write_case, write_nifti
+from helpers.scans import CONTRASTS, affine_of, body, write_case, write_nifti
 from helpers.stores import write_checkpoint
 from scipy.ndimage import maximum_filter
 
@@ -29,6 +30,9 @@ from vaevq_med.codec.model import Model
 from vaevq_med.codec.options import CompressOptions, DecompressOptions
 from vaevq_med.codec.work import Compress, _model, compress, decompress, reconstruct
 from vaevq_med.core.errors import DataError, VaevqMedError
+from vaevq_med.prepare.job import Prepare
+from vaevq_med.prepare.recipes import Recipe
+from vaevq_med.prepare.volumes.source import VolumeSource
 
 NAMES = ("BraTS-GLI-00000-000", "BraTS-GLI-00001-000")
 
@@ -540,3 +544,86 @@ def test_a_coarse_mask_takes_fewer_bytes_and_loses_no_foreground(
     assert told["psnr_foreground"] == pytest.approx(-10 * np.log10(np.mean((pixels[0] - pixels[1]) ** 2)), abs=0.01)
     with pytest.raises(DataError, match="made with other settings"):
         reconstruct(cases / NAMES[0], tmp_path / "out", options_of(checkpoint)).run()
+
+
+# --- segmentations ----------------------------------------------------------------------------------
+
+
+def write_segmented(folder: Path, name: str) -> Path:
+    """A case with its segmentation, whose file is no NIfTI that this package would write."""
+    case = write_case(folder, name)
+    labels = np.zeros(body().shape, np.uint8)
+    labels[10:16, 14:20, 4:8] = 1
+    labels[12:14, 16:18, 5:7] = 3
+    plain = nib.Nifti1Image(labels, affine_of("LPS")).to_bytes()
+    (case / f"{name}-seg.nii.gz").write_bytes(gzip.compress(plain, 1, mtime=5))
+    return case
+
+
+def test_reconstruct_copies_segmentations_and_slices_of_it_have_labels(checkpoint: Path, tmp_path: Path) -> None:
+    cases, output = tmp_path / "cases", tmp_path / "out"
+    masks = {name: write_segmented(cases, name) / f"{name}-seg.nii.gz" for name in NAMES}
+    write_case(cases, "BraTS-GLI-00002-000")
+    report = reconstruct(cases, output, options_of(checkpoint)).run()
+    assert "segmentations are copied as they are; 2 of 3 cases have one" in report.notes
+    for name, path in masks.items():
+        assert (output / name / path.name).read_bytes() == path.read_bytes()
+    assert not [*(output / "BraTS-GLI-00002-000").glob("*seg*")]
+    recipe = Recipe.load("brats24/axial_256").changed(size=32)
+    slices = []
+    for source in (cases, output):
+        folder = tmp_path / f"slices_{source.name}"
+        assert Prepare(VolumeSource(source, recipe), folder, workers=1).run().skipped == ()
+        slices.append({str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*-seg-*.png")})
+    assert slices[0] == slices[1]
+    assert slices[0]
+
+
+def test_a_folder_that_was_begun_without_segmentations_gets_them(checkpoint: Path, tmp_path: Path) -> None:
+    """Earlier versions did not copy them; what they reconstructed is not made again."""
+    cases, output = tmp_path / "cases", tmp_path / "out"
+    masks = {name: write_segmented(cases, name) / f"{name}-seg.nii.gz" for name in NAMES}
+    aside = [path.rename(tmp_path / path.name) for path in masks.values()]
+    reconstruct(cases, output, options_of(checkpoint)).run()
+    made = {path: path.stat().st_mtime_ns for path in output.rglob("*.nii.gz")}
+    for path in aside:
+        path.rename(masks[path.name.removesuffix("-seg.nii.gz")])
+    for _ in range(2):
+        report = reconstruct(cases, output, options_of(checkpoint)).run()
+        assert (report.written, report.reused, report.skipped) == (0, 2, ())
+        assert {path: path.stat().st_mtime_ns for path in made} == made
+        for name, path in masks.items():
+            assert (output / name / path.name).read_bytes() == path.read_bytes()
+    (output / NAMES[0] / masks[NAMES[0]].name).unlink()
+    masks[NAMES[1]].write_bytes(gzip.compress(b"other"))  # changed in place
+    report = reconstruct(cases, output, options_of(checkpoint)).run()
+    assert (output / NAMES[0] / masks[NAMES[0]].name).read_bytes() == masks[NAMES[0]].read_bytes()
+    place = f"{NAMES[1]}/{NAMES[1]}-seg.nii.gz"
+    told = f"output {place}: found another file of this name; --overwrite replaces it"
+    assert [*report.skipped] == [(NAMES[1], told)]
+    assert (output / place).read_bytes() != masks[NAMES[1]].read_bytes()
+    report = reconstruct(cases, output, options_of(checkpoint), overwrite=True).run()
+    assert (report.written, report.reused, report.skipped) == (0, 2, ())
+    assert (output / place).read_bytes() == masks[NAMES[1]].read_bytes()
+
+
+def test_compress_and_decompress_leave_segmentations_out(checkpoint: Path, tmp_path: Path) -> None:
+    write_segmented(tmp_path / "cases", NAMES[0])
+    report = compress(tmp_path / "cases", tmp_path / "small", options_of(checkpoint)).run()
+    assert "segmentations are not compressed; 1 of 1 cases have one" in report.notes
+    decompress(tmp_path / "small", tmp_path / "back", DecompressOptions(checkpoint=checkpoint, workers=1)).run()
+    assert not [*(tmp_path / "small").rglob("*seg*"), *(tmp_path / "back").rglob("*seg*")]
+
+
+def test_a_segmentation_of_a_volumes_name_gets_another(checkpoint: Path, tmp_path: Path) -> None:
+    """The Decathlon calls both alike, in folders of their own."""
+    single = nib.load(write_nifti(tmp_path / "x-t1n.nii"))
+    values = np.stack([np.asarray(single.dataobj)] * 4, axis=-1)
+    for folder, content in (("imagesTr", values), ("labelsTr", (values[..., 0] > 800).astype(np.uint8))):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        nib.save(nib.Nifti1Image(content, single.affine), tmp_path / "in" / folder / "BRATS_001.nii.gz")
+    reconstruct(tmp_path / "in", tmp_path / "out", options_of(checkpoint)).run()
+    folder = tmp_path / "out" / "BRATS_001"
+    expected = (tmp_path / "in" / "labelsTr" / "BRATS_001.nii.gz").read_bytes()
+    assert (folder / "BRATS_001-seg.nii.gz").read_bytes() == expected
+    assert nib.load(folder / "BRATS_001.nii.gz").shape == values.shape

@@ -16,11 +16,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from helpers.features import Pixels
 from scipy import ndimage
+from scipy.linalg import sqrtm
 from scipy.stats import spearmanr
 from torch import Tensor
 from typer.testing import CliRunner
 
+import vaevq_med.study.rates.recording as recording
 import vaevq_med.study.tasks.run as running
 from vaevq_med.cli.app import app
 from vaevq_med.core.errors import VaevqMedError
@@ -316,6 +319,97 @@ def test_tables_figures_and_records_hold_no_nan(cases: Path, tmp_path: Path, mon
         rows = [*csv.DictReader(file)]
     assert len(rows) == report.expected == 4 * 5
     assert {row["dice_whole_tumor"] for row in rows if row["case"] == "BraTS-GLI-00003-000"} == {""}
+
+
+def quadrants(command: RunTasks, row: Candidate, setting: float) -> np.ndarray:
+    """Means of the four quarters of every slice with content in [-1, 1], of a row's results, at half precision."""
+    found = []
+    for item in command.items:
+        content = item.read()
+        for file in item.scans:
+            scan = content.scans[file.contrast]
+            unit = row.code(file, scan, setting).unit[scan.brain.any(axis=(1, 2))].astype(np.float64)
+            rows, columns = unit.shape[1] // 2, unit.shape[2] // 2
+            means = unit.reshape(len(unit), 2, rows, 2, columns).mean(axis=(2, 4))
+            found.append((2 * means - 1).reshape(len(unit), 4))
+    return np.concatenate(found).astype(np.float16).astype(np.float64)
+
+
+def test_rfid_is_the_frechet_distance_of_what_the_perceptual_network_saw(
+    cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = Pixels()
+    monkeypatch.setattr(recording, "feature_network", lambda name, weights: network)
+    rows: list[Candidate] = [Keeps(), Worsens()]
+    asked = {"perceptual": {"slices": 99}, "detectability": None, "radiomics": False}
+    command = run_of(cases, tmp_path / "out", monkeypatch, rows, **asked)
+    assert command.run().missing == 0
+    original, keeps, *worsens = Report(command.study, command.rows, command.records()).points
+    before = quadrants(command, Original(), 0)
+    # The originals once, and each of four results; what comes back unchanged is known.
+    assert network.images == 5 * len(before)
+    assert keeps.spread("rfid").n == 4
+    assert keeps.spread("rfid").mean == pytest.approx(0, abs=1e-9)
+    assert original.spread("rfid").mean == pytest.approx(0, abs=1e-9)
+    for point in worsens:
+        after = quadrants(command, Worsens(), point.setting)
+        covariances = np.cov(before.T), np.cov(after.T)
+        root = sqrtm(covariances[0] @ covariances[1]).real
+        shift = np.square(before.mean(axis=0) - after.mean(axis=0)).sum()
+        expected = shift + np.trace(covariances[0] + covariances[1] - 2 * root)
+        assert point.spread("rfid").mean == pytest.approx(expected, rel=0.01)
+    assert worsens[0].spread("rfid").mean > 100 * worsens[3].spread("rfid").mean > 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    values = [point["figures"]["rfid"]["mean"] for point in found["points"] if point["row"] != "original"]
+    others = [point["figures"]["dice_whole_tumor"]["mean"] for point in found["points"] if point["row"] != "original"]
+    rank = found["ranks"]["rfid"]["dice_whole_tumor"]
+    assert (rank["n"], rank["rho"]) == (5, pytest.approx(-spearmanr(values, others).statistic))
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| rFID ↓ |" in table
+    assert f"rFID: {len(before)} slices of the originals and as many of each row, which efficientnet-lite0" in table
+    files = [*(tmp_path / "out" / "records").rglob("*.npz")]
+    assert len(files) == 4 * 6
+    assert max(file.stat().st_size for file in files) < 2 * 4 * len(before) / 4 + 300
+
+
+def test_records_of_earlier_versions_have_no_rfid_and_stay(
+    cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording, "feature_network", lambda name, weights: Pixels())
+    asked = {"perceptual": {"slices": 3}, "segmenter": None, "detectability": None, "radiomics": False}
+    command = run_of(cases, tmp_path / "out", monkeypatch, [Keeps(), Erases()], **asked)
+    assert "| rFID" in command.run().table
+    made: list[str] = []
+    again = RunTasks(command.study, made.append)
+    folder = tmp_path / "out" / "records" / "BraTS-GLI-00002-000"
+
+    def earlier(unit: str) -> None:
+        record = json.loads((folder / f"{unit}.json").read_text())
+        del record["features"]
+        (folder / f"{unit}.json").write_text(json.dumps(record))
+        (folder / f"{unit}.npz").unlink()
+
+    earlier("erases@1")
+    report = again.run()
+    assert (report.missing, made) == (0, [])
+    original, keeps, erases = Report(again.study, again.rows, again.records()).points
+    assert [point.spread("rfid").n for point in (original, keeps, erases)] == [4, 4, 0]
+    assert erases.spread("perceptual").n == 4
+    assert "rFID is left out of Erases: records that an earlier version made" in report.table
+    (folder / "keeps@1.npz").write_bytes((folder / "original@0.npz").read_bytes() + b"x")  # another file
+    assert "rFID is left out of Keeps, Erases: " in again.run().table
+    earlier("original@0")
+    report = again.run()
+    assert "| rFID" not in report.table
+    assert "rFID is left out of Original, Keeps, Erases: " in report.table
+    assert "| LPIPS-style ↓ |" in report.table
+    assert made == []
+    for unit in ("original@0", "keeps@1", "erases@1"):
+        (folder / f"{unit}.json").unlink()
+    report = again.run()
+    assert len(made) == 3
+    assert "| rFID" in report.table
+    assert "left out" not in report.table
 
 
 def test_cases_without_a_record_are_named(cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks import quantizers
 from vaevq_med.tokens import reduction
 from vaevq_med.tokens.reduction import ReduceCodebook
-from vaevq_med.tokens.store import load_token_store
+from vaevq_med.tokens.store import TokenStore, load_token_store
 from vaevq_med.trained.network import StoredTokenizer
 from vaevq_med.trained.starting import take_weights
 
@@ -98,6 +98,27 @@ def test_latents_become_the_codebook(checkpoint: Path, slice_dataset: Path, tmp_
     assert len(np.unique(centers, axis=0)) == report.distinct <= 8
     low, high = every.min(axis=(0, 1, 3, 4)), every.max(axis=(0, 1, 3, 4))
     assert np.all((centers >= low - 1e-5) & (centers <= high + 1e-5))
+
+
+def test_the_codebook_is_the_centers_of_the_latents(
+    checkpoint: Path, slice_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight clouds of latents, 20 apart and of deviation 0.5, the last of which has 1 latent in 29."""
+    folder = tmp_path / "latents"
+    encode(checkpoint, slice_dataset, folder, kind="latents", dtype="float32")
+    rng = np.random.default_rng(0)
+    wanted = np.array([[x, y, z, 5] for x in (-10, 10) for y in (-10, 10) for z in (-10, 10)], np.float32)
+    of = rng.choice(8, (16, 8, 8), p=np.array([4, 4, 4, 4, 4, 4, 4, 1]) / 29)
+    latents = np.moveaxis(wanted[of] + rng.normal(0, 0.5, (16, 8, 8, 4)), -1, 1)[:, None].astype(np.float32)
+    monkeypatch.setattr(TokenStore, "array", lambda self, split: {"training": latents}[split])
+    report = ReduceCodebook(checkpoint, folder, tmp_path / "refit.pt", 8).run()
+    assert (report.source, report.reduced, report.distinct) == ("latents", 8, 8)
+    found = StoredTokenizer(tmp_path / "refit.pt").network().quantizer.codebook().detach().numpy()
+    away = np.abs(found[:, None] - wanted[None]).max(axis=2)  # [found, wanted]
+    assert sorted(away.argmin(axis=1)) == [*range(8)]
+    # 512 latents are drawn, so that a center is the mean of 17 or more: 4 standard errors. A latent is farther away.
+    assert away.min(axis=1).max() < 0.5
+    assert np.median(away.min(axis=1)) < 0.2
 
 
 def test_latents_of_all_images_come_mixed(

@@ -75,6 +75,8 @@ def reconstruct(
 ) -> None:
     """Compress and decompress at once, and report what was lost: PSNR and SSIM in the brain, in report.json.
 
+    A case's segmentation is copied as it is, so that slice-extract of OUTPUT has labels.
+
     Exit code 0: all is done; 1: done, but cases were skipped; 2: nothing could be done; 130: interrupted, the same
     command goes on.
     """

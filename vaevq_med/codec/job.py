@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -64,6 +64,13 @@ class Work(ABC):
     @abstractmethod
     def place(self, unit: str, file: str) -> str:
         """Where a file of a unit belongs in the output folder."""
+
+    def copied(self, unit: str) -> Mapping[str, Path]:
+        """Files that stand unchanged beside what is made of a unit, by the names that they get there.
+
+        They are no part of a unit's record, so that folders which were begun without them go on.
+        """
+        return {}
 
     @property
     def problems(self) -> Sequence[tuple[str, str]]:
@@ -156,6 +163,10 @@ class Job:
             )
         with folder.begun(self.work.mark):
             todo = [unit for unit in units if not self._finished(unit)]
+            for name, reason in self._complete([unit for unit in units if unit not in todo]):
+                problems[name] = reason
+                if not alone:
+                    on_skip(name, reason)
             processes, threads = self._share(len(todo))
             skipped = do_jobs(
                 _write,
@@ -193,6 +204,22 @@ class Job:
             )
         except (DataError, OSError, KeyError, TypeError, AttributeError):
             return False
+
+    def _complete(self, units: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """Copy what is copied for finished units and is not there yet; those for which that cannot be, and why."""
+        for unit in units:
+            try:
+                contents = {self.work.place(unit, file): own for file, own in _read_copied(self.work, unit).items()}
+                with self._folder.writing():
+                    for place, content in contents.items():
+                        target = self.output / place
+                        if target.is_file() and target.read_bytes() == content:
+                            continue
+                        if target.exists() and not self.overwrite:
+                            raise DataError(_other(place))
+                        atomic_write_bytes(target, content)
+            except DataError as error:
+                yield unit, str(error)
 
     def _finish(self, units: Sequence[str], problems: Mapping[str, str], new: frozenset[str]) -> Report:
         done = [unit for unit in units if unit not in problems]
@@ -281,22 +308,44 @@ def _digest(contents: Iterable[bytes]) -> str:
     return digest.hexdigest()
 
 
+def _read_copied(work: Work, unit: str) -> dict[str, bytes]:
+    """Contents of what is copied, by the names that it gets.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    found = {}
+    for file, path in work.copied(unit).items():
+        try:
+            found[file] = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{path.name}: found no readable file ({error.strerror}), expected one to copy") from None
+    return found
+
+
+def _other(place: str) -> str:
+    """That a file is not replaced."""
+    return f"output {place}: found another file of this name; --overwrite replaces it"
+
+
 def _write(work: Work, unit: str, folder: OutputFolder, threads: int, overwrite: bool) -> None:
     """A job of the pool."""
     try:
         mark = work.fingerprint(unit)
+        copied = _read_copied(work, unit)
         made = work.make(unit, threads)
     except DataError:
         raise
     except VaevqMedError as error:  # of this unit alone
         raise DataError(str(error)) from None
-    places = {file: work.place(unit, file) for file in made.files}
-    for file, content in made.files.items():
+    contents = {**made.files, **copied}
+    places = {file: work.place(unit, file) for file in contents}
+    for file, content in contents.items():
         target = folder.path / places[file]
         if not overwrite and target.is_file() and target.read_bytes() != content:
-            raise DataError(f"output {places[file]}: found another file of this name; --overwrite replaces it")
+            raise DataError(_other(places[file]))
     with folder.unit(unit) as partial:
-        for file, content in made.files.items():
+        for file, content in contents.items():
             (partial / file).write_bytes(content)
         record = {
             "fingerprint": mark,

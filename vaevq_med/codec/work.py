@@ -84,6 +84,8 @@ class Compress(CaseWork):
 
     command: ClassVar[str] = "compress"
     writes: ClassVar[str] = "compressed cases"
+    segmented: ClassVar[str] = "not compressed"
+    """What happens to segmentations."""
 
     options: CompressOptions
     preview: bool = False
@@ -126,7 +128,7 @@ class Compress(CaseWork):
         coder = _coder(options.coder, options.model, *tokenizer)
         segmented = sum(case.segmentation is not None for case in search.units)
         if segmented:
-            told.append(f"segmentations are not compressed; {segmented} of {len(search.units)} cases have one")
+            told.append(f"segmentations are {cls.segmented}; {segmented} of {len(search.units)} cases have one")
         settings = {
             "format": format_of(model.description, CELLS[options.mask]),
             "tokenizer": model.description,
@@ -189,14 +191,28 @@ class Compress(CaseWork):
 
 @dataclass(frozen=True)
 class Reconstruct(Compress):
-    """A case to one file and back, with figures of what was lost."""
+    """A case to one file and back, with figures of what was lost; its segmentation is copied."""
 
     command: ClassVar[str] = "reconstruct"
     writes: ClassVar[str] = "reconstructed cases"
+    segmented: ClassVar[str] = "copied as they are"
 
     def place(self, unit: str, file: str) -> str:
         """A folder for each case."""
         return f"{unit}/{file}"
+
+    def copied(self, unit: str) -> Mapping[str, Path]:
+        """The segmentation under its own name, or as ``CASE-seg`` where a volume has that, as in the Decathlon."""
+        from vaevq_med.prepare.volumes.case import strip_suffix
+
+        case = self.cases[unit]
+        if case.segmentation is None:
+            return {}
+        path = case.segmentation.path
+        if all(path.name != volume.path.name for volume in case.images.values()):
+            return {path.name: path}
+        stem = strip_suffix(path.name) or path.stem
+        return {f"{unit}-seg{path.name[len(stem) :]}": path}
 
     def make(self, unit: str, threads: int) -> Made:
         """Compress a case, decompress the bytes, and compare."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -63,6 +64,32 @@ _SLICES = 16
 _WINDOW, _SIGMA = 11, 1.5
 
 
+@dataclass(frozen=True)
+class Judgment:
+    """What was measured of a result.
+
+    Attributes:
+        figures: those of :data:`FIGURES` that there are.
+        pooled: the network's feature vectors of the slices that it looked at, ``[N, F]``; None without a network.
+    """
+
+    figures: dict[str, float]
+    pooled: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a network made of some slices.
+
+    Attributes:
+        layers: feature maps, a few slices at a time.
+        pooled: feature vectors, ``[N, F]``.
+    """
+
+    layers: Sequence[list[Tensor]]
+    pooled: Tensor
+
+
 class VolumeJudge:
     """Measures results against one original, whose features are computed once.
 
@@ -92,23 +119,34 @@ class VolumeJudge:
         self._seen = live[evenly_spaced(len(live), seen)]
         self._box = _box(brain)
         self._structure = _Structure(torch.from_numpy(unit[self._slices]))
-        self._features = None if network is None else self._layers(network, unit)
+        self._features = None if network is None else self._look(network, unit)
 
-    @torch.inference_mode()
     def figures(self, result: NDArray[np.float32]) -> dict[str, float]:
         """Those of :data:`FIGURES` that there are, of a result ``[Z, Y, X]`` in [0, 1]."""
+        return self.judge(result).figures
+
+    @torch.inference_mode()
+    def judge(self, result: NDArray[np.float32]) -> Judgment:
+        """Its figures, and what the network saw of it.
+
+        Args:
+            result: ``[Z, Y, X]`` in [0, 1]; slices that are the original's are not passed through the network again.
+        """
         error, brain = result[self._box] - self.unit[self._box], self.brain[self._box]
         found = {"psnr_brain": _decibels(error[brain])}
         if self.tumor is not None:
             found["psnr_tumor"] = _decibels((result - self.unit)[self.tumor])
         found |= self._ssim(result)
+        pooled = None
         if self.network is not None and self._features is not None:
-            pairs = zip(self._layers(self.network, result), self._features, strict=True)
+            same = np.array_equal(result[self._seen], self.unit[self._seen])
+            seen = self._features if same else self._look(self.network, result)
+            pairs = zip(seen.layers, self._features.layers, strict=True)
             distances = [self.network.distance_of(mine, own, len(mine[0])) for mine, own in pairs]
-            found["perceptual"] = float(torch.cat(distances).mean())
+            found["perceptual"], pooled = float(torch.cat(distances).mean()), seen.pooled
         both = brain[1:] & brain[:-1]
         found["flicker"] = float(np.abs(np.diff(error, axis=0)[both]).mean())
-        return found
+        return Judgment(found, pooled)
 
     def _ssim(self, result: NDArray[np.float32]) -> dict[str, float]:
         pixels = self._structure.similarity(torch.from_numpy(result[self._slices])).numpy()  # [N, Y, X]
@@ -118,10 +156,11 @@ class VolumeJudge:
         return found
 
     @torch.inference_mode()
-    def _layers(self, network: FeatureNetwork, volume: NDArray[np.float32]) -> Sequence[list[Tensor]]:
+    def _look(self, network: FeatureNetwork, volume: NDArray[np.float32]) -> _Seen:
         """Features of the slices that are looked at, a few at a time."""
         images = torch.from_numpy(volume[self._seen])[:, None] * 2 - 1  # [N, 1, Y, X]
-        return [network.layers(part) for part in images.split(8)]
+        found = [network.layers_and_pooled(part) for part in images.split(8)]
+        return _Seen([layers for layers, _ in found], torch.cat([pooled for _, pooled in found]))
 
 
 def _box(mask: NDArray[np.bool_]) -> tuple[slice, ...]:

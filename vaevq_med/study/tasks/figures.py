@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from vaevq_med.evaluation.volumes import FIGURES as VOLUME_FIGURES
-from vaevq_med.metrics.figures import Figure
+from vaevq_med.metrics.figures import RFID, Figure
 from vaevq_med.metrics.preservation import SIZES
 from vaevq_med.metrics.segmentation import FIGURES as SEGMENTATION_FIGURES
 
@@ -30,6 +32,12 @@ _ERROR = Figure(
 _BIAS = Figure("difference_ml", "Volume bias (ml)", 2, convention="mean over cases of that difference, with its sign")
 CHEAP = (
     *(figure for figure in VOLUME_FIGURES if figure.name in ("psnr_brain", "psnr_tumor", "ssim_brain", "perceptual")),
+    replace(
+        RFID,
+        convention="Frechet distance of the pooled features of originals and results, of the network and the slices of "
+        "the LPIPS-style distance, all cases and contrasts together; biased upward at few slices, so that it compares "
+        "rows of one study alone",
+    ),
     Figure(
         "frd",
         "FRD",

@@ -12,6 +12,7 @@ from vaevq_med.evaluation.volumes import FIGURES as VOLUME_FIGURES
 from vaevq_med.metrics.preservation import SIZES, lesion_recall
 from vaevq_med.study.rates.candidates import Candidate
 from vaevq_med.study.rates.curves import Spread
+from vaevq_med.study.tasks.features import feature_distance
 from vaevq_med.tasks.detectability import Detection, detection, smallest_detected
 from vaevq_med.tasks.radiomics import Reproducibility, frechet_radiomics_distance, reproducibility
 
@@ -31,6 +32,21 @@ def of_case(record: Mapping[str, Any]) -> dict[str, float]:
         found |= {f"{name}_{region}": value for name, value in scores.items()}
         found[f"volume_error_ml_{region}"] = abs(scores["difference_ml"])
     return found
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a feature network saw of all cases of a row at a setting.
+
+    Attributes:
+        distance: to the originals; NaN where that is not known.
+        slices: that it is of.
+        num_features: length of a slice's feature vector.
+    """
+
+    distance: float
+    slices: int
+    num_features: int
 
 
 @dataclass(frozen=True)
@@ -79,6 +95,7 @@ class Point:
         areas = [found.auc for found in self.detections.values()]
         distance = frechet_radiomics_distance(*(self._vectors(side) for side in (self.originals, self.records)))
         return {
+            "rfid": (self.seen.distance, "features"),
             "frd": (distance, "radiomics"),
             "icc_share": (self.features.share(RELIABLE), "radiomics"),
             "icc_shape_share": (self.shapes.share(RELIABLE), "shapes"),
@@ -89,6 +106,22 @@ class Point:
                 for size, (kept, there) in zip(SIZES, self.lesions, strict=False)
             },
         }
+
+    @cached_property
+    def seen(self) -> Seen:
+        """What the network of the perceptual distance saw, where every case has its features here and as original.
+
+        A distance of some cases would be of fewer slices than the others', and so larger.
+        """
+        names = self._shared("features")
+        results, originals = (
+            [side[name]["features"].read() for name in names] for side in (self.records, self.originals)
+        )
+        kept = [pooled for pooled in (*results, *originals) if pooled is not None]
+        if not names or len(names) != len(self.records) or len(kept) != 2 * len(names):
+            return Seen(math.nan, 0, 0)
+        distance = feature_distance(kept[: len(names)], kept[len(names) :])
+        return Seen(distance, sum(map(len, kept[: len(names)])), kept[0].shape[1])
 
     @cached_property
     def lesions(self) -> list[tuple[int, int]]:
@@ -125,7 +158,7 @@ class Point:
         return [
             name
             for name, record in self.records.items()
-            if record[what] is not None and self.originals.get(name, {}).get(what) is not None
+            if record.get(what) is not None and self.originals.get(name, {}).get(what) is not None
         ]
 
     def _reproduced(self, what: str) -> Reproducibility:

@@ -252,6 +252,7 @@ class Report:
                 f"Radiomics: {len(found.correlations)} features, {len(found.constant)} without a spread and "
                 f"{len(found.rare)} of fewer than three cases left out ({first.title})."
             )
+        notes += self._seen_notes()
         notes += [
             f"{row.title}: a decoder needs {row.shipped / 1e6:.1f} MB of weights besides, once."
             for row in {point.row.name: point.row for point in self.points}.values()
@@ -259,6 +260,25 @@ class Report:
         ]
         notes += [f"{figure.title}: {figure.convention}." for figure in self.figures if figure.convention]
         return [*notes, *self.remarks, *self.study.notes]
+
+    def _seen_notes(self) -> list[str]:
+        """How many slices the network of the perceptual distance saw, and where that is not known."""
+        asked, notes = self.study.perceptual, []
+        if asked is None:
+            return []
+        seen = next((point.seen for point in self.points if self.whole(point) and point.seen.slices), None)
+        if seen is not None:
+            notes.append(
+                f"rFID: {seen.slices:,} slices of the originals and as many of each row, which {asked.network} gives "
+                f"{seen.num_features:,} features each."
+            )
+        without = [point.title for point in self.points if not point.seen.slices]
+        if without:
+            notes.append(
+                f"rFID is left out of {', '.join(without)}: records that an earlier version made, or beside which the "
+                "features are gone, have none. A record that is removed is made again with them."
+            )
+        return notes
 
     def draw(self) -> list[Path]:
         """Draw bytes against Dice, and detectability; what there is of them."""

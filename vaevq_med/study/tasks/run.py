@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.evaluation.volumes import VolumeJudge
+from vaevq_med.evaluation.volumes import Judgment, VolumeJudge
 from vaevq_med.metrics.preservation import lesions_found
 from vaevq_med.metrics.segmentation import region_scores
 from vaevq_med.study.rates.candidates import Candidate, Coded, as_judged, mask_bytes
-from vaevq_med.study.rates.recording import Measure, Record, RunRecords, refuse_seen
+from vaevq_med.study.rates.recording import Measure, Record, RunRecords, refuse_seen, unit_name
 from vaevq_med.study.tasks.cases import (
     CaseContent,
     CaseFile,
@@ -28,6 +28,7 @@ from vaevq_med.study.tasks.cases import (
     lesioned_cases,
     through_window,
 )
+from vaevq_med.study.tasks.features import KeptFeatures
 from vaevq_med.study.tasks.file import TasksStudy
 from vaevq_med.study.tasks.report import write_report
 from vaevq_med.study.tasks.rows import ORIGINAL, Original
@@ -148,12 +149,14 @@ class RunTasks(RunRecords[CaseFile]):
                     for scan in item.scans
                 }
                 units = {name: one.unit for name, one in coded.items()}
+                judged = {name: judges[name].judge(unit) for name, unit in units.items()}
                 record: dict[str, Any] = {
                     "patient": item.case.patient,
                     "case": item.name,
                     "regions": regions,
                     "bytes": sum(one.size for one in coded.values()) / len(coded),
-                    "contrasts": {name: _of_contrast(one, judges[name]) for name, one in coded.items()},
+                    "contrasts": {name: _of_contrast(one, judged[name]) for name, one in coded.items()},
+                    "features": self._kept(item, row, setting, judged.values()),
                     **self._segmented(content, units),
                     "radiomics": radiomics(content, units) if study.radiomics else None,
                     "lesions": self._lesions(content, copies, units, row, setting),
@@ -162,6 +165,25 @@ class RunTasks(RunRecords[CaseFile]):
                 return record, f"{record['bytes']:,.0f} bytes a volume, {psnr:.2f} dB in the brain"
 
             yield measure
+
+    def _kept(
+        self, item: CaseFile, row: Candidate, setting: float, judged: Iterable[Judgment]
+    ) -> dict[str, str] | None:
+        """Keep what the network of the perceptual distance saw, and what the record notes of it."""
+        pooled = [one.pooled for one in judged if one.pooled is not None]
+        if not pooled:
+            return None
+        folder = self.folder(item)
+        with folder.writing():
+            return KeptFeatures.write(folder.records / f"{unit_name(row, setting)}.npz", torch.cat(pooled))
+
+    def records(self) -> list[Record]:
+        """With where the features of each are, in place of what it notes of them."""
+        folders = {item.name: self.folder(item).records for item in self.items}
+        return [
+            {**record, "features": KeptFeatures.of(folders[record["case"]], record.get("features"))}
+            for record in super().records()
+        ]
 
     def _segmented(self, content: CaseContent, units: Units) -> dict[str, Any]:
         """Scores against the experts' segmentation, and the shape of what was found, by region."""
@@ -214,9 +236,9 @@ class RunTasks(RunRecords[CaseFile]):
         return write_report(self.study, self.rows, records, asked=asked, remarks=remarks, edges=edges)
 
 
-def _of_contrast(coded: Coded, judge: VolumeJudge) -> dict[str, Any]:
+def _of_contrast(coded: Coded, judged: Judgment) -> dict[str, Any]:
     times = {"encode_seconds": round(coded.encode_seconds, 3), "decode_seconds": round(coded.decode_seconds, 3)}
-    return {"bytes": coded.size, **times, "figures": judge.figures(coded.unit)}
+    return {"bytes": coded.size, **times, "figures": judged.figures}
 
 
 def radiomics(content: CaseContent, units: Units) -> dict[str, float] | None:
