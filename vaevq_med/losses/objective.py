@@ -80,9 +80,10 @@ class TokenizerObjective(nn.Module):
         self.adversarial = adversarial
         self.follows = self._following(terms, follows or {})
 
-    def _following(self, terms: Iterable[str], follows: Mapping[str, str | None]) -> dict[str, str]:
+    def _following(self, terms: Mapping[str, LossTerm | None], follows: Mapping[str, str | None]) -> dict[str, str]:
         """Those of the terms in use that follow another one, which has to be in use and to steer something."""
-        for name in [*follows, *follows.values()]:
+        named: list[str | None] = [*follows, *follows.values()]
+        for name in named:
             if name is not None and name not in terms:
                 hint = did_you_mean(name, terms, f"expected some of {', '.join(terms)}")
                 raise VaevqMedError(f"objective.follows has {name!r}, which is no term: {hint}")
