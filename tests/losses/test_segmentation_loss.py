@@ -12,7 +12,7 @@ from torch import nn
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.losses.segmentation import SegmentationLoss
-from vaevq_med.networks.perturbation import QuantizedPerturbation
+from vaevq_med.networks.perturbation import FeaturePerturbation, QuantizedPerturbation
 from vaevq_med.networks.quantizers.simvq import SimVQ
 
 WEIGHTS = {"dice": 1.0, "cross_entropy": 2.0}
@@ -111,6 +111,35 @@ def test_a_quantizer_has_its_terms_and_may_be_perturbed() -> None:
     assert set(found.terms) == set(weights)
     expected = sum(weight * found.terms[name] for name, weight in weights.items())
     torch.testing.assert_close(found.total.detach(), expected)
+
+
+def seen_by_the_decoder(perturbation: FeaturePerturbation | None, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The features of the disturbed view as they are decoded, and the loss, both with the same draws."""
+    torch.manual_seed(0)
+    network = small_segmenter(quantizer=SimVQ(num_embeddings=64, embedding_dim=4))
+    loss = loss_of(network, weights={**WEIGHTS, "consistency": 1.0}, teacher=Says(5.0), perturbation=perturbation)
+    decoded, decode = [], network.decode
+    monkeypatch.setattr(network, "decode", lambda features: decoded.append(features) or decode(features))
+    torch.manual_seed(0)
+    found = loss(IMAGES, REGIONS, torch.tensor([True, True, False, False]))
+    known, disturbed = decoded
+    return known, disturbed, found, network
+
+
+def test_the_perturbation_changes_the_disturbed_view_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain_known, plain, plain_loss, _ = seen_by_the_decoder(None, monkeypatch)
+    known, perturbed, loss, network = seen_by_the_decoder(QuantizedPerturbation(epsilon=1.0), monkeypatch)
+    assert torch.equal(known.coarse, plain_known.coarse)
+    for name in ("dice", "cross_entropy"):
+        assert torch.equal(loss.terms[name], plain_loss.terms[name])
+    assert torch.equal(perturbed.quantizer.indices, plain.quantizer.indices)
+    # Each position has another codeword than the one that was found for it.
+    codes = network.quantizer.codebook()
+    steps = perturbed.coarse.detach().movedim(1, -1).flatten(0, -2)[:, None] - codes.detach()
+    to_codeword = steps.norm(dim=2)
+    assert float(to_codeword.amin(dim=1).max()) < 1e-5
+    assert not (to_codeword.argmin(dim=1) == plain.quantizer.indices.flatten()).any()
+    assert loss.terms["consistency"].item() != pytest.approx(plain_loss.terms["consistency"].item(), rel=1e-4)
 
 
 def test_what_is_wrong_is_said() -> None:

@@ -72,8 +72,17 @@ def test_a_part_of_too_little_is_no_lesion_and_the_largest_always_is() -> None:
 def test_identity_keeps_everything() -> None:
     _, reference = masks(3)
     found = lesions_found(reference, reference, SPACING, least_ml=0)
+    assert len(found) > 3
     assert all(share == 1.0 for _, share in found)
-    assert dice(reference, reference) - dice(reference, reference) == 0
+    assert dice(reference, reference) == 1.0
+    edges = size_edges(volume for volume, _ in found)
+    assert all(kept == there > 0 for kept, there in lesion_recall(found, edges))
+    # One voxel less is not everything.
+    less = reference.copy()
+    less[tuple(np.argwhere(reference)[0])] = False
+    count = int(reference.sum())
+    assert dice(less, reference) == pytest.approx(2 * (count - 1) / (2 * count - 1))
+    assert sorted(share for _, share in lesions_found(less, reference, SPACING, least_ml=0))[0] < 1.0
 
 
 def test_a_blur_loses_small_lesions_before_large_ones() -> None:

@@ -91,6 +91,35 @@ def test_frequencies_are_those_of_the_draw() -> None:
     torch.testing.assert_close(found, pi, atol=0.015, rtol=0)
 
 
+def divergence_from_uniform(marginal: torch.Tensor) -> float:
+    """``KL(uniform || marginal)`` in nats (VQ-Seg, Eq. 5 and 6)."""
+    marginal = marginal.double()
+    return float(-(marginal * len(marginal)).log().mean())
+
+
+# A regular polygon and a cube: some rotation or mirroring takes every codeword to every other one.
+TURNS = 2 * torch.pi * torch.arange(12) / 12
+SYMMETRIC = [torch.stack([TURNS.cos(), TURNS.sin()], dim=1), torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)]
+
+
+@pytest.mark.parametrize("way", [{}, {"temperature": 0.5}, {"nearest": 1}], ids=["uniform", "distance", "nearest"])
+@pytest.mark.parametrize("table", SYMMETRIC, ids=["polygon", "cube"])
+def test_under_a_symmetric_codebook_even_indices_stay_even(table: torch.Tensor, way: dict[str, float]) -> None:
+    """What is as often each codeword before is so after: the divergence is 0, and of a skewed codebook above."""
+    k, epsilon = len(table), 0.7
+    # All that are as near: one alone would be drawn by the rounding of the distances.
+    way = {"nearest": 2 if k == 12 else 3} if "nearest" in way else way
+    skewed = torch.arange(k, dtype=torch.float32)[:, None] ** 2
+    for codewords, even in ((table, True), (skewed, not way)):
+        pi = replacement_probabilities(codewords, torch.arange(k), **way)
+        expected = divergence_from_uniform((1 - epsilon) / k + epsilon * pi.mean(dim=0))
+        assert expected == pytest.approx(0, abs=1e-6) if even else expected > 0.01
+        drawn = perturb_indices(torch.arange(k).repeat(8000), codewords, epsilon, generator=draws(), **way)
+        found = divergence_from_uniform(drawn.bincount(minlength=k) / len(drawn))
+        # Of so many draws chance alone makes some (k - 1) / 2 over their number.
+        assert found == pytest.approx(expected, abs=1e-3 if even else 0.02 * expected + 1e-3)
+
+
 def test_a_seed_repeats_itself() -> None:
     indices = torch.zeros(200, dtype=torch.int64)
     first, again, other = (perturb_indices(indices, codebook(), 0.5, generator=draws(seed)) for seed in (1, 1, 2))

@@ -44,6 +44,10 @@ class LossTerm(nn.Module, ABC):
         if control is not None:
             control.copy_(stored)
 
+    def steered_factor(self) -> Tensor | None:
+        """What the term multiplies itself by and steers, a scalar, for terms that follow it; None for most."""
+        return None
+
     def figures(self) -> Mapping[str, Tensor]:
         """What is logged beside the term's value, under the term's name and these."""
         return {}

@@ -41,7 +41,8 @@ class KLLoss(LossTerm):
     With a ``budget`` the term is multiplied by a factor that is steered, slowly and multiplicatively, so that the
     KL of the counted tokens tracks ``budget * log(num_embeddings)``: K codewords carry log K nats a token, and a
     posterior of many more is narrower than the codebook's spacing (METHODS of Gaussian Quant, arXiv 2512.06609). The
-    factor is a buffer, so that checkpoints carry it; it moves in training only.
+    factor is a buffer, so that checkpoints carry it; it moves in training only. It multiplies this term, and those that
+    the objective lets follow it.
 
     ``prior: "empirical"`` is N(0, diag v) with ``v = E[mu^2 + sigma^2]`` of each channel (automatic relevance
     determination, ARD-VAE, arXiv 2501.10901, at the hyperprior ``a_0 = b_0 = 0``). Of all v this has the least KL,
@@ -161,6 +162,10 @@ class KLLoss(LossTerm):
                     f"the checkpoint's prior has {len(variance)} channels; expected {len(self.variance)}"
                 )
             self.variance.copy_(variance)
+
+    def steered_factor(self) -> Tensor:
+        """The factor: 1, or where ``initial`` put it, without a budget."""
+        return self.factor
 
     @property
     def needs_patches(self) -> bool:

@@ -37,10 +37,14 @@ class TokenizerObjective(nn.Module):
         terms: loss terms by name; None for one that there is not, whose weight has to be 0 or None, or absent.
         weights: a weight for each term; 0 or None leaves the term out of the computation.
         adversarial: the GAN's settings, or None without one.
+        follows: by a term's name, that of the term whose steered factor multiplies its weight too, without a gradient:
+            with ``{"rcs": "kl"}`` and a KL budget RCS weighs what the KL weighs. None, or a term that is left out,
+            follows nothing. What is logged of the term is without the factor.
 
     Raises:
         VaevqMedError: a weight without a term or a term without a weight, with the nearest valid name; or a term has
-            a name that the log has for something else; or one that is None has a weight.
+            a name that the log has for something else; or one that is None has a weight; or one follows a term that is
+            not there, is left out, or steers nothing.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class TokenizerObjective(nn.Module):
         terms: Mapping[str, LossTerm | None],
         weights: Mapping[str, float | None],
         adversarial: AdversarialTerm | None = None,
+        follows: Mapping[str, str | None] | None = None,
     ) -> None:
         super().__init__()
         taken = sorted({*terms} & _TAKEN)
@@ -73,6 +78,29 @@ class TokenizerObjective(nn.Module):
         used = {name: term for name, term in terms.items() if term is not None and name in self.weights}
         self.terms = nn.ModuleDict(used)
         self.adversarial = adversarial
+        self.follows = self._following(terms, follows or {})
+
+    def _following(self, terms: Mapping[str, LossTerm | None], follows: Mapping[str, str | None]) -> dict[str, str]:
+        """Those of the terms in use that follow another one, which has to be in use and to steer something."""
+        named: list[str | None] = [*follows, *follows.values()]
+        for name in named:
+            if name is not None and name not in terms:
+                hint = did_you_mean(name, terms, f"expected some of {', '.join(terms)}")
+                raise VaevqMedError(f"objective.follows has {name!r}, which is no term: {hint}")
+        found = {name: other for name, other in follows.items() if other is not None and name in self.terms}
+        steering = self._factors()
+        for name, other in found.items():
+            if other not in self.terms:
+                raise VaevqMedError(
+                    f"objective.follows.{name} is {other!r}, which has no weight; expected a term in use, or null"
+                )
+            if other not in steering or other == name:
+                others = ", ".join(one for one in steering if one != name)
+                raise VaevqMedError(
+                    f"objective.follows.{name} is {other!r}; expected another term that steers a factor "
+                    f"({others or 'found none'}), or null"
+                )
+        return found
 
     def check_paths(self, network: nn.Module) -> None:
         """Refuse a tokenizer without the continuous path, or without the patches, that a term is of.
@@ -150,14 +178,24 @@ class TokenizerObjective(nn.Module):
         """Terms whose weight is measured at the convolution before the latent."""
         return [name for name, term in self._named_terms() if term.adaptive]
 
+    def _factors(self) -> dict[str, Tensor]:
+        """What terms multiply themselves by, of those that steer it."""
+        factors = ((name, term.steered_factor()) for name, term in self._named_terms())
+        return {name: factor.detach() for name, factor in factors if factor is not None}
+
     def _weighted_sum(
         self, values: Mapping[str, Tensor], names: Iterable[str], target: Tensor, ratios: Mapping[str, Tensor]
     ) -> Tensor:
-        """The weighted sum of the named terms, zero without any."""
+        """The weighted sum of the named terms, zero without any; all of them have been computed, and have steered."""
         total = torch.zeros((), device=target.device)
+        factors = self._factors() if self.follows else {}
         for name in names:
-            weight = self.weights[name]
-            total = total + (weight * ratios[name] if name in ratios else weight) * values[name]
+            weight: float | Tensor = self.weights[name]
+            if name in ratios:
+                weight = weight * ratios[name]
+            if name in self.follows:
+                weight = weight * factors[self.follows[name]]
+            total = total + weight * values[name]
         return total
 
     def generator(

@@ -9,18 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import BUNDLE
 from helpers import ddp_codebook
 from helpers.bundles import evaluation_overrides, run_bundle, states_equal
 from helpers.processes import run_in_two
 from helpers.quantizer_cases import Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import minimize
+from monai.bundle import ConfigParser
 from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.losses.dcr import gaussian_wasserstein2_to_standard
+from vaevq_med.losses.objective import TokenizerObjective
 from vaevq_med.losses.rcs import representation_coherence
+from vaevq_med.networks.outputs import TokenizerOutput
 from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.quantizers.coherent import CoherentVQ
 from vaevq_med.networks.quantizers.ema import VectorQuantizerEMA
@@ -31,7 +34,9 @@ CASES = {
             num_embeddings=32, embedding_dim=4, assignment="euclidean", weighting="plain", prior_step=0.1
         ),
         learns=False,
-    )
+    ),
+    # As it ships: assigned by the posterior, weighed by the precision.
+    "coherent-default": Case(lambda: CoherentVQ(num_embeddings=32, embedding_dim=4), learns=False),
 }
 
 
@@ -102,39 +107,78 @@ def test_a_sample_is_quantized_and_its_mean_averaged() -> None:
     torch.testing.assert_close(quantizer.codebook().flatten(), torch.tensor([0.0, 6.5]))
 
 
-def test_under_a_linear_decoder_it_is_lloyds_step_of_the_reconstruction() -> None:
-    """``x = A z`` with squared error: the curvature is ``2 A^T A``, and all that the method does is known.
+def default_objective() -> TokenizerObjective:
+    """That of the bundle, with its terms and weights; without the perceptual loss and the GAN."""
+    parser = ConfigParser()
+    parser.read_config(str(BUNDLE / "train.json"))
+    parser["objective#terms#perceptual"] = None
+    parser["objective#weights#perceptual"] = 0.0
+    parser["objective#adversarial"] = None
+    return parser.get_parsed_content("objective")
 
-    The best deviations, the assignment and the codewords are worked out by scipy and numpy from A alone.
+
+def test_under_a_linear_decoder_it_is_lloyds_step_of_the_reconstruction() -> None:
+    """``x = A z``, an A a token, under the default's own objective: the curvature is known, and so is all else.
+
+    Of n pixels a token the mean squared error has the curvature ``H = 2 A^T A / n``, and the objective's weight of the
+    KL a token is beta, so that the best deviations are ``1 / std^2 = 1 + H / beta``, others for each token. Deviations,
+    assignment, what RCS says and the codewords are worked out by numpy from A and the weights alone.
     """
     generator = np.random.default_rng(0)
-    # Orthogonal columns, so that the diagonal is the curvature.
-    decoder = np.linalg.qr(generator.normal(size=(7, 3)))[0] * np.array([2.0, 0.7, 0.2])
-    beta = 0.3
+    tokens, codewords, pixels, width = 40, 6, 16, 3
+    objective = default_objective()
+    assert set(objective.weights) == {"reconstruction", "kl", "rcs"}
+    beta = objective.weights["kl"] / objective.weights["reconstruction"]
+    # Orthogonal columns, so that the diagonal is the curvature, of 0.3 to 300 times beta.
+    ratios = 0.3 * 1000 ** generator.random((tokens, width))
+    columns = np.stack([np.linalg.qr(generator.normal(size=(pixels, width)))[0] for _ in range(tokens)])
+    decoders = columns * np.sqrt(beta * pixels / 2 * ratios)[:, None]  # [T, n, D]
+    curvatures = 2 * np.einsum("tni,tnj->tij", decoders, decoders) / pixels
+    std = (1 + np.diagonal(curvatures, axis1=1, axis2=2) / beta) ** -0.5  # [T, D]
 
-    def expected_loss(log_std: np.ndarray) -> float:
-        """``E ||A (mu + std eps) - A mu||^2`` and beta KL, whose mean part does not depend on the deviations."""
-        variance = np.exp(2 * log_std)
-        return float(np.sum(decoder**2 * variance) + beta * 0.5 * np.sum(variance - 2 * log_std))
-
-    std = np.exp(minimize(expected_loss, np.zeros(3), tol=1e-12).x)
-    curvature = 2 * np.diag(decoder.T @ decoder)
-    np.testing.assert_allclose(std**-2, 1 + curvature / beta, rtol=1e-4)
-
-    means, table = generator.normal(size=(40, 3)), generator.normal(size=(6, 3))
+    means, table = generator.normal(size=(tokens, width)), generator.normal(size=(codewords, width))
     # What quantizing mean to codeword costs the reconstruction, and beta / 2 times the squared step.
     steps = means[:, None] - table[None]
-    cost = np.sum((steps @ decoder.T) ** 2, axis=-1) + 0.5 * beta * np.sum(steps**2, axis=-1)
+    error = np.mean(np.einsum("tni,tki->tkn", decoders, steps) ** 2, axis=-1)
+    cost = error + 0.5 * beta * np.sum(steps**2, axis=-1)  # [T, K]
     nearest = cost.argmin(axis=1)
+    # The nearest by itself would often be another codeword.
+    assert (nearest != np.sum(steps**2, axis=-1).argmin(axis=1)).sum() > 5
+
     quantizer = with_codewords(torch.tensor(table, dtype=torch.float32), decay=0.0, revival_share=None)
-    mean = torch.tensor(means.T[None], dtype=torch.float32)  # [1, 3, 40]
-    posterior = posterior_of(mean, torch.tensor(std, dtype=torch.float32).view(1, 3, 1))
+    # All 8 combinations of signs as noise, whose mean is 0 and whose covariance is the identity: no chance is left.
+    noise = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=width)))[..., None]  # [8, D, 1]
+    mean = torch.tensor(means.T[None], dtype=torch.float32).expand(8, width, tokens)
+    logvar = torch.tensor(2 * np.log(std).T[None], dtype=torch.float32).expand(8, width, tokens).clone()
+    logvar.requires_grad_()
+    posterior = DiagonalGaussian(mean, logvar)
     output = quantizer(mean, posterior)
-    assert output.indices.flatten().tolist() == nearest.tolist()
-    loss = representation_coherence(output.codes, posterior.mean, posterior.std)
-    assert beta * loss.item() == pytest.approx(cost.min(axis=1).mean(), rel=1e-4)
+    assert output.indices[0].flatten().tolist() == nearest.tolist()
+
+    def decoded(latent: Tensor) -> Tensor:
+        """One channel of n rows, a column a token."""
+        return torch.einsum("tni,bit->bnt", torch.tensor(decoders, dtype=torch.float32), latent)[:, None]
+
+    of = TokenizerOutput(decoded(output.codes), decoded(mean + posterior.std * noise), mean, posterior, output)
+    loss = objective.generator(decoded(mean), of)
+    # The total is strictly convex in each log variance: where its gradient is 0 the deviations are the best.
+    (gradient,) = torch.autograd.grad(loss.total, logvar)
+    of_kl = objective.weights["kl"] * 0.5 * (1 - std.T**2) / tokens
+    assert float(np.abs(gradient.sum(dim=0).numpy() / of_kl).max()) < 1e-3
+
+    # RCS at its weight is what quantizing costs: the quantized path's error, and the squared step at beta / 2.
+    chosen = error[np.arange(tokens), nearest]
+    variances = np.mean(np.einsum("tni,ti->tni", decoders, std) ** 2, axis=1).sum(axis=1)
+    assert loss.terms["reconstruction"].item() == pytest.approx(chosen.mean() + variances.mean(), rel=1e-4)
+    weighed = objective.weights["rcs"] / objective.weights["reconstruction"] * loss.terms["rcs"].item()
+    assert weighed == pytest.approx(cost.min(axis=1).mean(), rel=1e-4)
     for k in set(nearest):
-        np.testing.assert_allclose(quantizer.codebook()[k], means[nearest == k].mean(axis=0), rtol=1e-4, atol=1e-5)
+        # The codeword of least cost to its tokens: sum (H + beta) (e - mean) = 0.
+        metrics = curvatures[nearest == k] + beta * np.eye(width)
+        best = np.linalg.solve(metrics.sum(axis=0), np.einsum("tij,tj->i", metrics, means[nearest == k]))
+        np.testing.assert_allclose(quantizer.codebook()[k], best, rtol=1e-3, atol=1e-4)
+        if (nearest == k).sum() > 2:
+            assert np.abs(best - means[nearest == k].mean(axis=0)).max() > 0.02
 
 
 @settings(deadline=None, max_examples=40)
