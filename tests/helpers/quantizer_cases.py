@@ -98,6 +98,9 @@ CASES: dict[str, Case] = {
     "fsq-projection": Case(lambda: FSQ(levels=[8, 5, 5], embedding_dim=6, projection=True), straight_through=False),
     "ifsq": Case(lambda: IFSQ(levels=[7, 5, 3]), learns=False, straight_through=False, random_start=False),
     "lfq": Case(lambda: LFQ(num_embeddings=32, temperature=1.0), learns=False, random_start=False),
+    "lfq-bits": Case(
+        lambda: LFQ(num_embeddings=32, temperature=1.0, codebook_per_bit=True), learns=False, random_start=False
+    ),
     "lfq-projection": Case(lambda: LFQ(num_embeddings=32, embedding_dim=8, projection=True), straight_through=False),
     "ibq": Case(lambda: IBQ(num_embeddings=32, embedding_dim=4), straight_through=False),
     "softvq": Case(lambda: SoftVQ(num_embeddings=32, embedding_dim=4), straight_through=False),

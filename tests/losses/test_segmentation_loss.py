@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import json
 from typing import Any
 
 import pytest
 import torch
+from conftest import BUNDLE
 from helpers.segmenters import small_segmenter
+from monai.bundle import ConfigParser
 from torch import nn
 
 from vaevq_med.core.errors import VaevqMedError
@@ -113,6 +117,18 @@ def test_a_quantizer_has_its_terms_and_may_be_perturbed() -> None:
     torch.testing.assert_close(found.total.detach(), expected)
 
 
+OVERLAYS = BUNDLE.parent / "segmentation" / "overlays"
+PERTURBED = sorted(
+    path.stem for path in OVERLAYS.glob("*.json") if "loss_def#perturbation" in json.loads(path.read_text())
+)
+
+
+def overlaid(name: str) -> FeaturePerturbation:
+    """The perturbation that an overlay of the bundle sets."""
+    content = json.loads((OVERLAYS / f"{name}.json").read_text())
+    return ConfigParser({"made": content["loss_def#perturbation"]}).get_parsed_content("made")
+
+
 def seen_by_the_decoder(perturbation: FeaturePerturbation | None, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The features of the disturbed view as they are decoded, and the loss, both with the same draws."""
     torch.manual_seed(0)
@@ -140,6 +156,27 @@ def test_the_perturbation_changes_the_disturbed_view_alone(monkeypatch: pytest.M
     assert float(to_codeword.amin(dim=1).max()) < 1e-5
     assert not (to_codeword.argmin(dim=1) == plain.quantizer.indices.flatten()).any()
     assert loss.terms["consistency"].item() != pytest.approx(plain_loss.terms["consistency"].item(), rel=1e-4)
+
+
+def test_the_overlays_of_the_bundle_perturb_in_ways_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {"teacher_qpm_distance", "teacher_qpm_nearest", "teacher_qpm_uniform"} < set(PERTURBED)
+    views = {name: seen_by_the_decoder(overlaid(name), monkeypatch)[1].coarse for name in PERTURBED}
+    views["none"] = seen_by_the_decoder(None, monkeypatch)[1].coarse
+    for one, other in itertools.combinations(views, 2):
+        assert not torch.allclose(views[one], views[other]), f"{one} and {other}"
+
+
+def test_replacements_by_nearest_are_nearer_than_by_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mean squared step of the positions that are replaced, at the same share of 0.7."""
+    plain = seen_by_the_decoder(None, monkeypatch)[1].coarse
+    steps = {}
+    for name in ("distance", "nearest", "uniform"):
+        moved = seen_by_the_decoder(overlaid(f"teacher_qpm_{name}"), monkeypatch)[1].coarse - plain
+        squares = moved.detach().square().sum(dim=1)
+        replaced = squares > 1e-8
+        assert float(replaced.float().mean()) == pytest.approx(0.7, abs=0.12)
+        steps[name] = float(squares[replaced].mean())
+    assert steps["distance"] < steps["nearest"] < 0.6 * steps["uniform"]
 
 
 def test_what_is_wrong_is_said() -> None:

@@ -10,11 +10,13 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, toy_config
 from helpers.bundles import evaluation_overrides, run_bundle
 from monai.bundle import ckpt_export, onnx_export, verify_metadata, verify_net_in_out
+from onnx.reference import ReferenceEvaluator
 from typer.testing import CliRunner
 
 from vaevq_med.cli.app import app
@@ -94,9 +96,15 @@ def test_monai_verifies_and_exports_a_packed_bundle(packed: tuple[Path, dict[str
     export = {**shared, "ckpt_file": str(root / "models" / "model.pt"), "use_trace": True}
     ckpt_export(**export, filepath=str(tmp_path / "model.ts"), input_shape=[1, 1, 32, 32])
     onnx_export(**export, filepath=str(tmp_path / "model.onnx"), input_shape=[1, 1, 32, 32])
-    assert (tmp_path / "model.onnx").stat().st_size > 1000
-    scripted = torch.jit.load(tmp_path / "model.ts")
-    assert scripted(torch.zeros(1, 1, 32, 32)).shape == (1, 1, 32, 32)
+    images = 2 * torch.rand(1, 1, 32, 32, generator=torch.Generator().manual_seed(0)) - 1
+    with torch.inference_mode():
+        expected = StoredTokenizer(root).network().eval()(images)
+        scripted = torch.jit.load(tmp_path / "model.ts")(images)
+    assert expected.std() > 1e-3
+    torch.testing.assert_close(scripted, expected, rtol=0, atol=1e-5)
+    evaluator = ReferenceEvaluator(str(tmp_path / "model.onnx"))  # in NumPy, operator by operator
+    (computed,) = evaluator.run(None, {evaluator.input_names[0]: images.numpy()})
+    np.testing.assert_allclose(computed, expected.numpy(), rtol=0, atol=1e-4)
 
 
 def test_a_packed_bundle_infers_what_its_run_does(

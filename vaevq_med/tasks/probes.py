@@ -374,7 +374,7 @@ class Probe(ProbeOptions):
 def _known(features: Features, labels: Sequence[int], patients: Sequence[str]) -> Asked:
     array = np.array(labels, np.int64)
     known = np.flatnonzero(array != _UNKNOWN)
-    return Asked(features[known], array[known], [patients[number] for number in known])
+    return Asked(features[known], array[known], [patients[number] for number in known.tolist()])
 
 
 def _batches(images: SliceDataset, size: int) -> Iterator[tuple[list[dict[str, Any]], list[bool]]]:

@@ -48,6 +48,19 @@ def test_zero_is_minus_one() -> None:
     assert output.indices.item() == 0b010
 
 
+def test_a_codebook_per_bit_is_the_same_code_in_bits() -> None:
+    """The bits of the one index, the highest first, of the same latents; everything else to the bit."""
+    z = torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(0))
+    whole, apart = LFQ(num_embeddings=32), LFQ(num_embeddings=32, codebook_per_bit=True)
+    assert (apart.num_embeddings, apart.num_codebooks, apart.bits_per_position) == (2, 5, whole.bits_per_position)
+    one, bits = whole(z), apart(z)
+    written = [[int(digit) for digit in f"{index:05b}"] for index in one.indices.flatten().tolist()]
+    assert bits.indices.flatten(0, 2).tolist() == written
+    assert torch.equal(bits.codes, one.codes)
+    assert bits.losses == one.losses
+    assert torch.equal(apart.indices_to_codes(bits.indices), one.codes)
+
+
 @pytest.mark.parametrize("bits", [1, 2, 5, 8])
 @pytest.mark.parametrize("temperature", [0.1, 4.0])
 def test_entropies_are_those_of_every_code_written_out(bits: int, temperature: float) -> None:

@@ -38,6 +38,9 @@ class LFQ(ScalarQuantizer):
             is exact. With fewer, the entropies of groups of bits are added up, an upper bound that needs memory for
             ``2^bits_per_group`` codes in place of K (Open-MAGVIT2: 9 of 18 bits).
         projection: linear layers from D channels to one a bit and back.
+        codebook_per_bit: give each bit as an index of its own, the first channel's first: G = log2 K codebooks of two
+            codewords in place of one of K, for a prior over bits (as MaskBit's, arXiv 2409.16211). Codes and losses are
+            the same.
 
     Raises:
         VaevqMedError: sizes that do not fit together, or a temperature that is not above 0.
@@ -58,6 +61,7 @@ class LFQ(ScalarQuantizer):
         temperature: float = 0.01,
         bits_per_group: int | None = None,
         projection: bool = False,
+        codebook_per_bit: bool = False,
     ) -> None:
         if num_embeddings < 2 or num_embeddings & (num_embeddings - 1):
             raise VaevqMedError(f"num_embeddings is {num_embeddings}; expected a power of 2")
@@ -77,6 +81,17 @@ class LFQ(ScalarQuantizer):
         )
         self.temperature = temperature
         self.bits_per_group = bits if bits_per_group is None else bits_per_group
+        self.codebook_per_bit = codebook_per_bit
+        if codebook_per_bit:
+            self.num_embeddings, self.num_codebooks = 2, bits
+
+    def indices_to_digits(self, indices: Tensor) -> Tensor:
+        """Bits ``[B, *grid, d]`` of indices ``[B, *grid, G]``."""
+        return indices if self.codebook_per_bit else super().indices_to_digits(indices)
+
+    def digits_to_indices(self, digits: Tensor) -> Tensor:
+        """Indices ``[B, *grid, G]`` of bits ``[B, *grid, d]``."""
+        return digits if self.codebook_per_bit else super().digits_to_indices(digits)
 
     def bound(self, latent: Tensor) -> Tensor:
         """Half the latent: codes are 2 apart."""
