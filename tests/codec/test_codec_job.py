@@ -411,7 +411,7 @@ def test_a_context_model_is_trained_and_used_by_the_commands(
     decoding = ("--checkpoint", checkpoint, "--model", model, "--workers", 1)
     assert run("decompress", tmp_path / "a.vvq", tmp_path / "back", *decoding) == 0
     assert len([*(tmp_path / "back").glob("*.nii.gz")]) == len(CONTRASTS)
-    assert run("index-model", slice_dataset, tmp_path / "none" / "m", "--checkpoint", checkpoint) == 2
+    assert run("index-model", slice_dataset, tmp_path / "none" / "m.safetensors", "--checkpoint", checkpoint) == 2
     assert "found no folder" in capsys.readouterr().err
 
 

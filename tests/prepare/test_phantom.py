@@ -327,9 +327,16 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path: Path, monkeyp
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "open", lambda path, mode: FullDisk(path, mode))
-    with pytest.raises(DataError, match=r"BraTS-GLI-90001-100.*No space left"):
+    with pytest.raises(DataError, match=r"cannot write .*phantom\.json: No space left"):
         write_phantoms(tmp_path, 1, PhantomConfig(shape=(24, 24, 24)))
     assert _files(tmp_path) == {}
+    monkeypatch.undo()
+    write_phantoms(tmp_path, 1, PhantomConfig(shape=(24, 24, 24)))
+    before = _files(tmp_path)
+    monkeypatch.setattr(Path, "open", lambda path, mode: FullDisk(path, mode))
+    with pytest.raises(DataError, match=r"BraTS-GLI-90001-100.*No space left"):
+        write_phantoms(tmp_path, 1, PhantomConfig(shape=(24, 24, 24)))
+    assert _files(tmp_path) == before
 
 
 def test_missing_nilearn_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -250,11 +250,14 @@ def _note_config(output: Path, config: PhantomConfig) -> None:
     path, wanted = output / RECORD, config.model_dump(mode="json")
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-        if found is None:
-            atomic_write_text(path, json.dumps(wanted) + "\n")
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: found no readable record ({error}), expected that of an earlier call") from None
-    if found not in (None, wanted):
+    if found is None:
+        try:
+            atomic_write_text(path, json.dumps(wanted) + "\n")
+        except OSError as error:
+            raise DataError(f"cannot write {path}: {error.strerror}") from error
+    elif found != wanted:
         raise DataError(f"{path}: found cases of {found}, expected {wanted}; choose another folder")
 
 
