@@ -332,8 +332,12 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path: Path, monkeyp
     assert _files(tmp_path) == {}
     monkeypatch.undo()
     write_phantoms(tmp_path, 1, PhantomConfig(shape=(24, 24, 24)))
-    before = _files(tmp_path)
-    monkeypatch.setattr(Path, "open", lambda path, mode: FullDisk(path, mode))
+    before, opened = _files(tmp_path), Path.open
+
+    def full(path: Path, mode: str = "r", *rest: Any, **more: Any) -> Any:
+        return opened(path, mode, *rest, **more) if "r" in mode else FullDisk(path, mode)
+
+    monkeypatch.setattr(Path, "open", full)
     with pytest.raises(DataError, match=r"BraTS-GLI-90001-100.*No space left"):
         write_phantoms(tmp_path, 1, PhantomConfig(shape=(24, 24, 24)))
     assert _files(tmp_path) == before
