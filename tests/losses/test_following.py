@@ -68,14 +68,22 @@ def test_without_following_its_weight_stays() -> None:
 def test_at_a_factor_of_one_it_is_the_objective_without_to_the_bit() -> None:
     found = []
     for options in ({}, {"follows": {"rcs": "kl"}}):
+        kl = KLLoss(budget=1.0, num_embeddings=8, rate=0.0)
         objective = TokenizerObjective(
-            terms={"kl": KLLoss(), "rcs": RCSLoss()}, weights={"kl": 2.4e-4, "rcs": 2.4e-4}, **options
+            terms={"kl": kl, "rcs": RCSLoss()}, weights={"kl": 2.4e-4, "rcs": 2.4e-4}, **options
         )
         output = output_of()
         total = objective.generator(IMAGE, output).total
         found.append((total, *torch.autograd.grad(total, (output.latent, output.quantizer.codes))))
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_kl_without_a_budget_steers_nothing() -> None:
+    with pytest.raises(VaevqMedError, match="expected another term that steers a factor .found none., or null"):
+        TokenizerObjective(
+            terms={"kl": KLLoss(), "rcs": RCSLoss()}, weights={"kl": 1.0, "rcs": 1.0}, follows={"rcs": "kl"}
+        )
 
 
 def test_in_parts_of_a_batch_all_parts_have_the_factor_of_before_it() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gzip
 import io
+import json
 import re
 import sys
 from pathlib import Path
@@ -294,6 +295,13 @@ def test_cases_of_two_configurations_are_not_mixed(tmp_path: Path) -> None:
     for other in (PhantomConfig(shape=(24, 24, 24), seed=1), PhantomConfig(shape=(24, 26, 24))):
         with pytest.raises(DataError, match=r"phantom\.json: found cases of .*'seed': 0.*; choose another folder"):
             write_phantoms(output, 2, other)
+    (output / "phantom.json").unlink()
+    with pytest.raises(DataError, match=r"found cases without phantom\.json, such as BraTS-GLI-90001-100"):
+        write_phantoms(output, 1, PhantomConfig(shape=(24, 24, 24)))
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "phantom.json").write_text(json.dumps({"seed": 5}))
+    write_phantoms(tmp_path / "begun", 1, PhantomConfig(shape=(24, 24, 24)))
+    assert _files(tmp_path / "begun") == before
     (output / "phantom.json").write_text("{")
     with pytest.raises(DataError, match=r"phantom\.json: found no readable record"):
         write_phantoms(output, 1, PhantomConfig(shape=(24, 24, 24)))

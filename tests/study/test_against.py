@@ -100,7 +100,7 @@ def test_pairs_of_patient_and_seed_by_hand(tmp_path: Path) -> None:
     assert head == ["Rival", "Seeds", "PSNR (dB) ↑", "LPIPS ↓", "rFID ↓"]
     assert row == [*("THEIRS", "0, 1", "+0.75, 2 of 4 (1 equal), p = 1", "-0.2500, 4 of 4, p = 0.12", "-1.00, +0.50")]
     assert "Pairs of one patient are not independent" in text
-    assert "4 pairs: too few for any p-value below 0.05: the smallest possible is 0.125." in text
+    assert "3 pairs: too few for any p-value below 0.05: the smallest possible is 0.25." in text
     assert section(text, "Seeds apart")[1:] == [
         ["OURS", "0", "24.00", "5.00", "0.1333"],
         ["OURS", "1", "23.67", "7.00", "0.2333"],
@@ -145,6 +145,27 @@ def test_one_seed_says_nothing_of_another(tmp_path: Path) -> None:
     assert "Seeds apart" not in text
 
 
+def test_an_image_without_a_value_leaves_the_others_of_its_patient_in(tmp_path: Path) -> None:
+    records = Records(tmp_path, "ours", "theirs", "third")
+    nan = math.nan
+    records.add("ours", 0, [("A", 21.0, 0.1), ("A", nan, 0.1), ("B", 22.0, 0.1), ("C", nan, 0.1)])
+    records.add("theirs", 0, [("A", 20.0, 0.1), ("A", 9.0, 0.1), ("B", 20.0, 0.1), ("C", 20.0, 0.1)])
+    records.add("ours", 1, two_patients(1, 2, 3)[:2] * 2, None).add("third", 1, two_patients(0, 0, 0)[:2] * 2)
+    theirs, third = records.against().rivals
+    assert (theirs.pairs["psnr"].n, theirs.pairs["psnr"].difference) == (2, 1.5)
+    assert records.against().record()["rivals"][0]["figures"]["psnr"]["n"] == 2
+    assert third.differences == {}
+    assert "One seed: nothing is said of another training." in records.against().notes
+    assert not any("independent" in note for note in records.against().notes)
+
+
+def test_a_difference_says_whose_seed_it_is(tmp_path: Path) -> None:
+    records = Records(tmp_path, "ours", "theirs")
+    for seed, rfid in ((0, None), (1, 5.0)):
+        records.add("ours", seed, two_patients(1, 2, 3), rfid).add("theirs", seed, two_patients(0, 2, 3), 3.0)
+    assert section(records.table().markdown(), "OURS minus each rival")[1][-1] == "–, +2.00"
+
+
 def test_one_patient_is_one_group(tmp_path: Path) -> None:
     records = Records(tmp_path, "ours", "theirs")
     for seed in (0, 1):
@@ -184,6 +205,7 @@ def test_continuous_codes_are_set_against_nothing(tmp_path: Path) -> None:
     records = Records(tmp_path / "rival", "ours", "soft")
     records.add("ours", 0, two_patients(1, 2, 3)).add("soft", 0, two_patients(1, 2, 3), is_discrete=False)
     assert records.against().rivals == ()
+    assert "OURS, the reference, has no rival whose codes are discrete." in records.against().notes
     records = Records(tmp_path / "reference", "ours", "hard")
     records.add("ours", 0, two_patients(1, 2, 3), is_discrete=False).add("hard", 0, two_patients(1, 2, 3))
     table = records.table()

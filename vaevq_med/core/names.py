@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vaevq_med.core.errors import VaevqMedError
+
 
 def nearest(name: object, known: Iterable[str], cutoff: float = 0.6) -> str:
     """The known name that is most like a misspelt one; empty where none is.
@@ -64,8 +66,17 @@ def names_of(checkpoints: Sequence[Path]) -> list[str]:
 
     All are paths where two are alike.
 
+    Raises:
+        VaevqMedError: one is named twice.
+
     >>> names_of([Path("runs/rvq/checkpoints/best.pt"), Path("packed/mgvq")])
     ['rvq', 'mgvq']
     """
-    short = [p.parent.parent.name if p.parent.name == "checkpoints" else p.stem for p in checkpoints]
+    places = [path.resolve() for path in checkpoints]
+    twice = next((path for path, place in zip(checkpoints, places, strict=True) if places.count(place) > 1), None)
+    if twice is not None:
+        raise VaevqMedError(f"checkpoint {twice}: found it twice, expected each once")
+    short = [
+        p.parent.parent.name if p.parent.name == "checkpoints" else p.name if p.is_dir() else p.stem for p in places
+    ]
     return short if len(set(short)) == len(short) else [str(path) for path in checkpoints]

@@ -101,7 +101,7 @@ class KLLoss(LossTerm):
         self.tokens = check_choice("tokens", tokens, ("all", "content"))
         self.rate = rate
         self.target = None if budget is None else budget * math.log(num_embeddings or 2)
-        self.momentum = momentum
+        self.initial, self.momentum = initial, momentum
         self.register_buffer("factor", torch.tensor(float(initial)))
         self.register_buffer("variance", torch.ones(embedding_dim or 1) if prior == "empirical" else None)
 
@@ -163,9 +163,9 @@ class KLLoss(LossTerm):
                 )
             self.variance.copy_(variance)
 
-    def steered_factor(self) -> Tensor:
-        """The factor: 1, or where ``initial`` put it, without a budget."""
-        return self.factor
+    def steered_factor(self) -> Tensor | None:
+        """The factor; None without a budget, where nothing but ``initial`` sets it, at 1."""
+        return None if self.target is None and self.initial == 1 else self.factor
 
     @property
     def needs_patches(self) -> bool:

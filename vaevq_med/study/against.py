@@ -138,20 +138,27 @@ class Against:
         )
         seeds = {seed for rival in self.rivals for seed in rival.seeds}
         yield from (f"{figure.title}: a difference a seed." for figure in self.whole if self._has(figure) and seeds)
-        if len(seeds) == 1:
+        if not self.rivals:
+            yield f"{self.reference.title}, the reference, has no rival whose codes are discrete."
+            return
+        single = [rival.method.title for rival in self.rivals if len(rival.seeds) == 1]
+        if len(single) == len(self.rivals):
             yield "One seed: nothing is said of another training."
-        elif self.unit == "patient":
+        elif single:
+            yield f"Of one seed, so that nothing is said of another training: {', '.join(single)}."
+        several = any(len(rival.seeds) > 1 for rival in self.rivals)
+        if several and self.unit == "patient":
             yield (
                 "Pairs of one patient are not independent, as its images are the same under every seed: p is too small."
             )
-        else:
+        elif several:
             yield (
                 "Pairs of one image are not independent, nor are the images of one seed, which share one training: "
                 "p is too small."
             )
         if self.unit == "patient" and self.num_groups == 1:
             yield "All images are of one patient: nothing is said of other patients."
-        fewest = min((found.n for rival in self.rivals for found in rival.pairs.values()), default=0)
+        fewest = min((found.n - found.ties for rival in self.rivals for found in rival.pairs.values()), default=0)
         if fewest and smallest_p_value(fewest) >= LEVEL:
             pairs, least = f"{fewest} pair{'s' if fewest > 1 else ''}", smallest_p_value(fewest)
             yield f"{pairs}: too few for any p-value below {LEVEL}: the smallest possible is {least:.3g}."
@@ -181,10 +188,7 @@ class Against:
                     rival.method.title,
                     ", ".join(map(str, rival.seeds)) or "none in common",
                     *(_pairs(figure, rival.pairs.get(figure.name)) for figure in shown),
-                    *(
-                        ", ".join(_signed(figure, value) for value in rival.differences.get(figure.name, {}).values())
-                        for figure in whole
-                    ),
+                    *(_each_seed(figure, rival) for figure in whole),
                 ]
                 for rival in self.rivals
             ],
@@ -319,9 +323,12 @@ def _over_pairs(
             if name not in first.values or name not in other.values:
                 continue
             unit, groups = first.groups()
-            one, two = (np.bincount(groups, weights=i.values[name]) / np.bincount(groups) for i in (first, other))
-            differences = one - two
-            of_seeds.append(differences := differences[~np.isnan(differences)])
+            # Of images that both have a value for: one without leaves its patient's others in.
+            gains = np.asarray(first.values[name]) - np.asarray(other.values[name])
+            known = np.isfinite(gains)
+            counts = np.bincount(groups[known], minlength=int(groups.max(initial=-1)) + 1)
+            sums = np.bincount(groups[known], weights=gains[known], minlength=len(counts))
+            of_seeds.append(differences := sums[counts > 0] / counts[counts > 0])
             if unit == "image" and len(differences):
                 found = _paired(figure, differences, wilcoxon(differences))
                 by_seed.setdefault(name, {})[seed] = found
@@ -345,6 +352,14 @@ def _paired(figure: Figure, differences: Array, p_value: float) -> Paired:
 
 def _signed(figure: Figure, value: float) -> str:
     return f"{value * figure.scale:+,.{figure.digits}f}"
+
+
+def _each_seed(figure: Figure, rival: Rival) -> str:
+    """Differences in the order of the seeds; empty where there is none at all."""
+    found = rival.differences.get(figure.name)
+    if not found:
+        return ""
+    return ", ".join(_signed(figure, found[seed]) if seed in found else "–" for seed in rival.seeds)
 
 
 def _shown(figure: Figure, value: float | None) -> str:

@@ -53,8 +53,10 @@ def markdown(record: Mapping[str, Any]) -> str:
         notes += [f"{row['name']}, {task}: left out, {why}." for row in rows if (why := _left_out(row, task))]
     interval = f"{100 * (1 - LEVEL):.0f} % bootstrap interval over patients ({RESAMPLES:,} resamples)"
     patients = rows[0]["patients"][record["split"]]
-    brackets = f"in brackets: {interval}" if patients > 1 else "no interval: one patient"
-    counted = f"{patients} patient{'s' if patients > 1 else ''}"
+    few = "one patient" if patients == 1 else "the images do not all name a patient"
+    shown = any("[" in cell for line in lines[2:] for cell in line[3:])
+    brackets = f"in brackets: {interval}" if shown else f"no interval: {few}"
+    counted = f"{patients} known patient{'' if patients == 1 else 's'}"
     notes.append(
         f"Balanced accuracy, of {counted} of split {record['split']}; {brackets}. chance: what guessing reaches."
     )

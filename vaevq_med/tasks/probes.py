@@ -275,9 +275,11 @@ class Probe(ProbeOptions):
             for name, one, images in zip(names, stored, datasets, strict=True)
         ]
         record = {**settings, "asked": TASKS, "tokenizers": rows}
-        atomic_write_text(self.output / "probes.csv", table(rows))
-        atomic_write_text(self.output / "table.md", markdown(record))
-        atomic_write_text(self.output / _RECORD, json.dumps(record, indent=2) + "\n")
+        with folder.writing():
+            # The record first: by it the same command knows the folder again.
+            atomic_write_text(self.output / _RECORD, json.dumps(record, indent=2) + "\n")
+            atomic_write_text(self.output / "probes.csv", table(rows))
+            atomic_write_text(self.output / "table.md", markdown(record))
         return ProbeReport(self.output, record)
 
     def _check_earlier(self, folder: OutputFolder, expected: Mapping[str, Any]) -> None:
@@ -302,7 +304,7 @@ class Probe(ProbeOptions):
             "quantizer": type(network.quantizer).__name__,
             "embedding_dim": network.embedding_dim,
             "images": {split: len(images) for split, images in datasets.items()},
-            "patients": {split: len({one.get("patient") for one in ds.data}) for split, ds in datasets.items()},
+            "patients": {split: len(_known_patients(images)) for split, images in datasets.items()},
             "probes": {task: answer(asked["training"][task], asked[self.split][task], self.seed) for task in TASKS},
         }
 
@@ -369,6 +371,10 @@ class Probe(ProbeOptions):
             "tumor_slice": _known(features, tumors, patients),
             "tumor_position": Asked(codes_there[drawn], labels[drawn], [patients_there[number] for number in drawn]),
         }
+
+
+def _known_patients(images: SliceDataset) -> set[str]:
+    return {str(item["patient"]) for item in images.data if item.get("patient")}
 
 
 def _known(features: Features, labels: Sequence[int], patients: Sequence[str]) -> Asked:

@@ -252,7 +252,13 @@ def _note_config(output: Path, config: PhantomConfig) -> None:
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: found no readable record ({error}), expected that of an earlier call") from None
-    if found is None:
+    cases = sorted(path.name for path in output.glob("BraTS-GLI-9*") if path.is_dir())
+    if found is None and cases:
+        raise DataError(
+            f"output {output}: found cases without {RECORD}, such as {cases[0]}, expected none whose making is not "
+            "known; choose another folder"
+        )
+    if not cases:
         try:
             atomic_write_text(path, json.dumps(wanted) + "\n")
         except OSError as error:
