@@ -80,7 +80,7 @@ def test_at_a_factor_of_one_it_is_the_objective_without_to_the_bit() -> None:
 
 
 def test_a_kl_without_a_budget_steers_nothing() -> None:
-    with pytest.raises(VaevqMedError, match="expected another term that steers a factor .found none., or null"):
+    with pytest.raises(VaevqMedError, match=r"expected another term that steers a factor .found none., or null"):
         TokenizerObjective(
             terms={"kl": KLLoss(), "rcs": RCSLoss()}, weights={"kl": 1.0, "rcs": 1.0}, follows={"rcs": "kl"}
         )
