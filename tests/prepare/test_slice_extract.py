@@ -1130,10 +1130,13 @@ def test_a_killed_run_is_taken_up(many: tuple[Path, Path], extract: Callable[...
 
 
 def _busy(output: Path) -> bool:
-    """Whether a worker of the killed run still writes."""
-    before = tree(output)
-    time.sleep(1.5)
-    return tree(output) != before
+    """Whether a worker of the killed run still writes, so that a file may be gone while it is looked at."""
+    try:
+        before = tree(output)
+        time.sleep(1.5)
+        return tree(output) != before
+    except FileNotFoundError:
+        return True
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs workers that are forked")

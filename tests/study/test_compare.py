@@ -530,7 +530,7 @@ def test_a_slurm_script_has_a_task_a_row(runner: Runner, slice_dataset: Path, tm
     assert done.exit_code == 0, done.output
     assert runner.trained() == ["vaevq/seed_0"]
     assert not (tmp_path / "out" / "table.md").exists()
-    with pytest.raises(VaevqMedError, match="task: found 4, expected 0 to 3"):
+    with pytest.raises(VaevqMedError, match="row or task 4: expected 0 to 3"):
         command.run_task(4)
 
 

@@ -277,7 +277,7 @@ def test_a_script_of_tasks_runs_the_study_that_stands_in_its_folder(slice_datase
     assert f' study {output / "study.yaml"} --task "$SLURM_ARRAY_TASK_ID"\n' in script
     assert read_study(str(output / "study.yaml")) == read_study(str(file), ["seeds=[0, 7]"])
     done = CliRunner().invoke(app, ["study", str(output / "study.yaml"), "--task", "4"])
-    assert str(done.exception) == "task: found 4, expected 0 to 3"
+    assert str(done.exception) == "row or task 4: expected 0 to 3"
 
 
 def test_overlays_of_generators_are_names_of_one_or_of_all_or_paths(slice_dataset: Path, tmp_path: Path) -> None:
