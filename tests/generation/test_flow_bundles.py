@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers.bundles import TOY
+from helpers.bundles import TOY, generator_overrides
 from helpers.bundles import run_generator as run
 from helpers.stores import encode, write_checkpoint
 from torch.nn.modules.module import register_module_forward_hook
@@ -22,18 +22,7 @@ def test_an_overlay_trains_a_flow_that_draws(name: str, slice_dataset: Path, tmp
         "flow": TOY["diffusion"],
         "flow_transformer": {"network_def#width": 16, "network_def#depth": 1, "network_def#num_heads": 2},
     }
-    training = {
-        "tokens_dir": str(tmp_path / "latents"),
-        "output_dir": str(tmp_path / "run"),
-        "tracking_uri": "none",
-        "device": "cpu",
-        "max_epochs": 1,
-        "batch_size": 8,
-        "num_workers": 0,
-        "precision": "fp32",
-        "val_max_items": 4,
-        **sizes[name],
-    }
+    training = generator_overrides(tmp_path / "latents", tmp_path / "run", sizes[name])
     if name == "flow":
         training["loss_def#direction_weight"] = 0.5
     else:

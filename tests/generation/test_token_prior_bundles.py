@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BUNDLE, OVERLAYS
-from helpers.bundles import TOY
+from helpers.bundles import generator_overrides as toy
 from helpers.bundles import run_generator as run
 from helpers.stores import encode, write_checkpoint
 from monai.bundle import ConfigParser
@@ -43,22 +43,6 @@ def store(tokenizer_path: Path, slice_dataset: Path, tmp_path_factory: pytest.Te
     folder = tmp_path_factory.mktemp("stores") / "indices"
     encode(tokenizer_path, slice_dataset, folder, kind="indices")
     return folder
-
-
-def toy(store: Path, output: Path, **further: Any) -> dict[str, Any]:
-    return {
-        "tokens_dir": str(store),
-        "output_dir": str(output),
-        "tracking_uri": "none",
-        "device": "cpu",
-        "max_epochs": 1,
-        "batch_size": 8,
-        "num_workers": 0,
-        "precision": "fp32",
-        "val_max_items": 4,
-        **TOY["autoregressive"],
-        **further,
-    }
 
 
 @pytest.mark.parametrize("name", DIFFUSIONS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +109,22 @@ def evaluate(overrides: dict[str, Any]) -> None:
     overall = json.loads(record.read_text())["summary"]["overall"]
     assert 0 < overall["utilization"]["value"] <= 1
     assert overall["psnr"]["value"] > 0
+
+
+def generator_overrides(
+    tokens: Path, output: Path, sizes: Mapping[str, Any] = TOY["autoregressive"], **further: Any
+) -> dict[str, Any]:
+    """Overrides for a short training of a small generator, from a token store into a folder."""
+    return {
+        "tokens_dir": str(tokens),
+        "output_dir": str(output),
+        "tracking_uri": "none",
+        "device": "cpu",
+        "max_epochs": 1,
+        "batch_size": 8,
+        "num_workers": 0,
+        "precision": "fp32",
+        "val_max_items": 4,
+        **sizes,
+        **further,
+    }

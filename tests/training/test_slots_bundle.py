@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import OVERLAYS, toy_config, trainer_of
-from helpers.bundles import TOY, quick, run_bundle, run_generator, train_and_evaluate
+from helpers.bundles import TOY, generator_overrides, quick, run_bundle, run_generator, train_and_evaluate
 from helpers.stores import encode
 from helpers.transformers import of_transformers, write_slots
 from monai.bundle import ConfigParser
@@ -58,18 +58,7 @@ def test_a_flow_learns_the_latents_of_slots_and_draws_them(name: str, slice_data
     sizes = TOY["diffusion"] | {"network_def#channel_mult": [1]}  # a U-Net halves a grid of one row at no level
     if name == "flow_transformer":
         sizes = {"network_def#width": 16, "network_def#depth": 1, "network_def#num_heads": 2}
-    training = {
-        "tokens_dir": str(tmp_path / "latents"),
-        "output_dir": str(tmp_path / "run"),
-        "tracking_uri": "none",
-        "device": "cpu",
-        "max_epochs": 1,
-        "batch_size": 8,
-        "num_workers": 0,
-        "precision": "fp32",
-        "val_max_items": 4,
-        **sizes,
-    }
+    training = generator_overrides(tmp_path / "latents", tmp_path / "run", sizes)
     run_generator("train_diffusion.json", training, name)
     drawing = {
         "checkpoint_path": str(tmp_path / "run" / "checkpoints" / "last.pt"),
@@ -109,18 +98,7 @@ def test_llamagen_learns_the_sequence_and_draws_it(
     store = encode(checkpoint, slice_dataset, tmp_path / "tokens").store
     assert store.grid == (1, 8)
     assert store.tokenizer["patchwise"] is False
-    overrides = {
-        "tokens_dir": str(tmp_path / "tokens"),
-        "output_dir": str(tmp_path / "run"),
-        "tracking_uri": "none",
-        "device": "cpu",
-        "max_epochs": 1,
-        "batch_size": 8,
-        "num_workers": 0,
-        "precision": "fp32",
-        "val_max_items": 4,
-        **TOY["autoregressive"],
-    }
+    overrides = generator_overrides(tmp_path / "tokens", tmp_path / "run")
     trainer = run_bundle("train_autoregressive.json", overrides, run_id="training").get_parsed_content("train#trainer")
     assert trainer.network.grid_size == (1, 8)
     drawing = {

@@ -139,6 +139,27 @@ class OutputFolder:
         if words is not None:
             raise DataError(f"output {self.path}: found {what} of {words}; {replace}")
 
+    def refuse_record(self, expected: Mapping[str, Any], what: str) -> None:
+        """Refuse to replace the result, a record of tokenizers, of other settings, or one that cannot be read.
+
+        Args:
+            expected: settings of this run; ``tokenizers`` has the hash of each by its name.
+            what: was found, e.g. ``probes``.
+
+        Raises:
+            DataError: naming the first setting that differs.
+        """
+        path = self.path / self.result
+        if not path.exists():
+            return
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            found = {name: record[name] for name in expected if name in record}
+            found["tokenizers"] = {row["name"]: row["checkpoint"] for row in record["tokenizers"]}
+        except (OSError, ValueError, KeyError, TypeError):
+            found = {}
+        self.refuse_other(found, expected, what, "choose another folder, or remove this one")
+
     def record(self, unit: str) -> dict[str, Any] | None:
         """What was noted of a finished unit; None where it is not finished, or the record is damaged."""
         try:

@@ -262,7 +262,7 @@ class Probe(ProbeOptions):
         }
         names = names_of(self.checkpoints)
         made_of = {name: one.content_hash for name, one in zip(names, stored, strict=True)}
-        self._check_earlier(folder, {**settings, "tokenizers": made_of})
+        folder.refuse_record({**settings, "tokenizers": made_of}, "probes")
         with folder.writing():  # a folder that cannot be is told before the work
             self.output.mkdir(parents=True, exist_ok=True)
         on_start(sum(len(images) for of in datasets for images in of.values()))
@@ -281,19 +281,6 @@ class Probe(ProbeOptions):
             atomic_write_text(self.output / "probes.csv", table(rows))
             atomic_write_text(self.output / "table.md", markdown(record))
         return ProbeReport(self.output, record)
-
-    def _check_earlier(self, folder: OutputFolder, expected: Mapping[str, Any]) -> None:
-        """Refuse to replace the record of other settings, or one that cannot be read."""
-        path = self.output / _RECORD
-        if not path.exists():
-            return
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            found = {name: record[name] for name in expected if name in record}
-            found["tokenizers"] = {row["name"]: row["checkpoint"] for row in record["tokenizers"]}
-        except (OSError, ValueError, KeyError, TypeError):
-            found = {}
-        folder.refuse_other(found, dict(expected), "probes", "choose another folder, or remove this one")
 
     def _probed(
         self, network: Tokenizer, datasets: Mapping[str, SliceDataset], on_images: Callable[[int], None]

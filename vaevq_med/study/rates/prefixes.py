@@ -103,7 +103,7 @@ class Prefixes(PrefixOptions):
         }
         names = names_of(self.checkpoints)
         made_of = {name: one.content_hash for name, one in zip(names, stored, strict=True)}
-        self._check_earlier(folder, {**settings, "tokenizers": made_of})
+        folder.refuse_record({**settings, "tokenizers": made_of}, "prefixes")
         self.output.mkdir(parents=True, exist_ok=True)  # a folder that cannot be is told before the work
         on_start(sum(map(len, datasets)))
         rows = [
@@ -115,19 +115,6 @@ class Prefixes(PrefixOptions):
         atomic_write_text(self.output / "prefixes.csv", table(rows))
         draw(rows, self.output / "prefixes.png")
         return PrefixReport(self.output, record)
-
-    def _check_earlier(self, folder: OutputFolder, expected: Mapping[str, Any]) -> None:
-        """Refuse to replace the record of other settings, or one that cannot be read."""
-        path = self.output / _RECORD
-        if not path.exists():
-            return
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            found = {name: record[name] for name in expected if name in record}
-            found["tokenizers"] = {row["name"]: row["checkpoint"] for row in record["tokenizers"]}
-        except (OSError, ValueError, KeyError, TypeError):
-            found = {}
-        folder.refuse_other(found, dict(expected), "prefixes", "choose another folder, or remove this one")
 
     def _dataset(self, stored: StoredTokenizer) -> SliceDataset:
         stored.check_target()
