@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from vaevq_med.cli.app import app
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.networks.generators.coarse_first import CoarseFirst
 from vaevq_med.networks.generators.token_diffusion import TokenDiffusion
 from vaevq_med.networks.tokenizer import VisualTokenizer
 from vaevq_med.tokens.clusters import ClusterCodebook
@@ -116,6 +117,61 @@ def test_the_sizes_of_another_overlay_stay(store: Path, tmp_path: Path) -> None:
         parser.read_config(files)
         definition = parser.get("network_def")
         assert (definition["width"], definition["depth"], definition["process"]) == (256, 4, "absorbing")
+
+
+# --- coarse first -------------------------------------------------------------------------------------
+
+
+def test_coarse_first_draws_the_open_positions_of_a_gated_tokenizer(
+    slice_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantizers = "vaevq_med.networks.quantizers"
+    level = {"_target_": f"{quantizers}.VectorQuantizer", "num_embeddings": 16, "embedding_dim": 4}
+    gate = {"_target_": f"{quantizers}.gates.VarianceGate", "threshold": 0.01}
+    two = {"_target_": f"{quantizers}.ResidualTwoLevel", "top": level, "bottom": level, "gate": gate}
+    path = write_checkpoint(tmp_path / "gated.pt", two, whole={"cell": 2, "embedding_dim": 4, "variational": False})
+    encode(path, slice_dataset, tmp_path / "tokens", kind="indices")
+    parser = run("train_autoregressive.json", toy(tmp_path / "tokens", tmp_path / "run"), "coarse_first")
+    network = parser.get_parsed_content("network")
+    assert isinstance(network, CoarseFirst)
+    stored = TokenDataset(tokens_dir=tmp_path / "tokens", split="training").store.array("training").astype(np.int64)
+    share = (stored[..., 1] != 16).mean()
+    assert 0.05 < share < 0.95
+    assert float(network.mean_open) == pytest.approx(share, abs=0.1)
+    figures = parser.get_parsed_content("validate#evaluator").state.metrics
+    assert figures["token_bits"] == pytest.approx(figures["loss"] / math.log(2))
+    assert figures["perplexity"] < 17  # of 17 indices: what is closed is one bit, and its other indices nothing
+
+    decoded: list[torch.Tensor] = []
+    decode = VisualTokenizer.decode_indices
+    monkeypatch.setattr(
+        VisualTokenizer, "decode_indices", lambda self, indices: (decoded.append(indices), decode(self, indices))[1]
+    )
+    drawing = {
+        "checkpoint_path": str(tmp_path / "run/checkpoints/best.pt"),
+        "tokenizer_path": str(path),
+        "device": "cpu",
+        "num_samples": 2,
+    }
+    run("generate.json", {**drawing, "generated_dir": str(tmp_path / "drawn")})
+    assert len(list((tmp_path / "drawn").glob("0*.png"))) == 2
+    told = json.loads((tmp_path / "drawn/drawing.json").read_text())
+    assert told["network_calls"] == 16 + round(16 * 4 * float(network.mean_open))
+    assert decoded[0].shape == (2, 4, 4, 5)
+    box = {"inpaint_tokens": str(tmp_path / "tokens"), "inpaint_split": "test", "inpaint_box": [8, 8, 20, 20]}
+    run("generate.json", {**drawing, **box, "generated_dir": str(tmp_path / "inpainted")})
+    known = TokenDataset(tokens_dir=tmp_path / "tokens", split="test").store.array("test")[:2, 0].astype(np.int64)
+    gap = torch.zeros(4, 4, dtype=torch.bool)
+    gap[1:3, 1:3] = True  # positions of 8 pixels
+    assert torch.equal(decoded[1][:, ~gap], torch.from_numpy(known)[:, ~gap])
+
+
+def test_coarse_first_refuses_one_index_a_position(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run("train_autoregressive.json", toy(store, tmp_path / "run"), "coarse_first")
+    assert "num_codebooks is 1; expected 2 or more" in capsys.readouterr().err
 
 
 # --- coarse to fine -----------------------------------------------------------------------------------

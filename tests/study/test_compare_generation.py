@@ -60,6 +60,8 @@ def step_of(command: list[str]) -> str:
 
 def row_of(command: list[str]) -> str:
     """Method and seed that a command of a row names."""
+    if step_of(command) == "token-bits":
+        return "/".join(Path(command[6]).parts[-3:-1])
     folder = Path(flags(command)["output_dir"]) if "run" in command else Path(command[4]).parent
     return "/".join(folder.parts[-2:])
 
@@ -127,6 +129,8 @@ class Faked(Real):
             folder.mkdir(exist_ok=True)
             Image.fromarray(np.zeros((8, 8), np.uint8)).save(folder / "000000.png")
             (folder / "samples.csv").write_text("file,number,label,name\n000000.png,0,1,t1c\n")
+        elif step == "token-bits":
+            Path(command[6]).write_text(json.dumps({"held_out_bits": 2.5 + int(seed), "interval": [2, 3]}))
         else:
             evaluation = Path(command[command.index("--output-dir") + 1])
             evaluation.mkdir(exist_ok=True)
@@ -197,7 +201,8 @@ def test_a_comparison_from_tokenizers_to_the_table(
         ("vaevq_llamagen seed 0", "finished", ""),
         ("vaevq_ldm seed 0", "finished", ""),
     ]
-    assert real.steps() == ["encode-tokens", "training", "generating", "evaluate-samples"] * 2
+    each = ["encode-tokens", "training", "generating", "evaluate-samples"]
+    assert real.steps() == [*each, "token-bits", *each]
     out = tmp_path / "out"
     assert {path.name for path in report.files} == {
         *("table.md", "table.csv", "table.tex", "results.json", "samples.png")
@@ -213,6 +218,15 @@ def test_a_comparison_from_tokenizers_to_the_table(
             assert float(table[name][f"memorized_{space}"]) == record["memorization"][space]["share"]
         assert (float(table[name]["n"]), table[name]["gfid_paper"]) == (8, paper)
         assert float(table[name]["images_per_second"]) > 0
+        if "ldm" in name:
+            assert not (folder / "token_bits.json").exists()
+            assert table[name]["held_out_bits"] == ""
+        else:
+            bits = json.loads((folder / "token_bits.json").read_text())
+            assert bits["provenance"]["split"] == "test"
+            assert float(table[name]["held_out_bits"]) == bits["held_out_bits"]
+            # K is 32, and two steps have hardly taught anything.
+            assert bits["held_out_bits"] == pytest.approx(5, abs=0.3)
         generator = read_checkpoint(folder / "checkpoints" / "best.pt")
         assert generator["data"]["tokens"]["kind"] == ("latents" if "ldm" in name else "indices")
         assert len(list((folder / "generated").glob("0*.png"))) == 8
@@ -238,7 +252,7 @@ def test_a_comparison_from_tokenizers_to_the_table(
     sampling = ("device=cpu", "ldm:num_steps=3")
     again = command(tokenizers=vaevq, tracking_uri=uri, num_samples=10, generate_set=sampling).run()
     assert again.failed == []
-    assert real.steps() == ["generating", "evaluate-samples"] * 2
+    assert real.steps() == ["generating", "evaluate-samples", "token-bits", "generating", "evaluate-samples"]
     after = {name: (folder / "000000.png").stat().st_mtime_ns for name, folder in folders.items()}
     assert after["vaevq_llamagen"] == before["vaevq_llamagen"]
     assert after["vaevq_ldm"] > before["vaevq_ldm"]
@@ -273,11 +287,12 @@ def test_finished_rows_are_kept_and_a_failing_one_does_not_stop_the_others(
     faked.commands.clear()
     report = command(seeds="0,1").run()
     assert {row_of(line) for line in faked.commands} == {"vqgan_llamagen/seed_0", "vqgan_llamagen/seed_1"}
-    assert faked.steps() == ["training", "generating", "evaluate-samples"] * 2
+    assert faked.steps() == ["training", "generating", "evaluate-samples", "token-bits"] * 2
     # 40 and 41: mean 40.5, sample standard deviation sqrt(0.5).
     table = table_of(tmp_path / "out")
     assert float(table["vqgan_llamagen"]["gfid"]) == 40.5
     assert float(table["vqgan_llamagen"]["gfid_std"]) == pytest.approx(0.5**0.5)
+    assert (table["vqgan_llamagen"]["held_out_bits"], table["vqgan_ldm"]["held_out_bits"]) == ("3.0", "")
     assert (table["vaevq_ldm"]["memorized_feature"], table["vaevq_ldm"]["parameters"]) == ("0.25", "2500000.0")
     assert "memorized_pixel" not in table["vaevq_ldm"]
     # The best of each generator is bold, and no other.
@@ -309,7 +324,7 @@ def test_other_samples_or_figures_need_no_other_training(
         assert report.failed == []
         return faked.steps()
 
-    drawn, evaluated = ["generating", "evaluate-samples"], ["evaluate-samples"]
+    drawn, evaluated = ["generating", "evaluate-samples", "token-bits"], ["evaluate-samples", "token-bits"]
     faked.interrupt_at = 4  # encode, train, draw; evaluate
     with pytest.raises(KeyboardInterrupt):
         steps(evaluate="--neighbors 5")
@@ -370,13 +385,13 @@ def test_a_tokenizer_that_rows_cannot_use_is_found_before_they_are_trained(
 
 def test_an_interrupted_comparison_goes_on(faked: Faked, command: Callable[..., RunStudy]) -> None:
     comparison = command(generators="llamagen")
-    faked.interrupt_at = 6  # encode, train, draw, evaluate; encode, train
+    faked.interrupt_at = 7  # encode, train, draw, evaluate, count; encode, train
     with pytest.raises(KeyboardInterrupt):
         comparison.run()
     faked.interrupt_at = 0
     faked.commands.clear()
     assert [state.status for state in comparison.run().states] == ["kept", "finished"]
-    assert faked.steps() == ["training", "generating", "evaluate-samples"]
+    assert faked.steps() == ["training", "generating", "evaluate-samples", "token-bits"]
 
 
 def test_what_cannot_be_trained_is_a_reason_and_the_other_rows_go_on(
@@ -452,7 +467,13 @@ def test_commands_are_those_of_the_documentation(
     comparison = command(**options, generate_set=sampling, seeds="3,4", encode=encode)
     rows = {row.label: row.commands("parent") for row in comparison.plan.rows()}
     commands = rows["vqgan_llamagen seed 3"]
-    assert list(commands) == ["encoding", "training", "generating", "evaluating"]
+    assert list(commands) == ["encoding", "training", "generating", "evaluating", "counting"]
+    assert list(rows["vqgan_ldm seed 3"]) == ["encoding", "training", "generating", "evaluating"]
+    row = tmp_path / "out/vqgan_llamagen/seed_3"
+    assert commands["counting"][3:] == [
+        *("token-bits", str(row / "checkpoints/last.pt"), commands["encoding"][6], str(row / "token_bits.json")),
+        "--overwrite",
+    ]
     training = commands["training"]
     assert training[:2] == ["torchrun", "--nproc_per_node=2"]
     files = [str(BUNDLE / "train_autoregressive.json")]
@@ -491,8 +512,26 @@ def test_commands_are_those_of_the_documentation(
     lines = done.output.splitlines()
     assert [line for line in lines if line.startswith("#")] == [f"# {label}" for label in rows]
     assert sum(" encode-tokens " in line for line in lines) == 4
-    assert len(lines) == 8 + 4 + 3 * 8
+    assert len(lines) == 8 + 4 + 3 * 8 + 4
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("encode", "counted"), [("--split training", False), ("--split test", True), ("", True)])
+def test_bits_are_counted_where_test_images_are_encoded(
+    command: Callable[..., RunStudy], slice_dataset: Path, tmp_path: Path, encode: str, counted: bool
+) -> None:
+    chosen = {"generators": "llamagen", "encode": (encode,)}
+    rows = command(**chosen, generate_set=("weights=network",)).plan.rows()
+    assert [("counting" in row.commands(), "counting" in row.outputs()) for row in rows] == [(counted, counted)] * 2
+    if counted:
+        assert rows[0].commands()["counting"][-2:] == ["--weights", "network"]
+    without = tmp_path / "without"
+    without.mkdir()
+    content = json.loads((slice_dataset / "dataset.json").read_text())
+    (without / "dataset.json").write_text(json.dumps({**content, "test": []}))
+    for dataset, expected in ((without, False), (tmp_path / "not there yet", counted)):
+        rows = command(**chosen, dataset_dir=dataset).plan.rows()
+        assert {"counting" in row.commands() for row in rows} == {expected}
 
 
 def test_any_generator_of_an_overlay_is_named(command: Callable[..., RunStudy]) -> None:

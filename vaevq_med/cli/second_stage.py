@@ -10,7 +10,7 @@ import typer
 from vaevq_med.cli.flags import with_flags
 from vaevq_med.cli.show import counted, interruptible, readable_size, watched
 from vaevq_med.evaluation.options import EvaluateOptions
-from vaevq_med.tokens.options import EncodeOptions
+from vaevq_med.tokens.options import EncodeOptions, Split
 
 
 @with_flags(EncodeOptions)
@@ -106,6 +106,58 @@ def reduce_codebook(
     alike = "" if report.distinct == report.reduced else f"; only {report.distinct:,} of them are distinct"
     typer.echo(f"  {report.bits:.2f} bits a position{alike}")
     typer.echo("Evaluate it as it is, or fine-tune it with --init_from and the overlay vqgan.")
+
+
+def token_bits(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Checkpoint of a trained generator.")],
+    tokens: Annotated[Path, typer.Argument(metavar="TOKENS", help="Token store of its tokenizer.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="File to write, .json.")],
+    split: Annotated[Split, typer.Option(help="Of the store. Test is what no training has seen.")] = "test",
+    weights: Annotated[Literal["ema", "network"], typer.Option(help="The averaged weights, or the last.")] = "ema",
+    draws: Annotated[
+        int | None, typer.Option(help="Draws of time and corruption for each image, of a token diffusion. Default: 8.")
+    ] = None,
+    max_items: Annotated[int | None, typer.Option(help="Look at this many images, evenly spaced.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images at once.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    device: Annotated[str | None, typer.Option(help="By default the GPU, where there is one.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what OUTPUT holds, in place of a line.")] = False,
+) -> None:
+    """Measure how many bits a generator spends on a token of images that it has not seen.
+
+    Exit code 0: the file is written; 2: nothing could be done; 130: interrupted, and nothing is written.
+    """
+    import json
+
+    from vaevq_med.evaluation.token_bits import HELD_OUT_BITS, TokenBits
+
+    command = TokenBits(
+        checkpoint=checkpoint,
+        tokens=tokens,
+        output=output,
+        split=split,
+        weights=weights,
+        draws=draws,
+        max_items=max_items,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+        overwrite=overwrite,
+    )
+    with interruptible("nothing was written"), counted() as counting:
+        record = command.run(**counting).record
+    if as_json:
+        typer.echo(json.dumps(record, indent=2))
+        return
+    among = record["provenance"]
+    over = f" [{record['interval'][0]:.3f}, {record['interval'][1]:.3f}]" if record["interval"] else ""
+    patients = f" of {among['patients']} patients" if among["patients"] else ""
+    at_most = "" if record["likelihood"] == "exact" else "at most "
+    typer.echo(
+        f"{output}: {at_most}{record[HELD_OUT_BITS]:.3f}{over} bits a token of {record['uniform_bits']:.2f}, "
+        f"{among['n']:,} images{patients}, split {split}"
+    )
 
 
 @with_flags(EvaluateOptions)

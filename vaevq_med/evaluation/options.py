@@ -11,6 +11,9 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.jobs import check_workers
 from vaevq_med.tokens.options import Split
 
+BITS_NAME = "token_bits.json"
+"""What ``vaevq-med token-bits`` writes into the folder of a row of a study."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(Declared):

@@ -5,6 +5,7 @@ from vaevq_med.core.lazy import lazy
 __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
+        "CoarseFirst": "generators.coarse_first",
         "CoarseToFine": "generators.coarse_to_fine",
         "Decoder": "decoder",
         "DiagonalGaussian": "posterior",

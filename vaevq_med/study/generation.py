@@ -12,10 +12,11 @@ from typing import Any, ClassVar, cast
 
 from vaevq_med.core.components import resolve
 from vaevq_med.core.declared import as_words
-from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.core.errors import DataError, VaevqMedError
 from vaevq_med.core.resources import overlay_files
-from vaevq_med.evaluation.options import EvaluateOptions
+from vaevq_med.evaluation.options import BITS_NAME, EvaluateOptions
 from vaevq_med.images.generated import LIST_NAME
+from vaevq_med.images.manifest import load_manifest
 from vaevq_med.metrics import figures
 from vaevq_med.metrics.figures import Figure
 from vaevq_med.study.bundle import Bundle, check_components, check_ids, decisive, texts, tool_words, trusting
@@ -56,6 +57,7 @@ class GenerationMethod(Method):
         checkpoints: of the tokenizer, by seed.
         config: the bundle's file that trains the generator.
         kind: of the tokens that it is trained on, ``indices`` or ``latents``.
+        has_bits: whether it has a likelihood of tokens, or a bound of it.
         settings: names of what it draws by.
         sampling: overrides of ``generate.json``.
         encode: further options of ``encode-tokens``.
@@ -65,6 +67,7 @@ class GenerationMethod(Method):
     checkpoints: Mapping[int, Path] = field(kw_only=True)
     config: str = field(kw_only=True)
     kind: str = field(kw_only=True)
+    has_bits: bool = field(kw_only=True)
     settings: Sequence[str] = field(kw_only=True)
     sampling: Mapping[str, str] = field(default_factory=dict)
     encode: Mapping[str, Any] = field(default_factory=dict)
@@ -139,6 +142,7 @@ def make_methods(study: GeneratorStudy, bundle: Bundle) -> tuple[GenerationMetho
                     checkpoints=_checkpoints(study, tokenizer),
                     config=part.config,
                     kind=network.kind,
+                    has_bits=network.likelihood is not None,
                     settings=tuple(network.settings),
                     sampling=texts({**study.sample, **part.sample, **tokenizer.sample}),
                     encode={**study.encode, **part.encode, **tokenizer.encode},
@@ -184,7 +188,7 @@ class GenerationPlan(Plan):
     known: ClassVar[tuple[Figure, ...]] = (
         *(figures.GFID, figures.PRECISION, figures.RECALL, figures.INCEPTION_SCORE),
         *(figures.MEMORIZED_FEATURE, figures.MEMORIZED_PIXEL),
-        *(figures.TOKEN_BITS, figures.NETWORK_CALLS, figures.SECONDS_PER_IMAGE),
+        *(figures.HELD_OUT_BITS, figures.TOKEN_BITS, figures.NETWORK_CALLS, figures.SECONDS_PER_IMAGE),
         *(figures.PARAMETERS, figures.IMAGES_PER_SECOND, figures.COUNT),
     )
 
@@ -278,6 +282,14 @@ class GenerationPlan(Plan):
         raise VaevqMedError("study is generators, whose rows share token stores; expected tokenizers for tasks")
 
     @cached_property
+    def has_test_images(self) -> bool:
+        """Whether the data set has a test split with images, as far as that is known before it is there."""
+        try:
+            return bool(load_manifest(self.data()).entries("test"))
+        except DataError:
+            return True
+
+    @cached_property
     def hashes(self) -> dict[Path, str]:
         """Content hash of each tokenizer, whose images are not several contrasts at once."""
         from vaevq_med.trained.network import StoredTokenizer
@@ -332,6 +344,12 @@ class GenerationRow(Row):
             return False
         return header is not None and header["tokenizer"]["content_hash"] == self.plan.hashes[self.tokenizer]
 
+    @property
+    def bits_measured(self) -> bool:
+        """Whether the bits of held-out tokens are: the generator has them, and test images are encoded."""
+        encoded = "test" in (self.method.encode.get("split") or ("test",))
+        return self.method.has_bits and encoded and self.plan.has_test_images
+
     def _training(self) -> dict[str, str]:
         chosen = self.chosen(self.plan.training_config(self.method))
         return {"seed": str(self.seed), **self.plan.study.budget.overrides(), **chosen}
@@ -342,7 +360,9 @@ class GenerationRow(Row):
         return {"seed": str(self.seed), "num_samples": str(study.samples), **last, **self.method.sampling}
 
     def commands(self, parent_run_id: str | None = None) -> dict[str, list[str]]:
-        """``encoding``, unless that is done, ``training``, ``generating`` and ``evaluating``, as typed by a user.
+        """``encoding``, unless that is done, ``training``, ``generating``, ``evaluating``, and ``counting`` of bits.
+
+        They are as a user would type them.
 
         Args:
             parent_run_id: MLflow run to nest the training under.
@@ -357,6 +377,8 @@ class GenerationRow(Row):
         evaluate = ["evaluate-samples", str(self.generated), data, "--output-dir", str(self.evaluation)]
         if plan.evaluation.memorization:
             evaluate += ["--tokenizer", tokenizer]
+        count = ["token-bits", str(self.checkpoint), str(self.tokens), str(self.folder / BITS_NAME), "--overwrite"]
+        count += ["--weights", method.sampling["weights"]] if "weights" in method.sampling else []
         words = as_words(EvaluateOptions, study.evaluate)
         drawing = [plan.bundle.path / _GENERATE]
         encoding = {"encoding": [*tool_words(), *encode, *as_words(EncodeOptions, method.encode)]}
@@ -365,14 +387,16 @@ class GenerationRow(Row):
             "training": self.training_words(method.config, training, parent_run_id, KIND),
             "generating": self.run_words("generating", drawing, generating, launched=False),
             "evaluating": [*tool_words(), *evaluate, *words],
+            **({"counting": [*tool_words(), *count]} if self.bits_measured else {}),
         }
 
     def outputs(self) -> dict[str, Path]:
-        """What training, drawing and evaluation leave behind."""
+        """What training, drawing, evaluation and counting leave behind."""
         return {
             "training": self.checkpoint,
             "generating": self.generated / LIST_NAME,
             "evaluating": self.evaluation / "metrics.json",
+            **({"counting": self.folder / BITS_NAME} if self.bits_measured else {}),
         }
 
     def settings(self) -> dict[str, Any]:

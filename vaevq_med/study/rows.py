@@ -20,6 +20,7 @@ from typing import Any
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.files import atomic_write_text
 from vaevq_med.core.folder import BusyError, OutputFolder
+from vaevq_med.evaluation.options import BITS_NAME
 from vaevq_med.images.generated import DRAWING_NAME
 from vaevq_med.metrics.figures import Figure
 from vaevq_med.study.bundle import first_difference, settings_hash
@@ -109,7 +110,8 @@ def read_result(row: Row) -> RowResult:
                 raise ValueError(f"{len(images)} of {told['n']} images in per_image.csv")
         else:
             metrics["n"] = {"value": told["n"]}
-            run |= read_json(row.folder / "generated" / DRAWING_NAME) or {}
+            for told_beside in (row.folder / BITS_NAME, row.folder / "generated" / DRAWING_NAME):
+                run |= read_json(told_beside) or {}
             for space in ("feature", "pixel"):
                 share = record.get("memorization", {}).get(space, {}).get("share")
                 if share is not None:

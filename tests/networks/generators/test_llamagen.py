@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from vaevq_med.core.errors import VaevqMedError
-from vaevq_med.networks.generators import llamagen
+from vaevq_med.networks.generators import trunk
 from vaevq_med.networks.generators.autoregressive import generate_indices
 from vaevq_med.networks.generators.drawing import draw_indices, filter_logits, guided_logits
 from vaevq_med.networks.generators.llama_blocks import LlamaBlock, axial_rotations, rotate
@@ -167,7 +167,7 @@ def test_the_loss_in_parts_is_the_cross_entropy(num_codebooks: int, monkeypatch:
     indices, labels = grid(network), torch.tensor([0, 3, 4])
     expected = functional.cross_entropy(network(indices, labels).reshape(-1, K), indices.flatten())
     wanted = torch.autograd.grad(expected, [*network.parameters()])
-    monkeypatch.setattr(llamagen, "_LOSS_CHUNK", 4 * K)  # 18 rows of each codebook, 4 at once
+    monkeypatch.setattr(trunk, "LOGITS_AT_ONCE", 4 * K)  # 18 rows of each codebook, 4 at once
     loss = network.loss(indices.to(torch.uint8), labels)
     torch.testing.assert_close(loss, expected)
     for name, own, other in zip(dict(network.named_parameters()), torch.autograd.grad(loss, [*network.parameters()]),

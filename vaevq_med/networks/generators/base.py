@@ -61,6 +61,7 @@ class Generator(nn.Module, ABC):
         kind: which of a store's arrays it is trained on.
         settings: of drawing, by name; ``guidance_scale`` is 1 in a network without classes.
         inpaints: whether it draws around indices that are given (:attr:`Wanted.known`).
+        likelihood: what :meth:`bound` gives of tokens: ``exact``, a ``bound``, or None of a network that has neither.
         num_classes: labels are below it; 0 for none. It is the index of the null class too, and has to be the
             store's, also in a network that does not look at labels.
     """
@@ -68,6 +69,7 @@ class Generator(nn.Module, ABC):
     kind: ClassVar[Literal["indices", "latents"]]
     settings: ClassVar[Mapping[str, Setting]]
     inpaints: ClassVar[bool] = False
+    likelihood: ClassVar[Literal["exact", "bound"] | None] = None
     num_classes: int = 0
 
     @property
@@ -107,6 +109,21 @@ class Generator(nn.Module, ABC):
         Raises:
             VaevqMedError: a setting does not fit the training.
         """
+
+    def bound(
+        self, indices: Tensor, labels: Tensor | None = None, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """``-log p`` of indices in nats a token, or an upper bound of it, as :attr:`likelihood` says.
+
+        Args:
+            indices: ``[B, *grid, G]``.
+            labels: ``[B]``; the null class when absent.
+            generator: of a bound's draws; the global one when absent.
+
+        Raises:
+            VaevqMedError: there is no likelihood, or a shape or a value does not fit.
+        """
+        raise VaevqMedError(f"found {type(self).__name__}, which has no likelihood of tokens")
 
     def network_calls(self, *, grid: tuple[int, ...], settings: Mapping[str, Any]) -> int | None:
         """Passes through the network that one image takes, the tokenizer's left out; None of one that does not say.

@@ -244,10 +244,8 @@ class CoarseToFine(TokenGenerator):
                 [head(hidden[:, g :: self.num_codebooks]) for g, head in enumerate(self.heads)], dim=2
             )  # [B, h w, G, K]
             books = torch.arange(self.num_codebooks, device=coarse.device)
-            others = self.cluster_of[books] != seen.view(*logits.shape[:3], 1)
-        # Far below, and not at minus infinity, whose guidance would not be a number.
-        filtered = rule.filtered(logits.float().masked_fill(others, -1e30))
-        drawn = draw_indices(filtered.masked_fill(others[:batch], -math.inf), generator).flatten(1)
+            others = self.cluster_of[books] != coarse.view(batch, *logits.shape[1:3], 1)
+        drawn = draw_indices(rule.possible(logits, others), generator).flatten(1)
         if kept is not None:
             drawn = torch.where(kept[0], kept[1], drawn)
         return drawn.view(batch, *self.grid_size, self.num_codebooks)

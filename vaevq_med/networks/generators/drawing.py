@@ -144,6 +144,12 @@ class TokenRule:
             logits = guided_logits(conditional, unconditional, self.guidance_scale)  # [B, K]
         return filter_logits(logits / self.temperature, top_k=self.top_k, top_p=self.top_p)
 
+    def possible(self, logits: Tensor, impossible: Tensor) -> Tensor:
+        """:meth:`filtered` without what is impossible, bool ``[B, ..., K]``: that is not drawn."""
+        # Far below, and not at minus infinity, whose guidance would not be a number.
+        both = torch.cat([impossible, impossible]) if self.guided else impossible
+        return self.filtered(logits.float().masked_fill(both, -1e30)).masked_fill(impossible, -math.inf)
+
 
 def batch_size(labels: Tensor | None, num_samples: int | None) -> int:
     """How many samples these ask for.

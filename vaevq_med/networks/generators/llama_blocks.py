@@ -33,8 +33,9 @@ def axial_rotations(
 def rotate(x: Tensor, rotations: Tensor) -> Tensor:
     """Turn each pair of neighboring channels of ``[..., T, head_dim]`` by ``[T, head_dim / 2, 2]``, in fp32.
 
-    The rotations may be the complex numbers ``[T, head_dim / 2]`` instead: the result is the same to rounding, by one
-    product in place of six operations, which counts where a step's time is that of its launches.
+    Rotations of each image are ``[B, 1, T, head_dim / 2, 2]``. They may be the complex numbers ``[T, head_dim / 2]``
+    instead: the result is the same to rounding, by one product in place of six operations, which counts where a step's
+    time is that of its launches.
     """
     if rotations.is_complex():
         complex_pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))

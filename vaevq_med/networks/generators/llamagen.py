@@ -25,7 +25,6 @@ from typing import Any, ClassVar, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.base import Tokenizer
@@ -34,7 +33,7 @@ from vaevq_med.networks.generators.base import Draw
 from vaevq_med.networks.generators.llama_blocks import KeyValueCache, StaticCache, axial_rotations
 from vaevq_med.networks.generators.stepwise import StepwiseGenerator
 from vaevq_med.networks.generators.token_generator import TOKEN_SETTINGS
-from vaevq_med.networks.generators.trunk import check_trunk, make_blocks, pair, start
+from vaevq_med.networks.generators.trunk import check_trunk, make_blocks, pair, start, summed_cross_entropy
 from vaevq_med.networks.ranges import check_range, check_sizes
 
 PRESETS: Mapping[str, Mapping[str, int]] = MappingProxyType(
@@ -51,9 +50,6 @@ PRESETS: Mapping[str, Mapping[str, int]] = MappingProxyType(
 
 BELOW = ((0, 0), (0, 1), (1, 0))
 """Rows and columns further at which a token sees those of the slice below."""
-
-# Logits that the loss holds at once: 64 MiB in fp32.
-_LOSS_CHUNK = 2**24
 
 
 class LlamaGen(StepwiseGenerator):
@@ -308,15 +304,10 @@ class LlamaGen(StepwiseGenerator):
         labels = self.dropped(labels, generator)
         hidden = self.features(indices, labels, below)
         tokens = indices.flatten(1).long()
-        step = max(1, _LOSS_CHUNK // self.num_embeddings)
         total = torch.zeros((), device=hidden.device)
         for g, head in enumerate(self.heads):
-            rows = hidden[:, g :: self.num_codebooks].flatten(0, 1)
-            targets = tokens[:, g :: self.num_codebooks].flatten()
-            for part, wanted in zip(rows.split(step), targets.split(step), strict=True):
-                total = total + checkpoint(
-                    _summed_cross_entropy, part, head, wanted, use_reentrant=False, preserve_rng_state=False
-                )
+            own = slice(g, None, self.num_codebooks)
+            total = total + summed_cross_entropy(hidden[:, own].flatten(0, 1), head, tokens[:, own].flatten())
         return total / tokens.numel()
 
     def step(self, inputs: Tensor, cache: KeyValueCache) -> Tensor:
@@ -360,7 +351,3 @@ class LlamaGen(StepwiseGenerator):
             raise VaevqMedError(f"indices have shape {shape}; expected {flat}, or [B, {height}, {width}, {codebooks}]")
         check_range("indices", indices, self.num_embeddings - 1)
         return indices.flatten(1).long()
-
-
-def _summed_cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
-    return F.cross_entropy(head(hidden).float(), targets, reduction="sum")

@@ -83,6 +83,7 @@ class TokenDiffusion(CorruptedTokenGenerator):
         0.125
     """
 
+    likelihood = "bound"
     settings = MappingProxyType(
         {
             **TOKEN_SETTINGS,

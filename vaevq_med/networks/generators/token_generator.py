@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
+from abc import abstractmethod
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,7 @@ class TokenGenerator(Generator):
 
     kind = "indices"
     inpaints = True
+    likelihood: ClassVar[Literal["exact", "bound"] | None] = "exact"
     num_embeddings: int
     num_codebooks: int
     grid_size: tuple[int, int]
@@ -95,6 +97,18 @@ class TokenGenerator(Generator):
         device = labels.device if generator is None else generator.device
         dropped = torch.rand(len(labels), generator=generator, device=device) < self.label_dropout
         return labels.masked_fill(dropped.to(labels.device), self.null_class)
+
+    @abstractmethod
+    def loss(
+        self, indices: Tensor, labels: Tensor | None = None, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """What training minimizes, in nats a token; the arguments are those of :meth:`bound`."""
+
+    def bound(
+        self, indices: Tensor, labels: Tensor | None = None, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """``-log p`` in nats a token: in evaluation mode what is minimized, where that is it."""
+        return self.loss(indices, labels, generator=generator)
 
     def whole_grids(self, indices: Tensor) -> Tensor:
         """Tokens int64 ``[B, h w G]`` of indices ``[B, h, w, G]``.

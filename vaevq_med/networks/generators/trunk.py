@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.generators.llama_blocks import LlamaBlock
 from vaevq_med.networks.ranges import check_sizes
+
+# Logits that a loss holds at once: 64 MiB in fp32.
+LOGITS_AT_ONCE = 2**24
 
 
 def check_trunk(*, width: int, depth: int, num_heads: int, num_classes: int, shares: Mapping[str, float]) -> None:
@@ -96,6 +103,31 @@ def pair(grid_size: int | tuple[int, int]) -> tuple[int, int]:
     if len(grid_size) != 2:
         raise VaevqMedError(f"grid_size is {tuple(grid_size)}; expected rows and columns, or one number for a square")
     return int(grid_size[0]), int(grid_size[1])
+
+
+def summed_cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor, impossible: Tensor | None = None) -> Tensor:
+    """``-log p`` of targets, summed, with logits formed a bounded number at a time, and again in the backward pass.
+
+    Args:
+        hidden: what the head is given, ``[N, width]``.
+        head: to K logits.
+        targets: ``[N]``.
+        impossible: bool ``[N]``, where the last of the K has the probability 0; nowhere when absent.
+    """
+    step = max(1, LOGITS_AT_ONCE // len(head.get_parameter("weight")))
+    total = torch.zeros((), device=hidden.device)
+    excluded = itertools.repeat(None) if impossible is None else impossible.split(step)
+    for part in zip(hidden.split(step), targets.split(step), excluded, strict=False):
+        total = total + checkpoint(_summed, head, *part, use_reentrant=False, preserve_rng_state=False)
+    return total
+
+
+def _summed(head: nn.Module, hidden: Tensor, targets: Tensor, impossible: Tensor | None) -> Tensor:
+    logits = head(hidden).float()
+    if impossible is not None:
+        last = torch.arange(logits.shape[1], device=logits.device) == logits.shape[1] - 1
+        logits = logits.masked_fill(impossible[:, None] & last, -math.inf)
+    return F.cross_entropy(logits, targets, reduction="sum")
 
 
 class TimeEmbedding(nn.Sequential):
