@@ -29,7 +29,7 @@ from vaevq_med.core.folder import OutputFolder
 from vaevq_med.study import rows as rows_module
 from vaevq_med.study.bundle import Bundle
 from vaevq_med.study.command import RunStudy
-from vaevq_med.study.file import Budget
+from vaevq_med.study.file import Budget, read_study
 from vaevq_med.study.rows import STATE, RowState, call, error_line, last_line
 from vaevq_med.trained.file import read_checkpoint
 from vaevq_med.training.config import check_config
@@ -288,6 +288,18 @@ def titles(dataset: Path, *assignments: str, methods: str = "softvq", **options:
     """Title of each row by its name."""
     chosen = {"kind": "compare", "methods": methods, "assignments": assignments, "dataset_dir": dataset, **options}
     return {method.name: method.title for method in make(output=Path("out"), **chosen).plan.methods}
+
+
+def test_a_bundle_that_trains_no_tokenizers_is_refused_in_a_line(slice_dataset: Path) -> None:
+    with pytest.raises(VaevqMedError, match=r"segmentation: found no objective in train\.json, expected a bundle that"):
+        make("compare", Path("out"), methods="vqgan", dataset_dir=slice_dataset, bundle="segmentation").plan
+
+
+def test_a_title_that_says_the_read_out_stays(slice_dataset: Path, tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    method = "{name: softvq, title: SoftVQ (hard), set: {readout: hard}}"
+    file.write_text(f"study: tokenizers\nname: one\noutput: out\ndataset_dir: {slice_dataset}\nmethods:\n- {method}\n")
+    assert [method.title for method in RunStudy(read_study(str(file))).plan.methods] == ["SoftVQ (hard)"]
 
 
 def test_methods_are_the_overlays_of_the_bundle(slice_dataset: Path) -> None:

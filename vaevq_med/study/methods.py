@@ -43,6 +43,8 @@ class Method:
 
 def make_methods(study: TokenizerStudy, bundle: Bundle) -> tuple[Method, ...]:
     """The methods of a study: each at each size of a sweep, and after it a row for every other read-out."""
+    if "objective" not in bundle.read("train.json"):
+        raise VaevqMedError(f"{bundle.path}: found no objective in train.json, expected a bundle that trains tokenizers")
     titles = [part.title or (bundle.title(part.name) if _is_overlay(part) else part.name) for part in study.methods]
     found: list[tuple[Method, MethodPart]] = []
     for part, title in zip(study.methods, titles, strict=True):
@@ -156,6 +158,8 @@ def _located(definition: Mapping[str, Any]) -> Any:
 
 
 def _qualified(title: str, readout: str) -> str:
-    """``SoftVQ, K = 64`` as ``SoftVQ (hard), K = 64``."""
+    """``SoftVQ, K = 64`` as ``SoftVQ (hard), K = 64``; a title that says it already stays."""
     name, comma, size = title.partition(", K = ")
+    if name.endswith(f"({readout})"):
+        return title
     return f"{name} ({readout}){comma}{size}"
