@@ -44,7 +44,7 @@ class Method:
 def make_methods(study: TokenizerStudy, bundle: Bundle) -> tuple[Method, ...]:
     """The methods of a study: each at each size of a sweep, and after it a row for every other read-out."""
     if "objective" not in bundle.read("train.json"):
-        raise VaevqMedError(f"{bundle.path}: found no objective in train.json, expected a bundle that trains tokenizers")
+        raise VaevqMedError(f"{bundle.path}: found no objective in train.json, expected a bundle of tokenizers")
     titles = [part.title or (bundle.title(part.name) if _is_overlay(part) else part.name) for part in study.methods]
     found: list[tuple[Method, MethodPart]] = []
     for part, title in zip(study.methods, titles, strict=True):
