@@ -534,6 +534,23 @@ def test_bits_are_counted_where_test_images_are_encoded(
         assert {"counting" in row.commands() for row in rows} == {expected}
 
 
+def test_a_value_may_name_the_tokenizer_and_the_seed_of_its_row(command: Callable[..., RunStudy]) -> None:
+    assignments = ("coarse_to_fine:clusters=clusters/{tokenizer}_{seed}.npz", "num_clusters=8", "max_grad_norm=2")
+    generators = {"generators": "llamagen,coarse_to_fine", "generate_set": (), "seeds": "3,4"}
+    rows = command(**generators, assignments=assignments).plan.rows()
+    found = {row.label: flags(row.commands()["training"]).get("clusters") for row in rows}
+    assert found == {
+        **{f"{name}_llamagen seed {seed}": None for name in ("vqgan", "vaevq") for seed in (3, 4)},
+        **{
+            f"{name}_coarse_to_fine seed {seed}": f"clusters/{name}_{seed}.npz"
+            for name in ("vqgan", "vaevq")
+            for seed in (3, 4)
+        },
+    }
+    (one,) = {json.dumps(row.settings()["train"]).count("clusters/vaevq_4.npz") for row in rows[-1:]}
+    assert one == 1
+
+
 def test_any_generator_of_an_overlay_is_named(command: Callable[..., RunStudy]) -> None:
     """Those over latents are trained by the file of latents, without a list that says so."""
     overlaid = {

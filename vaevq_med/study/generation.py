@@ -351,7 +351,10 @@ class GenerationRow(Row):
         return self.method.has_bits and encoded and self.plan.has_test_images
 
     def _training(self) -> dict[str, str]:
+        own = {"{tokenizer}": self.method.tokenizer, "{seed}": str(self.seed)}
         chosen = self.chosen(self.plan.training_config(self.method))
+        for name, value in own.items():
+            chosen = {key: text.replace(name, value) for key, text in chosen.items()}
         return {"seed": str(self.seed), **self.plan.study.budget.overrides(), **chosen}
 
     def _generating(self) -> dict[str, str]:
