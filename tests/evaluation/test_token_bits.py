@@ -109,12 +109,12 @@ def test_the_interval_is_over_patients(
 
 
 def test_a_bound_is_a_mean_over_draws_that_the_seed_decides(absorbing: Path, store: Path, tmp_path: Path) -> None:
-    first = measured(absorbing, store, tmp_path / "first.json", draws=2)
-    again = measured(absorbing, store, tmp_path / "again.json", draws=2)
-    other = measured(absorbing, store, tmp_path / "other.json", draws=2, seed=1)
+    first = measured(absorbing, store, tmp_path / "first.json", draws=3)
+    again = measured(absorbing, store, tmp_path / "again.json", draws=3)
+    other = measured(absorbing, store, tmp_path / "other.json", draws=3, seed=1)
     many = measured(absorbing, store, tmp_path / "many.json")
     assert first["held_out_bits"] == again["held_out_bits"] != other["held_out_bits"]
-    assert (first["likelihood"], many["provenance"]["draws"]) == ("bound", 8)
+    assert (first["likelihood"], many["provenance"]["draws"]) == ("bound", 2)
     # K is 32, and a step or two have hardly taught anything.
     assert many["held_out_bits"] == pytest.approx(5.0, abs=0.6)
 

@@ -115,7 +115,7 @@ def token_bits(
     split: Annotated[Split, typer.Option(help="Of the store. Test is what no training has seen.")] = "test",
     weights: Annotated[Literal["ema", "network"], typer.Option(help="The averaged weights, or the last.")] = "ema",
     draws: Annotated[
-        int | None, typer.Option(help="Draws of time and corruption for each image, of a token diffusion. Default: 8.")
+        int | None, typer.Option(help="Draws of time and corruption for each image, of a token diffusion. Default: 2.")
     ] = None,
     max_items: Annotated[int | None, typer.Option(help="Look at this many images, evenly spaced.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images at once.")] = 64,

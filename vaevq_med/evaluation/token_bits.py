@@ -23,7 +23,7 @@ from vaevq_med.trained.device import named_device
 from vaevq_med.trained.network import StoredGenerator
 
 HELD_OUT_BITS = "held_out_bits"
-BOUND_DRAWS = 8
+BOUND_DRAWS = 2
 """Draws of time and corruption for each image, where a bound is what is measured."""
 
 
