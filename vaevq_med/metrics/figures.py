@@ -122,14 +122,15 @@ HELD_OUT_BITS = Figure(
     "held_out_bits",
     "Bits per token",
     3,
-    convention="-log2 p of a token of the test split, of the averaged weights of the checkpoint that draws; an upper "
-    "bound of it where the generator is a diffusion model of tokens; of one tokenizer's tokens alone comparable",
+    convention="-log2 p of a token of the test split, of the weights that draw; an upper bound of it where the "
+    "generator is a diffusion model of tokens; of one tokenizer's tokens alone comparable",
 )
 TOKEN_BITS = Figure(
     "token_bits",
     "Bits per token (validation)",
     3,
-    convention="the same of the validation split, the least of all epochs, where best.pt is selected",
+    convention="-log2 p of a token of the validation split, or an upper bound, of the averaged weights, the least of "
+    "all epochs, where best.pt is selected: not held-out data",
 )
 NETWORK_CALLS = Figure(
     "network_calls",

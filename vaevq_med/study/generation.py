@@ -381,7 +381,9 @@ class GenerationRow(Row):
         if plan.evaluation.memorization:
             evaluate += ["--tokenizer", tokenizer]
         count = ["token-bits", str(self.checkpoint), str(self.tokens), str(self.folder / BITS_NAME), "--overwrite"]
-        count += ["--weights", method.sampling["weights"]] if "weights" in method.sampling else []
+        for name in ("weights", "device", "batch_size"):
+            if name in method.sampling:
+                count += [f"--{name.replace('_', '-')}", method.sampling[name]]
         words = as_words(EvaluateOptions, study.evaluate)
         drawing = [plan.bundle.path / _GENERATE]
         encoding = {"encoding": [*tool_words(), *encode, *as_words(EncodeOptions, method.encode)]}

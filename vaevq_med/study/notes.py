@@ -71,6 +71,9 @@ def _generator_notes(plan: GenerationPlan, results: Sequence[RowResult]) -> Iter
         yield "One seed: nothing says how far a difference is due to chance."
     yield f"N = {told['n']:,} samples of each, against {told['n_reference']:,} images of split {told['split']}."
     yield from _conventions(first, "gfid", "precision", "recall", "memorization", "inception_score")
+    bounds = [result.row.method.title for result in results if result.run.get("likelihood") == "bound"]
+    if bounds:
+        yield f"Bits per token: an upper bound of {', '.join(dict.fromkeys(bounds))}."
     yield from _drawn(plan)
     groups = {method.group for method in plan.methods}
     if len(groups) > 1 and len(plan.methods) > len(groups):

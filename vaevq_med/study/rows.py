@@ -110,8 +110,9 @@ def read_result(row: Row) -> RowResult:
                 raise ValueError(f"{len(images)} of {told['n']} images in per_image.csv")
         else:
             metrics["n"] = {"value": told["n"]}
-            for told_beside in (row.folder / BITS_NAME, row.folder / "generated" / DRAWING_NAME):
-                run |= read_json(told_beside) or {}
+            run |= read_json(row.folder / "generated" / DRAWING_NAME) or {}
+            bits = read_json(row.folder / BITS_NAME) or {}
+            run |= {name: bits[name] for name in ("held_out_bits", "likelihood") if name in bits}
             for space in ("feature", "pixel"):
                 share = record.get("memorization", {}).get(space, {}).get("share")
                 if share is not None:

@@ -198,12 +198,17 @@ def test_known_tokens_stay_open_or_closed() -> None:
     found = network.indices(wanted, TokenRule(2.0), sources(5, 6))
     assert torch.equal(found[mask], known[mask])
     assert not torch.equal(found[~mask], known[~mask])
-    # Of a position of which some indices are known the others are drawn, in one that is open as those say.
+    # A position is open where an index says so, and may be where one says nothing of it.
     some = torch.zeros(2, 2, 3, 3, dtype=torch.bool)
     some[..., 1] = True
-    found = network.indices(Wanted(None, [5, 6], known, some), TokenRule(), sources(5, 6))
-    assert torch.equal(found[..., 1], known[..., 1])
-    assert torch.equal(network.opened(found.flatten(1)), network.opened(known.flatten(1)))
+    seen = torch.zeros(2, 6, dtype=torch.bool)
+    for seed in range(20):
+        found = network.indices(Wanted(None, [5, 6], known, some), TokenRule(), sources(seed, seed + 100))
+        assert torch.equal(found[..., 1], known[..., 1])
+        opened = network.opened(found.flatten(1))
+        assert bool((opened | ~network.opened(known.flatten(1))).all())
+        seen |= opened
+    assert bool(seen.all())
     assert torch.equal(network.indices(Wanted(None, [5, 6], known, some | True), TokenRule(), sources(5, 6)), known)
 
 
@@ -245,3 +250,18 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         network.loss(torch.zeros(1, 2, 2, 3, dtype=torch.int64))
     with pytest.raises(VaevqMedError, match="4"):
         network.loss(torch.full((1, 2, 3, 3), 4))
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_the_likeliest_word_is_not_drawn_where_it_is_impossible(guided: bool) -> None:
+    """Filters look at what is possible alone: with the likeliest word ruled out they keep the next one."""
+    logits = torch.tensor([[9.0, 1.0, 3.0, 2.0], [0.0, 1.0, 2.0, 9.0]])
+    impossible = torch.tensor([[True, False, False, False], [False, False, False, True]])
+    both = torch.cat([logits, torch.zeros_like(logits)]) if guided else logits
+    for options in ({"top_k": 1}, {"top_p": 0.3}):
+        rule = TokenRule(guidance_scale=2.0 if guided else 1.0, **options)
+        found = rule.possible(both, impossible).softmax(dim=-1)
+        assert torch.equal(found, torch.tensor([[0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 1.0, 0.0]]))
+    everything = TokenRule(guidance_scale=2.0 if guided else 1.0).possible(both, impossible).softmax(dim=-1)
+    scaled = ((2 if guided else 1) * logits).masked_fill(impossible, -float("inf")).softmax(dim=-1)
+    torch.testing.assert_close(everything, scaled)

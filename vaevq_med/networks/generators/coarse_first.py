@@ -8,8 +8,8 @@ indices in raster order, each with one bit, whether the position is open, and th
 position. An image with r of its positions open has ``h w (1 + (G - 1) r)`` tokens in place of ``h w G``.
 
 What a quantizer with a gate calls absent is the last index. So a position is closed whose other indices are all the
-last, whatever the quantizer: that loses nothing, and where no gate is, every position comes out open. An open one with
-nothing but last indices is ruled out, so that the likelihood is that of the indices, exactly.
+last, whatever the quantizer: that loses nothing, and without a gate hardly any position is. An open one with nothing
+but last indices is ruled out, so that the likelihood is that of the indices, exactly.
 
 A token does not say where the next one belongs, as it does in raster order. What is fed at a place is therefore the
 last token, turned by where it stands, and a learned vector of the place that is to be predicted.
@@ -155,24 +155,28 @@ class CoarseFirst(TokenGenerator):
         words = grouped[..., 0] + self.num_embeddings * opened  # [B, h w]
         others = grouped[..., 1:].gather(1, positions.unsqueeze(-1).expand(-1, -1, self.num_codebooks - 1))
         hidden = self._hidden(words, others, positions, classes)
+        (present,) = there.flatten().nonzero(as_tuple=True)
+        open_others = others.flatten(0, 1)[present]
         total = summed_cross_entropy(hidden[:, : self.num_positions].flatten(0, 1), self.first_head, words.flatten())
         for number, head in enumerate(self.other_heads):
-            rows = hidden[:, self.num_positions + number :: self.num_codebooks - 1]  # [B, C, width]
-            total = total + summed_cross_entropy(
-                rows[there], head, others[..., number][there], impossible=self._impossible(others, number)[there]
-            )
+            rows = hidden[:, self.num_positions + number :: self.num_codebooks - 1].flatten(0, 1)  # [B C, width]
+            impossible = self._impossible(open_others, number)
+            total = total + summed_cross_entropy(rows[present], head, open_others[:, number], impossible=impossible)
         return total / tokens.numel()
 
-    def _impossible(self, others: Tensor, number: int) -> Tensor:
-        """Where an index of open positions cannot be the last, bool ``[...]``: all before it were, and none follows.
+    def _impossible(self, others: Tensor, number: int, known: Tensor | None = None) -> Tensor:
+        """Where an index of open positions cannot be the last, bool ``[N]``: all others are, as far as they are told.
 
         Args:
-            others: indices ``[..., G - 1]``.
-            number: of the index, from 0.
+            others: indices ``[N, G - 1]``.
+            number: of the index, from 0; those before it are told.
+            known: bool ``[N, G - 1]``, those after it that are told, too; none when absent.
         """
-        if number < self.num_codebooks - 2:
-            return torch.zeros_like(others[..., 0], dtype=torch.bool)
-        return (others[..., :number] == self.last).all(dim=-1)
+        are_last = others == self.last
+        later = slice(number + 1, None)
+        are_last[:, later] &= False if known is None else known[:, later]
+        are_last[:, number] = True
+        return are_last.all(dim=1)
 
     def _rotations(self, device: torch.device) -> Tensor:
         """Those of the class token and of every token of the grid, ``[1 + h w G, head_dim / 2, 2]``."""
@@ -205,8 +209,8 @@ class CoarseFirst(TokenGenerator):
     def indices(self, wanted: Wanted, rule: TokenRule, generator: RandomSource) -> Tensor:
         """Indices ``[B, h, w, G]``, of which those that are known stay.
 
-        A known position is open or closed as it is known. The generator draws for each image as many tokens as the
-        longest of the batch has, of which a shorter one leaves the last ones out.
+        A position of which an index other than the last is known is open. The generator draws for each image as many
+        tokens as the longest of the batch has, of which a shorter one leaves the last ones out.
         """
         batch = len(wanted.seeds)
         kept = self.kept(wanted.known, wanted.mask, batch)
@@ -283,6 +287,8 @@ class _Drawing:
         tokens = torch.full(shape, last, device=self._turned_by.device)
         opened = torch.zeros_like(tokens[..., 0], dtype=torch.bool)
         given = None if kept is None else (kept[0].view(shape), kept[1].view(shape))
+        if given is not None:
+            tokens = torch.where(given[0], given[1], tokens)
         for position in range(network.num_positions):
             impossible = None if given is None else self._contradicts(given[0][:, position], given[1][:, position])
             place = torch.full_like(opened[:, 0], books * position, dtype=torch.int64)
@@ -296,12 +302,12 @@ class _Drawing:
             for number, head in enumerate(network.other_heads):
                 others = tokens[rows, position, 1:]  # [B, G - 1]
                 impossible = torch.zeros(self.batch, network.num_embeddings, dtype=torch.bool, device=tokens.device)
-                impossible[:, -1] = network._impossible(others, number)
+                known = None if given is None else given[0][rows, position, 1:]
+                impossible[:, -1] = network._impossible(others, number, known)
                 place = books * position + 1 + number
                 drawn = self._draw(head, place, impossible)
-                if given is not None:
-                    chosen = given[0][rows, position, 1 + number]
-                    drawn = torch.where(chosen, given[1][rows, position, 1 + number], drawn)
+                if known is not None:
+                    drawn = torch.where(known[:, number], others[:, number], drawn)
                 self._follow(drawn + network.num_embeddings * (2 + number), place)
                 tokens[rows, position, 1 + number] = torch.where(present, drawn, last)
         return tokens.flatten(1)
@@ -311,9 +317,10 @@ class _Drawing:
         count = self.network.num_embeddings
         words = torch.arange(2 * count, device=mask.device)
         wrong = mask[:, :1] & (words % count != values[:, :1])
-        some, closed = mask[:, 1:], (values[:, 1:] == self.network.last) | ~mask[:, 1:]
-        is_closed = closed.all(dim=1, keepdim=True)
-        return wrong | (some.any(dim=1, keepdim=True) & ((words < count) != is_closed))
+        are_last = values[:, 1:] == self.network.last
+        is_open = (mask[:, 1:] & ~are_last).any(dim=1, keepdim=True)
+        is_closed = (mask[:, 1:] & are_last).all(dim=1, keepdim=True)
+        return wrong | (is_open & (words < count)) | (is_closed & (words >= count))
 
     def _draw(self, head: nn.Module, place: Tensor, impossible: Tensor | None) -> Tensor:
         """The next token ``[B]``, which belongs to a place ``[B]`` of the grid."""
