@@ -1,12 +1,16 @@
 """The prior as a coder: its float64 steps are the network's, and its list makes rounding agree."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from helpers.index_stacks import random_prior, smooth_stack
 
-from vaevq_med.codec.coders.prior import DELTA, DoubleSteps, _Near, _Told
+from vaevq_med.codec.coders.double_steps import DoubleSteps
+from vaevq_med.codec.coders.prior import DELTA, PriorCoder, _Near, _Told
 from vaevq_med.codec.errors import CodecError
+from vaevq_med.trained.network import StoredGenerator
 
 
 def logits_of(network: torch.nn.Module, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -99,6 +103,17 @@ def test_another_grid_or_background_is_refused() -> None:
         coder.encode(stack.indices, stack.layout)
     with pytest.raises(CodecError, match="background"):
         type(coder)(coder.network, background=(16,))
+
+
+def loaded(name: str) -> PriorCoder:
+    path = Path(__file__).parents[1] / "fixtures" / f"{name}.pt"
+    return PriorCoder.load(path, {"hash": StoredGenerator(path).tokens["tokenizer"]["content_hash"]})
+
+
+def test_a_generator_without_steps_in_double_is_refused() -> None:
+    assert loaded("autoregressive").network.steps_in_double
+    with pytest.raises(CodecError, match=r"diffusion.pt: found a LatentDiffusionUNet, expected a LlamaGen$"):
+        loaded("diffusion")
 
 
 def test_an_even_network_takes_the_fixed_length() -> None:

@@ -20,7 +20,8 @@ from helpers.toy_networks import HEIGHT, WIDTH, K, grid, toy
 from monai.bundle import ConfigWorkflow
 
 from vaevq_med.codec.case import CompressedCase
-from vaevq_med.codec.coders.prior import DoubleSteps, slices_at_once
+from vaevq_med.codec.coders.double_steps import DoubleSteps
+from vaevq_med.codec.coders.prior import slices_at_once
 from vaevq_med.codec.options import CompressOptions
 from vaevq_med.codec.work import compress
 from vaevq_med.core.errors import DataError, VaevqMedError

@@ -68,7 +68,23 @@ def test_the_continuous_path_is_decoded_where_it_is_asked_for(quantize: str) -> 
 
 def test_without_a_posterior_there_is_no_continuous_path() -> None:
     output = evaluator_of(tokenizer(variational=False)).reconstruct(images(), continuous=True)
-    assert set(output) == {"pred", "indices"}
+    assert set(output) == {"pred", "indices", "mean"}
+
+
+def test_the_latent_before_quantization_is_given_and_encoded_once() -> None:
+    network, encoded = tokenizer(variational=False), []
+    network.encoder.register_forward_hook(lambda module, inputs, output: encoded.append(len(output)))
+    output = evaluator_of(network).reconstruct(images())
+    assert encoded == [3]
+    with torch.no_grad():
+        torch.testing.assert_close(output["mean"], network.encode(images()))
+    assert not torch.equal(output["mean"], network.quantizer(output["mean"]).quantized)
+
+
+def test_what_quantizes_by_itself_gives_no_latent() -> None:
+    network = tokenizer(variational=False)
+    network.gives_latent = False
+    assert set(evaluator_of(network).reconstruct(images())) == {"pred", "indices"}
 
 
 class Convolution(FeatureNetwork):
@@ -115,7 +131,7 @@ def test_a_batch_on_a_device_has_no_step_that_the_host_waits_for(
                 metadata={"index": list(range(count)), "modality": ["t1n", "t2f", "t1n", ""], "path": ["a"] * count},
                 regions=regions if with_regions else None,
                 indices_sample=output.get("indices_sample"),
-                posterior=(output["mean"], output["std"]) if variational else None,
+                posterior=(output["mean"], output.get("std")),
             )
         for _, names, values in measured._unread:
             assert values.device.type == "cuda"

@@ -277,6 +277,7 @@ def test_a_torchscript_pair_with_indices(tmp_path: Path, trusted: None) -> None:
         report, found = adopt("torchscript", folder, levels=levels)
         assert report.factors == (4, 4)
         assert report.bits == pytest.approx(np.log2(25))
+        assert not found.gives_latent
         x = small(1, 2, 3, 16, 16)
         indices = _Indices()(x)[0]
         assert torch.equal(found.encode_indices(x)[..., 0], indices.long())
@@ -290,6 +291,7 @@ def test_a_continuous_torchscript_pair(tmp_path: Path, trusted: None) -> None:
     encoder, decoder = _Latent(), nn.Sequential(nn.ConvTranspose2d(6, 3, 4, stride=4))
     report, found = adopt("torchscript", scripted(tmp_path / "ci", encoder, decoder), latent_range="-2,2")
     assert report.bits == 48.0
+    assert found.gives_latent
     x = small(1, 1, 3, 16, 16)
     with torch.no_grad():
         close(found.encode_stage_2_inputs(x), encoder(x))

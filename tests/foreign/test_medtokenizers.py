@@ -43,6 +43,7 @@ def test_indices(tmp_path: Path, quantizer: dict[str, Any]) -> None:
     network = medtokenizers.DiscreteTokenizer(**SIZES, embedding_dim=4, **quantizer).eval()
     network.save_pretrained(tmp_path / "folder")
     found = adopt("medtokenizers-discrete", tmp_path / "folder")
+    assert not found.gives_latent
     x = small(1, 2, 1, 16, 16)
     with torch.no_grad():
         indices = network.tokenize((x + 1) / 2)
@@ -60,6 +61,7 @@ def test_latents(tmp_path: Path, formulation: dict[str, Any]) -> None:
     network = medtokenizers.ContinuousTokenizer(**SIZES, latent_channels=3, **formulation).eval()
     network.save_pretrained(tmp_path / "folder")
     found = adopt("medtokenizers-continuous", tmp_path / "folder", latent_range="-2,2")
+    assert found.gives_latent
     x = small(1, 1, 1, 16, 16)
     with torch.no_grad():
         latent, (_, told) = network.encode((x + 1) / 2)

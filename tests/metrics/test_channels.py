@@ -44,6 +44,28 @@ def test_what_is_active_by_hand() -> None:
     assert narrow.figures() == {"active_channels": 0, "active_channels_relative": 2}
 
 
+def test_a_latent_without_a_posterior_by_hand() -> None:
+    """Variances 4, 0.0121, 0.0081 and 0 have the mean 1.005, of which 0.01 lies between the middle ones."""
+    sides = torch.tensor([2.0, 0.11, 0.09, 0.0])
+    for scale in (1.0, 10.0, 0.01):
+        latent = scale * (torch.stack([-sides, sides, -sides, sides]).view(2, 2, 4).movedim(1, 2) + 5)
+        activity = ChannelActivity()
+        for part in latent.split(1):
+            activity.update(part)
+        assert activity.of_means().tolist() == pytest.approx((scale * sides).square().tolist(), rel=1e-4, abs=1e-12)
+        assert activity.figures() == {"active_channels_relative": 2}
+
+
+def test_of_a_wide_latent_all_channels_count_where_all_vary_and_none_where_none_does() -> None:
+    activity, still = ChannelActivity(), ChannelActivity()
+    activity.update(random(4, 256, 8, 8))
+    assert activity.figures() == {"active_channels_relative": 256}
+    constant = torch.rand(256, 1, 1, generator=torch.Generator().manual_seed(0))
+    still.update(constant.expand(7, 256, 5, 5))
+    assert still.of_means().any()  # rounding of the sums
+    assert still.figures() == {"active_channels_relative": 0}
+
+
 def test_a_process_that_saw_no_image_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
     seen, unseen = ChannelActivity(), ChannelActivity()
     seen.update(random(2, 3, 4), random(2, 3, 4, seed=1))
@@ -63,10 +85,16 @@ def test_a_process_that_saw_no_image_takes_part(monkeypatch: pytest.MonkeyPatch)
 def test_nothing_seen_and_other_shapes() -> None:
     activity = ChannelActivity()
     assert activity.figures() == {}
-    with pytest.raises(VaevqMedError, match="found no posteriors"):
+    with pytest.raises(VaevqMedError, match="found no latents"):
         activity.of_means()
     activity.update(random(2, 3, 4), random(2, 3, 4))
-    with pytest.raises(VaevqMedError, match=r"found means \(2, 4, 4\) .* expected one shape of 3 channels"):
+    with pytest.raises(VaevqMedError, match="found posteriors of 4 channels, expected posteriors of 3 channels"):
         activity.update(random(2, 4, 4), random(2, 4, 4))
+    with pytest.raises(VaevqMedError, match="found latents without a posterior of 3 channels, expected posteriors"):
+        activity.update(random(2, 3, 4))
+    plain = ChannelActivity()
+    plain.update(random(2, 3, 4))
+    with pytest.raises(VaevqMedError, match="found latents without a posterior of 3 channels, expected posteriors, "):
+        plain.within()
     with pytest.raises(VaevqMedError, match="expected one shape"):
         ChannelActivity().update(random(2, 3, 4), random(2, 3, 5))

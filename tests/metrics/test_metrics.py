@@ -264,6 +264,21 @@ def test_evaluation_groups_and_orders(evaluation: tuple[ReconstructionEvaluation
     assert report.provenance["fid_network"] == "pixels"
 
 
+def test_a_record_of_a_tokenizer_without_a_posterior_counts_its_channels() -> None:
+    """Variances 1, 0.04 and 0.0049 of values -a and a; 0.01 of their mean is 0.0035."""
+    target, prediction = (2 * x - 1 for x in pair(4))
+    measured = ReconstructionEvaluation(num_embeddings=8)
+    latent = torch.tensor([1.0, 0.2, 0.07, 0.0]).view(4, 1, 1) * torch.tensor([[-1.0, 1.0]]) + 3
+    for part in (slice(0, 1), slice(1, 4)):
+        there = latent.expand(4, 4, 1, 2)[part]
+        measured.update(target[part], prediction[part], None, metadata={}, posterior=(there, None))
+    report = measured.compute()
+    assert report.summary["overall"]["active_channels_relative"] == {"value": 3, "n": 4}
+    assert "without a posterior" in report.conventions["active_channels_relative"]
+    for table in (report.summary["overall"], report.conventions):
+        assert "active_channels" not in table
+
+
 def test_evaluation_record_is_complete(
     evaluation: tuple[ReconstructionEvaluation, Tensor, Tensor], tmp_path: Path
 ) -> None:

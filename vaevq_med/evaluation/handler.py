@@ -161,7 +161,7 @@ class EvaluationHandler:
             metadata={name: batch[name] if of_volumes and name == "slice" else list(batch[name]) for name in METADATA},
             regions=regions,
             indices_sample=output.get("indices_sample"),
-            posterior=(output["mean"], output["std"]) if "mean" in output else None,
+            posterior=(output["mean"], output.get("std")) if "mean" in output else None,
         )
 
     def _completed(self, engine: TokenizerEvaluator) -> None:

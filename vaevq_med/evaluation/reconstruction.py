@@ -124,7 +124,7 @@ class ReconstructionEvaluation:
         metadata: Mapping[str, Sequence[Any]],
         regions: Mapping[str, Tensor] | None = None,
         indices_sample: Tensor | None = None,
-        posterior: tuple[Tensor, Tensor] | None = None,
+        posterior: tuple[Tensor, Tensor | None] | None = None,
     ) -> None:
         """Take in volumes, slice by slice, so that every figure means what it means for images.
 
@@ -168,7 +168,7 @@ class ReconstructionEvaluation:
         metadata: Mapping[str, Sequence[Any]],
         regions: Mapping[str, Tensor] | None = None,
         indices_sample: Tensor | None = None,
-        posterior: tuple[Tensor, Tensor] | None = None,
+        posterior: tuple[Tensor, Tensor | None] | None = None,
         further: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Take in a batch.
@@ -181,8 +181,8 @@ class ReconstructionEvaluation:
                 has one, gives tables by modality.
             regions: masks by name, bool ``[B, H, W]``; an empty mask leaves the image out of that region.
             indices_sample: indices of a quantized sample, for its utilization.
-            posterior: means and standard deviations, ``[B, D, h, w]`` each, of a variational tokenizer, for its active
-                channels.
+            posterior: means and standard deviations, ``[B, D, *grid]`` each, for the active channels; of a tokenizer
+                without a posterior its latent before quantization and None.
             further: figures ``[B]`` by name that were measured elsewhere.
 
         Raises:
@@ -359,9 +359,8 @@ class ReconstructionEvaluation:
         }
         if self.rate is not None and self.rate(self.usage.counts):
             words |= {figure.name: figure.convention for figure in (figures.MEAN_BITS, figures.MEAN_CODES)}
-        if self.channels.sums is not None:
-            words["active_channels"] = figures.ACTIVE_CHANNELS.convention
-            words["active_channels_relative"] = figures.ACTIVE_CHANNELS_RELATIVE.convention
+        active = (figures.ACTIVE_CHANNELS, figures.ACTIVE_CHANNELS_RELATIVE)
+        words |= {figure.name: figure.convention for figure in active if figure.name in self.channels.figures()}
         if self.lpips is not None:
             learned = self.lpips.name in ("vgg", "alex", "squeeze")
             words["lpips"] = f"{'LPIPS' if learned else 'LPIPS-style distance'} of {self.lpips.name}"

@@ -106,7 +106,9 @@ ACTIVE_CHANNELS_RELATIVE = Figure(
     "active_channels_relative",
     "Active channels (relative)",
     0,
-    convention="channels whose posterior mean has more than 0.01 of the aggregate posterior's variance",
+    convention="channels whose posterior mean has more than 0.01 of the aggregate posterior's variance; of a latent "
+    "without a posterior, channels whose variance over images and positions, before it is quantized, is above 0.01 of "
+    "the mean over channels",
 )
 BITS_PER_POSITION = Figure("bits_per_position", "Bits per position", 2, varies=False)
 MEAN_BITS = Figure(

@@ -27,6 +27,7 @@ class Tokenizer(nn.Module, ABC):
         quantizer: of latents with ``embedding_dim`` channels.
         embedding_dim: D, channels of the latent.
         variational: whether :meth:`encode` gives a posterior.
+        gives_latent: whether what :meth:`encode` gives is not quantized yet; false of one whose network quantizes.
         takes_volumes: whether it is given volumes ``[B, C, d, H, W]``.
         slice_context: slices above and below that the decoder of single slices sees; 0 for any other tokenizer.
         patchwise: whether a position of the grid stands for the patch of the image at its place.
@@ -35,6 +36,7 @@ class Tokenizer(nn.Module, ABC):
     quantizer: Quantizer
     embedding_dim: int
     variational: bool = False
+    gives_latent: bool = True
     takes_volumes: bool = False
     slice_context: int = 0
     patchwise: bool = True

@@ -22,7 +22,8 @@ class TokenizerEvaluator(BaseEvaluator):
 
     ``engine.state.output`` holds ``image``, ``pred`` (the quantized path), ``indices`` ``[B, h, w, G]`` where there are
     codebooks, and, for a variational tokenizer, ``indices_sample`` (a sample quantized, for its utilization) and the
-    posterior's ``mean`` and ``std``, ``[B, D, h, w]``.
+    posterior's ``mean`` and ``std``, ``[B, D, *grid]``. Without a posterior ``mean`` is the latent before it is
+    quantized, where the tokenizer gives one.
 
     Args:
         device: where to evaluate.
@@ -79,7 +80,8 @@ class TokenizerEvaluator(BaseEvaluator):
         encoded = network.encode(images)
         if not isinstance(encoded, DiagonalGaussian):
             quantized = network.quantize(encoded, images=images)
-            return _indexed({Keys.PRED: network.decode(quantized.quantized).float(), "indices": quantized.indices})
+            found = {"indices": quantized.indices, **({"mean": encoded} if network.gives_latent else {})}
+            return _indexed({Keys.PRED: network.decode(quantized.quantized).float(), **found})
         mean = encoded.mode()
         sample = encoded.sample(self.generator)
         of_mean = network.quantize(mean, encoded, images)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -182,3 +184,6 @@ def test_the_overlay_trains_and_evaluates(overlay: str, codes: int, toy_override
     assert abs(network.quantizer.bits_per_position - 14) < 0.1
     evaluated = run_bundle("evaluate.json", evaluation_overrides(overrides), run_id="evaluating")
     assert evaluated.get_parsed_content("network").num_embeddings == codes
+    record = json.loads((Path(overrides["output_dir"]) / "evaluation" / "test" / "metrics.json").read_text())
+    assert 1 <= record["summary"]["overall"]["active_channels_relative"]["value"] <= network.embedding_dim
+    assert "active_channels" not in record["summary"]["overall"]

@@ -58,6 +58,7 @@ class MedTokenizerIndices(_MedTokenizer):
     """
 
     architecture = "DiscreteTokenizer"
+    gives_latent = False
 
     def foreign_encode(self, images: Tensor) -> Tensor:
         """The codes ``[B, 1, *grid]`` of its indices."""

@@ -92,6 +92,7 @@ class TorchScriptPair(ForeignTokenizer):
             value_range=value_range,
         )
         self.gives_indices = gives_indices
+        self.gives_latent = not gives_indices
         self.register_buffer("encoder_archive", torch.zeros(encoder_bytes, dtype=torch.uint8))
         self.register_buffer("decoder_archive", torch.zeros(decoder_bytes, dtype=torch.uint8))
         self._loaded: dict[str, tuple[torch.device, Any]] = {}

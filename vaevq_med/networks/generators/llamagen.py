@@ -85,6 +85,7 @@ class LlamaGen(StepwiseGenerator):
 
     presets: ClassVar[tuple[str, ...]] = ("preset",)
     settings = TOKEN_SETTINGS
+    steps_in_double = True
 
     def __init__(
         self,
