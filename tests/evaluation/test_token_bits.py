@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,18 +39,19 @@ def store(tokenizer_path: Path, slice_dataset: Path, tmp_path_factory: pytest.Te
     return folder
 
 
+def trained(store: Path, folder: Path, *overlays: str) -> Path:
+    run("train_autoregressive.json", toy(store, folder), *overlays)
+    return folder / "checkpoints/best.pt"
+
+
 @pytest.fixture(scope="module")
 def llamagen(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llamagen")
-    run("train_autoregressive.json", toy(store, folder))
-    return folder / "checkpoints/best.pt"
+    return trained(store, tmp_path_factory.mktemp("llamagen"))
 
 
 @pytest.fixture(scope="module")
 def absorbing(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("absorbing")
-    run("train_autoregressive.json", toy(store, folder), "absorbing")
-    return folder / "checkpoints/best.pt"
+    return trained(store, tmp_path_factory.mktemp("absorbing"), "absorbing")
 
 
 def measured(checkpoint: Path, store: Path, output: Path, **options: Any) -> dict[str, Any]:
@@ -119,6 +121,28 @@ def test_a_bound_is_a_mean_over_draws_that_the_seed_decides(absorbing: Path, sto
     assert (first["likelihood"], many["provenance"]["draws"]) == ("bound", 2)
     # K is 32, and a step or two have hardly taught anything.
     assert many["held_out_bits"] == pytest.approx(5.0, abs=0.6)
+
+
+def test_they_are_of_the_bound_and_not_of_what_is_minimized(store: Path, tmp_path: Path) -> None:
+    """Of the same draws in the same order: a label's images at once, as the split has one patient."""
+    maskgit = trained(store, tmp_path / "maskgit", "maskgit")
+    draws, seed = 2, 3
+    found = measured(maskgit, store, tmp_path / "bits.json", draws=draws, seed=seed)["held_out_bits"]
+    network = StoredGenerator(maskgit).network().eval()
+    dataset = TokenDataset(tokens_dir=store, split="test")
+    indices = torch.from_numpy(dataset.store.array("test").astype(np.int64)[:, 0])
+    labels = torch.tensor(dataset.labels)
+
+    def bits(nats: Callable[..., torch.Tensor]) -> float:
+        generator, total = torch.Generator().manual_seed(seed), 0.0
+        for label in [*dict.fromkeys(dataset.labels)] * draws:
+            own = labels == label
+            total += own.sum().item() * nats(indices[own], labels[own], generator=generator).item()
+        return total / (draws * len(labels)) / math.log(2)
+
+    with torch.no_grad():
+        assert found == pytest.approx(bits(network.bound), rel=1e-6)
+        assert found != pytest.approx(bits(network.loss), rel=0.01)
 
 
 def test_the_command_says_them_in_a_line(llamagen: Path, absorbing: Path, store: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BUNDLE, OVERLAYS
+from helpers.bundles import drawing_overrides as drawing
 from helpers.bundles import generator_overrides as toy
 from helpers.bundles import run_generator as run
 from helpers.stores import encode, write_checkpoint
@@ -46,9 +47,25 @@ def store(tokenizer_path: Path, slice_dataset: Path, tmp_path_factory: pytest.Te
     return folder
 
 
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The indices that are decoded, a batch each."""
+    seen: list[torch.Tensor] = []
+    decode = VisualTokenizer.decode_indices
+    monkeypatch.setattr(
+        VisualTokenizer, "decode_indices", lambda self, indices: (seen.append(indices), decode(self, indices))[1]
+    )
+    return seen
+
+
 @pytest.mark.parametrize("name", DIFFUSIONS)
 def test_an_overlay_trains_a_token_diffusion_that_draws_and_inpaints(
-    name: str, store: Path, tokenizer_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    store: Path,
+    tokenizer_path: Path,
+    decoded: list[torch.Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     parser = run("train_autoregressive.json", toy(store, tmp_path / "run"), name)
     network = parser.get_parsed_content("network")
@@ -66,13 +83,7 @@ def test_an_overlay_trains_a_token_diffusion_that_draws_and_inpaints(
     summary = json.loads((tmp_path / "run" / "run.json").read_text())
     assert summary["token_bits"] == pytest.approx(figures["token_bits"])
 
-    drawing = {
-        "checkpoint_path": str(tmp_path / "run/checkpoints/best.pt"),
-        "tokenizer_path": str(tokenizer_path),
-        "device": "cpu",
-        "num_samples": 2,
-        "num_steps": 3,
-    }
+    chosen = drawing(tmp_path / "run", tokenizer_path, num_steps=3)
     passes: list[int] = []
     features = TokenDiffusion.features
 
@@ -81,24 +92,46 @@ def test_an_overlay_trains_a_token_diffusion_that_draws_and_inpaints(
         return features(self, tokens, *rest)
 
     monkeypatch.setattr(TokenDiffusion, "features", counted)
-    run("generate.json", {**drawing, "generated_dir": str(tmp_path / "drawn")})
+    run("generate.json", {**chosen, "generated_dir": str(tmp_path / "drawn")})
     assert len(list((tmp_path / "drawn").glob("0*.png"))) == 2
     told = json.loads((tmp_path / "drawn/drawing.json").read_text())
     assert told["network_calls"] == len(passes) == 3
     assert told["seconds_per_image"] > 0
-    decoded: list[torch.Tensor] = []
-    decode = VisualTokenizer.decode_indices
-    monkeypatch.setattr(
-        VisualTokenizer, "decode_indices", lambda self, indices: (decoded.append(indices), decode(self, indices))[1]
-    )
+    decoded.clear()
     box = {"inpaint_tokens": str(store), "inpaint_split": "test", "inpaint_box": [8, 8, 20, 20]}
-    run("generate.json", {**drawing, **box, "generated_dir": str(tmp_path / "inpainted")})
+    run("generate.json", {**chosen, **box, "generated_dir": str(tmp_path / "inpainted")})
     known = TokenDataset(tokens_dir=store, split="test").store.array("test")[:2, 0].astype(np.int64)
     gap = torch.zeros(8, 8, dtype=torch.bool)
     gap[2:5, 2:5] = True  # positions of 4 pixels
     (found,) = decoded
     assert torch.equal(found[:, ~gap], torch.from_numpy(known)[:, ~gap])
     assert not torch.equal(found[:, gap], torch.from_numpy(known)[:, gap])
+
+
+def test_a_token_diffusion_over_the_bits_of_lfq(
+    slice_dataset: Path, decoded: list[torch.Tensor], tmp_path: Path
+) -> None:
+    """MaskBit's tokens: K = 16 codes are G = 4 indices a position, each of two values."""
+    lfq = {"_target_": "vaevq_med.networks.quantizers.LFQ", "num_embeddings": 16, "codebook_per_bit": True}
+    path, tokens = write_checkpoint(tmp_path / "lfq.pt", lfq), tmp_path / "tokens"
+    encode(path, slice_dataset, tokens, kind="indices")
+    stored = TokenDataset(tokens_dir=tokens, split="test").store
+    assert stored.array("test").shape[1:] == (1, 8, 8, 4)
+    assert [*np.unique(stored.array("test"))] == [0, 1]
+    run("train_autoregressive.json", toy(tokens, tmp_path / "run"), "maskgit")
+    best, bits = tmp_path / "run/checkpoints/best.pt", tmp_path / "bits.json"
+    done = CliRunner().invoke(app, ["token-bits", str(best), str(tokens), str(bits), "--device", "cpu"])
+    assert done.exit_code == 0, done.output
+    assert "at most" in done.output
+    record = json.loads(bits.read_text())
+    assert record["uniform_bits"] == 1.0
+    # A step or two have hardly taught anything.
+    assert record["held_out_bits"] == pytest.approx(1.0, abs=0.15)
+    run("generate.json", drawing(tmp_path / "run", path, num_steps=3, generated_dir=str(tmp_path / "drawn")))
+    assert len(list((tmp_path / "drawn").glob("0*.png"))) == 2
+    (found,) = decoded
+    assert found.shape == (2, 8, 8, 4)
+    assert found.unique().tolist() == [0, 1]
 
 
 def test_a_resumed_run_keeps_the_least_bits(store: Path, tmp_path: Path) -> None:
@@ -123,7 +156,7 @@ def test_the_sizes_of_another_overlay_stay(store: Path, tmp_path: Path) -> None:
 
 
 def test_coarse_first_draws_the_open_positions_of_a_gated_tokenizer(
-    slice_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    slice_dataset: Path, decoded: list[torch.Tensor], tmp_path: Path
 ) -> None:
     quantizers = "vaevq_med.networks.quantizers"
     level = {"_target_": f"{quantizers}.VectorQuantizer", "num_embeddings": 16, "embedding_dim": 4}
@@ -142,24 +175,14 @@ def test_coarse_first_draws_the_open_positions_of_a_gated_tokenizer(
     assert figures["token_bits"] == pytest.approx(figures["loss"] / math.log(2))
     assert figures["perplexity"] < 17  # of 17 indices: what is closed is one bit, and its other indices nothing
 
-    decoded: list[torch.Tensor] = []
-    decode = VisualTokenizer.decode_indices
-    monkeypatch.setattr(
-        VisualTokenizer, "decode_indices", lambda self, indices: (decoded.append(indices), decode(self, indices))[1]
-    )
-    drawing = {
-        "checkpoint_path": str(tmp_path / "run/checkpoints/best.pt"),
-        "tokenizer_path": str(path),
-        "device": "cpu",
-        "num_samples": 2,
-    }
-    run("generate.json", {**drawing, "generated_dir": str(tmp_path / "drawn")})
+    chosen = drawing(tmp_path / "run", path)
+    run("generate.json", {**chosen, "generated_dir": str(tmp_path / "drawn")})
     assert len(list((tmp_path / "drawn").glob("0*.png"))) == 2
     told = json.loads((tmp_path / "drawn/drawing.json").read_text())
     assert told["network_calls"] == 16 + round(16 * 4 * float(network.mean_open))
     assert decoded[0].shape == (2, 4, 4, 5)
     box = {"inpaint_tokens": str(tmp_path / "tokens"), "inpaint_split": "test", "inpaint_box": [8, 8, 20, 20]}
-    run("generate.json", {**drawing, **box, "generated_dir": str(tmp_path / "inpainted")})
+    run("generate.json", {**chosen, **box, "generated_dir": str(tmp_path / "inpainted")})
     known = TokenDataset(tokens_dir=tmp_path / "tokens", split="test").store.array("test")[:2, 0].astype(np.int64)
     gap = torch.zeros(4, 4, dtype=torch.bool)
     gap[1:3, 1:3] = True  # positions of 8 pixels
@@ -197,13 +220,7 @@ def test_coarse_to_fine_from_the_clusters_to_a_picture(store: Path, tokenizer_pa
     assert torch.equal(parser.get_parsed_content("network").cluster_of, table)
     with pytest.raises(SystemExit):
         run("train_autoregressive.json", toy(store, tmp_path / "anew", **chosen), "coarse_to_fine")
-    drawing = {
-        "checkpoint_path": str(tmp_path / "run/checkpoints/best.pt"),
-        "tokenizer_path": str(tokenizer_path),
-        "device": "cpu",
-        "num_samples": 2,
-    }
-    run("generate.json", {**drawing, "generated_dir": str(tmp_path / "drawn")})
+    run("generate.json", drawing(tmp_path / "run", tokenizer_path, generated_dir=str(tmp_path / "drawn")))
     assert len(list((tmp_path / "drawn").glob("0*.png"))) == 2
     told = json.loads((tmp_path / "drawn/drawing.json").read_text())
     assert told["network_calls"] == math.prod(parser.get_parsed_content("network").grid_size) + 1

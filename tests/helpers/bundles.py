@@ -128,3 +128,9 @@ def generator_overrides(
         **sizes,
         **further,
     }
+
+
+def drawing_overrides(trained: Path, tokenizer: Path, **further: Any) -> dict[str, Any]:
+    """Overrides for two images of the generator that was trained into a folder."""
+    checkpoint = {"checkpoint_path": str(trained / "checkpoints/best.pt"), "tokenizer_path": str(tokenizer)}
+    return {**checkpoint, "device": "cpu", "num_samples": 2, **further}

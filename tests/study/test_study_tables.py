@@ -58,7 +58,9 @@ def fake(command: list[str], log: Path, on_line: Any) -> int:
             | {name: number(who, i, name) for name in ("psnr", "ssim", "lpips")}
             for i, patient in enumerate(PATIENTS)
         ]
-        figures = {name: {"value": number(who, name)} for name in ("psnr", "ssim", "lpips", "rfid", "utilization")}
+        gated = ("mean_bits",) if folder.parent.name.startswith("gate_") else ()
+        names = ("psnr", "ssim", "lpips", "rfid", "utilization", *gated)
+        figures = {name: {"value": number(who, name)} for name in names}
         soft = folder.parent.name == "softvq" or "softvq_k" in folder.parent.name
         told = {"n": len(images), "split": "test", "is_discrete": not soft or values.get("--readout") == "hard"}
         write(folder / "evaluation", figures, told, images)
@@ -94,13 +96,16 @@ STUDIES = {
 }
 
 
-@pytest.mark.parametrize("name", STUDIES)
-def test_tables_are_what_they_were(
-    name: str, slice_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def options(slice_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Of every study: faked rows, no MLflow run and no pictures."""
     monkeypatch.setattr(rows_module, "call", fake)
-    options = ["--dataset-dir", str(slice_dataset), "--output-dir", str(tmp_path), "--tracking-uri", "none"]
-    options += ["--pictures", "0"]
+    folders = ["--dataset-dir", str(slice_dataset), "--output-dir", str(tmp_path)]
+    return [*folders, "--tracking-uri", "none", "--pictures", "0"]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_tables_are_what_they_were(name: str, options: list[str], tmp_path: Path) -> None:
     if name == "compare_generation":
         quantizer = {"_target_": "vaevq_med.networks.quantizers.VectorQuantizer", "num_embeddings": 32}
         checkpoint = write_checkpoint(tmp_path.with_suffix(".pt"), {**quantizer, "embedding_dim": 4})
@@ -113,12 +118,24 @@ def test_tables_are_what_they_were(
     assert record == json.loads((PINNED / f"{name}.json").read_text())
 
 
-def test_a_reference_adds_its_sections_to_the_same_table(
-    slice_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("gated", [True, False])
+def test_the_mean_bits_of_a_gate_are_a_column_where_a_row_has_them(
+    gated: bool, options: list[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(rows_module, "call", fake)
-    options = ["--dataset-dir", str(slice_dataset), "--output-dir", str(tmp_path), "--tracking-uri", "none"]
-    done = CliRunner().invoke(app, [*STUDIES["compare"], *options, "--pictures", "0", "--reference", "vaevq"])
+    methods = "vaevq,gate_posterior" if gated else "vaevq,two_level_residual"
+    done = CliRunner().invoke(app, ["compare", "--methods", methods, *options, "--max-epochs", "1"])
+    assert done.exit_code == 0, done.output
+    with (tmp_path / "table.csv").open(newline="") as file:
+        table = {row["method"]: row for row in csv.DictReader(file)}
+    assert ("Mean bits per position" in (tmp_path / "table.md").read_text()) == gated
+    assert ("mean_bits" in table["vaevq"]) == gated
+    if gated:
+        assert table["vaevq"]["mean_bits"] == ""
+        assert float(table["gate_posterior"]["mean_bits"]) == number(("gate_posterior", "seed_0"), "mean_bits")
+
+
+def test_a_reference_adds_its_sections_to_the_same_table(options: list[str], tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, [*STUDIES["compare"], *options, "--reference", "vaevq"])
     assert done.exit_code == 0, done.output
     before, after = (PINNED / "compare.md").read_text(), (tmp_path / "table.md").read_text()
     assert after.startswith(before)

@@ -36,26 +36,32 @@ class EqualBits(TokenDiffusion):
         return 60.0 * (F.one_hot(other.clamp_max(1), 2) * (other < 2)[..., None]).float()
 
 
-class Spread(TokenDiffusion):
-    """Position i is fair over ``spreads[i]`` codewords, so that ``log p`` of what is drawn is minus its logarithm."""
+class Apart(TokenDiffusion):
+    """Tokens of known probabilities ``[N, K]``, whatever the others are."""
 
-    spreads: tuple[int, ...]
+    probabilities: Tensor
     seen: list[Tensor]
 
     def features(self, tokens: Tensor, labels: Tensor | None, times: Tensor) -> Tensor:
         self.seen.append(tokens.clone())
-        allowed = torch.arange(self.num_embeddings) < torch.tensor(self.spreads)[:, None]
-        return torch.where(allowed, 0.0, -math.inf).expand(len(tokens), -1, -1)
+        return self.probabilities.log().expand(len(tokens), -1, -1)
 
 
-def spread(*spreads: int, grid: tuple[int, int], num_codebooks: int = 1) -> Spread:
-    network = Spread(num_embeddings=max(spreads), grid_size=grid, num_codebooks=num_codebooks, num_steps=8, **SIZES)
+def apart(probabilities: Tensor, grid: tuple[int, int], num_codebooks: int = 1) -> Apart:
+    sizes = {"num_embeddings": probabilities.shape[1], "grid_size": grid, "num_codebooks": num_codebooks, **SIZES}
+    network = Apart(num_steps=8, **sizes)
     network.heads = torch.nn.ModuleList(torch.nn.Identity() for _ in network.heads)
-    network.spreads, network.seen = spreads, []
+    network.probabilities, network.seen = probabilities, []
     return network.eval()
 
 
-def revealed_at(network: Spread, order: str, steps: int, count: int = 1, **options: float) -> Tensor:
+def spread(*spreads: int, grid: tuple[int, int], num_codebooks: int = 1) -> Apart:
+    """Position i is fair over ``spreads[i]`` codewords, so that ``log p`` of what is drawn is minus its logarithm."""
+    widths = torch.tensor(spreads)[:, None]
+    return apart((torch.arange(max(spreads)) < widths) / widths, grid, num_codebooks)
+
+
+def revealed_at(network: Apart, order: str, steps: int, count: int = 1, **options: float) -> Tensor:
     """The step at which each token was revealed, from 1, ``[count, N]``."""
     generate_tokens(
         network,
@@ -347,6 +353,31 @@ def test_purity_sharpens_what_is_drawn() -> None:
         found = generate_tokens(network, reveal=reveal, rule=rule, num_samples=500, generator=source)
         shares.append((found == likeliest).double().mean().item())
     assert shares[1] > 0.95 > shares[0]
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_what_is_drawn_is_sharpened_by_the_purity_of_its_position(steps: int) -> None:
+    """``p^(1 + r purity)``: the surest mask has the largest purity, 1, and so has the only one that is left."""
+    r, count = 2.0, 40_000
+    less, more = 0.6, 0.9
+    network = apart(torch.tensor([[less, 1 - less], [more, 1 - more]], dtype=torch.float64), (1, 2))
+    found = generate_tokens(
+        network,
+        reveal=Reveal(network.corruption, "purity", steps, purity_weight=r),
+        rule=TokenRule(),
+        num_samples=count,
+        generator=torch.Generator().manual_seed(0),
+    )
+
+    def share(probability: float, power: float) -> float:
+        return probability**power / (probability**power + (1 - probability) ** power)
+
+    # In one step both are drawn together; of two steps the first takes either in proportion to its probability.
+    first = 1.0 if steps == 1 else less / (less + more)
+    sharpened = first * share(less, 1 + r * less / more) + (1 - first) * share(less, 1 + r)
+    for place, expected in enumerate((sharpened, share(more, 1 + r))):
+        deviation = (expected * (1 - expected) / count) ** 0.5
+        assert (found[:, 0, place] == 0).double().mean().item() == pytest.approx(expected, abs=4 * deviation)
 
 
 def test_an_order_that_does_not_fit_is_refused() -> None:
