@@ -792,7 +792,7 @@ def test_inpainting_keeps_what_the_box_does_not_touch(
         assert "inpaint_box" in refusal("generate.json", changed, capsys)
     assert "both or neither" in refusal("generate.json", drawing("autoregressive", inpaint_box=[0, 0, 8, 8]), capsys)
     said = refusal("generate.json", drawing("diffusion", **inpaint), capsys)
-    assert "found LatentDiffusionUNet, a generator of latents, expected one that inpaints (CoarseToFine, L" in said
+    assert "found LatentDiffusionUNet, a generator of latents, expected one that inpaints (CoarseFirst, C" in said
 
 
 def test_two_codebooks_four_channels_and_no_labels(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -111,7 +111,13 @@ def tensors_of(values: Any) -> list[torch.Tensor]:
     return [value for value in values._values.values() if isinstance(value, torch.Tensor)]
 
 
-def walk(mode: Any, trainer: Any, batch: dict[str, torch.Tensor], first: int) -> dict[str, Any]:
+LENGTHS = {"coarse_first": ["networks/generators/coarse_first.py"]}
+"""Files that overlays may wait in once a step: for the length of a sequence that depends on the images."""
+
+
+def walk(
+    mode: Any, trainer: Any, batch: dict[str, torch.Tensor], first: int, lengths: Sequence[str] = ()
+) -> dict[str, Any]:
     """An iteration, which must not wait; the number is that of one at which the terms are not read."""
     before = [parameter for parameter in trainer.network.parameters() if parameter.requires_grad]
     trainer.state.iteration = first
@@ -120,7 +126,7 @@ def walk(mode: Any, trainer: Any, batch: dict[str, torch.Tensor], first: int) ->
     assert {parameter.device.type for parameter in before} == {"cuda"}
     assert all(parameter.grad is None or parameter.grad.device.type == "cuda" for parameter in before)
     assert sum(parameter.grad is not None for parameter in before) > len(before) / 2
-    assert dict(mode.waits) == {}
+    assert [(place.split(":")[0], count) for place, count in mode.waits.items()] == [(file, 1) for file in lengths]
     return output
 
 
@@ -184,7 +190,7 @@ def test_a_generator_is_trained(fake: ModuleType, bundle: Path, overlay: Path | 
         # The first step brings the schedule's tables and the latents' scale to their places.
         trainer.state.iteration = 1
         trainer._iteration(trainer, batch)
-        output = walk(mode, trainer, batch, 2)
+        output = walk(mode, trainer, batch, 2, LENGTHS.get(overlay.stem, ()) if overlay is not None else ())
         assert output["loss"].device.type == "cuda"
         assert {term.device.type for term in tensors_of(trainer.state.terms)} == {"cuda"}
 

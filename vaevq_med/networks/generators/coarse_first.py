@@ -33,6 +33,9 @@ from vaevq_med.networks.generators.token_generator import TOKEN_SETTINGS, Kept, 
 from vaevq_med.networks.generators.trunk import check_trunk, make_blocks, pair, start, summed_cross_entropy
 from vaevq_med.networks.ranges import check_sizes
 
+# What cross-entropy leaves out.
+_NONE = -100
+
 
 class CoarseFirst(TokenGenerator):
     """An autoregressive transformer over first indices, and over the others of the positions that are open.
@@ -155,13 +158,13 @@ class CoarseFirst(TokenGenerator):
         words = grouped[..., 0] + self.num_embeddings * opened  # [B, h w]
         others = grouped[..., 1:].gather(1, positions.unsqueeze(-1).expand(-1, -1, self.num_codebooks - 1))
         hidden = self._hidden(words, others, positions, classes)
-        (present,) = there.flatten().nonzero(as_tuple=True)
-        open_others = others.flatten(0, 1)[present]
+        others = others.flatten(0, 1)  # [B C, G - 1]
+        wanted = others.masked_fill(~there.flatten().unsqueeze(1), _NONE)
         total = summed_cross_entropy(hidden[:, : self.num_positions].flatten(0, 1), self.first_head, words.flatten())
         for number, head in enumerate(self.other_heads):
             rows = hidden[:, self.num_positions + number :: self.num_codebooks - 1].flatten(0, 1)  # [B C, width]
-            impossible = self._impossible(open_others, number)
-            total = total + summed_cross_entropy(rows[present], head, open_others[:, number], impossible=impossible)
+            impossible = self._impossible(others, number)
+            total = total + summed_cross_entropy(rows, head, wanted[:, number], impossible=impossible)
         return total / tokens.numel()
 
     def _impossible(self, others: Tensor, number: int, known: Tensor | None = None) -> Tensor:
@@ -245,7 +248,8 @@ class CoarseFirst(TokenGenerator):
 def open_positions(opened: Tensor) -> tuple[Tensor, Tensor]:
     """The positions ``[B, C]`` that are open, bool ``[B, h w]``, in order, and which of the C are there.
 
-    C is the most that an image of the batch has; what is not there are further positions.
+    C is the most that an image of the batch has; what is not there are further positions. The host waits for that
+    number, once a batch: it is the length of what follows.
 
     >>> open_positions(torch.tensor([[False, True, False], [True, False, True]]))[0].tolist()
     [[1, 0], [0, 2]]

@@ -111,7 +111,7 @@ def summed_cross_entropy(hidden: Tensor, head: nn.Module, targets: Tensor, impos
     Args:
         hidden: what the head is given, ``[N, width]``.
         head: to K logits.
-        targets: ``[N]``.
+        targets: ``[N]``; what is -100 is left out.
         impossible: bool ``[N]``, where the last of the K has the probability 0; nowhere when absent.
     """
     step = max(1, LOGITS_AT_ONCE // len(head.get_parameter("weight")))
