@@ -210,7 +210,7 @@ def test_losses_in_parts_are_the_same(process: str, monkeypatch: pytest.MonkeyPa
     parameters = [*network.parameters()]
     whole = network.loss(indices(network), torch.tensor([0, 1, 2]), generator=generator())
     wanted = torch.autograd.grad(whole, parameters)
-    monkeypatch.setattr(token_diffusion, "_CHUNK", 4 * 5)
+    monkeypatch.setattr(token_diffusion, "LOGITS_AT_ONCE", 4 * 5)
     parts = network.loss(indices(network), torch.tensor([0, 1, 2]), generator=generator())
     torch.testing.assert_close(parts, whole)
     for (name, _), own, other in zip(

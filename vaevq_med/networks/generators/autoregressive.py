@@ -89,9 +89,7 @@ def generate_indices(
         raise VaevqMedError(f"guidance_scale is {guidance_scale} without labels; expected labels, or 1")
     batch = batch_size(labels, num_samples)
     check_sources(generator, batch)
-    classes, kept = network.check_labels(labels, batch), network.kept(known, mask, batch)
-    if rule.guided:
-        classes = torch.cat([classes, torch.full_like(classes, network.null_class)])
+    classes, kept = network.both_classes(labels, batch, guided=rule.guided), network.kept(known, mask, batch)
     if store is None and classes.device.type == "cuda":
         store = StepStore()
     if store is None and dtype is not None and dtype != network.token_embedding.weight.dtype:

@@ -149,8 +149,7 @@ class CoarseFirst(TokenGenerator):
         Raises:
             VaevqMedError: a shape does not fit, or an index or a label is out of range.
         """
-        tokens = self.whole_grids(indices)
-        tokens = tokens.to(self.token_embedding.weight.device)
+        tokens = self.whole_grids(indices).to(self.token_embedding.weight.device)
         classes = self.check_labels(self.dropped(labels, generator), len(tokens))
         opened = self.opened(tokens)
         positions, there = open_positions(opened)
@@ -217,9 +216,7 @@ class CoarseFirst(TokenGenerator):
         """
         batch = len(wanted.seeds)
         kept = self.kept(wanted.known, wanted.mask, batch)
-        classes = self.check_labels(wanted.labels, batch)
-        if rule.guided:
-            classes = torch.cat([classes, torch.full_like(classes, self.null_class)])
+        classes = self.both_classes(wanted.labels, batch, guided=rule.guided)
         weight = self.token_embedding.weight
         other_type = wanted.dtype is not None and wanted.dtype != weight.dtype
         network = copy.deepcopy(self).to(wanted.dtype) if other_type else self

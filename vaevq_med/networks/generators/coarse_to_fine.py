@@ -33,12 +33,9 @@ from vaevq_med.networks.generators.llama_blocks import axial_rotations
 from vaevq_med.networks.generators.llamagen import LlamaGen
 from vaevq_med.networks.generators.static_steps import StepStore
 from vaevq_med.networks.generators.token_generator import TOKEN_SETTINGS, TokenGenerator
-from vaevq_med.networks.generators.trunk import check_shares, make_blocks, start
+from vaevq_med.networks.generators.trunk import LOGITS_AT_ONCE, check_shares, make_blocks, start
 from vaevq_med.networks.initial import weights_follow
 from vaevq_med.networks.ranges import check_sizes
-
-# Logits that the loss holds at once: 64 MiB in fp32.
-_CHUNK = 2**24
 
 
 class CoarseToFine(TokenGenerator):
@@ -189,7 +186,7 @@ class CoarseToFine(TokenGenerator):
         coarse = self.coarse_of(tokens)
         first = self.coarse.loss(coarse.view(indices.shape), classes)
         hidden = self.fine_features(coarse, classes)
-        step, total = max(1, _CHUNK // self.num_embeddings), torch.zeros((), device=hidden.device)
+        step, total = max(1, LOGITS_AT_ONCE // self.num_embeddings), torch.zeros((), device=hidden.device)
         for g in range(self.num_codebooks):
             own = slice(g, None, self.num_codebooks)
             rows = (hidden[:, own].flatten(0, 1), coarse[:, own].flatten(), tokens[:, own].flatten())
@@ -233,10 +230,8 @@ class CoarseToFine(TokenGenerator):
             store=store,
             **vars(rule),
         ).flatten(1)
-        classes, seen = self.check_labels(wanted.labels, batch), coarse
-        if rule.guided:
-            classes = torch.cat([classes, torch.full_like(classes, self.null_class)])
-            seen = torch.cat([coarse, coarse])
+        classes = self.both_classes(wanted.labels, batch, guided=rule.guided)
+        seen = torch.cat([coarse, coarse]) if rule.guided else coarse
         autocast = torch.autocast(coarse.device.type, dtype=wanted.dtype, enabled=wanted.dtype is not None)
         with evaluating(self), autocast:
             hidden = self.fine_features(seen, classes)

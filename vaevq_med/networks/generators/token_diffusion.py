@@ -35,7 +35,7 @@ from vaevq_med.networks.generators.base import Draw, Setting
 from vaevq_med.networks.generators.corruption import Corruption
 from vaevq_med.networks.generators.llama_blocks import axial_rotations
 from vaevq_med.networks.generators.token_generator import TOKEN_SETTINGS
-from vaevq_med.networks.generators.trunk import TimeEmbedding, check_trunk, make_blocks, pair, start
+from vaevq_med.networks.generators.trunk import LOGITS_AT_ONCE, TimeEmbedding, check_trunk, make_blocks, pair, start
 from vaevq_med.networks.generators.unmasking import AUTO, ORDERS, CorruptedTokenGenerator, revealing, unmasking_draws
 from vaevq_med.networks.ranges import check_choice, check_sizes
 
@@ -43,9 +43,6 @@ OBJECTIVES = ("bound", "reweighted", "masked")
 
 Cost = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """What rows cost, ``[R]``, of logits ``[R, K]``, ``x_0``, ``x_t`` and t."""
-
-# Logits that a pass over the rows holds at once: 64 MiB in fp32.
-_CHUNK = 2**24
 
 
 class TokenDiffusion(CorruptedTokenGenerator):
@@ -304,7 +301,7 @@ class TokenDiffusion(CorruptedTokenGenerator):
         """The weighted sum of the rows' costs; logits are formed a bounded number at a time, and again going back."""
         hidden = self.features(corrupted, labels, times)
         moments = times[:, None].expand_as(tokens)
-        step = max(1, _CHUNK // self.num_embeddings)
+        step = max(1, LOGITS_AT_ONCE // self.num_embeddings)
         total = torch.zeros((), device=hidden.device)
         for g, head in enumerate(self.heads):
             own = slice(g, None, self.num_codebooks)

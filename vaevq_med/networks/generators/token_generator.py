@@ -85,6 +85,11 @@ class TokenGenerator(Generator):
         check_range("labels", labels, self.null_class)
         return labels.to(device=device, dtype=torch.int64)
 
+    def both_classes(self, labels: Tensor | None, batch_size: int, *, guided: bool) -> Tensor:
+        """:meth:`check_labels`, and behind them as many of the null class where drawing is guided."""
+        classes = self.check_labels(labels, batch_size)
+        return torch.cat([classes, torch.full_like(classes, self.null_class)]) if guided else classes
+
     def dropped(self, labels: Tensor | None, generator: torch.Generator | None) -> Tensor | None:
         """Labels ``[B]`` of a training step: in training mode, a share :attr:`label_dropout` is the null class.
 

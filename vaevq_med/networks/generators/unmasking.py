@@ -200,9 +200,7 @@ def generate_tokens(
         raise VaevqMedError(f"guidance_scale is {rule.guidance_scale} without labels; expected labels, or 1")
     batch = batch_size(labels, num_samples)
     check_sources(generator, batch)
-    classes, kept = network.check_labels(labels, batch), network.kept(known, mask, batch)
-    if rule.guided:
-        classes = torch.cat([classes, torch.full_like(classes, network.null_class)])
+    classes, kept = network.both_classes(labels, batch, guided=rule.guided), network.kept(known, mask, batch)
 
     def predicted(tokens: Tensor, time: int) -> Tensor:
         inputs = torch.cat([tokens, tokens]) if rule.guided else tokens
