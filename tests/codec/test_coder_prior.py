@@ -7,15 +7,16 @@ import pytest
 import torch
 from helpers.index_stacks import random_prior, smooth_stack
 
-from vaevq_med.codec.coders.double_steps import DoubleSteps
 from vaevq_med.codec.coders.prior import DELTA, PriorCoder, _Near, _Told
+from vaevq_med.codec.coders.walks.base import walk_for
+from vaevq_med.codec.coders.walks.raster import RasterSteps
 from vaevq_med.codec.errors import CodecError
 from vaevq_med.trained.network import StoredGenerator
 
 
 def logits_of(network: torch.nn.Module, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Step by step, ``[B, h w G, K]``."""
-    steps, found = DoubleSteps(network, labels), []  # type: ignore[arg-type]
+    steps, found = RasterSteps(network, labels), []  # type: ignore[arg-type]
     for place in range(tokens.shape[1]):
         found.append(steps.logits(steps.hidden()))
         steps.feed(tokens[:, place])
@@ -85,14 +86,14 @@ def test_streams_decode_though_every_logit_is_off_by_a_little(monkeypatch: pytes
     stack = smooth_stack(3, shape=(3, 4, 5))
     coder = random_prior(0, 16)
     data = coder.encode(stack.indices, stack.layout)
-    exact = DoubleSteps.logits
+    exact = RasterSteps.logits
     rng = np.random.default_rng(1)
 
-    def off(self: DoubleSteps, hidden: torch.Tensor) -> torch.Tensor:
+    def off(self: RasterSteps, hidden: torch.Tensor) -> torch.Tensor:
         found = exact(self, hidden)
         return found + torch.from_numpy(rng.uniform(-1, 1, found.shape)) * 5e-10
 
-    monkeypatch.setattr(DoubleSteps, "logits", off)
+    monkeypatch.setattr(RasterSteps, "logits", off)
     assert (coder.decode(data, stack.layout) == stack.indices).all()
 
 
@@ -110,9 +111,11 @@ def loaded(name: str) -> PriorCoder:
     return PriorCoder.load(path, {"hash": StoredGenerator(path).tokens["tokenizer"]["content_hash"]})
 
 
-def test_a_generator_without_steps_in_double_is_refused() -> None:
-    assert loaded("autoregressive").network.steps_in_double
-    with pytest.raises(CodecError, match=r"diffusion.pt: found a LatentDiffusionUNet, expected a LlamaGen$"):
+def test_a_generator_without_a_walk_is_refused() -> None:
+    assert walk_for(loaded("autoregressive").network) is not None
+    with pytest.raises(
+        CodecError, match=r"diffusion.pt: found a LatentDiffusionUNet, expected a CoarseFirst or LlamaGen$"
+    ):
         loaded("diffusion")
 
 

@@ -20,8 +20,7 @@ from helpers.toy_networks import HEIGHT, WIDTH, K, grid, toy
 from monai.bundle import ConfigWorkflow
 
 from vaevq_med.codec.case import CompressedCase
-from vaevq_med.codec.coders.double_steps import DoubleSteps
-from vaevq_med.codec.coders.prior import slices_at_once
+from vaevq_med.codec.coders.walks.raster import RasterSteps, RasterWalk
 from vaevq_med.codec.options import CompressOptions
 from vaevq_med.codec.work import compress
 from vaevq_med.core.errors import DataError, VaevqMedError
@@ -140,13 +139,13 @@ def test_steps_in_double_are_the_networks_own_with_a_slice_below(books: int) -> 
     labels = torch.tensor([0, 1, 2])
     with torch.no_grad():
         expected = network.double()(tokens, labels, below).flatten(1, -2)
-    steps, found = DoubleSteps(network, labels, below), []
+    steps, found = RasterSteps(network, labels, below), []
     for place in range(expected.shape[1]):
         found.append(steps.logits(steps.hidden()))
         steps.feed(tokens.flatten(1)[:, place])
     # The network turns in fp32.
     assert (torch.stack(found, dim=1) - expected).abs().max() < 1e-4
-    assert slices_at_once(network) == 1
+    assert RasterWalk(network, 0).slices_at_once == 1
 
 
 @pytest.mark.parametrize("shape", [(5, 4, 5), (1, 5, 4, 5)])

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
-import pkgutil
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 
 from vaevq_med import foreign
+from vaevq_med.core.discovery import classes_in
 from vaevq_med.core.names import did_you_mean
 from vaevq_med.foreign.base import Kind
 from vaevq_med.foreign.errors import ForeignError
@@ -25,12 +24,7 @@ def known_kinds() -> Mapping[str, type[Kind]]:
         >>> known_kinds()["taming"].source
         'a checkpoint (.ckpt, .pt, .safetensors)'
     """
-    found: dict[str, type[Kind]] = {}
-    for module in pkgutil.iter_modules(foreign.__path__):
-        content = importlib.import_module(f"{foreign.__name__}.{module.name}")
-        for kind in vars(content).values():
-            if _is_kind(kind) and kind.__module__ == content.__name__:
-                found[kind.name] = kind
+    found = {kind.name: kind for kind in classes_in(foreign, Kind) if _is_kind(kind)}
     for entry in entry_points(group=GROUP):
         kind = entry.load()
         if not _is_kind(kind):

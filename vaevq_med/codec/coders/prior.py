@@ -1,4 +1,4 @@
-"""The autoregressive prior as an entropy coder: every index by a trained LlamaGen, slices in parallel.
+"""The autoregressive prior as an entropy coder: every index by a trained generator, slices in parallel.
 
 A network in floating point gives slightly other numbers on another machine: another order of summation, another
 library's exponential. So it runs in float64, and what codes is its logits rounded to a grid of ``2^-8`` bits. Two
@@ -12,7 +12,7 @@ of threads, and between slices alone and together, ``tests/codec/test_coder_prio
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
@@ -22,21 +22,24 @@ from numpy.typing import NDArray
 
 from vaevq_med.codec.coders.base import IndexCoder
 from vaevq_med.codec.coders.context_model import VALUE_BITS, frequencies_of
-from vaevq_med.codec.coders.double_steps import DoubleSteps
 from vaevq_med.codec.coders.layout import Layout
 from vaevq_med.codec.coders.neighbors import as_slices
 from vaevq_med.codec.coders.range_coder import RangeDecoder, RangeEncoder
 from vaevq_med.codec.coders.streams import check_indices, empty_indices, no_symbols
+from vaevq_med.codec.coders.walks.base import Code, known_walks, walk_for
 from vaevq_med.codec.errors import CodecError
 from vaevq_med.networks.base import Tokenizer
-from vaevq_med.networks.generators.llamagen import LlamaGen
+from vaevq_med.networks.generators.base import Generator
+from vaevq_med.networks.generators.token_generator import TokenGenerator
 from vaevq_med.tokens.volumes import window_of
 from vaevq_med.trained.network import StoredGenerator
 
 DELTA = 2.0**-22
 """Steps of the grid that two machines' values may differ by."""
 
-_CACHE_BYTES = 2**28
+_PER_NAT = 2**VALUE_BITS / math.log(2)
+_IMPOSSIBLE = -(2.0**30)
+"""Steps of the grid that stand for a logit of -inf: the frequency is the least that there is."""
 
 
 def background_indices(tokenizer: Tokenizer, *, image_size: int, in_channels: int) -> tuple[int, ...]:
@@ -55,20 +58,20 @@ def background_indices(tokenizer: Tokenizer, *, image_size: int, in_channels: in
 
 
 class PriorCoder(IndexCoder):
-    """Frequencies by a trained LlamaGen, whose class is the contrast.
+    """Frequencies by a trained generator, whose class is the contrast.
 
-    A slice is predicted from what lies before in it alone, or, by a network that sees it, from the slice below too,
-    which has to be decoded by then: slices then go one by one. A grid of three axes is coded layer by layer. Positions
-    that are not live are fed as background and not coded.
+    What is coded when, by which logits, is the generator's walk (``walks/``). A slice is predicted from itself alone,
+    or, by a network that sees it, from the slice below too, which has to be decoded by then: slices then go one by one.
+    A grid of three axes is coded layer by layer. Positions that are not live are fed as background and not coded.
 
     Args:
-        network: the generator.
+        network: the generator, of a kind that has a walk.
         contrasts: names of its classes by number; another contrast is the null class.
         background: index of each codebook that stands for background, see :func:`background_indices`.
         generator_hash: by which a file names the generator.
 
     Raises:
-        CodecError: the background has another number of codebooks than the network.
+        CodecError: there is no walk, or the background has another number of codebooks than the network.
     """
 
     name: ClassVar[str] = "prior"
@@ -99,10 +102,10 @@ class PriorCoder(IndexCoder):
         trained_on = stored.tokens["tokenizer"]["content_hash"]
         if trained_on != tokenizer["hash"]:
             raise CodecError(f"{model}: found a generator of the tokenizer {trained_on}, expected {tokenizer['hash']}")
-        found = stored.network()
-        if not found.steps_in_double:
-            raise CodecError(f"{model}: found a {type(found).__name__}, expected a LlamaGen")
-        generator = cast(LlamaGen, found)
+        network_of_model = stored.network()
+        if walk_for(network_of_model) is None:
+            raise CodecError(f"{model}: {_no_walk(network_of_model)}")
+        generator = cast(TokenGenerator, network_of_model)
         if settings is not None:
             background = tuple(settings["background"])
         elif network is not None:
@@ -114,18 +117,22 @@ class PriorCoder(IndexCoder):
 
     def __init__(
         self,
-        network: LlamaGen,
+        network: TokenGenerator,
         *,
         contrasts: tuple[str, ...] = (),
         background: tuple[int, ...] = (0,),
         generator_hash: str = "",
     ) -> None:
+        walk = walk_for(network)
+        if walk is None:
+            raise CodecError(_no_walk(network))
         if len(background) != network.num_codebooks or not all(0 <= k < network.num_embeddings for k in background):
             raise CodecError(
                 f"background: found {list(background)}, expected {network.num_codebooks} from 0 to "
                 f"{network.num_embeddings - 1}"
             )
         self.network = network
+        self.walk = walk
         self.contrasts = contrasts
         self.background = background
         self.generator_hash = generator_hash
@@ -145,14 +152,13 @@ class PriorCoder(IndexCoder):
         if self._nothing(layout):
             return b""
         coder, near = RangeEncoder(), _Near()
-        live, numbers = as_slices(layout)
-        filled = np.where(live[..., None], indices.reshape(*live.shape, -1), np.array(self.background))
-        for part in self._parts(live):
-            walk = _Walk(self.network, self._label(layout), live[part], self._below(filled, numbers, part))
-            truth = filled[part].reshape(len(part), -1)  # [n, h w G]
-            for place, rows, logits in walk.places():
-                coder.encode(truth[rows, place], frequencies_of(near.note(logits)))
-                walk.feed(truth[:, place])
+
+        def write(logits: NDArray[np.float64], symbols: NDArray[np.int64]) -> NDArray[np.int64]:
+            coder.encode(symbols, frequencies_of(near.note(_in_steps(logits))))
+            return symbols
+
+        live, _ = as_slices(layout)
+        self._run(indices.reshape(*live.shape, -1), layout, write)
         return near.tell() + coder.finish()
 
     def decode(self, data: bytes, layout: Layout) -> NDArray[np.int64]:
@@ -168,35 +174,41 @@ class PriorCoder(IndexCoder):
             return indices
         near, rest = _Told.read(data)
         coder = RangeDecoder(rest)
-        live, numbers = as_slices(layout)
-        filled = np.tile(np.array(self.background), (*live.shape, 1))  # [N, h, w, G]
-        for part in self._parts(live):
-            walk = _Walk(self.network, self._label(layout), live[part], self._below(filled, numbers, part))
-            found = filled[part].reshape(len(part), -1)  # [n, h w G]
-            for place, rows, logits in walk.places():
-                found[rows, place] = coder.decode(frequencies_of(near.settle(logits)))
-                walk.feed(found[:, place])
-            filled[part] = found.reshape(len(part), *live.shape[1:], -1)
+
+        def read(logits: NDArray[np.float64], _: NDArray[np.int64]) -> NDArray[np.int64]:
+            return coder.decode(frequencies_of(near.settle(_in_steps(logits))))
+
+        live, _ = as_slices(layout)
+        found = self._run(np.zeros((*live.shape, layout.num_codebooks), np.int64), layout, read)
         near.finish()
         coder.finish()
-        return np.where(layout.live[..., None], filled.reshape(indices.shape), 0)
+        return np.where(layout.live[..., None], found.reshape(indices.shape), 0)
+
+    def _run(self, symbols: NDArray[np.int64], layout: Layout, code: Code) -> NDArray[np.int64]:
+        """Walk through the slices; what a decoder has of the symbols ``[N, h, w, G]``, background where none is."""
+        live, numbers = as_slices(layout)
+        walk = self.walk(self.network, self._label(layout))
+        filled = np.where(live[..., None], symbols, np.array(self.background))  # [N, h, w, G]
+        for part in self._parts(live, walk.slices_at_once):
+            tokens = filled[part].reshape(len(part), -1, layout.num_codebooks)  # [n, h w, G]
+            below = self._below(filled, numbers, part) if walk.sees_below else None
+            walk.run(tokens, live[part].reshape(len(part), -1), code, below=below)
+            filled[part] = tokens.reshape(len(part), *live.shape[1:], -1)
+        return filled
 
     def _label(self, layout: Layout) -> int:
         known = layout.contrast in self.contrasts
         return self.contrasts.index(layout.contrast) if known else self.network.num_classes
 
-    def _parts(self, live: NDArray[np.bool_]) -> list[NDArray[np.int64]]:
-        """Places of the slices with something live, so many at once as the cache has room for."""
+    def _parts(self, live: NDArray[np.bool_], at_once: int) -> list[NDArray[np.int64]]:
+        """Places of the slices with something live, some at once."""
         numbers = np.flatnonzero(live.any(axis=(1, 2)))
-        at_once = slices_at_once(self.network)
         return [numbers[start : start + at_once] for start in range(0, len(numbers), at_once)]
 
     def _below(
         self, filled: NDArray[np.int64], numbers: NDArray[np.int64], part: NDArray[np.int64]
-    ) -> NDArray[np.int64] | None:
-        """Indices ``[n, h, w, G]`` of the slices below some, -1 where there is none; None where they are not seen."""
-        if not self.network.sees_below:
-            return None
+    ) -> NDArray[np.int64]:
+        """Indices ``[n, h, w, G]`` of the slices below some, -1 where there is none."""
         beside = np.r_[False, np.diff(numbers) == 1][part]
         return np.where(beside[:, None, None, None], filled[part - 1], -1)
 
@@ -214,51 +226,14 @@ class PriorCoder(IndexCoder):
         return no_symbols(layout)
 
 
-def slices_at_once(network: LlamaGen) -> int:
-    """Slices that are coded at once, part of the stream's definition.
-
-    As many as have keys and values of at most 256 MiB in float64, at least 1; 1 of a network that sees the slice below.
-    """
-    if network.sees_below:
-        return 1
-    numbers = 2 * len(network.blocks) * (network.sequence_length + 1) * network.num_heads * network.head_dim
-    return max(1, _CACHE_BYTES // (8 * numbers))
+def _no_walk(network: Generator) -> str:
+    known = " or ".join(kind.__name__ for kind in known_walks())
+    return f"found a {type(network).__name__}, expected a {known}"
 
 
-class _Walk:
-    """Logits of some slices, place after place, in float64 on the CPU.
-
-    Args:
-        network: the generator.
-        label: class of the slices.
-        live: bool ``[n, h, w]``.
-        below: indices ``[n, h, w, G]`` of the slices below them, -1 for none; None where the network does not see them.
-    """
-
-    def __init__(
-        self, network: LlamaGen, label: int, live: NDArray[np.bool_], below: NDArray[np.int64] | None = None
-    ) -> None:
-        self.network = network
-        self.live = live.reshape(len(live), -1).repeat(network.num_codebooks, axis=1)  # [n, h w G]
-        labels = torch.full((len(live),), label)
-        self.steps = DoubleSteps(network, labels, None if below is None else torch.from_numpy(below))
-
-    def places(self) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.float64]]]:
-        """Each place up to the last live one: which slices are live, and their logits ``[m, K]`` in steps of the grid.
-
-        :meth:`feed` is to follow each.
-        """
-        last = int(np.flatnonzero(self.live.any(axis=0))[-1])
-        with torch.inference_mode():
-            for place in range(last + 1):
-                rows = np.flatnonzero(self.live[:, place])
-                hidden = self.steps.hidden()
-                values = self.steps.logits(hidden[torch.from_numpy(rows)]).numpy() * (2**VALUE_BITS / math.log(2))
-                yield place, rows, values
-
-    def feed(self, symbols: NDArray[np.int64]) -> None:
-        """What stands at the place, ``[n]``."""
-        self.steps.feed(torch.from_numpy(symbols))
+def _in_steps(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Logits in nats as steps of the grid."""
+    return np.maximum(logits * _PER_NAT, _IMPOSSIBLE)
 
 
 def _rounded(values: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import inspect
-import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vaevq_med.codec import coders
 from vaevq_med.codec.coders.base import IndexCoder
 from vaevq_med.codec.errors import CodecError
+from vaevq_med.core.discovery import classes_in
 
 if TYPE_CHECKING:
     from vaevq_med.networks.base import Tokenizer
@@ -26,13 +24,7 @@ def known_coders() -> Mapping[str, type[IndexCoder]]:
         >>> known_coders()["fixed"].__name__
         'FixedLength'
     """
-    found: dict[str, type[IndexCoder]] = {}
-    for module in pkgutil.iter_modules(coders.__path__):
-        content = importlib.import_module(f"{coders.__name__}.{module.name}")
-        for kind in vars(content).values():
-            is_coder = isinstance(kind, type) and issubclass(kind, IndexCoder) and not inspect.isabstract(kind)
-            if is_coder and kind.__module__ == content.__name__:
-                found[kind.name] = kind
+    found = {kind.name: kind for kind in classes_in(coders, IndexCoder)}
     return dict(sorted(found.items()))
 
 

@@ -62,8 +62,6 @@ class Generator(nn.Module, ABC):
         settings: of drawing, by name; ``guidance_scale`` is 1 in a network without classes.
         inpaints: whether it draws around indices that are given (:attr:`Wanted.known`).
         likelihood: what :meth:`bound` gives of tokens: ``exact``, a ``bound``, or None of a network that has neither.
-        steps_in_double: whether the codec knows how to compute its logits in float64, to code indices by
-            (``codec/coders/double_steps.py``); true of LlamaGen.
         num_classes: labels are below it; 0 for none. It is the index of the null class too, and has to be the
             store's, also in a network that does not look at labels.
     """
@@ -72,7 +70,6 @@ class Generator(nn.Module, ABC):
     settings: ClassVar[Mapping[str, Setting]]
     inpaints: ClassVar[bool] = False
     likelihood: ClassVar[Literal["exact", "bound"] | None] = None
-    steps_in_double: ClassVar[bool] = False
     num_classes: int = 0
 
     @property

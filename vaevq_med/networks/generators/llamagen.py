@@ -85,7 +85,6 @@ class LlamaGen(StepwiseGenerator):
 
     presets: ClassVar[tuple[str, ...]] = ("preset",)
     settings = TOKEN_SETTINGS
-    steps_in_double = True
 
     def __init__(
         self,
