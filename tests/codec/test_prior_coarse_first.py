@@ -118,7 +118,7 @@ def test_closed_cells_cost_one_symbol_each() -> None:
 
 
 def test_slices_in_groups_and_alone_have_the_same_symbols(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The size of a group is part of the stream's definition, so that one that is cut otherwise is refused or differs."""
+    """The size of a group is part of the stream's definition: cut otherwise, the bytes are others."""
     live = np.ones((5, *GRID), bool)
     indices, layout, coder = gated(6, 5), layout_of(live), coder_of(toy())
     together = coder.encode(indices, layout)

@@ -18,6 +18,7 @@ from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.lean_convolution import norm_swish
 from vaevq_med.networks.quantizers import MGVQ, ResidualQuantizer, VectorQuantizerEMA
 from vaevq_med.networks.tokenizer import TrainingForward
+from vaevq_med.training import precision
 from vaevq_med.training.base import TrainingError
 from vaevq_med.training.micro_batches import check_micro_batch_size, fitting, saved_bytes
 from vaevq_med.training.precision import autocast_dtype
@@ -72,6 +73,19 @@ def test_precision_auto_needs_a_gpu_for_bf16(monkeypatch: pytest.MonkeyPatch) ->
         autocast_dtype("bf16", "cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     assert autocast_dtype("auto", "cuda") is torch.bfloat16
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_a_cpu_that_emulates_bf16_is_told_once(
+    has_bf16: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    precision._warn_of_slow_bf16.cache_clear()
+    monkeypatch.setattr(precision, "_cpu_has_bf16", lambda: has_bf16)
+    assert autocast_dtype("auto", "cpu") is autocast_dtype("fp32", "cpu") is None
+    assert not caplog.records
+    assert autocast_dtype("bf16", "cpu") is autocast_dtype("bf16", "cpu") is torch.bfloat16
+    assert [record.levelname for record in caplog.records] == ([] if has_bf16 else ["WARNING"])
+    precision._warn_of_slow_bf16.cache_clear()
 
 
 def build(kind: str) -> nn.Module:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 from typing import Any
 
 import torch
 
 from vaevq_med.core.errors import VaevqMedError
+from vaevq_med.training import distributed
 
 PRECISIONS = ("auto", "fp32", "bf16")
+logger = logging.getLogger(__name__)
 
 
 def autocast_dtype(precision: str, device: torch.device | str) -> torch.dtype | None:
     """The type that a precision casts to on a device: None for ``fp32``; ``auto`` is bf16 on a GPU that has it.
+
+    A CPU that has no instructions for bf16 is told once: it computes the same, many times more slowly than in fp32.
 
     Raises:
         VaevqMedError: there is no such precision, or the GPU has no bf16.
@@ -30,8 +36,25 @@ def autocast_dtype(precision: str, device: torch.device | str) -> torch.dtype | 
         raise VaevqMedError(
             f"precision: found 'bf16' on {torch.cuda.get_device_name(device)}, which lacks it, expected auto or fp32"
         )
+    if precision == "bf16" and device.type == "cpu" and not _cpu_has_bf16():
+        _warn_of_slow_bf16()
     wanted = precision == "bf16" or (precision == "auto" and device.type == "cuda" and capable)
     return torch.bfloat16 if wanted else None
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether torch's library of CPU kernels has convolutions and products of matrices in bf16 on this machine."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return supported is None or bool(supported())
+
+
+@functools.cache
+def _warn_of_slow_bf16() -> None:
+    if distributed.is_main():
+        logger.warning(
+            "precision: this CPU has no instructions for bf16, so that a step takes many times as long as in fp32 "
+            "(--precision fp32)"
+        )
 
 
 def precision_name(precision: str, device: torch.device | str) -> str:
