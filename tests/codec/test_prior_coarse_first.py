@@ -13,6 +13,7 @@ from torch import nn
 
 from vaevq_med.codec.coders.layout import Layout
 from vaevq_med.codec.coders.prior import PriorCoder
+from vaevq_med.codec.coders.walks.base import Slices
 from vaevq_med.codec.coders.walks.coarse_first import CoarseFirstWalk
 from vaevq_med.codec.errors import CodecError
 from vaevq_med.networks.generators.coarse_first import CoarseFirst
@@ -64,7 +65,7 @@ def test_the_logits_of_the_walk_have_the_networks_own_likelihood(label: int) -> 
         return symbols
 
     tokens = indices.reshape(5, -1, BOOKS)
-    CoarseFirstWalk(network, label).run(tokens, np.ones(tokens.shape[:2], bool), code)
+    CoarseFirstWalk(network, label).run(Slices(tokens, np.ones(tokens.shape[:2], bool)), code)
     with torch.no_grad():
         expected = float(network.double().loss(torch.from_numpy(indices), torch.full((5,), label))) * indices.size
     # The network turns in fp32.
@@ -102,7 +103,7 @@ def test_an_open_cell_may_have_any_indices_but_none_that_say_closed() -> None:
         return symbols
 
     tokens = indices.reshape(2, -1, BOOKS)
-    CoarseFirstWalk(toy(), 0).run(tokens, np.ones(tokens.shape[:2], bool), code)
+    CoarseFirstWalk(toy(), 0).run(Slices(tokens, np.ones(tokens.shape[:2], bool)), code)
     positions = GRID[0] * GRID[1]
     assert impossible[:positions] == [[False, False]] * positions
     assert impossible[positions:] == [[False, False], [True, False]] * positions

@@ -26,7 +26,7 @@ from vaevq_med.codec.coders.layout import Layout
 from vaevq_med.codec.coders.neighbors import as_slices
 from vaevq_med.codec.coders.range_coder import RangeDecoder, RangeEncoder
 from vaevq_med.codec.coders.streams import check_indices, empty_indices, no_symbols
-from vaevq_med.codec.coders.walks.base import Code, known_walks, walk_for
+from vaevq_med.codec.coders.walks.base import Code, Slices, known_walks, walk_for
 from vaevq_med.codec.errors import CodecError
 from vaevq_med.networks.base import Tokenizer
 from vaevq_med.networks.generators.base import Generator
@@ -192,7 +192,7 @@ class PriorCoder(IndexCoder):
         for part in self._parts(live, walk.slices_at_once):
             tokens = filled[part].reshape(len(part), -1, layout.num_codebooks)  # [n, h w, G]
             below = self._below(filled, numbers, part) if walk.sees_below else None
-            walk.run(tokens, live[part].reshape(len(part), -1), code, below=below)
+            walk.run(Slices(tokens, live[part].reshape(len(part), -1), below), code)
             filled[part] = tokens.reshape(len(part), *live.shape[1:], -1)
         return filled
 

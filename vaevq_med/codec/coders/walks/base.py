@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import numpy as np
@@ -27,6 +28,21 @@ Code = Callable[[NDArray[np.float64], NDArray[np.int64]], NDArray[np.int64]]
 It is given logits in nats, ``[m, S]``, -inf where a symbol is impossible, and the symbols ``[m]`` from 0 to S - 1; of a
 decoder, which does not know them yet, anything. It gives the symbols that a decoder will have.
 """
+
+
+@dataclass(frozen=True)
+class Slices:
+    """What is coded together.
+
+    Attributes:
+        tokens: ``[n, h w, G]``; background where they are not live.
+        live: ``[n, h w]``, with a live position in every slice.
+        below: indices ``[n, h, w, G]`` of the slices below, -1 for none; None where the network does not see them.
+    """
+
+    tokens: NDArray[np.int64]
+    live: NDArray[np.bool_]
+    below: NDArray[np.int64] | None = None
 
 
 class Walk(ABC, Generic[_N]):
@@ -64,21 +80,12 @@ class Walk(ABC, Generic[_N]):
         return max(1, _CACHE_BYTES // (8 * 2 * depth * (self.network.sequence_length + 1) * width))
 
     @abstractmethod
-    def run(
-        self,
-        tokens: NDArray[np.int64],
-        live: NDArray[np.bool_],
-        code: Code,
-        *,
-        below: NDArray[np.int64] | None = None,
-    ) -> None:
+    def run(self, slices: Slices, code: Code) -> None:
         """Code the live tokens, and put those that a decoder will have in their places.
 
         Args:
-            tokens: ``[n, h w, G]``, background where they are not live; they are changed.
-            live: ``[n, h w]``, with a live position in every slice.
+            slices: whose tokens are changed.
             code: what writes or reads them.
-            below: indices ``[n, h, w, G]`` of the slices below, -1 for none; None where the network does not see them.
         """
 
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vaevq_med.codec.coders.double_blocks import DoubleBlocks
-from vaevq_med.codec.coders.walks.base import Code, Walk
+from vaevq_med.codec.coders.walks.base import Code, Slices, Walk
 from vaevq_med.networks.generators.coarse_first import CoarseFirst, open_positions
 
 
@@ -21,15 +21,9 @@ class CoarseFirstWalk(Walk[CoarseFirst]):
 
     generator = CoarseFirst
 
-    def run(
-        self,
-        tokens: NDArray[np.int64],
-        live: NDArray[np.bool_],
-        code: Code,
-        *,
-        below: NDArray[np.int64] | None = None,
-    ) -> None:
+    def run(self, slices: Slices, code: Code) -> None:
         """Code the live tokens; see :meth:`Walk.run`."""
+        tokens, live = slices.tokens, slices.live
         network, count = self.network, self.network.num_embeddings
         steps = _Steps(network, torch.full((len(tokens),), self.label))
         opened = (tokens[..., 1:] != network.last).any(axis=2)  # [n, h w], of a decoder where it is not live
@@ -44,25 +38,18 @@ class CoarseFirstWalk(Walk[CoarseFirst]):
                     tokens[:, position, 0] = words % count
                     tokens[rows[words[rows] < count], position, 1:] = network.last
                 steps.feed(words)
-            self._others(steps, tokens, live, opened, code)
+            self._others(steps, slices, opened, code)
 
-    def _others(
-        self,
-        steps: _Steps,
-        tokens: NDArray[np.int64],
-        live: NDArray[np.bool_],
-        opened: NDArray[np.bool_],
-        code: Code,
-    ) -> None:
+    def _others(self, steps: _Steps, slices: Slices, opened: NDArray[np.bool_], code: Code) -> None:
         """Code what the open positions have besides their first indices."""
-        network, slices = self.network, np.arange(len(tokens))
+        network, tokens, rows = self.network, slices.tokens, np.arange(len(slices.tokens))
         order, there = (found.numpy() for found in open_positions(torch.from_numpy(opened)))  # [n, C] each
         for position, present in zip(order.T, there.T, strict=True):
-            coded = np.flatnonzero(present & live[slices, position])
+            coded = np.flatnonzero(present & slices.live[rows, position])
             all_last = np.ones(len(tokens), bool)
             for number in range(1, network.num_codebooks):
                 hidden = steps.hidden(network.num_codebooks * position + number)
-                symbols = tokens[slices, position, number]
+                symbols = tokens[rows, position, number]
                 if len(coded):
                     logits = steps.logits(hidden[torch.from_numpy(coded)], f"other_heads.{number - 1}")
                     if number == network.num_codebooks - 1:

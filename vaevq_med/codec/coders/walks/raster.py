@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from vaevq_med.codec.coders.double_blocks import DoubleBlocks
-from vaevq_med.codec.coders.walks.base import Code, Walk
+from vaevq_med.codec.coders.walks.base import Code, Slices, Walk
 from vaevq_med.networks.generators.llamagen import BELOW, LlamaGen
 
 
@@ -25,15 +24,9 @@ class RasterWalk(Walk[LlamaGen]):
         """Whether the network was trained with the slice below."""
         return self.network.sees_below
 
-    def run(
-        self,
-        tokens: NDArray[np.int64],
-        live: NDArray[np.bool_],
-        code: Code,
-        *,
-        below: NDArray[np.int64] | None = None,
-    ) -> None:
+    def run(self, slices: Slices, code: Code) -> None:
         """Code the live tokens; see :meth:`Walk.run`."""
+        tokens, live, below = slices.tokens, slices.live, slices.below
         labels = torch.full((len(tokens),), self.label)
         steps = RasterSteps(self.network, labels, None if below is None else torch.from_numpy(below))
         with torch.inference_mode():
