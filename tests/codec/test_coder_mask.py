@@ -1,7 +1,8 @@
-"""Masks of volumes, and the range coder under them, read by a second decoder that stands here."""
+"""Masks of volumes, and the range coder under them, read by a second decoder."""
 
 import numpy as np
 import pytest
+from helpers.range_by_the_page import RangeReader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -16,25 +17,6 @@ from vaevq_med.codec.masks import covering, decode_masks, encode_masks
 def ball(shape: tuple[int, ...], radius: float) -> np.ndarray:
     axes = np.meshgrid(*[np.arange(n) - (n - 1) / 2 for n in shape], indexing="ij")
     return sum(axis**2 for axis in axes) <= radius**2
-
-
-def read_by_the_page(data: bytes, rows: np.ndarray) -> list[int]:
-    """The decoder that docs/codec_coders.md describes, one symbol at a time, without the library."""
-    words = [int(word) for word in np.frombuffer(data, "<u4")]
-    words += [0] * 2
-    lower, span, point, place = 0, 2**64 - 1, (words[0] << 32) | words[1], 2
-    symbols = []
-    for row in rows:
-        bounds = [0, *np.cumsum(row).tolist()]
-        scale = span >> 24
-        quantile = ((point - lower) % 2**64) // scale
-        symbol = max(k for k in range(len(row)) if bounds[k] <= quantile)
-        lower, span = (lower + scale * bounds[symbol]) % 2**64, scale * int(row[symbol])
-        if span < 2**32:
-            word = words[place] if place < len(words) else 0
-            lower, span, point, place = (lower << 32) % 2**64, span << 32, ((point << 32) | word) % 2**64, place + 1
-        symbols.append(symbol)
-    return symbols
 
 
 @given(seed=st.integers(0, 2**32 - 1), k=st.sampled_from([2, 3, 1024, 16_384]), count=st.integers(0, 200))
@@ -55,7 +37,8 @@ def test_frequencies_are_exact_and_streams_are_read_by_a_second_decoder(seed: in
     decoder = RangeDecoder(data)
     assert decoder.decode(rows).tolist() == symbols.tolist()
     decoder.finish()
-    assert read_by_the_page(data, rows) == symbols.tolist()
+    reader = RangeReader(data)
+    assert [reader.symbol(row) for row in rows.tolist()] == symbols.tolist()
 
 
 def test_symbols_of_one_table_cost_what_those_of_many_equal_rows_cost() -> None:

@@ -24,7 +24,7 @@ def logits_of(network: torch.nn.Module, tokens: torch.Tensor, labels: torch.Tens
 
 
 @pytest.mark.parametrize("codebooks", [1, 2])
-def test_steps_in_double_are_the_networks_own(codebooks: int) -> None:
+def test_steps_are_the_networks_own(codebooks: int) -> None:
     network = random_prior(3, 11, (3, 4), codebooks).network
     tokens = torch.randint(11, (5, 3, 4, codebooks), generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 1, 2, 0, 1])

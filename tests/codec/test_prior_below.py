@@ -133,7 +133,7 @@ def test_training_learns_to_copy_the_slice_below() -> None:
 
 
 @pytest.mark.parametrize("books", [1, 2])
-def test_steps_in_double_are_the_networks_own_with_a_slice_below(books: int) -> None:
+def test_steps_are_the_networks_own_with_a_slice_below(books: int) -> None:
     network = random_prior(3, 11, (3, 4), books, sees_below=True).network
     tokens, below = grid(network), below_of(network)
     labels = torch.tensor([0, 1, 2])

@@ -11,10 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from vaevq_med.codec.coders import prior
+from vaevq_med.codec.coders.double_blocks import DoubleBlocks
 from vaevq_med.codec.coders.layout import Layout
 from vaevq_med.codec.coders.prior import PriorCoder
 from vaevq_med.codec.coders.walks.base import Slices
-from vaevq_med.codec.coders.walks.coarse_first import CoarseFirstWalk
+from vaevq_med.codec.coders.walks.coarse_first import CoarseFirstWalk, _Steps
 from vaevq_med.codec.errors import CodecError
 from vaevq_med.networks.generators.coarse_first import CoarseFirst
 
@@ -144,8 +146,8 @@ def test_damaged_bytes_are_refused_or_give_other_indices() -> None:
     live = np.ones((3, *GRID), bool)
     indices, layout, coder = gated(8, 3), layout_of(live), coder_of(toy())
     data = coder.encode(indices, layout)
-    for at in range(1, len(data), 7):
-        damaged = bytes([*data[:at], data[at] ^ 0x55, *data[at + 1 :]])
+    flipped = [bytes([*data[:at], data[at] ^ 0x55, *data[at + 1 :]]) for at in range(0, len(data), 7)]
+    for damaged in (*flipped, data[: len(data) // 2], data[:1], data + b"more"):
         try:
             found: Any = coder.decode(damaged, layout)
         except CodecError:
@@ -158,3 +160,77 @@ def test_another_size_is_refused() -> None:
     live = np.ones((1, *GRID), bool)
     with pytest.raises(CodecError, match=r"num_embeddings 8, expected 7"):
         coder_of(toy(num_embeddings=8)).encode(gated(0, 1), layout_of(live))
+
+
+def test_open_positions_after_the_last_live_one_are_not_walked(monkeypatch: pytest.MonkeyPatch) -> None:
+    live = np.zeros((2, *GRID), bool)
+    live[0, 0, 1] = live[1, 0, 0] = True
+    indices = np.where(live[..., None], gated(9, 2, 1.0), 0)
+    network, steps = toy(), []
+    step = DoubleBlocks.step
+    monkeypatch.setattr(DoubleBlocks, "step", lambda self, *args: steps.append(1) or step(self, *args))  # type: ignore[func-returns-value]
+    coder_of(network, (0, 0, 0)).encode(indices, layout_of(live))
+    # All positions are open, of which the second is the last that is coded.
+    assert len(steps) == GRID[0] * GRID[1] + 2 * (BOOKS - 1)
+
+
+def test_other_batches_and_threads_stay_far_within_the_bound() -> None:
+    network, tokens = toy(), torch.from_numpy(gated(10, 6)).flatten(1, 2)
+
+    def logits_of(slices: torch.Tensor) -> list[NDArray[np.float64]]:
+        found: list[list[NDArray[np.float64]]] = [[] for _ in slices]
+
+        def code(logits: NDArray[np.float64], symbols: NDArray[np.int64]) -> NDArray[np.int64]:
+            for row, values in enumerate(logits):
+                found[row].append(np.where(np.isneginf(values), 0.0, values))
+            return symbols
+
+        CoarseFirstWalk(network, 0).run(Slices(slices.numpy().copy(), np.ones(slices.shape[:2], bool)), code)
+        return [np.concatenate(values) for values in found]
+
+    # As many open positions in each, so that every call has every slice.
+    tokens[:, :6, 1], tokens[:, 6:, 1:] = 0, K - 1
+    together = logits_of(tokens)
+    for row in range(2):
+        assert np.abs(together[row] - logits_of(tokens[row : row + 1])[0]).max() < 1e-11
+    before = torch.get_num_threads()
+    torch.set_num_threads(2 if before == 1 else 1)
+    try:
+        assert max(np.abs(a - b).max() for a, b in zip(together, logits_of(tokens), strict=True)) < 1e-11
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_streams_decode_though_every_logit_is_off_by_a_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a wide bound the list has entries, of alphabets of two sizes."""
+    monkeypatch.setattr(prior, "DELTA", 0.05)
+    live = np.ones((4, *GRID), bool)
+    indices, layout, coder = gated(11, 4), layout_of(live), coder_of(toy())
+    data = coder.encode(indices, layout)
+    assert data[0] > 0
+    exact, rng = _Steps.logits, np.random.default_rng(0)
+
+    def off(self: _Steps, hidden: torch.Tensor, head: str) -> NDArray[np.float64]:
+        found = exact(self, hidden, head)
+        return found + rng.uniform(-1, 1, found.shape) * 0.049 * np.log(2) / 256
+
+    monkeypatch.setattr(_Steps, "logits", off)
+    assert (coder.decode(data, layout) == indices).all()
+
+
+def test_an_unknown_contrast_is_the_null_class_and_the_background_counts() -> None:
+    live = np.random.default_rng(2).random((6, *GRID)) < 0.6
+    indices = np.where(live[..., None], gated(12, 6), 0)
+    coder = coder_of(toy())
+    unknown = coder.encode(indices, layout_of(live, "flair"))
+    assert unknown != coder.encode(indices, layout_of(live, "t1n"))
+    null = PriorCoder(toy(), contrasts=("t1n", "t2w", "flair"), background=coder.background)
+    assert null.encode(indices, layout_of(live, "flair")) == unknown
+    assert coder_of(toy(), (3, K - 1, K - 1)).encode(indices, layout_of(live, "flair")) != unknown
+
+
+def test_logits_out_of_range_are_refused() -> None:
+    network = toy()
+    nn.init.constant_(network.first_head.weight, 1e12)
+    with pytest.raises(CodecError, match="found a logit out of range"):
+        coder_of(network).encode(gated(0, 1), layout_of(np.ones((1, *GRID), bool)))

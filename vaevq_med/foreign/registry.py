@@ -24,7 +24,7 @@ def known_kinds() -> Mapping[str, type[Kind]]:
         >>> known_kinds()["taming"].source
         'a checkpoint (.ckpt, .pt, .safetensors)'
     """
-    found = {kind.name: kind for kind in classes_in(foreign, Kind) if _is_kind(kind)}
+    found = {kind.name: kind for kind in classes_in(foreign, Kind) if _is_kind(kind)}  # type: ignore[type-abstract]
     for entry in entry_points(group=GROUP):
         kind = entry.load()
         if not _is_kind(kind):

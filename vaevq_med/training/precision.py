@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 def autocast_dtype(precision: str, device: torch.device | str) -> torch.dtype | None:
     """The type that a precision casts to on a device: None for ``fp32``; ``auto`` is bf16 on a GPU that has it.
 
-    A CPU that has no instructions for bf16 is told once: it computes the same, many times more slowly than in fp32.
+    A warning says, once, where torch's kernels for the CPU have no bf16: it is then many times slower than fp32.
 
     Raises:
         VaevqMedError: there is no such precision, or the GPU has no bf16.
@@ -43,7 +43,7 @@ def autocast_dtype(precision: str, device: torch.device | str) -> torch.dtype | 
 
 
 def _cpu_has_bf16() -> bool:
-    """Whether torch's library of CPU kernels has convolutions and products of matrices in bf16 on this machine."""
+    """Whether the library of torch's CPU kernels, oneDNN, has bf16 on this machine (on x86: with AVX-512)."""
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return supported is None or bool(supported())
 
@@ -52,8 +52,8 @@ def _cpu_has_bf16() -> bool:
 def _warn_of_slow_bf16() -> None:
     if distributed.is_main():
         logger.warning(
-            "precision: this CPU has no instructions for bf16, so that a step takes many times as long as in fp32 "
-            "(--precision fp32)"
+            "precision: torch's kernels have no bf16 for this CPU, on which it takes many times as long as fp32; set "
+            "precision to fp32"
         )
 
 

@@ -233,11 +233,11 @@ def _no_walk(network: Generator) -> str:
 
 def _in_steps(logits: NDArray[np.float64]) -> NDArray[np.float64]:
     """Logits in nats as steps of the grid."""
-    return np.maximum(logits * _PER_NAT, _IMPOSSIBLE)
+    return np.where(np.isneginf(logits), _IMPOSSIBLE, logits * _PER_NAT)
 
 
 def _rounded(values: NDArray[np.float64]) -> NDArray[np.int64]:
-    if values.size and not np.abs(values).max() <= 2.0**31:
+    if values.size and not (np.abs(values).max() <= 2.0**31 and values.max(axis=1).min() > _IMPOSSIBLE):
         raise CodecError("prior: found a logit out of range, expected those of a trained generator")
     return np.floor(values + 0.5).astype(np.int64)
 

@@ -24,7 +24,7 @@ def known_coders() -> Mapping[str, type[IndexCoder]]:
         >>> known_coders()["fixed"].__name__
         'FixedLength'
     """
-    found = {kind.name: kind for kind in classes_in(coders, IndexCoder)}
+    found = {kind.name: kind for kind in classes_in(coders, IndexCoder)}  # type: ignore[type-abstract]
     return dict(sorted(found.items()))
 
 

@@ -97,7 +97,7 @@ def known_walks() -> Mapping[type[TokenGenerator], type[Walk[Any]]]:
         >>> [kind.__name__ for kind in known_walks()]
         ['CoarseFirst', 'LlamaGen']
     """
-    found = {kind.generator: kind for kind in classes_in(walks, Walk)}
+    found = {kind.generator: kind for kind in classes_in(walks, Walk)}  # type: ignore[type-abstract]
     return dict(sorted(found.items(), key=lambda item: item[0].__name__))
 
 

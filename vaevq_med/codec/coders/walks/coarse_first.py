@@ -43,9 +43,12 @@ class CoarseFirstWalk(Walk[CoarseFirst]):
     def _others(self, steps: _Steps, slices: Slices, opened: NDArray[np.bool_], code: Code) -> None:
         """Code what the open positions have besides their first indices."""
         network, tokens, rows = self.network, slices.tokens, np.arange(len(slices.tokens))
-        order, there = (found.numpy() for found in open_positions(torch.from_numpy(opened)))  # [n, C] each
-        for position, present in zip(order.T, there.T, strict=True):
-            coded = np.flatnonzero(present & slices.live[rows, position])
+        order, there = (found.numpy().T for found in open_positions(torch.from_numpy(opened)))  # [C, n] each
+        is_coded = there & slices.live[rows, order]
+        # What comes after the last one is fed for nobody.
+        steps_with_some = np.flatnonzero(is_coded.any(axis=1))
+        for step in range(steps_with_some[-1] + 1 if len(steps_with_some) else 0):
+            position, coded = order[step], np.flatnonzero(is_coded[step])
             all_last = np.ones(len(tokens), bool)
             for number in range(1, network.num_codebooks):
                 hidden = steps.hidden(network.num_codebooks * position + number)
