@@ -101,7 +101,11 @@ def pair(grid_size: int | tuple[int, int]) -> tuple[int, int]:
     if isinstance(grid_size, int):
         return grid_size, grid_size
     if len(grid_size) != 2:
-        raise VaevqMedError(f"grid_size is {tuple(grid_size)}; expected rows and columns, or one number for a square")
+        volume = len(grid_size) == 3
+        other = "; layers of volumes are for the overlay generation/autoregressive_below" if volume else ""
+        raise VaevqMedError(
+            f"grid_size is {tuple(grid_size)}; expected rows and columns, or one number for a square{other}"
+        )
     return int(grid_size[0]), int(grid_size[1])
 
 
