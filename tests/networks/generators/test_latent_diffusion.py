@@ -110,6 +110,17 @@ def test_sizes_that_do_not_fit_are_refused(options: dict[str, object]) -> None:
         LatentDiffusionUNet(**{"in_channels": 4, "num_channels": 32, "channel_mult": (1, 1), **options})  # type: ignore[arg-type]
 
 
+def test_one_position_of_one_channel_a_group_is_refused() -> None:
+    """Normalized by itself a channel is 0 there, and PyTorch refuses a batch of one."""
+    tokens = {"kind": "latents", "grid": [2, 2], "tokenizer": {"embedding_dim": 4}, "label": {"names": ["a", "b", "c"]}}
+    with pytest.raises(VaevqMedError, match=r"here: found a grid of 2x2, .* halves to one position of 32 channels"):
+        small().check_fit(tokens, "here")
+    small().check_fit({**tokens, "grid": [2, 4]}, "here")
+    wide = LatentDiffusionUNet(in_channels=4, num_classes=3, num_channels=64, channel_mult=(1, 1), num_res_blocks=1)
+    wide.check_fit(tokens, "here")
+    assert wide(torch.zeros(1, 4, 2, 2), torch.tensor([1])).shape == (1, 4, 2, 2)
+
+
 def test_the_scale_factor_makes_unit_deviation_and_is_stored() -> None:
     network = LatentDiffusionUNet(in_channels=4, num_channels=32, channel_mult=(1,), num_res_blocks=1)
     with pytest.raises(VaevqMedError, match="no scale factor; expected one measured"):

@@ -86,6 +86,7 @@ class LatentDiffusionUNet(ScaledPredictor):
         self.num_classes = num_classes
         self.downsampling = 2 ** (len(channel_mult) - 1)
         channels = [num_channels * factor for factor in channel_mult]
+        self.coarsest_channels = channels[-1]
         self.class_embedding = nn.Embedding(num_classes + 1, cross_attention_dim)
         self.unet = DiffusionModelUNet(
             spatial_dims=2,
@@ -102,13 +103,18 @@ class LatentDiffusionUNet(ScaledPredictor):
         )
 
     def sizes(self, tokens: Mapping[str, Any], where: str) -> dict[str, tuple[Any, Any]]:
-        """The embedding dimension; the grid has to be one that the network can halve."""
+        """The embedding dimension; the grid has to be one that the network can halve and still normalize."""
         self.check_plane(tokens, where)
         grid = tokens["grid"]
         if any(side % self.downsampling for side in grid):
             raise VaevqMedError(
                 f"{where}: found a grid of {grid[0]}x{grid[1]}, expected multiples of {self.downsampling}, as the "
                 f"diffusion model halves it; shorten network_def#channel_mult"
+            )
+        if max(grid) == self.downsampling and self.coarsest_channels == 32:
+            raise VaevqMedError(
+                f"{where}: found a grid of {grid[0]}x{grid[1]}, which the diffusion model halves to one position of 32 "
+                "channels, each normalized by itself, expected more of either; raise network_def#num_channels to 64"
             )
         return {"embedding_dim": (tokens["tokenizer"]["embedding_dim"], self.in_channels)}
 
