@@ -64,7 +64,8 @@ def test_its_latents_are_stored_and_its_indices_refused(
     with torch.inference_mode():
         torch.testing.assert_close(latent, network.encode(image).mean[0], atol=1e-5, rtol=1e-4)
     with pytest.raises(
-        VaevqMedError, match="found Continuous with read-out None, expected one that decodes its indices"
+        VaevqMedError,
+        match=r"found Continuous, expected one that decodes its indices, .*; --kind latents has its latents",
     ):
         EncodeTokens(output=tmp_path / "indices", **options).run()
     with pytest.raises(VaevqMedError, match="found Continuous, whose images are not decoded from indices, expected a"):

@@ -153,8 +153,9 @@ class EncodeTokens(EncodeOptions):
         network = stored.network()
         quantizer = network.quantizer
         if self.kind == "indices" and not quantizer.is_discrete:
-            found = f"{type(quantizer).__name__} with read-out {quantizer.readout!r}"
-            other = "; name --readout hard" if "hard" in quantizer.readouts else ""
+            readout = f" with read-out {quantizer.readout!r}" if quantizer.readouts else ""
+            found = f"{type(quantizer).__name__}{readout}"
+            other = "; name --readout hard" if "hard" in quantizer.readouts else "; --kind latents has its latents"
             raise VaevqMedError(
                 f"{self.checkpoint}: found {found}, expected one that decodes its indices, for --kind indices{other}"
             )
