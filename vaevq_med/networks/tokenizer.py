@@ -247,10 +247,12 @@ class VisualTokenizer(Tokenizer):
 
     def decode_latent(self, latent: Tensor) -> Tensor:
         """Images ``[B, C, H, W]`` of a continuous latent, or of rectified codes, ``[B, D, *grid]``."""
+        return self._slice_by_slice(self.decoder, *self.decoder_inputs(latent))
+
+    def decoder_inputs(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """What the decoder is given of a latent ``[B, D, *grid]``: its features, and what a modulated one reads."""
         latent = self._unpacked(latent)
-        if not self.slice_context:
-            return self.decoder(self.post_quant_conv(latent), latent)
-        return self._slice_by_slice(self.decoder, self.post_quant_conv(latent), latent)
+        return self.post_quant_conv(latent), latent
 
     def _slice_by_slice(self, network: Callable[..., Tensor], *volumes: Tensor) -> Tensor:
         """Of a tokenizer with a context, what a 2D network makes of the slices of volumes; else of the images."""

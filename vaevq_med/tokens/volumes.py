@@ -20,7 +20,6 @@ from torch import Tensor
 
 from vaevq_med.core.errors import VaevqMedError
 from vaevq_med.networks.base import Tokenizer
-from vaevq_med.networks.packing import unpacked
 from vaevq_med.networks.posterior import DiagonalGaussian
 from vaevq_med.networks.slices import slices_of, stacked
 from vaevq_med.networks.tokenizer import VisualTokenizer
@@ -224,9 +223,8 @@ def decode_codes(
         (volume,) = mapped(network.decode, [codes])
     elif network.slice_context:
         own = cast(VisualTokenizer, network)  # no other has a context
-        latent = unpacked(own.rectify(codes), own.cell, own.encoder.spatial_dims)
-        seen = slices_of(own.post_quant_conv(latent)), slices_of(latent)
-        parts = zip(*(features.split(int(tile[0])) for features in seen), strict=True)
+        seen = own.decoder_inputs(own.rectify(codes))
+        parts = zip(*(slices_of(features).split(int(tile[0])) for features in seen), strict=True)
         volume = stacked(torch.cat([*mapped(lambda part: own.decoder(*part), parts)]), 1)
     elif all(length <= window for length, window in zip(codes.shape[2:], tile, strict=True)):
         (volume,) = mapped(network.decode, [codes])
